@@ -1,0 +1,25 @@
+"""sapo_kernels: score every paraphrase of an instruction on every example in one packed pass.
+
+State-Adaptive Prompt Optimization (SAPO, arXiv 2606.01967). Importing needs torch and numpy only.
+"""
+
+from . import ops as _ops  # noqa: F401 (registers torch.ops.sapo_kernels)
+from .linear_logprob.api import linear_logprob
+from .prompt_scores import PromptScores
+from .response_cache import ResponseCache
+from .score import score_prompts
+from .tree_attention.api import tree_attention
+from .trie import TokenTrie, TriePass, plan_trie
+
+__all__ = [
+    "PromptScores",
+    "ResponseCache",
+    "TokenTrie",
+    "TriePass",
+    "linear_logprob",
+    "plan_trie",
+    "score_prompts",
+    "tree_attention",
+]
+
+__version__ = "0.1.0"

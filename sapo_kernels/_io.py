@@ -1,0 +1,318 @@
+"""Reading and writing small files so that neither a crash nor a hostile file does harm.
+
+Standard library only.
+
+Writing: `atomic_write`, `write_json`. After a crash at any instant the path holds the old bytes or the new
+ones, whole. Reading: `read_text`, `read_json`, `parse_json`. They accept less than Python's `json` does: what
+two readers could understand in two ways (duplicate keys, NaN, numbers that overflow, lone surrogates) is
+refused, and so is what could exhaust memory or the stack. Every refusal is a `DataError`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import math
+import os
+import re
+import reprlib
+import secrets
+import stat
+from typing import Any
+
+MAX_BYTES = 64 * 2**20
+MAX_DEPTH = 64
+MAX_DIGITS = 128
+_ARCHIVES = ((b"\x1f\x8b", "gzip"), (b"PK\x03\x04", "zip"), (b"BZh", "bzip2"), (b"\xfd7zXZ", "xz"))
+
+
+class DataError(ValueError):
+    """Outside data that is refused. The message names the file, the place, what was wanted and got."""
+
+
+def excerpt(text: object, limit: int = 60) -> str:
+    """Quoted, on one line, ASCII only and of about `limit` characters at most: safe inside any message."""
+    text = text if isinstance(text, str) else reprlib.repr(text)
+    return ascii(text if len(text) <= limit else text[:limit] + "...")
+
+
+def atomic_write(path: str | os.PathLike, data: bytes | str) -> None:
+    """Replace the file at `path` by `data` (text is encoded as UTF-8), all or nothing.
+
+    The bytes go to a temporary file in the same directory, which is flushed to disk and renamed over
+    `path`; then the directory is flushed. On any failure up to the rename the old file is untouched and the
+    temporary file is removed; a failure to flush the directory after it is raised too, and `path` then holds
+    the complete new file. A new file gets the mode the umask gives, an existing one keeps its mode; a
+    symbolic link is followed.
+
+    Raises: `DataError` if `path` exists and is no regular file, or if the text has no UTF-8 form; otherwise
+    `OSError`.
+    """
+    path = os.path.realpath(os.fspath(path))
+    if isinstance(data, str):
+        try:
+            data = data.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise DataError(f"{path}: wanted text, got a lone surrogate at character {error.start}") from None
+    mode = None
+    try:
+        old = os.stat(path)
+    except FileNotFoundError:
+        pass
+    else:
+        if not stat.S_ISREG(old.st_mode):
+            raise DataError(f"{path}: wanted a path for a regular file, got {_kind(old.st_mode)}")
+        mode = stat.S_IMODE(old.st_mode)
+
+    directory = os.path.dirname(path)
+    directory_fd = os.open(directory, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
+    try:
+        # The temporary name does not contain the final one: a name of the maximum length must still work.
+        temporary = os.path.join(directory, f".sapo-{secrets.token_hex(8)}.tmp")
+        try:
+            _write_new(temporary, data, mode)
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+        try:
+            os.fsync(directory_fd)
+        except OSError as error:
+            # Some file systems cannot flush a directory at all; that is not a failure of this write.
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+                raise
+    finally:
+        os.close(directory_fd)
+
+
+def write_json(path: str | os.PathLike, obj: Any) -> None:
+    """`atomic_write` of `obj` as UTF-8 JSON that `read_json` accepts.
+
+    Raises: `DataError` for NaN, infinities and objects JSON does not know; `OSError` from writing.
+    """
+    try:
+        text = json.dumps(obj, allow_nan=False, ensure_ascii=False, indent=1)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise DataError(f"{os.fspath(path)}: cannot be written as JSON: {error}") from None
+    # A file that this package would refuse to read must fail now, while the data still exists.
+    parse_json(text, f"{os.fspath(path)} (not written)")
+    atomic_write(path, text + "\n")
+
+
+def _write_new(path: str, data: bytes, mode: int | None) -> None:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0)
+    fd = os.open(path, flags, 0o666)
+    try:
+        if mode is not None:
+            os.chmod(path, mode)
+        view = memoryview(data)
+        while view:
+            view = view[os.write(fd, view) :]
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def read_bytes(path: str | os.PathLike, *, max_bytes: int = MAX_BYTES) -> bytes:
+    """The content of a regular file of at most `max_bytes` bytes.
+
+    Raises: `DataError` (also for directories, FIFOs and devices); `OSError` from opening or reading.
+    """
+    # O_NONBLOCK: opening a FIFO nobody writes to would block for ever, before it can be recognised.
+    fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+    try:
+        mode = os.fstat(fd).st_mode
+        if not stat.S_ISREG(mode):
+            raise DataError(f"{os.fspath(path)}: wanted a regular file, got {_kind(mode)}")
+        # Counted while reading: the size in the directory may be wrong (/proc) or change.
+        chunks, left = [], max_bytes + 1
+        while left > 0 and (chunk := os.read(fd, min(left, 2**20))):
+            chunks.append(chunk)
+            left -= len(chunk)
+    finally:
+        os.close(fd)
+    if left <= 0:
+        raise DataError(f"{os.fspath(path)}: wanted at most {max_bytes} bytes, got a larger file")
+    return b"".join(chunks)
+
+
+def read_text(path: str | os.PathLike, *, max_bytes: int = MAX_BYTES) -> str:
+    """The content of a UTF-8 file; a byte-order mark is dropped, line ends are left as they are.
+
+    Raises: `DataError` for other encodings (UTF-16 and UTF-32 by name), archives and NUL characters;
+    `OSError` from opening or reading.
+    """
+    data, name = read_bytes(path, max_bytes=max_bytes), os.fspath(path)
+    for magic, what in _ARCHIVES:
+        if data.startswith(magic):
+            raise DataError(f"{name}: wanted UTF-8 text, got a {what} archive; unpack it first")
+    if data.startswith((b"\xff\xfe\x00\x00", b"\x00\x00\xfe\xff")):
+        raise DataError(f"{name}: wanted UTF-8 text, got UTF-32; save it again as UTF-8")
+    # ASCII in UTF-16 without a mark has a NUL as every second byte.
+    unmarked = len(data) > 3 and (data[0] == 0) + (data[1] == 0) == 1
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")) or unmarked:
+        raise DataError(f"{name}: wanted UTF-8 text, got UTF-16; save it again as UTF-8")
+    data = data.removeprefix(b"\xef\xbb\xbf")
+    if (where := data.find(b"\0")) >= 0:
+        raise DataError(f"{name}: line {data.count(10, 0, where) + 1}: wanted text, got a NUL byte")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        got = f"byte 0x{data[error.start]:02x} at offset {error.start}"
+        raise DataError(f"{name}: line {line}: wanted UTF-8 text, got {got}") from None
+
+
+def read_json(path: str | os.PathLike, *, max_bytes: int = MAX_BYTES, max_depth: int = MAX_DEPTH) -> Any:
+    """`parse_json` of `read_text`: one strict JSON document from a regular UTF-8 file of bounded size."""
+    return parse_json(read_text(path, max_bytes=max_bytes), os.fspath(path), max_depth=max_depth)
+
+
+def parse_json(text: str, name: str, *, max_depth: int = MAX_DEPTH) -> Any:
+    """One JSON document, equal to `json.loads(text)`; `name` says in messages where the text is from.
+
+    Raises: `DataError` for anything that is not exactly one JSON document, NaN and Infinity, numbers that
+    overflow a float, integers of more than 128 digits, duplicate keys, nesting deeper than `max_depth`, lone
+    surrogates and NUL.
+    """
+    if not text.strip():
+        raise DataError(f"{name}: wanted a JSON document, got an empty text")
+    if _depth(text, stop=max_depth) > max_depth:
+        raise DataError(f"{name}: {_first_fault(text, max_depth)}")
+    try:
+        obj = json.loads(text, **_HOOKS)
+    except json.JSONDecodeError as error:
+        got = excerpt(text[error.pos : error.pos + 30]) if error.pos < len(text) else "the end of the text"
+        raise DataError(
+            f"{name}: line {error.lineno} column {error.colno}: not valid JSON: {error.msg}, got {got}"
+        ) from None
+    except (_Fault, RecursionError):
+        raise DataError(f"{name}: {_first_fault(text, max_depth)}") from None
+    # Such characters come from escapes only (`read_text` refuses raw ones), so few files need the walk.
+    if _SUSPECT_ESCAPE.search(text):
+        _check_strings(obj, name)
+    return obj
+
+
+class _Fault(Exception):
+    """A value that `json` accepts and this module refuses; `_first_fault` finds out which one and where."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise _Fault
+    return result
+
+
+def _constant(_token: str) -> None:
+    raise _Fault
+
+
+def _float(token: str) -> float:
+    value = float(token)
+    if not math.isfinite(value):
+        raise _Fault
+    return value
+
+
+def _int(token: str) -> int:
+    if len(token) > MAX_DIGITS:
+        raise _Fault
+    return int(token)
+
+
+_HOOKS = {"object_pairs_hook": _object, "parse_constant": _constant, "parse_float": _float, "parse_int": _int}
+_SUSPECT_ESCAPE = re.compile(r"\\u(?:[dD][89a-fA-F]|0000)")
+# Possessive, and matching an unterminated string too: linear time on every input.
+_STRING = r'"(?:[^"\\]++|\\.)*+\\?(?:"|\Z)'
+_NO_BRACKET = re.compile(rf'(?:{_STRING}|[^\[\]{{}}"]++)++', re.DOTALL)
+_TOKEN = re.compile(
+    rf'(?P<key>{_STRING}(?=\s*+:))|(?P<string>{_STRING})|(?P<mark>[\[\]{{}},])|[^\s\[\]{{}},:"]++', re.DOTALL
+)
+
+
+def _depth(text: str, stop: int) -> int:
+    """Deepest nesting of brackets outside strings, counted until it exceeds `stop`."""
+    depth = deepest = 0
+    for bracket in _NO_BRACKET.sub("", text):
+        if bracket in "[{":
+            depth += 1
+            deepest = max(deepest, depth)
+            if deepest > stop:
+                break
+        else:
+            depth -= 1
+    return deepest
+
+
+def _first_fault(text: str, max_depth: int) -> str:
+    """Describe the first value this module refuses. One Python step a token, so run on refused input only."""
+    stack: list[tuple[set[str], list]] = []  # per open bracket: keys seen; [current key or index]
+    for match in _TOKEN.finditer(text):
+        token, kind, problem = match.group(), match.lastgroup, None
+        if kind == "key" and stack:
+            seen, current = stack[-1]
+            try:
+                current[0] = json.loads(token, strict=False)
+            except ValueError:
+                current[0] = token
+            if current[0] in seen:
+                problem = f"wanted each key once, got {excerpt(current[0])} again"
+            seen.add(current[0])
+        elif kind == "mark" and token in "[{":
+            stack.append((set(), [0]))
+            if len(stack) > max_depth:
+                problem = f"wanted nesting of at most {max_depth} levels, got more"
+        elif kind == "mark" and stack:
+            if token in "]}":
+                stack.pop()
+            elif isinstance(stack[-1][1][0], int):
+                stack[-1][1][0] += 1
+        elif kind is None:
+            problem = _number_fault(token)
+        if problem:
+            line = text.count("\n", 0, match.start()) + 1
+            column = match.start() - text.rfind("\n", 0, match.start())
+            place = _place([current[0] for _, current in stack])
+            return f"line {line} column {column} ({place}): {problem}"
+    return "not valid JSON"
+
+
+def _number_fault(token: str) -> str | None:
+    if token in ("NaN", "Infinity", "-Infinity"):
+        return f"wanted a finite number, got {token}"
+    if token.removeprefix("-").isdecimal():
+        return f"wanted at most {MAX_DIGITS} digits, got {len(token)}" if len(token) > MAX_DIGITS else None
+    try:
+        return None if math.isfinite(float(token)) else f"wanted a finite number, got {excerpt(token)}"
+    except ValueError:
+        return None
+
+
+def _check_strings(obj: Any, name: str) -> None:
+    stack: list[tuple[Any, tuple]] = [(obj, ())]
+    while stack:
+        value, keys = stack.pop()
+        if isinstance(value, dict):
+            for key, item in value.items():
+                stack += [(item, (*keys, key)), (key, (*keys, key))]
+        elif isinstance(value, list):
+            stack += [(item, (*keys, index)) for index, item in enumerate(value)]
+        elif isinstance(value, str):
+            nul = "\0" in value
+            if nul or any("\ud800" <= character <= "\udfff" for character in value):
+                what = "NUL character" if nul else "lone surrogate"
+                raise DataError(f"{name}: {_place(keys)}: wanted text, got a {what} in {excerpt(value)}")
+
+
+def _place(keys) -> str:
+    shown = [f"[{key}]" if isinstance(key, int) else f"[{excerpt(key, 40)}]" for key in keys]
+    return "$" + "".join(shown if len(shown) <= 8 else [*shown[:8], "..."])
+
+
+def _kind(mode: int) -> str:
+    kinds = ((stat.S_ISDIR, "a directory"), (stat.S_ISFIFO, "a FIFO"), (stat.S_ISSOCK, "a socket"))
+    return next((name for test, name in kinds if test(mode)), "a device")

@@ -1,0 +1,1 @@
+"""Log-probabilities of given tokens straight from hidden states and the output matrix."""

@@ -1,0 +1,108 @@
+"""Schemas, fake kernels and dispatch of ``torch.ops.sapo_kernels.*``: the contracts on one screen.
+
+The documented functions are in ``<op>/api.py``. Backends are imported on first use, so that importing the package
+needs neither Triton nor a GPU. ``impl`` is the name of a backend; "auto" is resolved by `resolve_impl`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+
+import torch
+
+BACKENDS = {
+    "tree_attention": ("triton", "sdpa", "reference"),
+    "linear_logprob": ("triton", "torch", "reference"),
+}
+
+_library = torch.library.Library("sapo_kernels", "FRAGMENT")
+
+# position, subtree_end: [Tk] int32. block_start, span_ptr: [B + 1] int32. span: [S, 2] int32. See trie.TriePass.
+_library.define(
+    "tree_attention(Tensor q, Tensor k, Tensor v, Tensor position, Tensor subtree_end, Tensor block_start, "
+    "Tensor span_ptr, Tensor span, Tensor? sinks, float scale, int? window, float? softcap, int block_tokens, "
+    "str impl) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+# targets: [P] int64 sorted by row; target_ptr: [R + 1] int64.
+_library.define(
+    "linear_logprob(Tensor hidden, Tensor weight, Tensor targets, Tensor target_ptr, Tensor? bias, float scale, "
+    "float? softcap, str impl) -> (Tensor logprob, Tensor lse)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def triton_status(device: torch.device) -> tuple[bool, str]:
+    """Whether Triton kernels can run on `device`, and why (not)."""
+    if importlib.util.find_spec("triton") is None:
+        return False, "triton is not installed"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return True, "TRITON_INTERPRET=1: interpreter, for tests"
+    if device.type != "cuda":
+        return False, f"no Triton kernels for device type {device.type!r}"
+    return True, "CUDA or ROCm device"
+
+
+def resolve_impl(op: str, impl: str, device: torch.device) -> str:
+    """The backend that `impl` means on `device`; an explicit one that cannot run raises."""
+    choices = BACKENDS[op]
+    if impl == "auto":
+        usable = triton_status(device)[0] and device.type != "cpu"
+        return "triton" if usable else choices[1]
+    if impl not in choices:
+        raise ValueError(f"{op}: impl: wanted 'auto' or one of {choices}, got {impl!r}")
+    if impl == "triton":
+        usable, why = triton_status(device)
+        if not usable:
+            raise RuntimeError(f"{op}: impl='triton' cannot run on {device}: {why}")
+    return impl
+
+
+def _backend(op: str, impl: str, device: torch.device):
+    name = resolve_impl(op, impl, device)
+    return getattr(importlib.import_module(f"{__package__}.{op}.{name}"), f"{op}_{name}")
+
+
+def attention_shape(q: torch.Tensor, v: torch.Tensor) -> tuple[int, int, int]:
+    """[Tq, Hq, Dv], the shape of tree_attention's result."""
+    return q.shape[0], q.shape[1], v.shape[2]
+
+
+@torch.library.impl(_library, "tree_attention", "CompositeExplicitAutograd")
+def _tree_attention(q, k, v, position, subtree_end, block_start, span_ptr, span, sinks, scale, window, softcap,
+                    block_tokens, impl):  # fmt: skip
+    if q.shape[0] == 0:
+        return q.new_empty(attention_shape(q, v))
+    run = _backend("tree_attention", impl, q.device)
+    return run(q, k, v, position, subtree_end, block_start, span_ptr, span, sinks, scale, window, softcap, block_tokens)
+
+
+@torch.library.register_fake("sapo_kernels::tree_attention", lib=_library)
+def _tree_attention_fake(q, k, v, *_):
+    return q.new_empty(attention_shape(q, v))
+
+
+@torch.library.impl(_library, "linear_logprob", "CompositeExplicitAutograd")
+def _linear_logprob(hidden, weight, targets, target_ptr, bias, scale, softcap, impl):
+    if hidden.shape[0] == 0:
+        return _linear_logprob_fake(hidden, weight, targets)
+    return _backend("linear_logprob", impl, hidden.device)(hidden, weight, targets, target_ptr, bias, scale, softcap)
+
+
+@torch.library.register_fake("sapo_kernels::linear_logprob", lib=_library)
+def _linear_logprob_fake(hidden, weight, targets, *_):
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    return hidden.new_empty(targets.shape[0], dtype=dtype), hidden.new_empty(hidden.shape[0], dtype=dtype)
+
+
+def _no_backward(op: str):
+    def backward(ctx, *grads):
+        raise NotImplementedError(f"sapo_kernels::{op} scores, it has no backward; call it under torch.no_grad()")
+
+    return backward
+
+
+for _op in BACKENDS:
+    torch.library.register_autograd(f"sapo_kernels::{_op}", _no_backward(_op), lib=_library)

@@ -1,0 +1,128 @@
+"""From (instruction, input, target) to the text that the model reads and the text that it is scored on."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+_PLACEHOLDER = re.compile(r"\{(prompt|input)\}")
+PLAIN_ANSWER = "\n\nAnswer:"
+
+Template = str | Callable[[str, Mapping[str, str]], Any] | None
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """One cell as text. ``exact`` is False if the chat template does not keep the context in front of the answer."""
+
+    context: str
+    response: str
+    exact: bool = True
+
+
+class Renderer:
+    """Renders cells for one tokenizer.
+
+    The user turn is ``prompt + "\\n\\n" + text_word + ":\\n" + input + "\\n\\n" + suffix`` (without the last blank line if
+    the suffix is empty), or ``template`` filled by replacement: ``{prompt}`` and ``{input}``, each at least once. A
+    callable ``template(prompt, example)`` returns the user turn, or a pair (context, response) that is taken as it is.
+
+    With a chat template the user turn becomes a conversation and the target the assistant's turn; whatever closes
+    that turn belongs to the response. Thinking is switched off. Without one, the layout is the user turn followed by
+    ``"\\n\\nAnswer:"``, and the response is ``" " + target`` closed by the end-of-sequence token.
+    """
+
+    def __init__(self, tokenizer, template: Template = None, suffix: str = "", text_word: str = "Text"):
+        self.tokenizer, self.template, self.suffix, self.text_word = tokenizer, template, suffix, text_word
+        self.chat = bool(getattr(tokenizer, "chat_template", None))
+        if isinstance(template, str):
+            missing = {"prompt", "input"} - set(_PLACEHOLDER.findall(template))
+            if missing:
+                raise ValueError(f"template: wanted {{prompt}} and {{input}}, got none of {sorted(missing)}")
+        elif template is not None and not callable(template):
+            raise TypeError(f"template: wanted a string, a callable or None, got {type(template).__name__}")
+
+    def render(self, prompt: str, example: Mapping[str, str]) -> Rendered:
+        """Text of one cell; `example` has the keys "input" and "target"."""
+        if callable(self.template):
+            made = self.template(prompt, example)
+            if isinstance(made, tuple) and len(made) == 2 and all(isinstance(part, str) for part in made):
+                return Rendered(*made)
+            if not isinstance(made, str):
+                raise TypeError(f"template: wanted a string or (context, response), got {type(made).__name__}")
+            turn = made
+        elif self.template is not None:
+            values = {"prompt": prompt, "input": example["input"]}
+            # One pass over the template only: braces inside an instruction or an input are text.
+            turn = _PLACEHOLDER.sub(lambda m: values[m.group(1)], self.template)
+        else:
+            turn = f"{prompt}\n\n{self.text_word}:\n{example['input']}"
+            turn += f"\n\n{self.suffix}" if self.suffix else ""
+        return self._conversation(turn, example["target"]) if self.chat else self._plain(turn, example["target"])
+
+    def _plain(self, turn: str, target: str) -> Rendered:
+        return Rendered(turn + PLAIN_ANSWER, " " + target + (self.tokenizer.eos_token or ""))
+
+    def _conversation(self, turn: str, target: str) -> Rendered:
+        # Families spell the switch differently; a template ignores a variable it does not know.
+        options = {"tokenize": False, "enable_thinking": False, "thinking": False}
+        user = {"role": "user", "content": turn}
+        context = self.tokenizer.apply_chat_template([user], add_generation_prompt=True, **options)
+        full = self.tokenizer.apply_chat_template([user, {"role": "assistant", "content": target}], **options)
+        if full.startswith(context) and len(full) > len(context):
+            return Rendered(context, full[len(context) :])
+        return Rendered(context, target + (self.tokenizer.eos_token or ""), exact=False)
+
+    def leading_ids(self) -> list[int]:
+        """Tokens that stand in front of every sequence: the BOS of tokenizers that add one by themselves.
+
+        A chat template writes its own.
+        """
+        if self.chat:
+            return []
+        ids = self.tokenizer("", add_special_tokens=True)["input_ids"]
+        bos = self.tokenizer.bos_token_id
+        return [bos] if bos is not None and ids[:1] == [bos] else []
+
+
+def check_prompts(prompts: Sequence[str], specials: Sequence[str] = ()) -> list[str]:
+    """The prompts as a list, or one error that names the first bad one."""
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+        raise TypeError(f"prompts: wanted a list of strings, got {type(prompts).__name__}")
+    if not prompts:
+        raise ValueError("prompts: wanted at least one, got an empty list")
+    for k, prompt in enumerate(prompts):
+        if not isinstance(prompt, str):
+            raise TypeError(f"prompt {k}: wanted a string, got {type(prompt).__name__}")
+        if not prompt.strip():
+            raise ValueError(f"prompt {k}: wanted text, got an empty string")
+        for special in specials:
+            if special in prompt:
+                raise ValueError(f"prompt {k}: wanted plain text, got the tokenizer's special token {special!r} in it")
+    return list(prompts)
+
+
+def check_examples(examples: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+    """The examples as {"input", "target"}, or one error that names the first bad one."""
+    if isinstance(examples, (str, Mapping)) or not isinstance(examples, Sequence):
+        raise TypeError(f"examples: wanted a list of mappings, got {type(examples).__name__}")
+    if not examples:
+        raise ValueError("examples: wanted at least one, got an empty list")
+    checked = []
+    for m, example in enumerate(examples):
+        if not isinstance(example, Mapping):
+            raise TypeError(f"example {m}: wanted a mapping with 'input' and 'target', got {type(example).__name__}")
+        row = {}
+        for key, other in (("input", "sentence"), ("target", "label")):
+            found = key if key in example else other
+            if found not in example:
+                raise ValueError(f"example {m}: wanted the key {key!r} (or {other!r}), got {sorted(map(str, example))}")
+            if not isinstance(example[found], str):
+                raise TypeError(f"example {m}: {found!r}: wanted a string, got {type(example[found]).__name__}")
+            row[key] = example[found]
+        if not row["target"].strip():
+            raise ValueError(f"example {m}: wanted a target, got an empty string")
+        checked.append(row)
+    return checked

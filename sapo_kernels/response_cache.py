@@ -1,0 +1,267 @@
+"""ResponseCache: everything about a scoring job that does not depend on the model's weights.
+
+Token ids, targets, rows, positions and the passes, made once and kept on the device, so that scoring the same prompts on
+the same examples again, as the model changes, tokenises and plans nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .render import Rendered, Renderer, Template, check_examples, check_prompts
+from .trie import TokenTrie, TriePass, plan_trie
+
+logger = logging.getLogger("sapo_kernels")
+_BATCH = 2048
+
+
+@dataclass(frozen=True)
+class ScorePlan:
+    """A trie over all cells and the passes that cover it."""
+
+    trie: TokenTrie
+    passes: list[TriePass]
+
+
+class ResponseCache:
+    """Token ids of K prompts x M examples and the plan to score them; build it with `build` or `from_token_ids`.
+
+    Attributes:
+        prompts: K strings (``"prompt 0"``... if made from ids).
+        num_prompts, num_examples: K and M. Cell (k, m) has the flat number ``k * M + m``.
+        stats: what rendering did: "truncated_inputs" and "truncated_targets" (cells cut to max_source and max_target),
+            "boundary_breaks" (cells whose context is no token prefix of context + response), "special_tokens_in_text"
+            (examples whose text contains a special token of the tokenizer).
+    """
+
+    def __init__(self, ids, offsets, context_lengths, prompts: list[str], num_examples: int, stats: dict):
+        self.ids: np.ndarray = ids
+        self.offsets: np.ndarray = offsets
+        self.context_lengths: np.ndarray = context_lengths
+        self.prompts, self.num_examples, self.stats = prompts, num_examples, stats
+        self.max_id = int(ids.max()) if len(ids) else -1
+        self._plans: dict = {}
+
+    @property
+    def num_prompts(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def response_lengths(self) -> np.ndarray:
+        """[K * M] int64 response tokens of each cell."""
+        return np.diff(self.offsets) - self.context_lengths
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """[K * M] int64 tokens a forward of each cell alone computes: all but the last response token."""
+        return np.diff(self.offsets) - 1
+
+    @property
+    def contexts(self) -> list[list[list[int]]]:
+        """``contexts[k][m]``: token ids of each cell's context."""
+        return self._nested(self.offsets[:-1], self.offsets[:-1] + self.context_lengths)
+
+    @property
+    def responses(self) -> list[list[list[int]]]:
+        """``responses[k][m]``: token ids of each cell's response."""
+        return self._nested(self.offsets[:-1] + self.context_lengths, self.offsets[1:])
+
+    def _nested(self, first, stop) -> list[list[list[int]]]:
+        flat = [self.ids[a:b].tolist() for a, b in zip(first, stop, strict=True)]
+        return [flat[k * self.num_examples : (k + 1) * self.num_examples] for k in range(self.num_prompts)]
+
+    def __repr__(self) -> str:
+        return f"ResponseCache({self.num_prompts} prompts x {self.num_examples} examples, {len(self.ids)} tokens)"
+
+    def plan(self, max_tokens: int) -> ScorePlan:
+        """The trie of all cells cut into passes of at most `max_tokens`; planned once per budget."""
+        if max_tokens not in self._plans:
+            trie = next(iter(self._plans.values())).trie if self._plans else None
+            trie = trie or plan_trie(self.ids, self.offsets, self.context_lengths)
+            self._plans[max_tokens] = ScorePlan(trie, trie.passes(max_tokens))
+        return self._plans[max_tokens]
+
+    @classmethod
+    def from_token_ids(cls, contexts: Sequence, responses: Sequence, prompts: Sequence[str] | None = None):
+        """A cache of ready token ids.
+
+        Args:
+            contexts: ``contexts[k][m]``, K lists of M lists of ids, each with at least one id.
+            responses: ``responses[m]``, M lists of ids shared by all prompts, or ``responses[k][m]``.
+            prompts: K names for reports.
+
+        Raises:
+            ValueError, TypeError: naming the cell that is missing, empty, ragged or not made of ids.
+        """
+        if not len(contexts) or not len(contexts[0]):
+            raise ValueError("contexts: wanted at least one prompt and one example, got none")
+        num_examples = len(contexts[0])
+        for k, row in enumerate(contexts):
+            if len(row) != num_examples:
+                raise ValueError(f"contexts[{k}]: wanted {num_examples} examples as in contexts[0], got {len(row)}")
+        if not len(responses) or not len(responses[0]):
+            raise ValueError("responses: wanted at least one, got none or an empty first response")
+        shared = np.ndim(responses[0][0]) == 0
+        if len(responses) != (num_examples if shared else len(contexts)):
+            raise ValueError(
+                f"responses: wanted {num_examples} (one per example) or {len(contexts)} lists (one per prompt), got "
+                f"{len(responses)}"
+            )
+        cells = []
+        for k, row in enumerate(contexts):
+            answers = responses if shared else responses[k]
+            if len(answers) != num_examples:
+                raise ValueError(f"responses[{k}]: wanted {num_examples} examples, got {len(answers)}")
+            for m, context in enumerate(row):
+                cells.append((_ids(context, f"contexts[{k}][{m}]"), _ids(answers[m], f"response of cell ({k}, {m})")))
+        names = [f"prompt {k}" for k in range(len(contexts))] if prompts is None else list(prompts)
+        if len(names) != len(contexts):
+            raise ValueError(f"prompts: wanted {len(contexts)} names, got {len(names)}")
+        return cls(*_flatten(cells), names, num_examples, {})
+
+    @classmethod
+    def build(
+        cls,
+        tokenizer,
+        prompts: Sequence[str],
+        examples: Sequence[Mapping[str, str]],
+        template: Template = None,
+        *,
+        suffix: str = "",
+        text_word: str = "Text",
+        max_source: int = 1536,
+        max_target: int = 128,
+    ) -> ResponseCache:
+        """Render and tokenise every (prompt, example) once.
+
+        Args:
+            tokenizer: a transformers tokenizer; its chat template is used if it has one.
+            prompts: K instructions, not empty, free of the tokenizer's special tokens.
+            examples: M mappings with "input" and "target" (or "sentence" and "label"), targets not empty.
+            template, suffix, text_word: the layout, see `sapo_kernels.render.Renderer`.
+            max_source: longest context in tokens; a longer one loses the end of its *input*, never of the instruction,
+                the suffix or the closing of the turn.
+            max_target: longest response in tokens; the rest is cut, as in the paper.
+
+        Raises:
+            ValueError, TypeError: naming the prompt or example, what was wanted and what was got.
+        """
+        specials = sorted({str(s) for s in tokenizer.all_special_tokens if s})
+        prompts, examples = check_prompts(prompts, specials), check_examples(examples)
+        if max_source < 1 or max_target < 1:
+            raise ValueError(f"max_source, max_target: wanted at least 1, got {max_source} and {max_target}")
+        renderer = Renderer(tokenizer, template, suffix, text_word)
+        builder = _Builder(renderer, prompts, examples, max_source, max_target)
+        cells = builder.cells()
+        tainted = [m for m, e in enumerate(examples) if any(s in e["input"] or s in e["target"] for s in specials)]
+        stats = {**builder.stats, "special_tokens_in_text": len(tainted)}
+        if tainted:
+            logger.warning(
+                "%d examples (first: %d) contain a special token of the tokenizer as text; it is read as that token",
+                len(tainted), tainted[0],
+            )  # fmt: skip
+        return cls(*_flatten(cells), prompts, len(examples), stats)
+
+
+class _Builder:
+    """Tokenises the cells of one `ResponseCache.build` in batches and counts what it had to change."""
+
+    def __init__(self, renderer: Renderer, prompts, examples, max_source: int, max_target: int):
+        self.renderer, self.prompts, self.examples = renderer, prompts, examples
+        self.max_source, self.max_target = max_source, max_target
+        self.leading = renderer.leading_ids()
+        self.stats = {"truncated_inputs": 0, "truncated_targets": 0, "boundary_breaks": 0}
+
+    def tokenize(self, texts: list[str]) -> list[list[int]]:
+        made: list[list[int]] = []
+        for i in range(0, len(texts), _BATCH):
+            # verbose=False: "longer than the model's maximum" is not news here, max_source and max_target rule.
+            batch = self.renderer.tokenizer(
+                texts[i : i + _BATCH], add_special_tokens=False, return_attention_mask=False, verbose=False
+            )
+            made.extend(batch["input_ids"])
+        return made
+
+    def cells(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        size = len(self.examples)
+        rendered = [self.renderer.render(p, e) for p in self.prompts for e in self.examples]
+        contexts = [self.leading + ids for ids in self.tokenize([r.context for r in rendered])]
+        for c, ids in enumerate(contexts):
+            if len(ids) > self.max_source:
+                rendered[c], contexts[c] = self._shorten(c // size, c % size, len(ids))
+                self.stats["truncated_inputs"] += 1
+        whole = [self.leading + ids for ids in self.tokenize([r.context + r.response for r in rendered])]
+
+        broken = [c for c, r in enumerate(rendered) if not r.exact or whole[c][: len(contexts[c])] != contexts[c]]
+        for c, ids in zip(broken, self.tokenize([rendered[c].response for c in broken]), strict=True):
+            whole[c] = contexts[c] + ids
+        self.stats["boundary_breaks"] = len(broken)
+        if broken:
+            k, m = divmod(broken[0], size)
+            logger.warning(
+                "%d of %d cells (first: prompt %d, example %d): the context is no token prefix of context + response; "
+                "context and response were tokenised apart", len(broken), len(whole), k, m,
+            )  # fmt: skip
+
+        cells = []
+        for c, (context, ids) in enumerate(zip(contexts, whole, strict=True)):
+            response = ids[len(context) :]
+            k, m = divmod(c, size)
+            if not context or not response:
+                what = "context" if not context else "response"
+                raise ValueError(f"prompt {k}, example {m}: wanted at least one {what} token, got none")
+            self.stats["truncated_targets"] += len(response) > self.max_target
+            cells.append((np.asarray(context, np.int64), np.asarray(response[: self.max_target], np.int64)))
+        for what in ("inputs", "targets"):
+            if self.stats[f"truncated_{what}"]:
+                logger.warning("%d of %d cells: %s cut", self.stats[f"truncated_{what}"], len(cells), what)
+        return cells
+
+    def _shorten(self, k: int, m: int, length: int) -> tuple[Rendered, list[int]]:
+        """Cut the input from its end, in whole tokens, until the context fits."""
+        example, tokenizer = self.examples[m], self.renderer.tokenizer
+        text = example["input"]
+        ends = _token_ends(tokenizer, text)
+        keep = len(ends)
+        while length > self.max_source:
+            keep -= length - self.max_source
+            if keep < 0:
+                raise ValueError(
+                    f"prompt {k}, example {m}: wanted a context of at most {self.max_source} tokens, got more even "
+                    "without the input; shorten the prompt or raise max_source"
+                )
+            cut = {**example, "input": text[: ends[keep - 1]] if keep else ""}
+            rendered = self.renderer.render(self.prompts[k], cut)
+            ids = self.leading + self.tokenize([rendered.context])[0]
+            length = len(ids)
+        return rendered, ids
+
+
+def _token_ends(tokenizer, text: str) -> list[int]:
+    """Where each token of `text` ends, in characters; per character for tokenizers without offsets."""
+    if getattr(tokenizer, "is_fast", False):
+        made = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        return [stop for _, stop in made["offset_mapping"]]
+    return list(range(1, len(text) + 1))
+
+
+def _ids(values, name: str) -> np.ndarray:
+    array = np.asarray(values)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise TypeError(f"{name}: wanted a flat list of token ids, got {array.dtype} of shape {list(array.shape)}")
+    if not array.size:
+        raise ValueError(f"{name}: wanted at least one token id, got none")
+    if int(array.min()) < 0:
+        raise ValueError(f"{name}: token ids must not be negative, got {int(array.min())}")
+    return array.astype(np.int64)
+
+
+def _flatten(cells: list[tuple[np.ndarray, np.ndarray]]):
+    context_lengths = np.asarray([len(c) for c, _ in cells], dtype=np.int64)
+    lengths = context_lengths + np.asarray([len(r) for _, r in cells], dtype=np.int64)
+    ids = np.concatenate([part for cell in cells for part in cell])
+    return ids, np.concatenate([[0], np.cumsum(lengths)]), context_lengths

@@ -1,0 +1,170 @@
+"""What a model allows: which road it can take, and how its head turns hidden states into logits.
+
+Nothing here is trusted alone: `decoder` probes every model once, tree against plain forward, and checks the head's
+transform against the model's own logits in every pass.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from torch import nn
+
+ATTENTION_KINDS = {"full_attention", "sliding_attention"}
+ROPE_BY_LENGTH = {"dynamic", "longrope"}
+POSITION_TABLES = {"wpe", "embed_positions", "position_embeddings", "position_embedding"}
+
+
+def unwrap(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """(what to call, the transformers causal LM inside).
+
+    Wrappers that only add gradient synchronisation or compilation are peeled off; PEFT's stay, they may act in forward.
+    """
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        else:
+            break
+    inner = model
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        if getattr(model.active_peft_config, "is_prompt_learning", False):
+            raise ValueError(
+                f"model: {model.active_peft_config.peft_type} adds virtual tokens in front of the text; "
+                "prompt-learning adapters cannot be scored"
+            )
+        inner = model.get_base_model()
+    if not hasattr(inner, "config") or not hasattr(inner, "get_output_embeddings"):
+        raise TypeError(f"model: wanted a transformers causal LM or a PeftModel of one, got {type(model).__name__}")
+    if getattr(inner.config, "is_encoder_decoder", False):
+        raise TypeError(f"model: wanted a decoder-only causal LM, got the encoder-decoder {type(inner).__name__}")
+    if inner.get_output_embeddings() is None:
+        raise TypeError(f"model: {type(inner).__name__} has no output embeddings, so no log-probabilities")
+    return model, inner
+
+
+def text_config(inner: nn.Module):
+    """The configuration of the text decoder."""
+    config = inner.config
+    return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+
+
+def vocabulary_size(inner: nn.Module) -> int:
+    """Rows of the input embedding, the ids a model can read."""
+    return int(inner.get_input_embeddings().num_embeddings)
+
+
+def rope_kinds(config) -> set[str]:
+    """All rope types a configuration uses; some families keep one set of parameters for each layer type."""
+    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    nested = [p for p in parameters.values() if isinstance(p, dict)]
+    return {p.get("rope_type") or p.get("type") or "default" for p in (nested or [parameters]) if p}
+
+
+def length_dependent(inner: nn.Module, longest: int) -> str | None:
+    """Why a token's rotary angles depend on the longest sequence of its forward, or None if they do not."""
+    config = text_config(inner)
+    kinds = rope_kinds(config) & ROPE_BY_LENGTH
+    if not kinds:
+        return None
+    parameters = getattr(config, "rope_parameters", None) or {}
+    original = parameters.get("original_max_position_embeddings") or getattr(
+        config, "original_max_position_embeddings", None
+    )
+    original = original or getattr(config, "max_position_embeddings", 0)
+    if longest <= original:
+        return None
+    return f"rope type {sorted(kinds)[0]!r} with sequences of {longest} > {original} tokens"
+
+
+def too_long(inner: nn.Module, longest: int) -> str | None:
+    """Why sequences of `longest` tokens do not fit learned position embeddings, or None if they do.
+
+    On a GPU an index past the table would end the process's use of the device, so this is asked first.
+    """
+    limit = getattr(text_config(inner), "max_position_embeddings", None)
+    learned = any(
+        isinstance(module, nn.Embedding) and name.rpartition(".")[2] in POSITION_TABLES
+        for name, module in inner.named_modules()
+    )
+    if learned and limit is not None and longest > limit:
+        return f"{type(inner).__name__} has {limit} learned positions, the longest sequence needs {longest}"
+    return None
+
+
+def tree_refusal(inner: nn.Module, longest: int) -> str | None:
+    """Why the tree road is closed to this class of model, or None; the probe decides the rest."""
+    name, config = type(inner).__name__, text_config(inner)
+    if not getattr(inner, "_can_set_attn_implementation", lambda: False)():
+        return f"{name} does not go through transformers' attention interface"
+    if getattr(inner, "_is_stateful", False):
+        return f"{name} carries state from token to token"
+    kinds = set(getattr(config, "layer_types", None) or []) - ATTENTION_KINDS
+    if kinds:
+        return f"{name} has layers of type {', '.join(sorted(map(str, kinds)))}"
+    if "position_ids" not in inspect.signature(inner.forward).parameters:
+        return f"{name} takes no position_ids"
+    if getattr(config, "model_type", "").startswith("llama4") and getattr(config, "attn_temperature_tuning", True):
+        return f"{name} scales queries by their place in the batch"
+    return length_dependent(inner, longest)
+
+
+def lost_window(inner: nn.Module, longest: int, windowed: int) -> str | None:
+    """Why a sliding window of the configuration would be lost in the tree, or None.
+
+    `windowed` is how many attention calls of one forward were given a window. A family that builds its window into
+    the mask alone gives none, and sequences longer than the window would be scored as if it did not exist.
+    """
+    config = text_config(inner)
+    window = getattr(config, "sliding_window", None)
+    if not window or longest <= window:
+        return None
+    kinds = getattr(config, "layer_types", None)
+    wanted = sum(kind == "sliding_attention" for kind in kinds) if kinds else 1
+    if windowed >= wanted:
+        return None
+    return f"{type(inner).__name__}: {wanted} layers have a sliding window, {windowed} attention calls were given it"
+
+
+def head_transform(inner: nn.Module) -> tuple[float, float | None]:
+    """(scale, softcap) between the head's matrix product and the logits.
+
+    The same attribute means different things in different families, hence the table. A family that is missing here is
+    found out by the check against the model's own logits and scored through them.
+    """
+    config = text_config(inner)
+    kind = getattr(config, "model_type", "")
+    scale, softcap = 1.0, getattr(config, "final_logit_softcapping", None)
+    if kind.startswith("cohere"):
+        scale = getattr(config, "logit_scale", None) or 1.0
+    elif kind.startswith("granite"):
+        scale = 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+    elif kind.startswith("hyperclovax"):
+        scale = getattr(config, "logits_scaling", None) or 1.0
+    elif kind.startswith("falcon_h1"):
+        scale = getattr(config, "lm_head_multiplier", None) or 1.0
+    elif kind == "recurrent_gemma":
+        softcap = getattr(config, "logits_soft_cap", None)
+    return float(scale), softcap
+
+
+def plain_head(head: nn.Module, hidden: torch.Tensor, own_hooks: int = 0) -> bool:
+    """Whether ``head(h)`` is exactly ``h @ head.weight.T + head.bias``.
+
+    Adapters replace the module (PEFT's class is also called Linear), quantisers change the weight's type, offloading and
+    other hooks act around it; all of them go through the module instead. `own_hooks` are the caller's own.
+    """
+    patched = "forward" in vars(head) or head._forward_hooks or len(head._forward_pre_hooks) > own_hooks
+    if type(head) is not nn.Linear or patched or nn.utils.parametrize.is_parametrized(head):
+        return False
+    weight = head.weight
+    return (
+        type(weight) in (nn.Parameter, torch.Tensor)
+        and weight.is_floating_point()
+        and weight.dim() == 2
+        and weight.shape[1] == hidden.shape[-1]
+        and weight.device == hidden.device
+        and weight.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    )

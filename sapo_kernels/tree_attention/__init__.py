@@ -1,0 +1,1 @@
+"""Attention over a token trie: every token sees its ancestors and itself."""

@@ -1,0 +1,96 @@
+"""The public tree_attention: checks, then one call of the operator."""
+
+from __future__ import annotations
+
+import torch
+
+from ..trie import TokenTrie, TriePass
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def tree_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    trie: TriePass | TokenTrie,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """Attention in which each token of a trie sees its ancestors and itself.
+
+    ``s[i, h, j] = scale * q[i, h] . k[j, h // G]`` over the keys j on the path from the root to token i (with
+    ``window``: those with ``position[i] - position[j] < window``), then ``softmax(s) @ v``. The same as running
+    causal attention on every root-to-leaf sequence alone and keeping one copy of each shared row::
+
+        for path in sequences:                      # token indices from root to leaf
+            out[path] = causal_attention(q[path], k[path], v[path])
+
+    Args:
+        q: [Tq, Hq, Dk] float32, bfloat16, float16 or float64; Tq is the number of tokens of the pass.
+        k: [Tk, Hkv, Dk], same dtype; ``Tk = carried + Tq``, carried ancestors first. Hq = G * Hkv for an integer G,
+            query head ``h * G + g`` reads kv head h.
+        v: [Tk, Hkv, Dv], same dtype; Dv may differ from Dk.
+        trie: the pass that says who sees whom (`TokenTrie.passes`), or a whole trie (then ``Tk == Tq``).
+        scale: factor on the logits; default ``Dk ** -0.5``.
+        window: sliding window in positions, at least 1; None is unlimited.
+        softcap: ``s <- softcap * tanh(s / softcap)``, positive; None is off.
+        sinks: [Hq] float, one extra logit per head that takes part in the softmax's denominator only.
+        impl: "auto", "triton", "sdpa" or "reference".
+
+    Returns:
+        [Tq, Hq, Dv] in q's dtype.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was wanted and what was got; nothing was computed.
+        RuntimeError: an explicit ``impl`` that cannot run here.
+
+    Numerics: softmax and accumulation in float32 (float64 for float64 inputs); deterministic. No backward.
+    Source: SAPO, arXiv 2606.01967; online softmax as in FlashAttention, arXiv 2205.14135.
+    """
+    if isinstance(trie, TokenTrie):
+        passes = trie.passes()
+        if len(passes) != 1:
+            raise ValueError("tree_attention: trie: wanted at least one token, got an empty trie")
+        trie = passes[0]
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    _check(q, k, v, trie, window, softcap, sinks)
+    plan = trie.to(q.device)
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+    return torch.ops.sapo_kernels.tree_attention(
+        q, k, v, plan.position, plan.subtree_end, plan.block_start, plan.span_ptr, plan.span,
+        sinks, scale, window, softcap, plan.block_tokens, impl,
+    )  # fmt: skip
+
+
+def _check(q, k, v, trie, window, softcap, sinks) -> None:
+    fresh, keys = len(trie.input_ids), len(trie.position)
+    for name, t, tokens in (("q", q, fresh), ("k", k, keys), ("v", v, keys)):
+        if t.dim() != 3 or t.shape[0] != tokens:
+            raise ValueError(
+                f"tree_attention: {name}: wanted [{tokens}, heads, head_dim] for this pass, got {list(t.shape)}"
+            )
+        if t.dtype not in DTYPES or t.dtype != q.dtype:
+            raise TypeError(f"tree_attention: {name}: wanted one of {DTYPES}, the same as q, got {t.dtype}")
+        if t.device != q.device:
+            raise ValueError(f"tree_attention: {name}: wanted q's device {q.device}, got {t.device}")
+    if k.shape[1] != v.shape[1] or not k.shape[1] or q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"tree_attention: heads: wanted q heads a multiple of kv heads and as many k as v heads, got "
+            f"{q.shape[1]}, {k.shape[1]} and {v.shape[1]}"
+        )
+    if q.shape[2] != k.shape[2] or not q.shape[2] or not v.shape[2]:
+        raise ValueError(f"tree_attention: head_dim: wanted the same for q and k, got {q.shape[2]} and {k.shape[2]}")
+    if window is not None and window < 1:
+        raise ValueError(f"tree_attention: window: wanted at least 1 or None, got {window}")
+    if softcap is not None and not 0 < softcap < float("inf"):
+        raise ValueError(f"tree_attention: softcap: wanted a positive number or None, got {softcap}")
+    if sinks is not None and (sinks.shape != q.shape[1:2] or sinks.device != q.device or sinks.dtype not in DTYPES):
+        raise ValueError(
+            f"tree_attention: sinks: wanted a float tensor [{q.shape[1]}] on {q.device}, got {sinks.dtype} "
+            f"{list(sinks.shape)} on {sinks.device}"
+        )
