@@ -32,9 +32,11 @@ class DataError(ValueError):
 
 
 def excerpt(text: object, limit: int = 60) -> str:
-    """Quoted, on one line, ASCII only and of about `limit` characters at most: safe inside any message."""
-    text = text if isinstance(text, str) else reprlib.repr(text)
-    return ascii(text if len(text) <= limit else text[:limit] + "...")
+    """`repr` on one line, ASCII only, of about `limit` characters at most: safe inside any message."""
+    if isinstance(text, str):
+        return ascii(text if len(text) <= limit else text[:limit] + "...")
+    shown = reprlib.repr(text).encode("ascii", "backslashreplace").decode()
+    return shown if len(shown) <= limit else shown[:limit] + "..."
 
 
 def atomic_write(path: str | os.PathLike, data: bytes | str) -> None:

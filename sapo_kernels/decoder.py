@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from . import support
+from .guard import BUSY
 from .linear_logprob.torch import chunk_rows, logprob_of_logits
 from .tree_attention.api import tree_attention
 from .trie import TriePass
@@ -71,7 +72,7 @@ def trie_attention(module, query, key, value, attention_mask, scaling=None, drop
     """The function behind transformers' attention interface: query [1, Hq, T, D] -> ([1, T, Hq, Dv], None)."""
     state: _TreeState | None = getattr(_running, "state", None)
     if state is None:
-        raise RuntimeError("this model is being scored by another thread; its forward cannot be used until that ends")
+        raise RuntimeError(BUSY)
     for name in FOREIGN_ARGUMENTS:
         if kwargs.get(name) is not None:
             raise NotTreeable(f"its attention takes {name}")
@@ -104,23 +105,6 @@ def trie_attention(module, query, key, value, attention_mask, scaling=None, drop
         window=sliding_window, softcap=softcap, sinks=s_aux, impl=state.impl,
     )  # fmt: skip
     return out[None], None
-
-
-@contextlib.contextmanager
-def scoring_mode(model: nn.Module):
-    """Evaluation mode and no gradients for the block; every module's own mode comes back, also after an exception.
-
-    Module by module: ``model.train(was)`` would put frozen or deliberately evaluating submodules into training.
-    """
-    training = [m for m in model.modules() if m.training]
-    try:
-        for module in training:
-            module.training = False
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 @contextlib.contextmanager
@@ -159,10 +143,12 @@ class HeadReader:
         self._logprob: torch.Tensor | None = None
         self._expected: torch.Tensor | None = None
         self._own_call = False
+        self._thread = threading.get_ident()
 
     @contextlib.contextmanager
     def installed(self):
-        """Hook the head for the block."""
+        """Hook the head for the block, for this thread."""
+        self._thread = threading.get_ident()
         handle = self.head.register_forward_pre_hook(self._hook)
         try:
             yield self
@@ -186,6 +172,8 @@ class HeadReader:
             self._batch = self._logprob = self._expected = None
 
     def _hook(self, module, args):
+        if threading.get_ident() != self._thread:
+            raise RuntimeError(BUSY)
         if self._own_call or self._batch is None:
             return None
         batch, hidden = self._batch, args[0]

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ._io import DataError, read_json, write_json
+from ._io import DataError, excerpt, read_json, write_json
 
 logger = logging.getLogger("sapo_kernels")
 SCHEMA = "sapo_kernels.PromptScores/1"
@@ -109,17 +109,17 @@ class PromptScores:
         if not isinstance(data, dict) or data.get("schema") != SCHEMA:
             got = data.get("schema") if isinstance(data, dict) else type(data).__name__
             raise DataError(f"scores: schema: wanted {SCHEMA!r}, got {str(got)[:80]!r}")
-        try:
-            nll = torch.tensor([[float(x) for x in row] for row in data["nll"]], dtype=torch.float64)
-            tokens = torch.tensor(data["tokens"], dtype=torch.int64)
-            prompts, stats = data["prompts"], data.get("stats", {})
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"scores: wanted prompts, nll and tokens as `to_dict` writes them: {error}") from error
-        well = isinstance(prompts, list) and all(isinstance(p, str) for p in prompts) and isinstance(stats, dict)
-        if not well or nll.dim() != 2 or nll.shape != tokens.shape or nll.shape[0] != len(prompts) or tokens.min() < 0:
+        prompts, stats = data.get("prompts"), data.get("stats", {})
+        if not isinstance(prompts, list) or not all(isinstance(p, str) for p in prompts):
+            raise DataError(f"scores: prompts: wanted a list of strings, got {excerpt(prompts)}")
+        if not isinstance(stats, dict):
+            raise DataError(f"scores: stats: wanted an object, got {excerpt(stats)}")
+        nll = torch.tensor(_matrix(data, "nll", _nats), dtype=torch.float64)
+        tokens = torch.tensor(_matrix(data, "tokens", _count), dtype=torch.int64)
+        if nll.shape != tokens.shape or nll.shape[0] != len(prompts):
             raise DataError(
-                f"scores: wanted {len(prompts) if isinstance(prompts, list) else 'K'} prompts with nll and tokens [K, M], "
-                f"got {list(nll.shape)} and {list(tokens.shape)}"
+                f"scores: wanted {len(prompts)} prompts with nll and tokens [{len(prompts)}, M], got "
+                f"{list(nll.shape)} and {list(tokens.shape)}"
             )
         return cls(nll, tokens, prompts, stats)
 
@@ -130,8 +130,9 @@ class PromptScores:
     @classmethod
     def load(cls, path: str | os.PathLike) -> PromptScores:
         """Read what `save` wrote; raises `DataError` naming the file."""
+        data = read_json(path)
         try:
-            return cls.from_dict(read_json(path))
+            return cls.from_dict(data)
         except DataError as error:
             raise DataError(f"{path}: {error}") from error
 
@@ -145,3 +146,31 @@ class PromptScores:
         if len(order) > 5:
             lines.append(f"  ... {len(order) - 5} more")
         return "\n".join(lines)
+
+
+def _nats(value: Any) -> float | None:
+    """A number or one of the strings that stand for the numbers JSON does not have; None for anything else."""
+    if type(value) not in (int, float) and value not in ("nan", "inf", "-inf"):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return None
+
+
+def _count(value: Any) -> int | None:
+    return value if type(value) is int and 0 <= value < 2**63 else None
+
+
+def _matrix(data: dict[str, Any], name: str, read) -> list[list]:
+    """``data[name]`` as K lists of M values each, none of them None after `read`."""
+    rows = data.get(name)
+    well = isinstance(rows, list) and rows and all(isinstance(row, list) for row in rows)
+    if not well or not rows[0] or any(len(row) != len(rows[0]) for row in rows):
+        raise DataError(f"scores: {name}: wanted K lists of M numbers each, got {excerpt(rows)}")
+    result = [[read(value) for value in row] for row in rows]
+    for k, row in enumerate(result):
+        if None in row:
+            m = row.index(None)
+            raise DataError(f"scores: {name}[{k}][{m}]: wanted a number, got {excerpt(rows[k][m])}")
+    return result

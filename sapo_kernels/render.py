@@ -25,9 +25,10 @@ class Rendered:
 class Renderer:
     """Renders cells for one tokenizer.
 
-    The user turn is ``prompt + "\\n\\n" + text_word + ":\\n" + input + "\\n\\n" + suffix`` (without the last blank line if
-    the suffix is empty), or ``template`` filled by replacement: ``{prompt}`` and ``{input}``, each at least once. A
-    callable ``template(prompt, example)`` returns the user turn, or a pair (context, response) that is taken as it is.
+    The user turn is ``prompt + "\\n\\n" + text_word + ":\\n" + input + "\\n\\n" + suffix`` (without the last blank
+    line if the suffix is empty), or ``template`` filled by replacement: ``{prompt}`` and ``{input}``, each at least
+    once. A callable ``template(prompt, example)`` returns the user turn, or a pair (context, response) that is taken
+    as it is.
 
     With a chat template the user turn becomes a conversation and the target the assistant's turn; whatever closes
     that turn belongs to the response. Thinking is switched off. Without one, the layout is the user turn followed by
@@ -87,6 +88,16 @@ class Renderer:
         return [bos] if bos is not None and ids[:1] == [bos] else []
 
 
+def special_tokens(tokenizer) -> list[str]:
+    """Every text that the tokenizer reads as a special token.
+
+    Turn markers are often added tokens that have no role of their own (Llama 3's ``<|start_header_id|>``), so
+    ``all_special_tokens`` does not know them.
+    """
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    return sorted({str(s) for s in [*tokenizer.all_special_tokens, *(t for t in added if t.special)] if str(s)})
+
+
 def check_prompts(prompts: Sequence[str], specials: Sequence[str] = ()) -> list[str]:
     """The prompts as a list, or one error that names the first bad one."""
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
@@ -98,6 +109,9 @@ def check_prompts(prompts: Sequence[str], specials: Sequence[str] = ()) -> list[
             raise TypeError(f"prompt {k}: wanted a string, got {type(prompt).__name__}")
         if not prompt.strip():
             raise ValueError(f"prompt {k}: wanted text, got an empty string")
+        _check_characters(prompt, f"prompt {k}")
+        if "\0" in prompt:  # no report could be written with it
+            raise ValueError(f"prompt {k}: wanted text, got a NUL character")
         for special in specials:
             if special in prompt:
                 raise ValueError(f"prompt {k}: wanted plain text, got the tokenizer's special token {special!r} in it")
@@ -121,8 +135,17 @@ def check_examples(examples: Sequence[Mapping[str, str]]) -> list[dict[str, str]
                 raise ValueError(f"example {m}: wanted the key {key!r} (or {other!r}), got {sorted(map(str, example))}")
             if not isinstance(example[found], str):
                 raise TypeError(f"example {m}: {found!r}: wanted a string, got {type(example[found]).__name__}")
+            _check_characters(example[found], f"example {m}: {found!r}")
             row[key] = example[found]
         if not row["target"].strip():
             raise ValueError(f"example {m}: wanted a target, got an empty string")
         checked.append(row)
     return checked
+
+
+def _check_characters(text: str, name: str) -> None:
+    """Half of a surrogate pair has no UTF-8 form, and tokenizers refuse it without saying where it was."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name}: wanted text, got a lone surrogate at character {error.start}") from None

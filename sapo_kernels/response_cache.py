@@ -1,7 +1,7 @@
 """ResponseCache: everything about a scoring job that does not depend on the model's weights.
 
-Token ids, targets, rows, positions and the passes, made once and kept on the device, so that scoring the same prompts on
-the same examples again, as the model changes, tokenises and plans nothing.
+Token ids, targets, rows, positions and the passes, made once and kept on the device, so that scoring the same
+prompts on the same examples again, as the model changes, tokenises and plans nothing.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
-from .render import Rendered, Renderer, Template, check_examples, check_prompts
+from .render import Rendered, Renderer, Template, check_examples, check_prompts, special_tokens
 from .trie import TokenTrie, TriePass, plan_trie
 
 logger = logging.getLogger("sapo_kernels")
@@ -70,6 +71,14 @@ class ResponseCache:
         """``responses[k][m]``: token ids of each cell's response."""
         return self._nested(self.offsets[:-1] + self.context_lengths, self.offsets[1:])
 
+    @cached_property
+    def first_equal(self) -> np.ndarray:
+        """[K * M] int64, the first cell with the same context and response as each cell: duplicates score alike."""
+        seen: dict[tuple[int, bytes], int] = {}
+        spans = zip(self.offsets[:-1].tolist(), self.offsets[1:].tolist(), self.context_lengths.tolist(), strict=True)
+        first = [seen.setdefault((context, self.ids[a:b].tobytes()), c) for c, (a, b, context) in enumerate(spans)]
+        return np.asarray(first, dtype=np.int64)
+
     def _nested(self, first, stop) -> list[list[list[int]]]:
         flat = [self.ids[a:b].tolist() for a, b in zip(first, stop, strict=True)]
         return [flat[k * self.num_examples : (k + 1) * self.num_examples] for k in range(self.num_prompts)]
@@ -97,15 +106,15 @@ class ResponseCache:
         Raises:
             ValueError, TypeError: naming the cell that is missing, empty, ragged or not made of ids.
         """
-        if not len(contexts) or not len(contexts[0]):
+        if not _size(contexts, "contexts") or not _size(contexts[0], "contexts[0]"):
             raise ValueError("contexts: wanted at least one prompt and one example, got none")
         num_examples = len(contexts[0])
         for k, row in enumerate(contexts):
-            if len(row) != num_examples:
+            if _size(row, f"contexts[{k}]") != num_examples:
                 raise ValueError(f"contexts[{k}]: wanted {num_examples} examples as in contexts[0], got {len(row)}")
-        if not len(responses) or not len(responses[0]):
+        if not _size(responses, "responses") or not _size(responses[0], "responses[0]"):
             raise ValueError("responses: wanted at least one, got none or an empty first response")
-        shared = np.ndim(responses[0][0]) == 0
+        shared = not _has_length(responses[0][0])
         if len(responses) != (num_examples if shared else len(contexts)):
             raise ValueError(
                 f"responses: wanted {num_examples} (one per example) or {len(contexts)} lists (one per prompt), got "
@@ -114,11 +123,13 @@ class ResponseCache:
         cells = []
         for k, row in enumerate(contexts):
             answers = responses if shared else responses[k]
-            if len(answers) != num_examples:
+            if _size(answers, f"responses[{k}]") != num_examples:
                 raise ValueError(f"responses[{k}]: wanted {num_examples} examples, got {len(answers)}")
             for m, context in enumerate(row):
                 cells.append((_ids(context, f"contexts[{k}][{m}]"), _ids(answers[m], f"response of cell ({k}, {m})")))
         names = [f"prompt {k}" for k in range(len(contexts))] if prompts is None else list(prompts)
+        if isinstance(prompts, str) or not all(isinstance(name, str) for name in names):
+            raise TypeError("prompts: wanted a list of strings")
         if len(names) != len(contexts):
             raise ValueError(f"prompts: wanted {len(contexts)} names, got {len(names)}")
         return cls(*_flatten(cells), names, num_examples, {})
@@ -150,7 +161,7 @@ class ResponseCache:
         Raises:
             ValueError, TypeError: naming the prompt or example, what was wanted and what was got.
         """
-        specials = sorted({str(s) for s in tokenizer.all_special_tokens if s})
+        specials = special_tokens(tokenizer)
         prompts, examples = check_prompts(prompts, specials), check_examples(examples)
         if max_source < 1 or max_target < 1:
             raise ValueError(f"max_source, max_target: wanted at least 1, got {max_source} and {max_target}")
@@ -228,12 +239,13 @@ class _Builder:
         ends = _token_ends(tokenizer, text)
         keep = len(ends)
         while length > self.max_source:
-            keep -= length - self.max_source
-            if keep < 0:
+            if not keep:
                 raise ValueError(
                     f"prompt {k}, example {m}: wanted a context of at most {self.max_source} tokens, got more even "
                     "without the input; shorten the prompt or raise max_source"
                 )
+            # Never below nothing: in its place the input may be more tokens than alone.
+            keep = max(0, keep - (length - self.max_source))
             cut = {**example, "input": text[: ends[keep - 1]] if keep else ""}
             rendered = self.renderer.render(self.prompts[k], cut)
             ids = self.leading + self.tokenize([rendered.context])[0]
@@ -249,14 +261,34 @@ def _token_ends(tokenizer, text: str) -> list[int]:
     return list(range(1, len(text) + 1))
 
 
+def _size(values, name: str) -> int:
+    """``len(values)`` of something that is indexed by position."""
+    if isinstance(values, (str, bytes, Mapping)) or not _has_length(values):
+        raise TypeError(f"{name}: wanted a list, got {type(values).__name__}")
+    return len(values)
+
+
+def _has_length(value) -> bool:
+    try:
+        len(value)
+    except TypeError:  # arrays without dimensions have the method and raise
+        return False
+    return True
+
+
 def _ids(values, name: str) -> np.ndarray:
-    array = np.asarray(values)
+    try:
+        array = np.asarray(values)
+    except ValueError:  # lists of different lengths inside
+        raise TypeError(f"{name}: wanted a flat list of token ids, got nested lists") from None
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
         raise TypeError(f"{name}: wanted a flat list of token ids, got {array.dtype} of shape {list(array.shape)}")
     if not array.size:
         raise ValueError(f"{name}: wanted at least one token id, got none")
     if int(array.min()) < 0:
         raise ValueError(f"{name}: token ids must not be negative, got {int(array.min())}")
+    if int(array.max()) >= 2**63:
+        raise ValueError(f"{name}: token ids must be below 2**63, got {int(array.max())}")
     return array.astype(np.int64)
 
 

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from . import support
-from .decoder import HeadReader, TreeRunner, run_padded, scoring_mode, trie_attention_installed
+from .decoder import HeadReader, TreeRunner, run_padded, trie_attention_installed
+from .guard import claimed, compilation_off, scoring_mode
 from .probe import OP_IMPL, Verdict, is_out_of_memory, padded_batch, verdict_for
 from .progress import Progress
 from .prompt_scores import PromptScores
@@ -108,8 +109,7 @@ class _Scoring:
 
     def run(self) -> PromptScores:
         started = time.perf_counter()
-        # A compiled model would compile once more for the trie's shapes.
-        with scoring_mode(self.model), torch.compiler.set_stance("force_eager"):
+        with claimed(self.inner), scoring_mode(self.model), compilation_off():
             verdict = verdict_for(self.model, self.inner, self.op_impl, self.device)
             reason = self._tree_closed(verdict)
             if reason is not None and self.impl not in ("auto", "padded"):
@@ -189,12 +189,14 @@ class _Scoring:
         lengths, count = self.cache.lengths, self.cache.response_lengths
         alone = verdict.alone or support.length_dependent(self.inner, self.longest) is not None
         budget = self._budget(verdict.through_model)
+        # Rounding depends on a batch's shape, so equal cells are computed once: ties stay ties.
+        first = self.cache.first_equal
         nll, computed, done = np.full(len(lengths), np.nan), 0, 0
         with (
             Progress(len(lengths), int(lengths.sum()), None, self.progress) as bar,
             self._reader(verdict.through_model) as reader,
         ):
-            waiting = _similar_lengths(lengths, budget, alone)[::-1]
+            waiting = _similar_lengths(np.unique(first), lengths, budget, alone)[::-1]
             while waiting:
                 cells = waiting.pop()
                 batch = padded_batch(self.cache, cells)
@@ -207,12 +209,12 @@ class _Scoring:
                     continue
                 ends = np.concatenate([[0], np.cumsum(count[cells])])
                 nll[cells] = _sum_cells(-logprob.to("cpu", torch.float64).numpy(), ends)
-                computed, done = computed + batch.input_ids.numel(), done + len(cells)
+                computed, done = computed + batch.input_ids.numel(), done + int(np.isin(first, cells).sum())
                 bar.update(done, computed)
             agrees = reader.agrees()
         if not agrees:
             return self._again_through_model(verdict, self._padded)
-        return nll, computed
+        return nll[first], computed
 
     def _again_through_model(self, verdict: Verdict, road):
         logger.warning("the head's transform is not the model's in a later pass; scoring again through its own logits")
@@ -231,9 +233,9 @@ def _unless_out_of_memory(call):
     return None
 
 
-def _similar_lengths(lengths: np.ndarray, budget: int, alone: bool) -> list[list[int]]:
-    """Cells in batches of at most `budget` padded tokens, longest first; with `alone`, of exactly one length."""
-    order = np.argsort(-lengths, kind="stable").tolist()
+def _similar_lengths(cells: np.ndarray, lengths: np.ndarray, budget: int, alone: bool) -> list[list[int]]:
+    """The cells in batches of at most `budget` padded tokens, longest first; with `alone`, of exactly one length."""
+    order = cells[np.argsort(-lengths[cells], kind="stable")].tolist()
     batches: list[list[int]] = []
     for cell in order:
         batch = batches[-1] if batches else None

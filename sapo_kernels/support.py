@@ -12,8 +12,10 @@ import torch
 from torch import nn
 
 ATTENTION_KINDS = {"full_attention", "sliding_attention"}
-ROPE_BY_LENGTH = {"dynamic", "longrope"}
-POSITION_TABLES = {"wpe", "embed_positions", "position_embeddings", "position_embedding"}
+ROPE_BY_LENGTH = ("dynamic", "longrope")
+POSITION_TABLES = {
+    "wpe", "embed_positions", "position_embeddings", "position_embedding", "positions_embed", "pos_encoding",
+}  # fmt: skip
 
 
 def unwrap(model: nn.Module) -> tuple[nn.Module, nn.Module]:
@@ -52,45 +54,51 @@ def text_config(inner: nn.Module):
 
 
 def vocabulary_size(inner: nn.Module) -> int:
-    """Rows of the input embedding, the ids a model can read."""
-    return int(inner.get_input_embeddings().num_embeddings)
+    """Ids that a model can both read and predict; some families have more input rows than logits."""
+    embedding = inner.get_input_embeddings()
+    # Adapters wrap the embedding and need not pass its attributes on.
+    tables = [module for module in embedding.modules() if isinstance(module, nn.Embedding)]
+    rows = tables[0].num_embeddings if tables else int(embedding.weight.shape[0])
+    return min(rows, int(getattr(inner.get_output_embeddings(), "out_features", rows)))
 
 
-def rope_kinds(config) -> set[str]:
-    """All rope types a configuration uses; some families keep one set of parameters for each layer type."""
+def rope_sets(config) -> list[dict]:
+    """All sets of rope parameters of a configuration; some families keep one for each layer type."""
     parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     nested = [p for p in parameters.values() if isinstance(p, dict)]
-    return {p.get("rope_type") or p.get("type") or "default" for p in (nested or [parameters]) if p}
+    return nested or [parameters]
 
 
 def length_dependent(inner: nn.Module, longest: int) -> str | None:
     """Why a token's rotary angles depend on the longest sequence of its forward, or None if they do not."""
     config = text_config(inner)
-    kinds = rope_kinds(config) & ROPE_BY_LENGTH
-    if not kinds:
-        return None
-    parameters = getattr(config, "rope_parameters", None) or {}
-    original = parameters.get("original_max_position_embeddings") or getattr(
-        config, "original_max_position_embeddings", None
-    )
-    original = original or getattr(config, "max_position_embeddings", 0)
-    if longest <= original:
-        return None
-    return f"rope type {sorted(kinds)[0]!r} with sequences of {longest} > {original} tokens"
+    for parameters in rope_sets(config):
+        kind = parameters.get("rope_type") or parameters.get("type") or "default"
+        if not any(name in kind for name in ROPE_BY_LENGTH):
+            continue
+        limits = (
+            parameters.get("original_max_position_embeddings"),
+            getattr(config, "original_max_position_embeddings", None),
+            getattr(config, "max_position_embeddings", None),
+        )
+        original = min((limit for limit in limits if limit), default=0)
+        # At exactly the original length a dynamic rope that has grown before stays grown.
+        if longest >= max(original, 1):
+            return f"rope type {kind!r} with sequences of {longest} tokens, {original} originally"
+    return None
 
 
 def too_long(inner: nn.Module, longest: int) -> str | None:
-    """Why sequences of `longest` tokens do not fit learned position embeddings, or None if they do.
+    """Why sequences of `longest` tokens do not fit a table of position embeddings, or None if they do.
 
     On a GPU an index past the table would end the process's use of the device, so this is asked first.
     """
     limit = getattr(text_config(inner), "max_position_embeddings", None)
-    learned = any(
-        isinstance(module, nn.Embedding) and name.rpartition(".")[2] in POSITION_TABLES
-        for name, module in inner.named_modules()
-    )
-    if learned and limit is not None and longest > limit:
-        return f"{type(inner).__name__} has {limit} learned positions, the longest sequence needs {longest}"
+    tables = [name for name, module in inner.named_modules() if isinstance(module, nn.Embedding)]
+    tables += [name for name, _ in inner.named_buffers()]
+    bounded = any(name.rpartition(".")[2] in POSITION_TABLES for name in tables)
+    if bounded and limit is not None and longest > limit:
+        return f"{type(inner).__name__} has {limit} positions, the longest sequence needs {longest}"
     return None
 
 

@@ -30,6 +30,10 @@ ROUTED = {
 }  # fmt: skip
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 LOCAL_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+MINIMAX_M3 = {
+    **LOCAL_EXPERTS, "dense_intermediate_size": 48, "shared_intermediate_size": 16, "index_n_heads": 2,
+    "index_head_dim": 8, "index_block_size": 4, "index_topk_blocks": 2, "rotary_dim": 4,
+}  # fmt: skip
 MAMBA = {
     "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_expand": 2,
     "mamba_chunk_size": 16,
@@ -94,8 +98,9 @@ TREE = [
     _tree("gemma3_text", "window", query_pre_attn_scalar=12, **ALTERNATING),
     _tree("gemma3-final-softcap", "window", of="gemma3_text", final_logit_softcapping=3.0, **ALTERNATING),
     _tree("gemma3n_text", "window", num_hidden_layers=4, intermediate_size=[48] * 4, num_kv_shared_layers=2,
-          layer_types=["sliding_attention", "full_attention"] * 2, sliding_window=WINDOW, vocab_size_per_layer_input=300,
-          hidden_size_per_layer_input=8, activation_sparsity_pattern=[0.5, 0.0, 0.0, 0.0], laurel_rank=4),
+          layer_types=["sliding_attention", "full_attention"] * 2, sliding_window=WINDOW,
+          vocab_size_per_layer_input=300, hidden_size_per_layer_input=8, laurel_rank=4,
+          activation_sparsity_pattern=[0.5, 0.0, 0.0, 0.0]),
     _tree("gemma4_text", "window", vocab_size_per_layer_input=300, hidden_size_per_layer_input=8,
           layer_types=["sliding_attention", "sliding_attention", "full_attention"], sliding_window=WINDOW),
     _tree("phi"),
@@ -111,8 +116,6 @@ TREE = [
     _tree("granitemoe", logits_scaling=3.0, attention_multiplier=0.2, **LOCAL_EXPERTS),
     _tree("granitemoeshared", logits_scaling=3.0, attention_multiplier=0.2, **LOCAL_EXPERTS),
     _tree("granite_swa", "window", "sinks", logits_scaling=3.0, attention_multiplier=0.2, **ALTERNATING),
-    _tree("granitemoehybrid-attention", of="granitemoehybrid", layer_types=["full_attention"] * 3, logits_scaling=3.0,
-          attention_multiplier=0.2, shared_intermediate_size=16, **LOCAL_EXPERTS, **MAMBA),
     _tree("cohere", logit_scale=0.3),
     _tree("cohere2", "window", logit_scale=0.3, **ALTERNATING),
     _tree("gpt_oss", "window", "sinks", **ALTERNATING, **LOCAL_EXPERTS),
@@ -166,6 +169,23 @@ TREE = [
     _tree("minicpm3", scale_emb=2, dim_model_base=16, **MLA),
     _tree("afmoe", "window", num_shared_experts=1, **EXPERTS, **ALTERNATING),
     _tree("aria_text", moe_num_experts=4, moe_topk=2),
+    _tree("cohere2_moe", "window", num_experts=4, num_experts_per_tok=2, logit_scale=0.3, **ALTERNATING),
+    _tree("granitemoe_swa", "window", "sinks", logits_scaling=3.0, **LOCAL_EXPERTS, **ALTERNATING),
+    _tree("flint", "window", "sinks", shared_expert_intermediate_size=16, mlp_only_layers=[0],
+          **EXPERTS, **ALTERNATING),
+    _tree("laguna", "window", shared_expert_intermediate_size=16, num_attention_heads_per_layer=[4] * 3,
+          mlp_layer_types=["dense", "sparse", "sparse"], **EXPERTS, **ALTERNATING),
+    _tree("beam", "window", n_group=1, topk_group=1, mlp_layer_types=["dense", "sparse", "sparse"],
+          final_logit_softcapping=3.0, **EXPERTS, **ALTERNATING),
+    _tree("longcat_flash", num_layers=2, num_hidden_layers=4, head_dim=8, ffn_hidden_size=48, moe_topk=2,
+          n_routed_experts=4, zero_expert_num=2, expert_ffn_hidden_size=16, **MLA),
+    _tree("youtu", head_dim=8, **MLA),
+    _tree("dbrx", d_model=32, n_heads=4, n_layers=3, max_seq_len=256, head_dim=None, num_key_value_heads=None,
+          attn_config={"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8},
+          ffn_config={"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2}),
+    _tree("hrm_text", num_layers_per_stack=1, num_hidden_layers=None, L_bp_cycles=[2]),
+    _tree("bert", is_decoder=True),
+    _tree("minimax_m3-dense", of="minimax_m3_vl_text", **MINIMAX_M3),
 ]  # fmt: skip
 
 REFUSED = [
@@ -181,7 +201,8 @@ REFUSED = [
     _padded("mamba", state_size=8),
     _padded("rwkv", attention_hidden_size=32, context_length=256),
     _padded("mpt", d_model=32, n_heads=4, n_layers=3, max_seq_len=256),
-    _padded("gpt_neo", num_hidden_layers=None, num_layers=2, num_heads=4, window_size=WINDOW, attention_types=[[["global", "local"], 1]]),
+    _padded("gpt_neo", num_hidden_layers=None, num_layers=2, num_heads=4, window_size=WINDOW,
+            attention_types=[[["global", "local"], 1]]),
     _padded("gptj", rotary_dim=4, **GPT2),
     _padded("codegen", rotary_dim=4, **GPT2),
     _padded("gpt_neox_japanese"),
@@ -198,22 +219,53 @@ REFUSED = [
             logits_scaling=3.0, shared_intermediate_size=16, **LOCAL_EXPERTS, **MAMBA),
     _padded("olmo_hybrid", **LINEAR),
     _padded("qwen3_5_text", **LINEAR),
+    _padded("granitemoehybrid-attention", of="granitemoehybrid", layer_types=["full_attention"] * 3, logits_scaling=3.0,
+            attention_multiplier=0.2, shared_intermediate_size=16, **LOCAL_EXPERTS, **MAMBA),
+    _padded("falcon_mamba", state_size=8),
+    _padded("nemotron_h", num_hidden_layers=4, ssm_state_size=8, mamba_num_heads=8, mamba_head_dim=8, n_groups=2,
+            chunk_size=16, n_routed_experts=4, moe_intermediate_size=16, moe_shared_expert_intermediate_size=16,
+            use_mamba_kernels=False),
+    _padded("zamba2", num_hidden_layers=4, mamba_d_state=8, n_mamba_heads=8, mamba_headdim=8, chunk_size=16,
+            layers_block_type=["linear_attention", "linear_attention", "hybrid", "linear_attention"],
+            attention_hidden_size=64, attention_head_dim=16, use_mamba_kernels=False),
+    _padded("zaya", num_experts=4, moe_intermediate_size=16, router_hidden_size=16),
+    _padded("lfm2_moe", layer_types=["conv", "full_attention", "conv"], num_dense_layers=1, **EXPERTS),
+    _padded("kimi_linear", num_experts=4, num_experts_per_token=2, moe_intermediate_size=16, linear_head_dim=8,
+            linear_num_heads=4, layer_types=LINEAR["layer_types"], mlp_layer_types=["dense", "sparse", "sparse"],
+            **MLA),
+    _padded("xlstm", num_heads=4, num_blocks=2, chunk_size=16),
+    _padded("openai-gpt", **GPT2),
+    # Few indexer heads tie at zero, and a tie makes the plain model itself depend on the sequence's length.
+    _padded("deepseek_v32", index_topk=8, index_head_dim=16, index_n_heads=32, **ROUTED, **MLA),
+    _padded("minimax_m3-sparse", of="minimax_m3_vl_text", **MINIMAX_M3,
+            layer_types=["full_attention", "minimax_m3_sparse", "minimax_m3_sparse"]),
+    _padded("roberta", is_decoder=True),
+    _padded("bart", d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=48),
 ]  # fmt: skip
 
 BY_NAME = {family.name: family for family in TREE + REFUSED}
 
 
-def build(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **config):
-    """The tiny model of one row, in training mode as transformers makes it, with `config` over the row's settings."""
+def build(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, cls=None, **config):
+    """The tiny model of one row in training mode, with `config` over the row's settings.
+
+    `cls` makes a subclass of the row's class from the same configuration.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     family = BY_NAME[name]
     settings = {k: v for k, v in {**BASE, **family.config, **config}.items() if v is not None}
+    settings = AutoConfig.for_model(family.model_type, **settings)
+    return made(lambda: cls(settings) if cls else AutoModelForCausalLM.from_config(settings), seed).to(dtype)
+
+
+def made(make, seed: int = 0):
+    """``make()`` with random parameters, in training mode; the global generator is left alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family.model_type, **settings))
+        model = make()
         randomise(model)
-    return model.to(dtype).train()
+    return model.train()
 
 
 @torch.no_grad()

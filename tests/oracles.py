@@ -148,7 +148,7 @@ def causal_attention(q, k, v, scale, window=None, softcap=None, sinks=None):
 
 def alone_nll(model, context: list[int], response: list[int]) -> list[float]:
     """NLL of each response token by the plain model on this one sequence."""
-    ids = torch.tensor([context + response], device=model.device)
+    ids = torch.tensor([context + response[:-1]], device=model.device)
     with torch.no_grad():
         logprob = torch.log_softmax(model(input_ids=ids, use_cache=False).logits[0].double(), -1)
     return [-float(logprob[len(context) - 1 + j, token]) for j, token in enumerate(response)]

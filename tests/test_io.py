@@ -174,7 +174,8 @@ KILLER = """
 import importlib.util, os, signal, sys
 spec = importlib.util.spec_from_file_location("io_alone", sys.argv[1])
 io = importlib.util.module_from_spec(spec); spec.loader.exec_module(io)
-left, real = int(sys.argv[3]), {name: getattr(os, name) for name in ("open", "write", "fsync", "replace", "close")}
+left = int(sys.argv[3])
+real = {name: getattr(os, name) for name in ("open", "write", "fsync", "replace", "close")}
 def guard(name):
     def call(*args, **kwargs):
         global left

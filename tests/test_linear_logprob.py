@@ -71,9 +71,7 @@ def written_out(hidden, weight, targets, options, dtype=torch.float64):
         logits = options["softcap"] * torch.tanh(logits / options["softcap"])
     logits = logits.to(torch.promote_types(dtype, torch.float32))
     table, pointer = torch.log_softmax(logits, -1), options["target_ptr"].tolist()
-    logprob = [
-        table[r, int(targets[p])] for r in range(len(table)) for p in range(pointer[r], pointer[r + 1])
-    ]
+    logprob = [table[r, int(targets[p])] for r in range(len(table)) for p in range(pointer[r], pointer[r + 1])]
     return (torch.stack(logprob) if logprob else table.new_empty(0)), torch.logsumexp(logits, -1)
 
 
@@ -133,9 +131,7 @@ def test_empty(impl, device):
 @pytest.mark.parametrize("sign", [1, -1])
 def test_extreme_logits(sign, impl, device, poisoned_outputs):
     """Logits of 1e4 neither overflow nor vanish."""
-    hidden, weight, targets, options = inputs(
-        (9, 16, 200, {"owned": (3,)}), torch.float32, device, spread=1e4 / 3
-    )
+    hidden, weight, targets, options = inputs((9, 16, 200, {"owned": (3,)}), torch.float32, device, spread=1e4 / 3)
     exact = written_out(sign * hidden, weight, targets, options)
     assert exact[1].max() > 1e4
     check(

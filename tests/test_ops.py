@@ -16,17 +16,15 @@ STEP = plan_trie(*flatten(random_cells(5))).passes(24)[1]
 assert STEP.carried and len(STEP.span) and len(STEP.carry_index)
 
 
-def attention_arguments(
-    dtype=torch.float32, device="cpu", impl="sdpa", window=None, softcap=None, sinks=False
-):
+def attention_arguments(dtype=torch.float32, device="cpu", impl="sdpa", window=None, softcap=None, sinks=False):
     """Arguments of the operator for a pass with carried keys."""
     generator = torch.Generator().manual_seed(0)
     fresh, keys = len(STEP.input_ids), len(STEP.position)
     shapes = ((fresh, 4, 16), (keys, 2, 16), (keys, 2, 8))
     q, k, v = (torch.randn(*s, generator=generator).to(device, dtype) for s in shapes)
-    index = [getattr(STEP, n).to(device) for n in "position subtree_end block_start span_ptr span".split()]
+    index = (STEP.position, STEP.subtree_end, STEP.block_start, STEP.span_ptr, STEP.span)
     sink = torch.randn(4, generator=generator).to(device) if sinks else None
-    return (q, k, v, *index, sink, 0.25, window, softcap, STEP.block_tokens, impl)
+    return (q, k, v, *(t.to(device) for t in index), sink, 0.25, window, softcap, STEP.block_tokens, impl)
 
 
 def logprob_arguments(dtype=torch.float32, device="cpu", impl="torch", bias=False, softcap=None):
@@ -128,8 +126,8 @@ def test_no_rows_and_no_queries():
     q, k, v, *_ = attention_arguments()
     none = torch.zeros(0, dtype=torch.int32)
     zero = torch.zeros(1, dtype=torch.int32)
-    empty = ops.tree_attention(q[:0], k[:0], v[:0], none, none, zero, zero, none.view(0, 2), None, 1.0, None, None,
-                               64, "sdpa")  # fmt: skip
+    index = (none, none, zero, zero, none.view(0, 2))
+    empty = ops.tree_attention(q[:0], k[:0], v[:0], *index, None, 1.0, None, None, 64, "sdpa")
     assert empty.shape == (0, 4, 8) and empty.dtype == torch.float32
     hidden, weight, *_ = logprob_arguments(torch.bfloat16)
     long = torch.zeros(1, dtype=torch.int64)

@@ -42,8 +42,8 @@ JOBS = {
     "deep": [([1] * 70 + [2 + c] * 20, [3, 4]) for c in range(4)],
     "random": random_cells(4, prompts=5, examples=6, longest=20),
 }
-# name: (job, q heads, kv heads, Dk, Dv, options). Left out: the cross product of head sizes with options; they
-# meet nowhere in a backend.
+# name: (job, q heads, kv heads, Dk, Dv, options). Left out: the cross product of head sizes with options,
+# which no backend handles together.
 CASES = {
     **{f"job {name}": (name, 4, 2, 16, 16, {}) for name in JOBS},
     "one head": ("random", 1, 1, 16, 16, {}),
@@ -103,9 +103,7 @@ def torch_attention(q, k, v, scale, window=None, softcap=None, sinks=None):
     if window is not None or softcap is not None or sinks is not None:
         return causal_attention(q, k, v, scale, window, softcap, sinks)
     q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)[0].transpose(
-        0, 1
-    )
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)[0].transpose(0, 1)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -180,18 +178,14 @@ def test_strides_do_not_matter(impl, device, poisoned_outputs):
         assert torch.equal(got, wanted), name
     k, v = k[:, :1], v[:, :1]
     wanted = sk.tree_attention(q, k.expand(-1, 2, -1).contiguous(), v.repeat(1, 2, 1), trie, impl=impl)
-    assert torch.equal(
-        sk.tree_attention(q, k.expand(-1, 2, -1), v.expand(-1, 2, -1), trie, impl=impl), wanted
-    )
+    assert torch.equal(sk.tree_attention(q, k.expand(-1, 2, -1), v.expand(-1, 2, -1), trie, impl=impl), wanted)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e4])
 def test_large_logits(scale, impl, device):
     """Logits of 1e5 leave one key per query; nothing overflows."""
     q, k, v, _ = inputs("job random", torch.float32, device)
-    q, k = (
-        t.round() for t in (q, k)
-    )  # products of small integers are exact, so the largest logit is never in doubt
+    q, k = (t.round() for t in (q, k))  # products of small integers are exact, so the largest logit is never in doubt
     got = sk.tree_attention(q, k, v, TREES["random"][0], scale=scale, impl=impl)
     assert_close("tree_attention fp32", got, each_alone("random", q, k, v, {"scale": scale}, torch.float64))
 
@@ -318,7 +312,7 @@ def test_bad_arguments_are_named(name):
 
 
 def test_an_empty_trie_is_refused():
-    empty = sk.plan_trie(torch.zeros(0).numpy(), torch.zeros(1).numpy(), torch.zeros(0).numpy())
+    empty = sk.plan_trie([], [0], [])
     with pytest.raises(ValueError, match="trie: wanted at least one token"):
         sk.tree_attention(*(torch.zeros(0, 1, 16) for _ in "qkv"), empty)
 
@@ -341,9 +335,7 @@ for call in (
 """
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTHONPATH")}
     environment["CUDA_VISIBLE_DEVICES"] = ""
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     first, *refused = done.stdout.splitlines()
     assert first == "32.0"

@@ -36,9 +36,7 @@ ADVERSARIAL = {
     "bytes that mislead": [([256, 1], [2]), ([1, 256], [2]), ([0, 0], [256]), ([255], [256, 0]), ([0], [0])],
 }
 RANDOM = {
-    f"random {seed}": random_cells(
-        seed, prompts=1 + seed % 5, examples=1 + seed % 7, vocabulary=2 + 3 * (seed % 4)
-    )
+    f"random {seed}": random_cells(seed, prompts=1 + seed % 5, examples=1 + seed % 7, vocabulary=2 + 3 * (seed % 4))
     for seed in range(6)
 }
 JOBS = {**ADVERSARIAL, **RANDOM}
@@ -81,18 +79,12 @@ def test_nodes_are_runs_without_a_branch(job):
     _, oracle, trie = job
     assert trie.node_start.tolist() == [0, *trie.node_stop[:-1].tolist()]
     assert int(trie.node_stop[-1]) == len(trie)
-    children = np.bincount(
-        [oracle.path(i)[-2] for i in range(len(trie)) if trie.depth[i]], minlength=len(trie)
-    )
+    children = np.bincount([oracle.path(i)[-2] for i in range(len(trie)) if trie.depth[i]], minlength=len(trie))
     for n, (first, stop) in enumerate(zip(trie.node_start.tolist(), trie.node_stop.tolist(), strict=True)):
-        assert trie.depth[first:stop].tolist() == list(
-            range(trie.depth[first], trie.depth[first] + stop - first)
-        )
+        assert trie.depth[first:stop].tolist() == list(range(trie.depth[first], trie.depth[first] + stop - first))
         assert (children[first : stop - 1] == 1).all()
         above = oracle.path(first)[:-1]
-        assert trie.node_parent[n] == (
-            np.searchsorted(trie.node_stop, above[-1], side="right") if above else -1
-        )
+        assert trie.node_parent[n] == (np.searchsorted(trie.node_stop, above[-1], side="right") if above else -1)
         assert trie.node_end[n] == oracle.subtree_end(first)
         assert trie.node_depth[n] == trie.depth[first]
 
@@ -226,6 +218,25 @@ def test_to_moves_once_and_keeps_the_rest():
 def test_bad_sequences_are_named(cells, wanted):
     with pytest.raises(ValueError, match=wanted):
         plan_trie(*flatten(cells))
+
+
+@pytest.mark.parametrize(
+    "ids, offsets, context_lengths, error, wanted",
+    [
+        ([1, 2, 3, 4], [0, 3], [1], ValueError, "offsets: wanted .*from 0 to 4"),
+        ([1, 2, 3], [1, 3], [1], ValueError, "offsets: wanted .*from 0 to 3"),
+        ([1, 2, 3], [0, 9], [1], ValueError, "offsets: wanted .*from 0 to 3"),
+        ([1, 2, 3, 4], [0, 2, 4], [1], ValueError, r"offsets: wanted \[2\]"),
+        ([1, 2, 3], [], [], ValueError, r"offsets: wanted \[1\]"),
+        ([1, 2, 3, 4], [0, 4, 2, 4], [1, 1, 1], ValueError, "sequence 1: .*in -2 tokens"),
+        ([1, 2, 3, 4], [0, 2, 4], 1, TypeError, "context_lengths: wanted a flat array of integers"),
+        ([1.5, 2, 3], [0, 3], [1], TypeError, "ids: wanted a flat array of integers, got float64"),
+        ([[1, 2, 3]], [0, 3], [1], TypeError, r"ids: wanted a flat array of integers, got int64 \[1, 3\]"),
+    ],
+)
+def test_arrays_that_do_not_fit_are_named(ids, offsets, context_lengths, error, wanted):
+    with pytest.raises(error, match=wanted):
+        plan_trie(ids, offsets, context_lengths)
 
 
 @pytest.mark.parametrize("arguments", [{"max_tokens": 0}, {"max_tokens": -3}, {"block_tokens": 0}])

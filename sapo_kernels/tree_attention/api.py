@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from ..trie import TokenTrie, TriePass
@@ -57,8 +59,8 @@ def tree_attention(
         if len(passes) != 1:
             raise ValueError("tree_attention: trie: wanted at least one token, got an empty trie")
         trie = passes[0]
+    _check(q, k, v, trie, scale, window, softcap, sinks)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    _check(q, k, v, trie, window, softcap, sinks)
     plan = trie.to(q.device)
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     return torch.ops.sapo_kernels.tree_attention(
@@ -67,7 +69,7 @@ def tree_attention(
     )  # fmt: skip
 
 
-def _check(q, k, v, trie, window, softcap, sinks) -> None:
+def _check(q, k, v, trie, scale, window, softcap, sinks) -> None:
     fresh, keys = len(trie.input_ids), len(trie.position)
     for name, t, tokens in (("q", q, fresh), ("k", k, keys), ("v", v, keys)):
         if t.dim() != 3 or t.shape[0] != tokens:
@@ -78,16 +80,18 @@ def _check(q, k, v, trie, window, softcap, sinks) -> None:
             raise TypeError(f"tree_attention: {name}: wanted one of {DTYPES}, the same as q, got {t.dtype}")
         if t.device != q.device:
             raise ValueError(f"tree_attention: {name}: wanted q's device {q.device}, got {t.device}")
-    if k.shape[1] != v.shape[1] or not k.shape[1] or q.shape[1] % k.shape[1]:
+    if k.shape[1] != v.shape[1] or not k.shape[1] or not q.shape[1] or q.shape[1] % k.shape[1]:
         raise ValueError(
             f"tree_attention: heads: wanted q heads a multiple of kv heads and as many k as v heads, got "
             f"{q.shape[1]}, {k.shape[1]} and {v.shape[1]}"
         )
     if q.shape[2] != k.shape[2] or not q.shape[2] or not v.shape[2]:
         raise ValueError(f"tree_attention: head_dim: wanted the same for q and k, got {q.shape[2]} and {k.shape[2]}")
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"tree_attention: scale: wanted a finite number or None, got {scale}")
     if window is not None and window < 1:
         raise ValueError(f"tree_attention: window: wanted at least 1 or None, got {window}")
-    if softcap is not None and not 0 < softcap < float("inf"):
+    if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"tree_attention: softcap: wanted a positive number or None, got {softcap}")
     if sinks is not None and (sinks.shape != q.shape[1:2] or sinks.device != q.device or sinks.dtype not in DTYPES):
         raise ValueError(

@@ -50,7 +50,9 @@ def tree_attention_reference(
     total = weights.sum(-1, keepdim=True)
     if sinks is not None:
         total = total + torch.exp(sinks.to(compute)[:, None, None] - top)
-    # A hidden key's value must not matter, even where it is NaN: 0 * NaN is NaN.
     weights = weights / total
-    shown = torch.where(seen.any(0)[:, None, None], value, torch.zeros((), dtype=compute, device=value.device))
-    return torch.einsum("hij,jhd->ihd", weights, shown).to(q.dtype)
+    # A hidden value must not matter, even where it is NaN (0 * NaN is NaN), and a visible one must.
+    bad = ~value.isfinite().all(-1)  # [Tk, Hq]
+    out = torch.einsum("hij,jhd->ihd", weights, value.masked_fill(bad[..., None], 0.0))
+    touched = (seen[:, :, None] & bad).any(1)
+    return out.masked_fill(touched[..., None], float("nan")).to(q.dtype)

@@ -13,62 +13,73 @@ def tree_attention_sdpa(
     q, k, v, position, subtree_end, block_start, span_ptr, span, sinks, scale, window, softcap, block_tokens
 ):
     """Arguments and result as in `sapo_kernels.ops`: q [Tq, Hq, Dk] -> [Tq, Hq, Dv] in q's dtype."""
-    del block_tokens
-    queries, q_heads, _ = q.shape
-    kv_heads = k.shape[1]
-    carried, groups = k.shape[0] - queries, q_heads // kv_heads
-    out = q.new_empty(queries, q_heads, v.shape[-1])
-    # [Tq, Hkv, G, D]: the query heads of one kv head are folded into the rows of one product.
-    q_grouped, out_grouped = q.unflatten(1, (kv_heads, groups)), out.view(queries, kv_heads, groups, -1)
+    carried = k.shape[0] - q.shape[0]
+    out = q.new_empty(q.shape[0], q.shape[1], v.shape[-1])
     starts, pointers, spans = block_start.tolist(), span_ptr.tolist(), span.tolist()
-    plain = softcap is None and sinks is None
-    attend = _fused if plain else _written_out
+    # A masked NaN still spreads through a matrix product: 0 * NaN is NaN. A sum is the cheapest test for one.
+    sound = bool(torch.isfinite(k.sum() + v.sum()))
+    attend = _fused if sound and softcap is None and sinks is None else _written_out
+    hidden_inside = _hidden_inside(block_start, subtree_end, block_tokens)
 
     for b, (first, stop) in enumerate(zip(starts, starts[1:])):  # noqa: B905 (pairs of neighbours)
         pieces = [*spans[pointers[b] : pointers[b + 1]], [first, stop]]
-        keys = torch.cat([k[i:j] for i, j in pieces]).transpose(0, 1)
-        values = torch.cat([v[i:j] for i, j in pieces]).transpose(0, 1)
-        size, outside = stop - first, keys.shape[1] - (stop - first)
-        seen = torch.ones(size, outside + size, dtype=torch.bool, device=q.device)
-        own = torch.arange(first, stop, device=q.device)
-        seen[:, outside:] = (own <= own[:, None]) & (own[:, None] < subtree_end[first:stop])
+        if len(pieces) == 2 and pieces[0][1] == first:  # one run of keys, nothing to copy
+            pieces = [[pieces[0][0], stop]]
+        keys, values = (_gather(t, pieces).transpose(0, 1) for t in (k, v))
+        size = stop - first
+        hidden = torch.zeros(size, keys.shape[1], dtype=torch.bool, device=q.device)
+        hidden[:, keys.shape[1] - size :] = hidden_inside[b, :size, :size]
         if window is not None:
-            key_position = torch.cat([position[i:j] for i, j in pieces])
-            seen &= position[first:stop, None] - key_position < window
-        block = q_grouped[first - carried : stop - carried].permute(1, 2, 0, 3)  # [Hkv, G, size, D]
-        result = attend(block, keys, values, seen, sinks, scale, softcap)
-        out_grouped[first - carried : stop - carried] = result.permute(2, 0, 1, 3)
+            hidden |= position[first:stop, None] - _gather(position, pieces) >= window
+        block = q[first - carried : stop - carried].transpose(0, 1)
+        out[first - carried : stop - carried] = attend(block, keys, values, hidden, sinks, scale, softcap).transpose(0, 1)
     return out
 
 
-def _fused(block, keys, values, seen, sinks, scale, softcap):
-    """[Hkv, G, n, Dk] x [Hkv, m, Dk] -> [Hkv, G, n, Dv] through scaled_dot_product_attention."""
-    kv_heads, groups, size, width = block.shape
-    bias = torch.zeros(seen.shape, dtype=block.dtype, device=block.device).masked_fill_(~seen, float("-inf"))
-    result = F.scaled_dot_product_attention(
-        block.reshape(1, kv_heads, groups * size, width),
-        keys[None],
-        values[None],
-        attn_mask=bias.repeat(groups, 1),
-        scale=scale,
-    )
-    return result.view(kv_heads, groups, size, -1)
+def _gather(rows: torch.Tensor, pieces: list[list[int]]) -> torch.Tensor:
+    first, stop = pieces[0]
+    return rows[first:stop] if len(pieces) == 1 else torch.cat([rows[i:j] for i, j in pieces])
 
 
-def _written_out(block, keys, values, seen, sinks, scale, softcap):
-    """The same with softcap and sinks, which scaled_dot_product_attention does not have; softmax in fp32."""
-    kv_heads, groups, size, width = block.shape
+def _hidden_inside(block_start, subtree_end, block_tokens: int) -> torch.Tensor:
+    """[B, n, n] bool for all blocks at once: which of a block's own keys each of its queries does not see."""
+    own = block_start[:-1, None] + torch.arange(block_tokens, device=block_start.device)
+    end = subtree_end[own.clamp(max=len(subtree_end) - 1)]
+    query, key = own[:, :, None], own[:, None, :]
+    return (key > query) | (query >= end[:, None, :])
+
+
+def _fused(block, keys, values, hidden, sinks, scale, softcap):
+    """[Hq, n, Dk] x [Hkv, m, Dk] -> [Hq, n, Dv] through scaled_dot_product_attention."""
+    bias = torch.zeros(hidden.shape, dtype=block.dtype, device=block.device).masked_fill_(hidden, float("-inf"))
+    grouped = block.shape[0] != keys.shape[0]
+    return F.scaled_dot_product_attention(
+        block[None], keys[None], values[None], attn_mask=bias, scale=scale, enable_gqa=grouped
+    )[0]
+
+
+def _written_out(block, keys, values, hidden, sinks, scale, softcap):
+    """The same with what scaled_dot_product_attention does not have: softcap, sinks, and non-finite keys and values
+    that touch the queries that see them and no other. Softmax in fp32."""
+    q_heads, size, width = block.shape
+    kv_heads, groups = keys.shape[0], block.shape[0] // keys.shape[0]
     compute = torch.float64 if block.dtype == torch.float64 else torch.float32
+    # The query heads of one kv head are folded into the rows of one product.
     rows = block.reshape(kv_heads, groups * size, width).to(compute)
     logits = torch.matmul(rows, keys.to(compute).transpose(1, 2)).mul_(scale)
     if softcap is not None:
         logits = logits.div_(softcap).tanh_().mul_(softcap)
-    logits = logits.view(kv_heads, groups, size, -1).masked_fill_(~seen, float("-inf"))
+    logits = logits.view(kv_heads, groups, size, -1).masked_fill_(hidden, float("-inf"))
     if sinks is not None:
         # The sink is one more logit whose value is never read.
         sink = sinks.to(compute).view(kv_heads, groups, 1, 1).expand(-1, -1, size, 1)
         weights = torch.softmax(torch.cat([logits, sink], -1), -1)[..., :-1]
     else:
         weights = torch.softmax(logits, -1)
-    weights = weights.reshape(kv_heads, groups * size, -1)
-    return torch.matmul(weights, values.to(compute)).to(block.dtype).view(kv_heads, groups, size, -1)
+    values = values.to(compute)
+    bad = ~values.isfinite().all(-1)
+    values = values.masked_fill(bad[..., None], 0.0)
+    result = torch.matmul(weights.reshape(kv_heads, groups * size, -1), values).view(kv_heads, groups, size, -1)
+    touched = (bad[:, None, :] & ~hidden).any(-1)
+    result = result.masked_fill_(touched[:, None, :, None], float("nan"))
+    return result.view(q_heads, size, -1).to(block.dtype)

@@ -1,21 +1,21 @@
 """Triton backend of tree_attention: one flash-style forward pass over the spans of a trie plan.
 
-One program owns a tile of rows, a row being one (query, q head of the kv head) pair of one plan block, so the
-K/V tiles it loads serve all q heads of the kv head. It walks the block's ancestor spans without any tree mask
-(every query of the block sees all of them), then the block's own keys with `j <= i < subtree_end[j]`.
-Softmax statistics and the output accumulator are fp32.
+A program owns a tile of rows of one plan block and one kv head; a row is one (query, q head of that kv head) pair, so
+every K/V tile that is loaded serves all its q heads. The program walks the block's ancestor spans and then the
+block's own keys. Softmax statistics and the accumulator are float32; the key order is fixed by the plan, so the same
+plan gives the same bits.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 
 import torch
 import triton
 import triton.language as tl
 
-LOG2E = 1.4426950408889634
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -37,7 +37,6 @@ def _attend(
     logit_scale,
     cap_scale,
     window,
-    OWN: tl.constexpr,
     HEAD_K: tl.constexpr,
     HEAD_V: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
@@ -46,7 +45,7 @@ def _attend(
     BLOCK_V: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Fold the keys o_n [BLOCK_N] below `stop` into the running softmax (acc, m_i, l_i); logits are in log2 units."""
+    """Fold keys o_n [BLOCK_N] below `stop` into the running softmax: acc [M, V], m_i (log2 units), l_i [M]."""
     o_k = tl.arange(0, BLOCK_K)
     o_v = tl.arange(0, BLOCK_V)
     m_n = o_n < stop
@@ -56,28 +55,28 @@ def _attend(
     m_v = m_n[:, None]
     if HEAD_V != BLOCK_V:
         m_v = m_v & (o_v < HEAD_V)[None, :]
-    row = o_n.to(tl.int64)[:, None]
-    k = tl.load(k_ptr + row * stride_k_token + o_k[None, :], mask=m_k, other=0.0)
-    v = tl.load(v_ptr + row * stride_v_token + o_v[None, :], mask=m_v, other=0.0)
+    i_key = o_n.to(tl.int64)[:, None]
+    k = tl.load(k_ptr + i_key * stride_k_token + o_k[None, :], mask=m_k, other=0.0)
+    v = tl.load(v_ptr + i_key * stride_v_token + o_v[None, :], mask=m_v, other=0.0)
     if UPCAST:
         k = k.to(tl.float32)
         v = v.to(tl.float32)
 
     s = tl.dot(q, tl.trans(k), input_precision="ieee") * logit_scale
     if HAS_SOFTCAP:
-        # tanh(s) = 1 - 2 / (1 + exp(2 s)): exp overflows to inf and underflows to 0, both with the right limit.
+        # tanh(s) = 1 - 2 / (1 + exp(2 s)): exp runs to inf or to 0, both with the right limit. cap_scale is in log2.
         s = cap_scale * (1.0 - 2.0 / (1.0 + tl.exp(2.0 * s)))
-    visible = m_n[None, :]
-    if OWN:
-        end = tl.load(subtree_end_ptr + o_n, mask=m_n, other=0)
-        visible = visible & (o_n[None, :] <= i_query[:, None]) & (i_query[:, None] < end[None, :])
+    # Ancestor spans satisfy the rule anyway. One body for spans and own keys costs two compares a logit and keeps
+    # register use below the spilling point; keys past `stop` get end 0, so the rule hides them too.
+    end = tl.load(subtree_end_ptr + o_n, mask=m_n, other=0)
+    visible = (o_n[None, :] <= i_query[:, None]) & (i_query[:, None] < end[None, :])
     if HAS_WINDOW:
         p_key = tl.load(position_ptr + o_n, mask=m_n, other=0)
         visible = visible & (p_query[:, None] - p_key[None, :] < window)
     s = tl.where(visible, s, float("-inf"))
 
     m_new = tl.maximum(m_i, tl.max(s, 1))
-    # A row that sees nothing yet has m_new = -inf; subtracting 0 instead keeps its weights at 0, not NaN.
+    # A row that has seen nothing yet has m_new = -inf; subtracting 0 instead keeps its weights at 0, not NaN.
     m_use = tl.where(m_new == float("-inf"), 0.0, m_new)
     p = tl.exp2(s - m_use[:, None])
     alpha = tl.exp2(m_i - m_use)
@@ -86,7 +85,7 @@ def _attend(
     return acc, m_new, l_i
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["carried", "tiles_per_block", "window"])
 def _tree_attention_kernel(
     q_ptr,
     k_ptr,
@@ -98,7 +97,7 @@ def _tree_attention_kernel(
     span_ptr,
     sinks_ptr,
     out_ptr,
-    path,
+    carried,
     tiles_per_block,
     stride_q_token,
     stride_q_head,
@@ -106,8 +105,9 @@ def _tree_attention_kernel(
     stride_k_head,
     stride_v_token,
     stride_v_head,
-    stride_o_token,
-    stride_o_head,
+    stride_out_token,
+    stride_out_head,
+    stride_sinks,
     logit_scale,
     cap_scale,
     window,
@@ -130,18 +130,18 @@ def _tree_attention_kernel(
     first = tl.load(block_start_ptr + i_block)
     stop = tl.load(block_start_ptr + i_block + 1)
 
-    # Rows of a block are (token, group) pairs flattened, so a group of any size fills the tile.
-    o_m = i_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    m_m = o_m < (stop - first) * GROUP
-    i_query = first + o_m // GROUP
     if i_tile * BLOCK_M < (stop - first) * GROUP:
+        # Rows are (token, q head) pairs flattened, so a group of any size fills the tile.
+        o_m = i_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        m_m = o_m < (stop - first) * GROUP
+        i_query = first + o_m // GROUP
         i_q_head = i_head * GROUP + o_m % GROUP
-        o_token = (i_query - path).to(tl.int64)
+        i_token = (i_query - carried).to(tl.int64)
         o_k = tl.arange(0, BLOCK_K)
         m_q = m_m[:, None]
         if HEAD_K != BLOCK_K:
             m_q = m_q & (o_k < HEAD_K)[None, :]
-        p_q = q_ptr + (o_token * stride_q_token + i_q_head * stride_q_head)[:, None] + o_k[None, :]
+        p_q = q_ptr + (i_token * stride_q_token + i_q_head * stride_q_head)[:, None] + o_k[None, :]
         q = tl.load(p_q, mask=m_q, other=0.0)
         if UPCAST:
             q = q.to(tl.float32)
@@ -149,14 +149,13 @@ def _tree_attention_kernel(
         v_ptr += i_head * stride_v_head
 
         acc = tl.zeros([BLOCK_M, BLOCK_V], dtype=tl.float32)
+        m_i = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+        l_i = tl.zeros([BLOCK_M], dtype=tl.float32)
         if HAS_SINKS:
-            # The sink is one more logit of the denominator, without a value row: start the softmax from it.
-            sink = tl.load(sinks_ptr + i_q_head, mask=m_m, other=0.0).to(tl.float32)
-            m_i = sink * 1.4426950408889634
+            # The sink is one more logit of the denominator, without a value: start the softmax from it.
+            sink = tl.load(sinks_ptr + i_q_head * stride_sinks, mask=m_m, other=0.0)
+            m_i = sink.to(tl.float32) * LOG2E
             l_i = tl.full([BLOCK_M], 1.0, dtype=tl.float32)
-        else:
-            m_i = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
-            l_i = tl.zeros([BLOCK_M], dtype=tl.float32)
         p_query = i_query
         lowest = 0
         if HAS_WINDOW:
@@ -165,44 +164,172 @@ def _tree_attention_kernel(
 
         i_span = tl.load(span_ptr_ptr + i_block)
         last_span = tl.load(span_ptr_ptr + i_block + 1)
-        while i_span < last_span:
-            begin = tl.load(span_ptr + 2 * i_span)
-            end = tl.load(span_ptr + 2 * i_span + 1)
-            if HAS_WINDOW:
-                # A span is a piece of one root path, so positions rise by one per key: jump over the hidden head.
-                p_begin = tl.load(position_ptr + begin, mask=begin < end, other=0)
-                begin = begin + tl.maximum(lowest - p_begin, 0)
+        while i_span <= last_span:
+            if i_span < last_span:
+                begin = tl.load(span_ptr + 2 * i_span)
+                end = tl.load(span_ptr + 2 * i_span + 1)
+                if HAS_WINDOW:
+                    # A span is a piece of one root path: positions rise by one per key, so jump over the hidden head.
+                    p_begin = tl.load(position_ptr + begin, mask=begin < end, other=0)
+                    begin = begin + tl.maximum(lowest - p_begin, 0)
+            else:
+                # Own keys come last, up to the last query of this tile.
+                begin = first
+                end = tl.minimum(stop, first + (i_tile * BLOCK_M + BLOCK_M - 1) // GROUP + 1)
             if WHILE:
                 while begin < end:
                     acc, m_i, l_i = _attend(
                         q, acc, m_i, l_i, begin + tl.arange(0, BLOCK_N), end, i_query, p_query, k_ptr, v_ptr,
-                        position_ptr, subtree_end_ptr, stride_k_token, stride_v_token, logit_scale, cap_scale, window,
-                        False, HEAD_K, HEAD_V, HAS_WINDOW, HAS_SOFTCAP, BLOCK_K, BLOCK_V, UPCAST,
+                        position_ptr, subtree_end_ptr, stride_k_token, stride_v_token, logit_scale, cap_scale,
+                        window, HEAD_K, HEAD_V, HAS_WINDOW, HAS_SOFTCAP, BLOCK_K, BLOCK_V, UPCAST,
                     )  # fmt: skip
                     begin += BLOCK_N
             else:
                 for n in tl.range(begin, end, BLOCK_N):
                     acc, m_i, l_i = _attend(
                         q, acc, m_i, l_i, n + tl.arange(0, BLOCK_N), end, i_query, p_query, k_ptr, v_ptr,
-                        position_ptr, subtree_end_ptr, stride_k_token, stride_v_token, logit_scale, cap_scale, window,
-                        False, HEAD_K, HEAD_V, HAS_WINDOW, HAS_SOFTCAP, BLOCK_K, BLOCK_V, UPCAST,
+                        position_ptr, subtree_end_ptr, stride_k_token, stride_v_token, logit_scale, cap_scale,
+                        window, HEAD_K, HEAD_V, HAS_WINDOW, HAS_SOFTCAP, BLOCK_K, BLOCK_V, UPCAST,
                     )  # fmt: skip
             i_span += 1
 
-        # Own keys, up to the last query of this tile.
-        end = tl.minimum(stop, first + (i_tile * BLOCK_M + BLOCK_M - 1) // GROUP + 1)
-        while first < end:
-            acc, m_i, l_i = _attend(
-                q, acc, m_i, l_i, first + tl.arange(0, BLOCK_N), end, i_query, p_query, k_ptr, v_ptr,
-                position_ptr, subtree_end_ptr, stride_k_token, stride_v_token, logit_scale, cap_scale, window,
-                True, HEAD_K, HEAD_V, HAS_WINDOW, HAS_SOFTCAP, BLOCK_K, BLOCK_V, UPCAST,
-            )  # fmt: skip
-            first += BLOCK_N
-
+        # l_i is 0 only where every logit was -inf: 0 / 0 gives the NaN that a plain softmax gives.
         acc = acc / l_i[:, None]
         o_v = tl.arange(0, BLOCK_V)
-        m_o = m_m[:, None]
+        m_out = m_m[:, None]
         if HEAD_V != BLOCK_V:
-            m_o = m_o & (o_v < HEAD_V)[None, :]
-        p_o = out_ptr + (o_token * stride_o_token + i_q_head * stride_o_head)[:, None] + o_v[None, :]
-        tl.store(p_o, acc.to(out_ptr.dtype.element_ty), mask=m_o)
+            m_out = m_out & (o_v < HEAD_V)[None, :]
+        p_out = out_ptr + (i_token * stride_out_token + i_q_head * stride_out_head)[:, None] + o_v[None, :]
+        tl.store(p_out, acc.to(out_ptr.dtype.element_ty), mask=m_out)
+
+
+INTERPRET = not isinstance(_tree_attention_kernel, triton.JITFunction)
+
+
+def _needs_while() -> bool:
+    """Interpreters before Triton 3.9 cannot run `range` with bounds known at run time only."""
+    if not INTERPRET:
+        return False
+    from packaging.version import Version
+
+    return Version(triton.__version__) < Version("3.9")
+
+
+def config(head_dim: int, dtype: torch.dtype, capability: int, rows: int = 128) -> dict[str, int]:
+    """Tile sizes and launch options. Chosen from compiler reports (no spills), not yet measured on a GPU.
+
+    Args:
+        head_dim: the larger of Dk and Dv, at most 512; padded to a power of two inside.
+        dtype: float32, bfloat16 or float16.
+        capability: 10 * major + minor of an NVIDIA GPU, 0 for AMD.
+        rows: the largest number of (token, q head) rows of a plan block; small blocks get a smaller tile.
+    """
+    wide = triton.next_power_of_2(head_dim)
+    if INTERPRET:
+        # Small tiles, so that short test sequences cross tile borders.
+        tile, warps, stages = (32, 16), 1, 1
+    elif dtype == torch.float32:
+        # IEEE products run on the plain FMA units with both operands in registers, so the tile must be small.
+        tile, warps = {64: ((32, 32), 4), 128: ((32, 32), 8), 256: ((16, 16), 4)}.get(max(wide, 64), ((16, 16), 8))
+        stages = 1
+    elif wide > 256:
+        tile, warps, stages = (32, 16), 8, 1
+    elif capability == 0:
+        # CDNA3 has 64 KiB of shared memory a workgroup and 512 registers a thread at 4 waves.
+        tile, warps, stages = {64: (128, 32), 128: (64, 32), 256: (64, 16)}[max(wide, 64)], 4, 2
+    elif 90 <= capability < 120:
+        # 227 KiB of shared memory; operands of wgmma / tcgen05 stay out of the registers.
+        tile, warps, stages = {64: (128, 64), 128: (128, 64), 256: (128, 32)}[max(wide, 64)], 8, 2
+        if wide == 256 and capability >= 100:
+            tile = (64, 32)
+    else:
+        # mma.sync keeps Q in registers, and consumer parts have 99 KiB of shared memory: narrow key tiles.
+        tile, warps, stages = {64: (128, 64), 128: (128, 32), 256: (64, 32)}[max(wide, 64)], 8, 2
+    chosen = {"BLOCK_M": tile[0], "BLOCK_N": tile[1], "num_warps": warps, "num_stages": stages}
+    if rows <= 64:
+        chosen["BLOCK_M"] = min(tile[0], 64)
+    if dtype == torch.float32 and capability > 0:
+        # Without it ptxas trades a few spills for a second block on the SM.
+        chosen["maxnreg"] = 255
+    return chosen
+
+
+def specialise(head_k: int, head_v: int, group: int, window, softcap, sinks) -> dict[str, object]:
+    """The kernel's compile-time arguments that follow from shapes and options."""
+    return {
+        "GROUP": group,
+        "HEAD_K": head_k,
+        "HEAD_V": head_v,
+        "HAS_WINDOW": window is not None,
+        "HAS_SOFTCAP": softcap is not None,
+        "HAS_SINKS": sinks is not None,
+        "BLOCK_K": max(16, triton.next_power_of_2(head_k)),
+        "BLOCK_V": max(16, triton.next_power_of_2(head_v)),
+        # The interpreter computes garbage on bfloat16 without an error; a cast right after the load is exact.
+        "UPCAST": INTERPRET,
+        "WHILE": _needs_while(),
+    }
+
+
+def _capability(device: torch.device) -> int:
+    if device.type != "cuda" or torch.version.hip is not None:
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def tree_attention_triton(
+    q, k, v, position, subtree_end, block_start, span_ptr, span, sinks, scale, window, softcap, block_tokens
+):
+    """Same arguments and result as the reference; float32, bfloat16 or float16, head dimensions up to 512."""
+    tokens, q_heads, head_k = q.shape
+    keys, kv_heads, head_v = v.shape
+    if q.dtype not in DTYPES:
+        raise TypeError(f"tree_attention: impl='triton': wanted one of {DTYPES}, got {q.dtype}")
+    if max(head_k, head_v) > 512:
+        raise ValueError(f"tree_attention: impl='triton': wanted head_dim up to 512, got {max(head_k, head_v)}")
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if t.stride(-1) != 1:
+            raise ValueError(f"tree_attention: {name}: wanted stride 1 in the last dimension, got {t.stride(-1)}")
+    # The interpreter truncates when it stores bfloat16: let it store float32 and round here.
+    out = torch.empty(tokens, q_heads, head_v, dtype=torch.float32 if INTERPRET else q.dtype, device=q.device)
+    blocks = block_start.shape[0] - 1
+    if out.numel() == 0 or blocks == 0:
+        return out.to(q.dtype)
+
+    group = q_heads // kv_heads
+    constants = specialise(head_k, head_v, group, window, softcap, sinks)
+    options = config(max(head_k, head_v), q.dtype, _capability(q.device), block_tokens * group)
+    tiles = triton.cdiv(block_tokens * group, options["BLOCK_M"])
+    log2e = LOG2E.value
+    with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
+        _tree_attention_kernel[(blocks * tiles, kv_heads)](
+            q,
+            k,
+            v,
+            position,
+            subtree_end,
+            block_start,
+            span_ptr,
+            span,
+            sinks,
+            out,
+            keys - tokens,
+            tiles,
+            q.stride(0),
+            q.stride(1),
+            k.stride(0),
+            k.stride(1),
+            v.stride(0),
+            v.stride(1),
+            out.stride(0),
+            out.stride(1),
+            sinks.stride(0) if sinks is not None else 0,
+            scale * log2e if softcap is None else scale / softcap,
+            0.0 if softcap is None else softcap * log2e,
+            0 if window is None else min(window, 2**31 - 1),
+            **constants,
+            **options,
+            enable_fp_fusion=True,
+        )
+    return out.to(q.dtype)

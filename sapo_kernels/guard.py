@@ -1,0 +1,66 @@
+"""What holds around one scoring job, and is undone after it, also after an exception or Ctrl-C."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+
+import torch
+from torch import nn
+
+BUSY = "this model is being scored by another thread; it cannot be used until that ends"
+
+_lock = threading.Lock()
+_claimed: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_eager = {"threads": 0, "stance": None}
+
+
+@contextlib.contextmanager
+def claimed(inner: nn.Module):
+    """This thread alone scores the model for the block: two would switch its attention and read each other's rows."""
+    with _lock:
+        if inner in _claimed:
+            raise RuntimeError(BUSY)
+        _claimed.add(inner)
+    try:
+        yield
+    finally:
+        with _lock:
+            _claimed.discard(inner)
+
+
+@contextlib.contextmanager
+def compilation_off():
+    """A compiled model would compile once more for the trie's shapes.
+
+    The switch is the process's own, so the first thread turns it and the last one turns it back.
+    """
+    with _lock:
+        if not _eager["threads"]:
+            _eager["stance"] = torch.compiler.set_stance("force_eager")
+        _eager["threads"] += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _eager["threads"] -= 1
+            if not _eager["threads"]:
+                _eager["stance"].__exit__(None, None, None)
+
+
+@contextlib.contextmanager
+def scoring_mode(model: nn.Module):
+    """Evaluation mode and no gradients for the block; every module's own mode comes back.
+
+    Module by module: ``model.train(was)`` would put frozen or deliberately evaluating submodules into training.
+    """
+    training = [m for m in model.modules() if m.training]
+    try:
+        for module in training:
+            module.training = False
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True

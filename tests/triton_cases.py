@@ -1,0 +1,89 @@
+"""What the Triton tests share: small tries, poisoned buffers, and the error that plain torch makes in a dtype."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from sapo_kernels.tree_attention.reference import tree_attention_reference, visible_keys
+from sapo_kernels.trie import TokenTrie, plan_trie
+
+# float32: rounding of a few hundred products and sums of size about 1 (times the scale of the values).
+FP32_ABS = 1e-5
+
+
+def chain(length: int) -> TokenTrie:
+    """One sequence without a branch that makes `length` trie tokens."""
+    return plan_trie(np.arange(length + 1), np.array([0, length + 1]), np.array([1]))
+
+
+def branches(seed: int = 0, prompts: int = 3, examples: int = 4) -> TokenTrie:
+    """Prompts that share a head, each continued by the same examples: sibling leaves, nested nodes, short answers."""
+    rng = np.random.default_rng(seed)
+    head = rng.integers(0, 9, 5)
+    instructions = [rng.integers(0, 9, rng.integers(3, 12)) for _ in range(prompts)]
+    texts = [rng.integers(0, 9, rng.integers(1, 30)) for _ in range(examples)]
+    sequences = [np.concatenate([head, i, t, rng.integers(0, 2, 3)]) for i in instructions for t in texts]
+    lengths = np.array([len(s) for s in sequences])
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    return plan_trie(np.concatenate(sequences), offsets, lengths - 3)
+
+
+def poisoned(t: torch.Tensor, strides: str) -> torch.Tensor:
+    """`t` [tokens, heads, dim] as a view into a larger buffer that is NaN everywhere else.
+
+    `strides` says how it lies there: "rows" (gaps in every dimension) or "heads" (head-major, as [heads, tokens, dim]).
+    """
+    tokens, heads, dim = t.shape
+    if strides == "heads":
+        buffer = torch.full((heads + 1, tokens + 3, dim + 5), float("nan"), dtype=t.dtype)
+        view = buffer.transpose(0, 1)[2 : 2 + tokens, :heads, 3 : 3 + dim]
+    else:
+        buffer = torch.full((tokens + 3, heads + 2, dim + 5), float("nan"), dtype=t.dtype)
+        view = buffer[1 : 1 + tokens, 1 : 1 + heads, 2 : 2 + dim]
+    view.copy_(t)
+    return view
+
+
+def layout(part) -> tuple:
+    """The index tensors of a pass in the order of the operator's arguments."""
+    return part.position, part.subtree_end, part.block_start, part.span_ptr, part.span
+
+
+def attention_oracle(q, k, v, part, sinks, scale, window, softcap) -> torch.Tensor:
+    """The reference in float64."""
+    sinks = None if sinks is None else sinks.double()
+    return tree_attention_reference(
+        q.double(), k.double(), v.double(), *layout(part), sinks, scale, window, softcap, part.block_tokens
+    )
+
+
+def plain_attention(q, k, v, part, sinks, scale, window, softcap) -> torch.Tensor:
+    """Attention as a model writes it, with products and probabilities rounded to q's dtype."""
+    groups = q.shape[1] // k.shape[1]
+    seen = visible_keys(part.position, part.subtree_end, window)[part.carried :]
+    key, value = (t.repeat_interleave(groups, 1).transpose(0, 1) for t in (k, v))
+    logits = (q.transpose(0, 1) @ key.transpose(1, 2)) * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    logits = logits.masked_fill(~seen, float("-inf"))
+    if sinks is not None:
+        logits = torch.cat([logits, sinks.to(q.dtype)[:, None, None].expand(-1, q.shape[0], 1)], -1)
+    weights = torch.softmax(logits.float(), -1).to(q.dtype)[..., : k.shape[0]]
+    return (weights @ value).transpose(0, 1)
+
+
+def assert_as_good_as_torch(got, plain, want, dtype: torch.dtype) -> None:
+    """float32: a fixed bound. Below: no larger error against float64 than plain torch in that dtype makes.
+
+    Twice plain torch's error allows for one rounding placed elsewhere; one rounding of the result is free.
+    """
+    assert torch.isfinite(got).all()
+    scale = max(1.0, float(want.abs().max()))
+    error = float((got.double() - want).abs().max())
+    if dtype == torch.float32:
+        assert error <= FP32_ABS * scale, f"error {error:.2e} at values up to {scale:.1e}"
+    else:
+        plain_error = float((plain.double() - want).abs().max())
+        bound = 2 * plain_error + torch.finfo(dtype).eps * scale
+        assert error <= bound, f"error {error:.2e}, plain torch {plain_error:.2e}"
