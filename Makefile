@@ -7,7 +7,7 @@ READY = $(VENV)/.ready
 .PHONY: demo test lint bench aot clean
 
 demo: $(READY)
-	$(VENV)/bin/sapo demo
+	$(VENV)/bin/sapo score --compare
 
 test: $(READY)
 	$(VENV)/bin/python -m pytest

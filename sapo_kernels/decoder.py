@@ -113,8 +113,13 @@ def trie_attention_installed(inner: nn.Module):
     from transformers import AttentionInterface
 
     AttentionInterface.register(ATTENTION_NAME, trie_attention)
-    modules = (getattr(m, "config", None) for m in inner.modules())
-    configs = {id(c): c for c in modules if hasattr(c, "_attn_implementation_internal")}
+    configs, waiting = {}, [getattr(module, "config", None) for module in inner.modules()]
+    while waiting:
+        config = waiting.pop()
+        if hasattr(config, "_attn_implementation_internal") and id(config) not in configs:
+            configs[id(config)] = config
+            # The switch reaches parts of a configuration that no module holds.
+            waiting.extend(getattr(config, name, None) for name in config.sub_configs)
     before = [(c, c._attn_implementation_internal) for c in configs.values()]
     text = support.text_config(inner)
     try:
@@ -138,6 +143,7 @@ class HeadReader:
         self.head, self.impl, self.through_model = inner.get_output_embeddings(), impl, through_model
         self.scale, self.softcap = support.head_transform(inner)
         self.vocabulary = support.vocabulary_size(inner)
+        self.low = False
         self.worst: torch.Tensor | None = None
         self._batch: Batch | None = None
         self._logprob: torch.Tensor | None = None
@@ -179,6 +185,10 @@ class HeadReader:
         batch, hidden = self._batch, args[0]
         flat = hidden.reshape(-1, hidden.shape[-1])
         rows = flat[batch.rows.to(hidden.device)]
+        # Asked here, inside the forward: trainers wrap it in autocast and hand the logits out in float32.
+        autocast = torch.is_autocast_enabled(rows.device.type)
+        dtype = torch.get_autocast_dtype(rows.device.type) if autocast else rows.dtype
+        self.low = self.low or dtype in (torch.bfloat16, torch.float16)
         if self.through_model:
             self._expected = rows.new_empty(0)
             return (rows[None], *args[1:])
@@ -224,7 +234,7 @@ class HeadReader:
     def _check(self, logits: torch.Tensor) -> None:
         """Remember the largest distance of our log-sum-exp from the model's; reading it would wait for the device."""
         own = torch.logsumexp(logits.reshape(-1, logits.shape[-1])[:1].float(), -1)
-        slack = 1e-3 + 1e-4 * own.abs() if logits.dtype == torch.float32 else 0.05 + 0.02 * own.abs()
+        slack = 0.05 + 0.02 * own.abs() if self.low else 1e-3 + 1e-4 * own.abs()
         # NaN on both sides is a model with NaN weights: reported by cell, not here.
         both = own.isfinite() & self._expected.isfinite()
         excess = torch.where(both, (own - self._expected.float()).abs() / slack, torch.zeros_like(own)).amax()

@@ -64,3 +64,34 @@ def scoring_mode(model: nn.Module):
     finally:
         for module in training:
             module.training = True
+
+
+@contextlib.contextmanager
+def rope_kept(inner: nn.Module):
+    """Rotary tables as they are now: yields a function that puts them back, and puts them back after the block.
+
+    Those of type "dynamic" grow with the longest sequence the model has seen: a score must neither depend on what was
+    scored before it nor change what the model computes afterwards.
+    """
+    kept = []
+    for module in inner.modules():
+        if any(name.endswith("max_seq_len_cached") for name in vars(module)):
+            values = {name: value for name, value in vars(module).items() if not name.startswith("_")}
+            buffers = {name: (buffer, buffer.clone()) for name, buffer in module._buffers.items() if buffer is not None}
+            kept.append((module, values, buffers))
+
+    @torch.no_grad()
+    def put_back():
+        for module, values, buffers in kept:
+            # A forward may add some of them.
+            for name in [n for n in vars(module) if not n.startswith("_") and n not in values]:
+                delattr(module, name)
+            vars(module).update(values)
+            for name, (buffer, value) in buffers.items():
+                buffer.copy_(value)
+                module._buffers[name] = buffer
+
+    try:
+        yield put_back
+    finally:
+        put_back()

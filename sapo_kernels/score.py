@@ -11,7 +11,7 @@ import torch
 
 from . import support
 from .decoder import HeadReader, TreeRunner, run_padded, trie_attention_installed
-from .guard import claimed, compilation_off, scoring_mode
+from .guard import claimed, compilation_off, rope_kept, scoring_mode
 from .probe import OP_IMPL, Verdict, is_out_of_memory, padded_batch, verdict_for
 from .progress import Progress
 from .prompt_scores import PromptScores
@@ -109,7 +109,12 @@ class _Scoring:
 
     def run(self) -> PromptScores:
         started = time.perf_counter()
-        with claimed(self.inner), scoring_mode(self.model), compilation_off():
+        with (
+            claimed(self.inner),
+            scoring_mode(self.model),
+            compilation_off(),
+            rope_kept(self.inner) as self._put_rope_back,
+        ):
             verdict = verdict_for(self.model, self.inner, self.op_impl, self.device)
             reason = self._tree_closed(verdict)
             if reason is not None and self.impl not in ("auto", "padded"):
@@ -200,6 +205,7 @@ class _Scoring:
             while waiting:
                 cells = waiting.pop()
                 batch = padded_batch(self.cache, cells)
+                self._put_rope_back()
                 logprob = _unless_out_of_memory(lambda batch=batch: run_padded(self.model, reader, batch, self.device))
                 if logprob is None:
                     if len(cells) == 1:

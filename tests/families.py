@@ -89,6 +89,8 @@ TREE = [
     _tree("mistral", "window", sliding_window=WINDOW),
     _tree("ministral", "window", **ALTERNATING),
     _tree("ministral3"),
+    _tree("ministral3-scaled", of="ministral3", rope_parameters={
+        "rope_type": "default", "rope_theta": 1e4, "llama_4_scaling_beta": 0.5, "original_max_position_embeddings": 8}),
     _tree("mixtral", **LOCAL_EXPERTS),
     _tree("mixtral-window", "window", of="mixtral", sliding_window=WINDOW, **LOCAL_EXPERTS),
     _tree("gemma"),
@@ -328,6 +330,13 @@ def plain_nll(model, cache: sk.ResponseCache, forward=None) -> torch.Tensor:
     for module in was:
         module.training = True
     return torch.stack(rows)
+
+
+def print_table(title: str, rows: list[tuple[str, str, float]]) -> None:
+    """(name, what, number) rows, one line for each name."""
+    print(f"\n{title}")
+    for name in dict.fromkeys(name for name, _, _ in rows):
+        print(f"  {name:32s}" + "".join(f"{what} {number:<9.1e}" for n, what, number in rows if n == name))
 
 
 def per_token_error(scores: sk.PromptScores, plain: torch.Tensor) -> float:

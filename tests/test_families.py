@@ -11,7 +11,19 @@ import torch
 import sapo_kernels as sk
 from sapo_kernels import decoder
 
-from .families import ALTERNATING, BASE, BY_NAME, REFUSED, TREE, build, cells, made, per_token_error, plain_nll
+from .families import (
+    ALTERNATING,
+    BASE,
+    BY_NAME,
+    REFUSED,
+    TREE,
+    build,
+    cells,
+    made,
+    per_token_error,
+    plain_nll,
+    print_table,
+)
 from .tolerances import TOLERANCES
 
 pytest.importorskip("transformers")
@@ -31,10 +43,7 @@ def table():
     """Rows of (name, what, error), printed when the module is done."""
     rows: list[tuple[str, str, float]] = []
     yield rows
-    names = dict.fromkeys(name for name, _, _ in rows)
-    print("\nlargest difference from the plain forward, nats per token")
-    for name in names:
-        print(f"  {name:28s}" + "".join(f"{what} {error:.1e}  " for n, what, error in rows if n == name))
+    print_table("largest difference from the plain forward, nats per token", rows)
 
 
 @pytest.fixture
@@ -163,17 +172,23 @@ ROPES = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("grown", [0, 60])
 @pytest.mark.parametrize("kind", ROPES)
-def test_rope_that_depends_on_the_length_is_scored_one_length_at_a_time(kind, cache, table):
-    """Sequences of 21 to 38 tokens straddle the original length of 32 (16)."""
+def test_rope_that_depends_on_the_length_is_scored_one_length_at_a_time(kind, grown, cache, table):
+    """Sequences of 21 to 38 tokens straddle the original length of 32 (16).
+
+    A dynamic rope remembers the longest sequence it has seen. The judge of each cell is the model as it stands: fresh,
+    or after a longer sequence; neither the order of the cells nor the scoring itself may change it.
+    """
     name, config = ROPES[kind]
-    model = build(name, **config)
-    # A dynamic rope remembers the longest sequence it has seen: the judge is a model that has seen none.
+    model = build(name, **config).eval()
+    if grown:
+        model(input_ids=torch.arange(5, 5 + grown)[None])
     plain = plain_nll(model, cache, lambda **inputs: copy.deepcopy(model)(**inputs))
     rope = model.model.rotary_emb
     before = {n: b.clone() for n, b in rope.named_buffers(remove_duplicate=False)}, rope.max_seq_len_cached
     roads = ("auto", LARGE, "padded"), ("padded", SMALL, "padded"), ("auto", LARGE, "padded")
-    check(model, cache, plain, kind, table, *roads)
+    check(model, cache, plain, f"{kind}, seen {grown}", table, *roads)
     with pytest.raises(RuntimeError, match="impl='tree': rope type"):
         sk.score_prompts(model, cache, impl="tree")
     assert rope.max_seq_len_cached == before[1]

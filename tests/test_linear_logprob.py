@@ -24,7 +24,7 @@ CASES = {
     "two words": (5, 16, 2, {}),
     "width 1": (3, 1, 33, {}),
     "width 200": (9, 200, 130, {}),
-    "few rows, many words": (2, 32, 5003, {}),
+    "few rows, many words": (2, 32, 1301, {}),
     "bias": (17, 16, 129, {"bias": True}),
     "scale": (17, 16, 129, {"scale": 0.125}),
     "negative scale": (5, 16, 40, {"scale": -2.0}),
@@ -177,7 +177,7 @@ def test_bad_rows_are_bad_and_no_others(bad, case, impl, device, poisoned_output
 def test_a_nan_word_spoils_every_row(impl, device):
     """NaN in one row of the weight is in every log-sum-exp, wherever the target is."""
     hidden, weight, targets, options = inputs("few rows, many words", torch.float32, device)
-    for word in (0, 2500, 5002):
+    for word in (0, 650, 1300):
         sick = weight.clone()
         sick[word] = float("nan")
         logprob, lse = sk.linear_logprob(hidden, sick, targets, impl=impl, **options)

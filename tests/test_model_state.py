@@ -29,6 +29,8 @@ def cache():
 def snapshot(model) -> dict:
     """Everything about a model and the process that scoring must not change; tensors by identity and by value."""
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    parts_of = [getattr(c, name, None) for c in configs.values() for name in c.sub_configs]
+    configs.update({id(c): c for c in parts_of if c is not None})
     parts = {
         "training": [m.training for m in model.modules()],
         "hooks": [(len(m._forward_hooks), len(m._forward_pre_hooks), "forward" in vars(m)) for m in model.modules()],
@@ -58,7 +60,7 @@ def in_training(name: str = "qwen3"):
 @pytest.mark.parametrize(
     ("name", "impl"),
     [("qwen3", "tree"), ("qwen3", "padded"), ("gemma2", "tree"), ("gpt2", "tree"), ("mixtral", "tree"),
-     ("gemma3", "tree"), ("mamba2", "auto"), ("bloom", "auto"), ("falcon_h1", "auto")],
+     ("gemma3", "tree"), ("dbrx", "tree"), ("mamba2", "auto"), ("bloom", "auto"), ("falcon_h1", "auto")],
 )  # fmt: skip
 @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
 def test_left_as_it_was(name, impl, grad, cache):
@@ -148,9 +150,10 @@ TREE_ROADS = (("auto", 4096, "tree"), ("tree", 24, "tree"), ("padded", 200, "pad
 PADDED_ROADS = (("auto", 200, "padded"),)
 
 
-@pytest.mark.parametrize(
-    "name", ["llama-tied", "qwen3", "gemma2", "gemma3_text", "gpt_oss", "deepseek_v3", "gpt2", "phi"]
-)
+LOW = ["llama-tied", "qwen3", "gemma2", "gemma3_text", "gpt_oss", "deepseek_v3", "gpt2", "phi"]
+
+
+@pytest.mark.parametrize("name", LOW)
 def test_bfloat16_is_as_good_as_the_plain_forward(name):
     assert_no_worse(name, TREE_ROADS, torch.bfloat16)
 
@@ -165,7 +168,7 @@ def test_bfloat16_on_the_padded_road(name):
     assert_no_worse(name, PADDED_ROADS, torch.bfloat16)
 
 
-@pytest.mark.parametrize("name", ["llama-tied", "qwen3", "gemma2", "gpt_oss", "deepseek_v3", "gpt2", "phi"])
+@pytest.mark.parametrize("name", LOW)
 def test_autocast_is_as_good_as_the_plain_forward_under_autocast(name):
     """As the trainer runs fp32 weights: rotary embeddings leave q and k in fp32 there, v is bf16."""
     assert_no_worse(name, TREE_ROADS, autocast=lambda: torch.autocast("cpu", torch.bfloat16))
@@ -179,6 +182,42 @@ def test_autocast_and_plain_scoring_alternate(cache):
         rough = sk.score_prompts(model, cache)
     assert per_token_error(rough, plain) > 10 * TOLERANCE
     assert per_token_error(sk.score_prompts(model, cache), plain) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gpt2", "granite_swa", "mimo_v2_flash"])
+@pytest.mark.parametrize("scored", [True, False], ids=["scored before", "not scored before"])
+def test_forward_that_a_trainer_wrapped_in_autocast(name, scored, cache):
+    """Accelerate replaces ``model.forward``: autocast is on inside, off outside, and the logits come out in fp32."""
+    accelerate = pytest.importorskip("accelerate")
+    model = build(name)
+    exact = plain_nll(exact_copy(model), cache)
+    if scored:
+        assert per_token_error(sk.score_prompts(model, cache), exact) < TOLERANCE
+    model = accelerate.Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model)
+    own = float((plain_nll(model, cache) - exact).abs().mean())
+    assert own > 1e-4
+    for road in ("tree", "padded"):
+        scores = sk.score_prompts(model, cache, impl=road)
+        assert float((scores.nll - exact).abs().mean()) <= 1.5 * own + 1e-3
+
+
+WRAPPERS = {
+    "compiled": lambda model: torch.compile(model, backend=_no_compiler),
+    "compiled in place": lambda model: (model.compile(backend=_no_compiler), model)[1],
+    "data parallel": torch.nn.DataParallel,
+}
+
+
+def _no_compiler(graph, inputs):
+    raise AssertionError("scoring compiled something")
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_wrapped_models(wrapper, cache):
+    plain = plain_nll(build("qwen3"), cache)
+    model = WRAPPERS[wrapper](build("qwen3"))
+    for impl in ("tree", "padded"):
+        assert per_token_error(sk.score_prompts(model, cache, impl=impl), plain) < TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma2", "gpt_oss", "deepseek_v3"])

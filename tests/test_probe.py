@@ -1,4 +1,4 @@
-"""The probe: models that no table knows are still scored exactly, or not on the tree road; its verdict is remembered."""
+"""The probe: models that no table knows are scored exactly or not on the tree road; its verdict is remembered."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from torch import nn
 
 import sapo_kernels as sk
 from sapo_kernels import probe, support
-from sapo_kernels.decoder import scoring_mode
 
 from .families import build, cells, per_token_error, plain_nll
 from .tolerances import TOLERANCES
@@ -73,9 +72,9 @@ def leaky(causal: bool = True):
 
 
 def verdict_of(model) -> probe.Verdict:
+    """The verdict on a model that was scored before."""
     model, inner = support.unwrap(model)
-    with scoring_mode(model):
-        return probe.verdict_for(model, inner, "auto", torch.device("cpu"))
+    return probe.verdict_for(model, inner, "auto", torch.device("cpu"))
 
 
 def check(model, cache, *roads: tuple[str, int, str], plain=None) -> torch.Tensor:
@@ -96,6 +95,7 @@ def test_unknown_head_is_read_through_the_model(cls, cache):
     plain = check(model, cache, *ROADS)
     assert verdict_of(model).through_model and verdict_of(model).tree_reason is None
     usual = build("llama")
+    sk.score_prompts(usual, cache)
     assert not verdict_of(usual).through_model
     assert (plain - plain_nll(usual, cache)).abs().max() > 1
 
@@ -136,6 +136,11 @@ def test_state_along_the_sequence_closes_the_tree_road(cache, caplog):
     assert not verdict.alone and not verdict.through_model
     with pytest.raises(RuntimeError, match="impl='tree': LlamaForCausalLM: tree and plain forward differ by .* nats"):
         sk.score_prompts(model, cache, impl="tree")
+
+
+def test_such_state_is_seen_in_bfloat16_too(cache):
+    model = leaky().to(torch.bfloat16)
+    assert sk.score_prompts(model, cache).stats["road"] == "padded"
 
 
 def test_model_that_reads_its_padding_is_scored_without_any(cache):
@@ -220,7 +225,6 @@ def test_verdict_is_remembered(model, cache):
     assert again[0] == again[1] < first
     if verdict_of(model).tree_reason is None:
         assert again[0] == len(cache.plan(64).passes)
-    assert count.during(lambda: sk.score_prompts(model, cache, impl="sdpa")) > 1, "each backend has its own probe"
 
 
 def test_verdict_is_asked_again_when_the_model_is_used_differently(cache, monkeypatch):

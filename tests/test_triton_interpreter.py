@@ -21,8 +21,8 @@ from sapo_kernels.linear_logprob.reference import linear_logprob_reference
 from sapo_kernels.linear_logprob.triton import linear_logprob_triton
 from sapo_kernels.tree_attention import triton as attention_kernel
 from sapo_kernels.tree_attention.triton import tree_attention_triton
+from tests.tolerances import assert_close
 from tests.triton_cases import (
-    assert_as_good_as_torch,
     attention_oracle,
     branches,
     chain,
@@ -31,19 +31,19 @@ from tests.triton_cases import (
     poisoned,
 )
 
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_outputs"),
+    # numpy, under the interpreter, comments on inf - inf and log(0); the kernels mean them.
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+]
+
 NAN, INF = float("nan"), float("inf")
 
 
-@pytest.fixture(autouse=True)
-def _poison_new_tensors(monkeypatch):
-    """Elements that a kernel forgets to write must show."""
-    plain_empty = torch.empty
-
-    def empty(*args, **kwargs):
-        t = plain_empty(*args, **kwargs)
-        return t.fill_(NAN) if t.is_floating_point() else t
-
-    monkeypatch.setattr(torch, "empty", empty)
+def check(op: str, got, plain, want, dtype) -> None:
+    """The row of tests.tolerances for `op` in `dtype`."""
+    low = dtype != torch.float32
+    assert_close(f"{op} {'low' if low else 'fp32'}", got, want, plain if low else None)
 
 
 def attend(part, dtype=torch.float32, heads=(2, 1), dims=(16, 16), sinks=False, gain=1.0, strides=None, **options):
@@ -65,7 +65,7 @@ def attend(part, dtype=torch.float32, heads=(2, 1), dims=(16, 16), sinks=False, 
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 63, 127])
 def test_attention_chain_lengths(length):
     (part,) = chain(length).passes()
-    assert_as_good_as_torch(*attend(part), torch.float32)
+    check("tree_attention", *attend(part), torch.float32)
 
 
 ATTENTION = {
@@ -92,20 +92,20 @@ ATTENTION = {
 def test_attention(case):
     options = {"dtype": torch.float32, **ATTENTION[case]}
     (part,) = branches().passes(block_tokens=16)
-    assert_as_good_as_torch(*attend(part, **options), options["dtype"])
+    check("tree_attention", *attend(part, **options), options["dtype"])
 
 
 def test_attention_with_carried_keys():
     parts = branches(seed=3).passes(max_tokens=40, block_tokens=8)
     assert any(part.carried for part in parts)
     for part in parts:
-        assert_as_good_as_torch(*attend(part, heads=(3, 1), window=13), torch.float32)
+        check("tree_attention", *attend(part, heads=(3, 1), window=13), torch.float32)
 
 
 def test_attention_one_group_over_many_tiles():
     """More (token, head) rows in a block than a tile holds, and a head group larger than a tile."""
     (part,) = branches(prompts=1, examples=2).passes(block_tokens=64)
-    assert_as_good_as_torch(*attend(part, heads=(37, 1)), torch.float32)
+    check("tree_attention", *attend(part, heads=(37, 1)), torch.float32)
 
 
 def test_attention_empty():
@@ -165,16 +165,18 @@ def plain_logprob(hidden, weight, targets, ptr, bias, scale, softcap):
     return torch.log_softmax(logits.float(), -1)[row, targets], torch.logsumexp(logits.float(), -1)
 
 
-def check_logprob(inputs, scale=1.0, softcap=None):
+def check_logprob(inputs, scale=1.0, softcap=None, extreme=False):
     hidden, weight, targets, ptr, bias = inputs
     got = linear_logprob_triton(*inputs, scale, softcap)
     wide = (hidden.double(), weight.double(), targets, ptr, None if bias is None else bias.double())
     want = linear_logprob_reference(*wide, scale, softcap)
     plain = plain_logprob(*inputs, scale, softcap)
     for ours, theirs, true in zip(got, plain, want, strict=True):
-        assert ours.dtype == torch.float32 and ours.shape == true.shape
-        if true.numel():
-            assert_as_good_as_torch(ours, theirs, true, hidden.dtype)
+        assert ours.dtype == torch.float32
+        if extreme:
+            assert_close("linear_logprob extreme", ours, true)
+        elif len(true):
+            check("linear_logprob", ours, theirs, true, hidden.dtype)
 
 
 LOGPROB = {
@@ -187,7 +189,7 @@ LOGPROB = {
     "many targets and none": ({"rows": 5, "width": 20, "vocab": 70, "per_row": [0, 9, 1, 0, 40]}, {}),
     "no targets": ({"rows": 3, "width": 20, "vocab": 70, "per_row": 0}, {}),
     "bias, scale, softcap": ({"rows": 9, "width": 20, "vocab": 70, "bias": True}, {"scale": 0.7, "softcap": 2.0}),
-    "logits of 1e4": ({"rows": 9, "width": 20, "vocab": 70, "gain": 1e4, "per_row": 3}, {}),
+    "logits of 1e4": ({"rows": 9, "width": 20, "vocab": 70, "gain": 1e4, "per_row": 3}, {"extreme": True}),
     "bfloat16": ({"rows": 20, "width": 96, "vocab": 200, "dtype": torch.bfloat16, "bias": True, "per_row": 2}, {}),
     "float16": ({"rows": 20, "width": 96, "vocab": 200, "dtype": torch.float16}, {"softcap": 30.0}),
 }
@@ -212,6 +214,9 @@ def test_logprob_bits_do_not_depend_on_the_batch(monkeypatch):
     """Rows alone, shuffled, in slabs and under any schedule: the same bits."""
     monkeypatch.setattr(logprob_kernel, "MAX_CHUNKS", 5)
     hidden, weight, targets, ptr, _ = make_rows(40, 24, 500, per_row=2)
+    # On this grid every product and sum is exact: the interpreter's matrix product is numpy's, whose order of summation
+    # depends on where a row lies in the tile. Log-sum-exp is not exact, and its order is what is tested.
+    hidden, weight = (hidden * 4).round() / 4, (weight * 16).round() / 16
     whole, lse = linear_logprob_triton(hidden, weight, targets, ptr, None, 1.0, None)
     check_logprob((hidden, weight, targets, ptr, None))
 

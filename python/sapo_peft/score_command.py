@@ -110,6 +110,9 @@ def run(args: argparse.Namespace) -> int:
 
     from ._loading import load
 
+    if args.model == "tiny" and "OMP_NUM_THREADS" not in os.environ:
+        # Its matrices are small: a second thread gains little, and on a busy machine the two wait for each other.
+        torch.set_num_threads(1)
     model, tokenizer = load(args.model, args.adapter, args.dtype, args.device, args.tokenizer)
     total = _Times()
     with _log_on_stderr(args.quiet):

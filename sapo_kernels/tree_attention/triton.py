@@ -44,8 +44,12 @@ def _attend(
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
     UPCAST: tl.constexpr,
+    CAREFUL: tl.constexpr,
 ):
-    """Fold keys o_n [BLOCK_N] below `stop` into the running softmax: acc [M, V], m_i (log2 units), l_i [M]."""
+    """Fold keys o_n [BLOCK_N] below `stop` into the running softmax: acc [M, V], m_i (log2 units), l_i [M].
+
+    CAREFUL takes value rows that are not finite out of the product and makes l_i NaN in the rows that see them.
+    """
     o_k = tl.arange(0, BLOCK_K)
     o_v = tl.arange(0, BLOCK_V)
     m_n = o_n < stop
@@ -67,13 +71,19 @@ def _attend(
         # tanh(s) = 1 - 2 / (1 + exp(2 s)): exp runs to inf or to 0, both with the right limit. cap_scale is in log2.
         s = cap_scale * (1.0 - 2.0 / (1.0 + tl.exp(2.0 * s)))
     # Ancestor spans satisfy the rule anyway. One body for spans and own keys costs two compares a logit and keeps
-    # register use below the spilling point; keys past `stop` get end 0, so the rule hides them too.
+    # register use below the point of spilling; keys past `stop` get end 0, so the rule hides them too.
     end = tl.load(subtree_end_ptr + o_n, mask=m_n, other=0)
     visible = (o_n[None, :] <= i_query[:, None]) & (i_query[:, None] < end[None, :])
     if HAS_WINDOW:
         p_key = tl.load(position_ptr + o_n, mask=m_n, other=0)
         visible = visible & (p_query[:, None] - p_key[None, :] < window)
     s = tl.where(visible, s, float("-inf"))
+
+    if CAREFUL:
+        bad = tl.max(tl.where(tl.abs(v.to(tl.float32)) < float("inf"), 0, 1), 1)
+        v = tl.where(bad[:, None] > 0, 0.0, v).to(v.dtype)
+        touched = tl.max(tl.where(visible & (bad[None, :] > 0), 1, 0), 1)
+        l_i = tl.where(touched > 0, float("nan"), l_i)
 
     m_new = tl.maximum(m_i, tl.max(s, 1))
     # A row that has seen nothing yet has m_new = -inf; subtracting 0 instead keeps its weights at 0, not NaN.
@@ -97,6 +107,7 @@ def _tree_attention_kernel(
     span_ptr,
     sinks_ptr,
     out_ptr,
+    sick_ptr,
     carried,
     tiles_per_block,
     stride_q_token,
@@ -123,14 +134,26 @@ def _tree_attention_kernel(
     BLOCK_V: tl.constexpr,
     UPCAST: tl.constexpr,
     WHILE: tl.constexpr,
+    CAREFUL: tl.constexpr,
+    SICK_M: tl.constexpr,
 ):
+    """One tile of rows. sick_ptr [blocks, ceil(block rows / SICK_M), kv heads] int32 tells which tiles of SICK_M rows
+    came out non-finite: the plain kernel (BLOCK_M = SICK_M) writes it, the CAREFUL one works on those rows only.
+    """
     i_block = tl.program_id(0) // tiles_per_block
     i_tile = tl.program_id(0) % tiles_per_block
     i_head = tl.program_id(1).to(tl.int64)
     first = tl.load(block_start_ptr + i_block)
     stop = tl.load(block_start_ptr + i_block + 1)
 
-    if i_tile * BLOCK_M < (stop - first) * GROUP:
+    i_sick = i_block * tiles_per_block + i_tile
+    todo = i_tile * BLOCK_M < (stop - first) * GROUP
+    if CAREFUL:
+        i_sick = i_block * ((tiles_per_block * BLOCK_M) // SICK_M) + (i_tile * BLOCK_M) // SICK_M
+    p_sick = sick_ptr + i_sick.to(tl.int64) * tl.num_programs(1) + i_head
+    if CAREFUL:
+        todo = todo & (tl.load(p_sick, mask=todo, other=0) > 0)
+    if todo:
         # Rows are (token, q head) pairs flattened, so a group of any size fills the tile.
         o_m = i_tile * BLOCK_M + tl.arange(0, BLOCK_M)
         m_m = o_m < (stop - first) * GROUP
@@ -181,7 +204,7 @@ def _tree_attention_kernel(
                     acc, m_i, l_i = _attend(
                         q, acc, m_i, l_i, begin + tl.arange(0, BLOCK_N), end, i_query, p_query, k_ptr, v_ptr,
                         position_ptr, subtree_end_ptr, stride_k_token, stride_v_token, logit_scale, cap_scale,
-                        window, HEAD_K, HEAD_V, HAS_WINDOW, HAS_SOFTCAP, BLOCK_K, BLOCK_V, UPCAST,
+                        window, HEAD_K, HEAD_V, HAS_WINDOW, HAS_SOFTCAP, BLOCK_K, BLOCK_V, UPCAST, CAREFUL,
                     )  # fmt: skip
                     begin += BLOCK_N
             else:
@@ -189,10 +212,13 @@ def _tree_attention_kernel(
                     acc, m_i, l_i = _attend(
                         q, acc, m_i, l_i, n + tl.arange(0, BLOCK_N), end, i_query, p_query, k_ptr, v_ptr,
                         position_ptr, subtree_end_ptr, stride_k_token, stride_v_token, logit_scale, cap_scale,
-                        window, HEAD_K, HEAD_V, HAS_WINDOW, HAS_SOFTCAP, BLOCK_K, BLOCK_V, UPCAST,
+                        window, HEAD_K, HEAD_V, HAS_WINDOW, HAS_SOFTCAP, BLOCK_K, BLOCK_V, UPCAST, CAREFUL,
                     )  # fmt: skip
             i_span += 1
 
+        if not CAREFUL:
+            # A hidden key has weight 0, and 0 * NaN is NaN: a sick sequence would spoil its neighbours in the block.
+            tl.store(p_sick, tl.max(tl.max(tl.where(tl.abs(acc) < float("inf"), 0, 1), 1), 0))
         # l_i is 0 only where every logit was -inf: 0 / 0 gives the NaN that a plain softmax gives.
         acc = acc / l_i[:, None]
         o_v = tl.arange(0, BLOCK_V)
