@@ -22,6 +22,7 @@ import sapo_kernels as sk
 from . import peers
 from .workload import build_cache, load_tasks, load_tokenizer, qwen3_shaped
 
+HEADER = "task             tokens/trie   ours s  tuned s   loop s  x tuned of ratio  x loop"
 TOLERANCE = 1e-3  # nats per cell, fp32
 
 
@@ -69,7 +70,7 @@ def main() -> None:
     model = qwen3_shaped(args.vocab, args.hidden, args.layers)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, hidden {args.hidden}, layers {args.layers}, "
           f"vocabulary {args.vocab}, {args.examples} examples, median of {args.rounds}")  # fmt: skip
-    print(f"{'task':<16}{'tokens/trie':>12}{'ours s':>9}{'tuned s':>9}{'loop s':>9}{'x tuned':>9}{'of ratio':>9}{'x loop':>8}")
+    print(HEADER)
     speedups = []
     for task in load_tasks(data, args.tasks):
         row = measure(model, build_cache(task, tokenizer, args.examples), args.rounds, not args.no_loop)

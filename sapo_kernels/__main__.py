@@ -30,7 +30,9 @@ def _devices() -> list[tuple[torch.device, str]]:
 
 def report() -> str:
     """The text that `python -m sapo_kernels` prints."""
-    lines = [f"sapo_kernels {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}"]
+    lines = [
+        f"sapo_kernels {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}"
+    ]
     lines += ["", "libraries", *(f"  {name:<14}{_version(name)}" for name in LIBRARIES)]
     for device, what in _devices():
         lines += ["", f"{device} ({what})"]

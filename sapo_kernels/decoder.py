@@ -254,7 +254,7 @@ class TreeRunner:
         self._carried: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def run(self, trie: TriePass) -> torch.Tensor:
-        """Log-probability [P] of the pass's targets. If it raises, the carried state is still that of the pass before."""
+        """Log-probability [P] of the pass's targets. If it raises, the carried keys are those of the pass before."""
         plan = trie.to(self.device)
         state = _TreeState(plan, self.impl, self._carried)
         # A 4-D integer mask reaches every attention layer untouched and keeps the model from building one of its own.

@@ -52,14 +52,14 @@ def score_prompts(
                 nll[k, m] = -log_softmax(logits)[response rows, response ids].sum()
 
     Args:
-        model: a transformers causal LM or a PeftModel of one, trained or in training, on any device. It is left as it was
-            (mode, adapters, attention implementation, RNG, gradients), also after an exception.
+        model: a transformers causal LM or a PeftModel of one, trained or in training, on any device. It is left as it
+            was (mode, adapters, attention implementation, RNG, gradients), also after an exception.
         prompts: K instructions, or a `ResponseCache`; then `examples` and everything about rendering is in it already.
         examples: M mappings with "input" and "target" (or "sentence" and "label").
         tokenizer: needed unless `prompts` is a `ResponseCache`.
         template, suffix, text_word, max_source, max_target: see `ResponseCache.build`.
-        max_tokens: new tokens per forward; default 1024 on a CPU, 16384 on a GPU. Smaller saves memory, never recomputes
-            a token.
+        max_tokens: new tokens per forward; default 1024 on a CPU, 16384 on a GPU. Smaller saves memory and never
+            recomputes a token.
         impl: "auto"; "tree" or "padded" to insist on a road; "triton", "sdpa" or "reference" to insist on the tree road
             with that backend.
         progress: a bar on stderr; None shows it on a terminal only.
@@ -176,7 +176,9 @@ class _Scoring:
                     continue
                 size = step.stop - step.start
                 if size == 1:
-                    cell = int(np.flatnonzero((trie.leaf >= step.start) & (trie.leaf < trie.subtree_end[step.start]))[0])
+                    cell = int(
+                        np.flatnonzero((trie.leaf >= step.start) & (trie.leaf < trie.subtree_end[step.start]))[0]
+                    )
                     raise torch.OutOfMemoryError(
                         f"cell {_cell(self.cache, cell)}: does not fit, not even one token at a time"
                     )
@@ -209,7 +211,9 @@ class _Scoring:
                 logprob = _unless_out_of_memory(lambda batch=batch: run_padded(self.model, reader, batch, self.device))
                 if logprob is None:
                     if len(cells) == 1:
-                        raise torch.OutOfMemoryError(f"cell {_cell(self.cache, cells[0])}: does not fit, not even alone")
+                        raise torch.OutOfMemoryError(
+                            f"cell {_cell(self.cache, cells[0])}: does not fit, not even alone"
+                        )
                     logger.warning("out of memory in a batch of %d sequences; halving it", len(cells))
                     waiting += [cells[len(cells) // 2 :], cells[: len(cells) // 2]]
                     continue
@@ -231,7 +235,7 @@ def _unless_out_of_memory(call):
     """``call()``, or None if memory ran out; the failed frames are gone when this returns."""
     try:
         return call()
-    except Exception as error:  # noqa: BLE001 (sorted out in the next line)
+    except Exception as error:
         if not is_out_of_memory(error):
             raise
     if torch.cuda.is_available():

@@ -161,8 +161,8 @@ def head_transform(inner: nn.Module) -> tuple[float, float | None]:
 def plain_head(head: nn.Module, hidden: torch.Tensor, own_hooks: int = 0) -> bool:
     """Whether ``head(h)`` is exactly ``h @ head.weight.T + head.bias``.
 
-    Adapters replace the module (PEFT's class is also called Linear), quantisers change the weight's type, offloading and
-    other hooks act around it; all of them go through the module instead. `own_hooks` are the caller's own.
+    Adapters replace the module (PEFT's class is also called Linear), quantisers change the weight's type, offloading
+    and other hooks act around it; all of them go through the module instead. `own_hooks` are the caller's own.
     """
     patched = "forward" in vars(head) or head._forward_hooks or len(head._forward_pre_hooks) > own_hooks
     if type(head) is not nn.Linear or patched or nn.utils.parametrize.is_parametrized(head):

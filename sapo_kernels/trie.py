@@ -256,11 +256,21 @@ def plan_trie(ids: np.ndarray, offsets: np.ndarray, context_lengths: np.ndarray)
         The trie. Children stand in the order of their token ids, so the plan does not depend on the order of cells.
 
     Raises:
-        ValueError: naming the sequence that is too short or has a negative id.
+        ValueError, TypeError: naming the sequence that is too short or has a negative id, or the array that does not
+            fit.
     """
+    for name, values in (("ids", ids), ("offsets", offsets), ("context_lengths", context_lengths)):
+        array = np.asarray(values)
+        if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+            raise TypeError(f"{name}: wanted a flat array of integers, got {array.dtype} {list(array.shape)}")
     ids = np.ascontiguousarray(ids, dtype=np.int64)
     offsets = np.asarray(offsets, dtype=np.int64)
     context_lengths = np.asarray(context_lengths, dtype=np.int64)
+    if len(offsets) != len(context_lengths) + 1 or offsets[0] != 0 or offsets[-1] != len(ids):
+        raise ValueError(
+            f"offsets: wanted [{len(context_lengths) + 1}] from 0 to {len(ids)}, got {offsets[:1]} to {offsets[-1:]} "
+            f"in {list(offsets.shape)}"
+        )
     full = np.diff(offsets)
     bad = np.flatnonzero((context_lengths < 1) | (context_lengths >= full))
     if len(bad):

@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+
 from sapo_peft import cli, tiny_model
 
 PROMPTS = ["Is it good?", "Say yes or no.", "Answer with one word: is the text below kind?"]

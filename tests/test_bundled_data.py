@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+
 from sapo_peft.bundled import BUNDLED_DIR, make_tasks, task_names
 
 SIZES = {"train": 1000, "dev": 100, "test": 200}
@@ -77,9 +78,7 @@ def test_rows_are_complete_and_labels_are_known(task):
         assert set(row) == {"sentence", "label"}
         assert row["sentence"] == row["sentence"].strip() and row["sentence"]
         assert row["label"] == row["label"].strip() and row["label"]
-        assert not re.search(r"[{}]|  ", row["sentence"] + row["label"]), (
-            "an unfilled or empty template field"
-        )
+        assert not re.search(r"[{}]|  ", row["sentence"] + row["label"]), "an unfilled or empty template field"
         assert not labels or row["label"] in labels
     if labels:
         for split, rows in ROWS[task].items():
@@ -137,9 +136,7 @@ def test_extracted_value_stands_once_in_the_message():
     for row in all_rows(named("field")):
         (field,) = {
             match[0] or match[1]
-            for match in re.findall(
-                r"(?:Field|Wanted|Look for): (\w+)|^\[(\w+)\]", row["sentence"], re.MULTILINE
-            )
+            for match in re.findall(r"(?:Field|Wanted|Look for): (\w+)|^\[(\w+)\]", row["sentence"], re.MULTILINE)
         }
         fields[field] += 1
         assert row["sentence"].count(row["label"]) == 1, row
@@ -281,15 +278,9 @@ ORDER_LAYOUT = re.compile(
 def test_order_of_items():
     seen = Counter()
     for row in all_rows(named("order")):
-        parts = {
-            key[0]: value
-            for key, value in ORDER_LAYOUT.fullmatch(row["sentence"]).groupdict().items()
-            if value
-        }
+        parts = {key[0]: value for key, value in ORDER_LAYOUT.fullmatch(row["sentence"]).groupdict().items() if value}
         rule, items = parts["r"], parts["i"].split(", ")
-        which, (_, value, falling) = next(
-            (n, rule_) for n, rule_ in enumerate(RULES) if re.search(rule_[0], rule)
-        )
+        which, (_, value, falling) = next((n, rule_) for n, rule_ in enumerate(RULES) if re.search(rule_[0], rule))
         down = bool(re.search(falling, rule))
         ordered = sorted(items, key=value, reverse=down)
         assert len({value(item) for item in items}) == len(items), "a tie"

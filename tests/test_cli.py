@@ -8,9 +8,9 @@ import sys
 
 import pytest
 import torch
-from sapo_peft import cli, score_command, tiny_model, tiny_tokenizer
 
 import sapo_kernels as sk
+from sapo_peft import cli, score_command, tiny_model, tiny_tokenizer
 
 from . import cli_helpers
 from .cli_helpers import PROMPTS, ROWS, SCORE, one_line_error, ranks

@@ -3,9 +3,9 @@
 import json
 
 import torch
-from sapo_peft import tiny_model, tiny_tokenizer
 
 import sapo_kernels as sk
+from sapo_peft import tiny_model, tiny_tokenizer
 
 from . import cli_helpers
 from .cli_helpers import PROMPTS, ROWS, SCORE, one_line_error, ranks

@@ -4,10 +4,10 @@ import json
 import os
 
 import pytest
-from sapo_peft import Examples, read_examples, read_prompts
-from sapo_peft.data import TaskNameError
 
 from sapo_kernels._io import DataError
+from sapo_peft import Examples, read_examples, read_prompts
+from sapo_peft.data import TaskNameError
 
 from . import cli_helpers
 from .cli_helpers import SENTENCES, put

@@ -1,9 +1,9 @@
 """Reading prompts: every format, the original first, every prompt that is refused."""
 
 import pytest
-from sapo_peft import PromptSet, read_examples, read_prompts
 
 from sapo_kernels._io import DataError
+from sapo_peft import PromptSet, read_examples, read_prompts
 
 from . import cli_helpers
 from .cli_helpers import put

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from sapo_peft import _ranking, _terminal
 
 

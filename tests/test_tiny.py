@@ -5,10 +5,10 @@ import sys
 
 import pytest
 import torch
-from sapo_peft import plain_scores, tiny_model, tiny_tokenizer
 from torch.nn import functional
 
 import sapo_kernels as sk
+from sapo_peft import plain_scores, tiny_model, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")

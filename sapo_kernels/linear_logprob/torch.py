@@ -14,7 +14,7 @@ def chunk_rows(vocabulary: int, device_type: str) -> int:
 
 
 def logprob_of_logits(logits, targets, target_ptr, scale=1.0, softcap=None):
-    """logits [R, V] of any float dtype -> logprob [P], lse [R] in fp32 (fp64 for fp64); float32 logits are overwritten."""
+    """logits [R, V] (overwritten if fp32 or fp64) -> logprob [P], lse [R] in fp32, or fp64 for fp64."""
     part = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
     if scale != 1.0:
         part.mul_(scale)

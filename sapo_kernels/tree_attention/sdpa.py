@@ -17,7 +17,7 @@ def tree_attention_sdpa(
     out = q.new_empty(q.shape[0], q.shape[1], v.shape[-1])
     starts, pointers, spans = block_start.tolist(), span_ptr.tolist(), span.tolist()
     # A masked NaN still spreads through a matrix product: 0 * NaN is NaN. A sum is the cheapest test for one.
-    sound = bool(torch.isfinite(k.sum() + v.sum()))
+    sound = bool(torch.isfinite(k.sum(dtype=torch.float32) + v.sum(dtype=torch.float32)))
     attend = _fused if sound and softcap is None and sinks is None else _written_out
     hidden_inside = _hidden_inside(block_start, subtree_end, block_tokens)
 
@@ -32,7 +32,9 @@ def tree_attention_sdpa(
         if window is not None:
             hidden |= position[first:stop, None] - _gather(position, pieces) >= window
         block = q[first - carried : stop - carried].transpose(0, 1)
-        out[first - carried : stop - carried] = attend(block, keys, values, hidden, sinks, scale, softcap).transpose(0, 1)
+        out[first - carried : stop - carried] = attend(block, keys, values, hidden, sinks, scale, softcap).transpose(
+            0, 1
+        )
     return out
 
 

@@ -280,6 +280,15 @@ def config(head_dim: int, dtype: torch.dtype, capability: int, rows: int = 128) 
     return chosen
 
 
+def careful_config(head_dim: int, dtype: torch.dtype, capability: int, sick_m: int) -> dict[str, int]:
+    """Tile and options of the careful kernel, which nearly always has nothing to do: small, and spilling is avoided."""
+    wide = head_dim > 128 or dtype == torch.float32
+    chosen = {"BLOCK_M": min(sick_m, 16 if wide else 64), "BLOCK_N": 16, "num_warps": 4 if wide else 8, "num_stages": 1}
+    if capability > 0:
+        chosen["maxnreg"] = 255
+    return chosen
+
+
 def specialise(head_k: int, head_v: int, group: int, window, softcap, sinks) -> dict[str, object]:
     """The kernel's compile-time arguments that follow from shapes and options."""
     return {
@@ -324,38 +333,47 @@ def tree_attention_triton(
         return out.to(q.dtype)
 
     group = q_heads // kv_heads
-    constants = specialise(head_k, head_v, group, window, softcap, sinks)
-    options = config(max(head_k, head_v), q.dtype, _capability(q.device), block_tokens * group)
-    tiles = triton.cdiv(block_tokens * group, options["BLOCK_M"])
+    wide = max(head_k, head_v)
+    capability = _capability(q.device)
+    plain = config(wide, q.dtype, capability, block_tokens * group)
+    sick_m = plain["BLOCK_M"]
+    careful = careful_config(wide, q.dtype, capability, sick_m)
+    tiles = triton.cdiv(block_tokens * group, sick_m)
+    sick = torch.empty(blocks * tiles * kv_heads, dtype=torch.int32, device=q.device)
     log2e = LOG2E.value
     with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
-        _tree_attention_kernel[(blocks * tiles, kv_heads)](
-            q,
-            k,
-            v,
-            position,
-            subtree_end,
-            block_start,
-            span_ptr,
-            span,
-            sinks,
-            out,
-            keys - tokens,
-            tiles,
-            q.stride(0),
-            q.stride(1),
-            k.stride(0),
-            k.stride(1),
-            v.stride(0),
-            v.stride(1),
-            out.stride(0),
-            out.stride(1),
-            sinks.stride(0) if sinks is not None else 0,
-            scale * log2e if softcap is None else scale / softcap,
-            0.0 if softcap is None else softcap * log2e,
-            0 if window is None else min(window, 2**31 - 1),
-            **constants,
-            **options,
-            enable_fp_fusion=True,
-        )
+        for is_careful, options in ((False, plain), (True, careful)):
+            tiles_per_block = tiles * (sick_m // options["BLOCK_M"])
+            _tree_attention_kernel[(blocks * tiles_per_block, kv_heads)](
+                q,
+                k,
+                v,
+                position,
+                subtree_end,
+                block_start,
+                span_ptr,
+                span,
+                sinks,
+                out,
+                sick,
+                keys - tokens,
+                tiles_per_block,
+                q.stride(0),
+                q.stride(1),
+                k.stride(0),
+                k.stride(1),
+                v.stride(0),
+                v.stride(1),
+                out.stride(0),
+                out.stride(1),
+                sinks.stride(0) if sinks is not None else 0,
+                scale * log2e if softcap is None else scale / softcap,
+                0.0 if softcap is None else softcap * log2e,
+                0 if window is None else min(window, 2**31 - 1),
+                **specialise(head_k, head_v, group, window, softcap, sinks),
+                CAREFUL=is_careful,
+                SICK_M=sick_m,
+                **options,
+                enable_fp_fusion=True,
+            )
     return out.to(q.dtype)

@@ -48,8 +48,7 @@ POLARITY_PARAPHRASES = (
 ODD_ONE_PARAPHRASES = (
     "Which of the five words is not part of the group?",
     "Find the odd one out.",
-    "A group is named and five words are listed. Exactly one word is not a member of the group. Name that "
-    "word.",
+    "A group is named and five words are listed. Exactly one word is not a member of the group. Name that word.",
     "Look at the name of the group and the list of words. Four words fit the name, and a single one does "
     "not. Pick the one that does not fit.",
     "You are helping to tidy up a vocabulary book. Every page has a heading and five entries, but one entry "
@@ -73,8 +72,7 @@ ODD_ONE_PARAPHRASES = (
     "Determine the outlier among five words with respect to the category mentioned.",
     "Suppose you had to remove a single word so that all the words left over belong to the named group. "
     "Which word would you remove?",
-    "A label and five words are given. The label describes all but one of the words correctly; find the "
-    "exception.",
+    "A label and five words are given. The label describes all but one of the words correctly; find the exception.",
     "Sort the words in your head into members and non-members of the group. There will be four members. "
     "What is the only non-member?",
     "Which word is out of place here, given what the group is called?",

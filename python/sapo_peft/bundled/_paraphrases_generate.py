@@ -11,13 +11,11 @@ EXTRACT_PARAPHRASES = (
     "Write into the box exactly what the message says: no other spelling, no other date format, no rounding.",
     "Extract one piece of information from a message. The kinds of information are:\n- city: the town that "
     "is mentioned\n- date: the day that is mentioned\n- amount: the sum of money\n- name: the person",
-    "Pull the wanted detail out of the text and leave everything else behind. Keep the original wording of "
-    "the detail.",
+    "Pull the wanted detail out of the text and leave everything else behind. Keep the original wording of the detail.",
     "Each example tells you what to look for, which is a city, a date, an amount of money or a person's "
     "name, and where to look for it, which is a brief message. Return what you find, spelt as in the "
     "message.",
-    "Field extraction. Input: one field name and one message. Output: the matching stretch of the message, "
-    "verbatim.",
+    "Field extraction. Input: one field name and one message. Output: the matching stretch of the message, verbatim.",
     "Somebody sent a note and wants a single fact from it looked up. The fact is either a city, a date, an "
     "amount or a name. Report the fact just as the note puts it.",
     "Which words in the message answer the question behind the field? For city the question is where, for "
@@ -70,8 +68,7 @@ PASSIVE_PARAPHRASES = (
     'behind the verb as a "by" phrase; pronouns change their form where grammar requires it.',
     "Make the sentence passive. If there is a time expression at the beginning, begin with it; if it is at "
     "the end, end with it.",
-    "What is the passive form of this statement? Keep past as past, present as present, future as future "
-    "and so on.",
+    "What is the passive form of this statement? Keep past as past, present as present, future as future and so on.",
     "First find the verb, its subject and its object. Then rebuild the sentence with a passive verb in the "
     'same tense, the object in front and the subject after "by".',
     "I would like to hear this from the point of view of the thing that is acted on. Reword the sentence in "
@@ -107,8 +104,7 @@ ARITHMETIC_PARAPHRASES = (
     "comes out even, with no fraction.",
     "Someone needs help with a sum hidden in a short story. Tell them the result.",
     "Do the maths: what is the value that the last sentence wants to know?",
-    "Given a brief description with numbers and a closing question, compute the answer to that question as "
-    "an integer.",
+    "Given a brief description with numbers and a closing question, compute the answer to that question as an integer.",
 )
 
 ORDER_PARAPHRASES = (
@@ -116,17 +112,14 @@ ORDER_PARAPHRASES = (
     "Put these items in the right order.",
     "You get several items and are told how they should be ordered. Write them all down again in that "
     "order, with nothing changed in the items themselves.",
-    "How do the items line up once the rule is applied? List them from first to last and copy each one as "
-    "it stands.",
+    "How do the items line up once the rule is applied? List them from first to last and copy each one as it stands.",
     "Work like a careful librarian. Take the items as they come, look at the rule for the shelf, and set "
     "every item in its proper place. Nothing may be lost, nothing may be added, and nothing may be "
     "reworded, however odd it looks.",
-    "Sorting task.\n- Input: items and a rule\n- Output: the same items, ordered by the rule\n- Do not edit "
-    "the items",
+    "Sorting task.\n- Input: items and a rule\n- Output: the same items, ordered by the rule\n- Do not edit the items",
     "Rearrange the list so that it follows the stated rule. Every item has to appear exactly once, in its "
     "original spelling.",
-    "Below you will find a jumbled list together with an instruction on how to order it. Bring the list "
-    "into order.",
+    "Below you will find a jumbled list together with an instruction on how to order it. Bring the list into order.",
     "Please return the items sorted in the way that is asked for, keeping each of them word for word.",
     "Which item comes first, which comes next, and which comes last? Use the rule in the input to decide, "
     "and name all the items in sequence.",
@@ -138,14 +131,12 @@ ORDER_PARAPHRASES = (
     "row look like? Leave the text of the items as it is.",
     "Given a set of items and a criterion, output the items ranked by that criterion. Units, years, ages "
     "and other details that are part of an item stay with it.",
-    "1. Find the rule.\n2. Compare the items by it.\n3. Write down all items in the resulting order, "
-    "unaltered.",
+    "1. Find the rule.\n2. Compare the items by it.\n3. Write down all items in the resulting order, unaltered.",
     "Some things need to be put in sequence, and you are told by what: size, alphabet, length, time, price "
     "or the like. Produce the sequence.",
     "Order the elements of the list as required. Mind the direction, since some rules begin with the "
     "smallest or earliest element and others with the largest or latest.",
     "Could you arrange these for me? The input says in which order I want them, and I need every one of "
     "them back just as I wrote it.",
-    "Turn the unsorted list into a sorted one. What counts as sorted is defined by the rule that comes with "
-    "the list.",
+    "Turn the unsorted list into a sorted one. What counts as sorted is defined by the rule that comes with the list.",
 )

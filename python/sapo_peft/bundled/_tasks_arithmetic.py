@@ -176,8 +176,7 @@ TEMPLATES: tuple[tuple[str, Callable[[Draw], Numbers], Callable[..., int]], ...]
         lambda a, b, c: a + b + c,
     ),
     (
-        "{n} rides the train for {a} minutes and then walks for {b} minutes. How long is the whole trip in "
-        "minutes?",
+        "{n} rides the train for {a} minutes and then walks for {b} minutes. How long is the whole trip in minutes?",
         _sum,
         lambda a, b: a + b,
     ),
@@ -207,8 +206,7 @@ TEMPLATES: tuple[tuple[str, Callable[[Draw], Numbers], Callable[..., int]], ...]
         lambda a, b: a * b,
     ),
     (
-        "{n} needs {a} dollars for a gift and saves {b} dollars every week. How many weeks does {he} have "
-        "to save?",
+        "{n} needs {a} dollars for a gift and saves {b} dollars every week. How many weeks does {he} have to save?",
         _quotient,
         lambda a, b: a // b,
     ),
@@ -243,8 +241,7 @@ TEMPLATES: tuple[tuple[str, Callable[[Draw], Numbers], Callable[..., int]], ...]
         lambda a, b: a % b,
     ),
     (
-        "At noon the oven is at {a} degrees. It cools down by {b} degrees. What temperature does it have "
-        "then?",
+        "At noon the oven is at {a} degrees. It cools down by {b} degrees. What temperature does it have then?",
         _difference,
         lambda a, b: a - b,
     ),
@@ -299,8 +296,7 @@ TEMPLATES: tuple[tuple[str, Callable[[Draw], Numbers], Callable[..., int]], ...]
         lambda a, b, c: a - b - c,
     ),
     (
-        "{n} bakes {a} biscuits, eats {b} and puts the rest evenly on {c} plates. How many biscuits are on "
-        "each plate?",
+        "{n} bakes {a} biscuits, eats {b} and puts the rest evenly on {c} plates. How many biscuits are on each plate?",
         _plates,
         lambda a, b, c: (a - b) // c,
     ),

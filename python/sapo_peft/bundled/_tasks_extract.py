@@ -16,8 +16,7 @@ TEMPLATES = (
     "Booking {code}: room {number} in {city}, arrival {date}, deposit {amount}. Guest: {name}.",
     "{name} is flying to {city} on {date} and needs {amount} in cash before then.",
     "The workshop in {city} costs {amount} per person. Please tell {name} by {date} if you can come.",
-    "Dear {name}, the meeting planned for {date} has moved to {city}. Travel costs of {amount} will be paid "
-    "back.",
+    "Dear {name}, the meeting planned for {date} has moved to {city}. Travel costs of {amount} will be paid back.",
     "Invoice {code} over {amount} is due on {date}. Send questions to our office in {city}.",
     "On {date} we pick up the van in {city}. It is {amount} for the day, and {number} people fit in.",
     "Can you lend {name} {amount} until {date}? The bank in {city} has blocked the card.",
@@ -28,8 +27,7 @@ TEMPLATES = (
     "Team dinner on {date} at {time} in {city}. Set menu {amount}, table for {number}.",
     "Lost in {city} on {date}: a brown wallet with {amount} in it. Please call {name}.",
     "The {city} marathon takes place on {date}. {name} has already paid the {amount} entry fee.",
-    "Hello, this is {name}. I can repair the boiler on {date} for {amount}, but I have to drive over from "
-    "{city}.",
+    "Hello, this is {name}. I can repair the boiler on {date} for {amount}, but I have to drive over from {city}.",
     "Note for the file: {amount} moved to the {city} account on {date}, see slip {code}.",
     "{date}: {name} sold the old piano to a buyer from {city} for {amount}.",
     "Please confirm seat {number} on the {time} bus to {city}. The price is {amount}, valid on {date} only.",

@@ -139,9 +139,7 @@ def make_row(draw: Draw, index: int) -> Row:
     members = draw.sample(WORDS[group], 4)
     near, fit = LENDERS[group]
     own = {word.lower() for word in WORDS[group]}
-    odd = draw.pick(
-        [word for word in WORDS[draw.pick(near if draw.chance(0.5) else fit)] if word.lower() not in own]
-    )
+    odd = draw.pick([word for word in WORDS[draw.pick(near if draw.chance(0.5) else fit)] if word.lower() not in own])
     words = draw.shuffled([*members, odd])
     sentence = draw.pick(LAYOUTS).format(
         group=group,

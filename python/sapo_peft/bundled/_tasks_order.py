@@ -53,8 +53,7 @@ def _words(draw: Draw, k: int, value: Callable[[str], object]) -> list[Item]:
 def _named(draw: Draw, names: Sequence[str], values: Sequence[int], text: str) -> list[Item]:
     """One item per value, with a name of its own."""
     return [
-        (value, text.format(name, value))
-        for name, value in zip(draw.sample(names, len(values)), values, strict=True)
+        (value, text.format(name, value)) for name, value in zip(draw.sample(names, len(values)), values, strict=True)
     ]
 
 

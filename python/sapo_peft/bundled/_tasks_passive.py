@@ -9,8 +9,7 @@ DOMAINS = (
         "the cook, *the waiters, my aunt, the kitchen boy, *the bakers",
         "wash washes washed washed washing, clean cleans cleaned cleaned cleaning, "
         "count counts counted counted counting, buy buys bought bought buying, dry dries dried dried drying",
-        "*the plates, the big pan, *the glasses, *three bowls, the bread knife, *the silver spoons, the "
-        "baking tray",
+        "*the plates, the big pan, *the glasses, *three bowls, the bread knife, *the silver spoons, the baking tray",
     ),
     (
         "the gardener, *the neighbours, our uncle, the old farmer, *the students",
@@ -23,38 +22,33 @@ DOMAINS = (
         "write writes wrote written writing, sign signs signed signed signing, print prints printed printed "
         "printing, send sends sent sent sending, copy copies copied copied copying, file files filed filed "
         "filing",
-        "the letter, *the contracts, the monthly report, *the invoices, a short memo, *the minutes of the "
-        "meeting",
+        "the letter, *the contracts, the monthly report, *the invoices, a short memo, *the minutes of the meeting",
     ),
     (
         "the teacher, *the pupils, the head of the school, *the trainees, my sister",
         "draw draws drew drawn drawing, explain explains explained explained explaining, "
         "check checks checked checked checking, discuss discusses discussed discussed discussing, "
         "present presents presented presented presenting",
-        "the map, *the results, the experiment, *the diagrams, the new timetable, *both exercises, a simple "
-        "graph",
+        "the map, *the results, the experiment, *the diagrams, the new timetable, *both exercises, a simple graph",
     ),
     (
         "the mechanic, *the engineers, the apprentice, my grandfather, *the twins",
         "repair repairs repaired repaired repairing, test tests tested tested testing, build builds built "
         "built building, paint paints painted painted painting, move moves moved moved moving",
-        "the engine, *the bicycles, the wooden cart, *the pumps, the red tractor, *two old motors, the "
-        "garage door",
+        "the engine, *the bicycles, the wooden cart, *the pumps, the red tractor, *two old motors, the garage door",
     ),
     (
         "the scientist, *the researchers, the lab assistant, the professor, *the visitors",
         "measure measures measured measured measuring, describe describes described described describing, "
         "find finds found found finding, examine examines examined examined examining, "
         "label labels labelled labelled labelling, weigh weighs weighed weighed weighing",
-        "*the crystals, *the samples, the strange fossil, *the shells, a rare mineral, *the seeds, the "
-        "meteorite",
+        "*the crystals, *the samples, the strange fossil, *the shells, a rare mineral, *the seeds, the meteorite",
     ),
     (
         "the director, *the actors, the young singer, *the reporters, the camera crew",
         "film films filmed filmed filming, praise praises praised praised praising, edit edits edited "
         "edited editing, choose chooses chose chosen choosing, show shows showed shown showing",
-        "the final scene, *the interviews, the opening song, *the first episodes, a short film, *the street "
-        "scenes",
+        "the final scene, *the interviews, the opening song, *the first episodes, a short film, *the street scenes",
     ),
     (
         "the shepherd, *the children, the vet, the farmer's wife, *the helpers",
@@ -68,16 +62,14 @@ DOMAINS = (
         "sort sorts sorted sorted sorting, borrow borrows borrowed borrowed borrowing, "
         "return returns returned returned returning, scan scans scanned scanned scanning, "
         "lose loses lost lost losing, steal steals stole stolen stealing",
-        "the atlas, *the novels, the old dictionary, *the letters, a thick diary, *the magazines, the first "
-        "volume",
+        "the atlas, *the novels, the old dictionary, *the letters, a thick diary, *the magazines, the first volume",
     ),
     (
         "the museum guide, *the curators, the painter, the guard, *the tourists",
         "photograph photographs photographed photographed photographing, clean cleans cleaned cleaned "
         "cleaning, hang hangs hung hung hanging, admire admires admired admired admiring, restore restores "
         "restored restored restoring, take takes took taken taking",
-        "the portrait, *the masks, the golden mirror, *the drawings, a small landscape, *four posters, the "
-        "tapestry",
+        "the portrait, *the masks, the golden mirror, *the drawings, a small landscape, *four posters, the tapestry",
     ),
     (
         "the tailor, *the designers, the shop owner, *the customers, my cousin",
@@ -90,16 +82,14 @@ DOMAINS = (
         "deliver delivers delivered delivered delivering, load loads loaded loaded loading, "
         "bring brings brought brought bringing, open opens opened opened opening, "
         "drop drops dropped dropped dropping, forget forgets forgot forgotten forgetting",
-        "the parcel, *the crates, the heavy trunk, *the suitcases, a wooden box, *the mail bags, the blue "
-        "container",
+        "the parcel, *the crates, the heavy trunk, *the suitcases, a wooden box, *the mail bags, the blue container",
     ),
     (
         "the programmer, *the testers, the team leader, *the analysts, the intern",
         "update updates updated updated updating, delete deletes deleted deleted deleting, "
         "design designs designed designed designing, break breaks broke broken breaking, "
         "rewrite rewrites rewrote rewritten rewriting, review reviews reviewed reviewed reviewing",
-        "the website, *the scripts, the main menu, *the log files, a search tool, *both databases, the "
-        "login page",
+        "the website, *the scripts, the main menu, *the log files, a search tool, *both databases, the login page",
     ),
 )
 # Subjects that fit everywhere: (as subject, after "by", plural).

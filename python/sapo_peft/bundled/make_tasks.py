@@ -101,15 +101,9 @@ def differences(folder: pathlib.Path) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m sapo_peft.bundled.make_tasks", description=__doc__.split("\n")[0]
-    )
-    parser.add_argument(
-        "--check", action="store_true", help="compare with the files on disk and write nothing"
-    )
-    parser.add_argument(
-        "--out", type=pathlib.Path, default=BUNDLED_DIR, help="data folder (default: the package's)"
-    )
+    parser = argparse.ArgumentParser(prog="python -m sapo_peft.bundled.make_tasks", description=__doc__.split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="compare with the files on disk and write nothing")
+    parser.add_argument("--out", type=pathlib.Path, default=BUNDLED_DIR, help="data folder (default: the package's)")
     options = parser.parse_args(arguments)
     if options.check:
         problems = differences(options.out)
