@@ -143,7 +143,7 @@ class HeadReader:
         self.head, self.impl, self.through_model = inner.get_output_embeddings(), impl, through_model
         self.scale, self.softcap = support.head_transform(inner)
         self.vocabulary = support.vocabulary_size(inner)
-        self.low = False
+        self.dtype = torch.float32
         self.worst: torch.Tensor | None = None
         self._batch: Batch | None = None
         self._logprob: torch.Tensor | None = None
@@ -187,8 +187,7 @@ class HeadReader:
         rows = flat[batch.rows.to(hidden.device)]
         # Asked here, inside the forward: trainers wrap it in autocast and hand the logits out in float32.
         autocast = torch.is_autocast_enabled(rows.device.type)
-        dtype = torch.get_autocast_dtype(rows.device.type) if autocast else rows.dtype
-        self.low = self.low or dtype in (torch.bfloat16, torch.float16)
+        self.dtype = torch.get_autocast_dtype(rows.device.type) if autocast else rows.dtype
         if self.through_model:
             self._expected = rows.new_empty(0)
             return (rows[None], *args[1:])
@@ -234,7 +233,8 @@ class HeadReader:
     def _check(self, logits: torch.Tensor) -> None:
         """Remember the largest distance of our log-sum-exp from the model's; reading it would wait for the device."""
         own = torch.logsumexp(logits.reshape(-1, logits.shape[-1])[:1].float(), -1)
-        slack = 0.05 + 0.02 * own.abs() if self.low else 1e-3 + 1e-4 * own.abs()
+        low = self.dtype in (torch.bfloat16, torch.float16)
+        slack = 0.05 + 0.02 * own.abs() if low else 1e-3 + 1e-4 * own.abs()
         # NaN on both sides is a model with NaN weights: reported by cell, not here.
         both = own.isfinite() & self._expected.isfinite()
         excess = torch.where(both, (own - self._expected.float()).abs() / slack, torch.zeros_like(own)).amax()

@@ -49,6 +49,7 @@ def verdict_for(model: nn.Module, inner: nn.Module, impl: str, device: torch.dev
     key = (
         impl, device, weight.dtype, autocast, type(inner.get_output_embeddings()), inner.config._attn_implementation,
         id(vars(inner).get("forward")),  # trainers replace it
+        tuple((name, str(config.peft_type)) for name, config in getattr(model, "peft_config", {}).items()),
     )  # fmt: skip
     known = _verdicts.setdefault(inner, {})
     if key in known:
@@ -67,21 +68,25 @@ def _probe(model, inner, impl, device) -> tuple[Verdict, bool]:
         # NaN weights, say: nothing can be compared, so the plain road it is, and ask again next time.
         return Verdict("the probe's plain log-probabilities are not finite"), False
 
+    alone_first = support.padding_matters(inner)
     for alone, through in ((False, False), (False, True), (True, False), (True, True)):
+        if alone_first and not alone:
+            continue
         try:
-            got, low = _padded_logprobs(model, inner, cache, device, impl, alone, through)
+            got, dtype = _padded_logprobs(model, inner, cache, device, impl, alone, through)
         except (RuntimeError, IndexError, ValueError, TypeError) as error:
             if is_out_of_memory(error):
                 raise
             continue
-        if close(got, plain, low):
+        if close(got, plain, dtype):
             break
     else:
         raise RuntimeError(
             f"model: {type(inner).__name__}: reading its response rows does not give its own log-probabilities; "
             "it cannot be scored"
         )
-    reason, windowed = support.tree_refusal(inner, longest=0), 0
+    noise = float((got - plain).abs().mean())
+    reason, windowed, final = support.tree_refusal(inner, longest=0), 0, True
     if reason is None:
         try:
             got, windowed = _tree_logprobs(model, inner, cache, device, impl, through)
@@ -91,19 +96,27 @@ def _probe(model, inner, impl, device) -> tuple[Verdict, bool]:
             if is_out_of_memory(error):
                 raise
             reason = f"{type(inner).__name__} failed on a token tree: {type(error).__name__}: {str(error)[:200]}"
+            final = False  # it may have been a passing fault
         else:
-            if not close(got, plain, low):
+            if not close(got, plain, dtype, noise):
                 worst = float((got - plain).abs().max())
                 reason = f"{type(inner).__name__}: tree and plain forward differ by {worst:.3g} nats on the probe"
-    return Verdict(reason, through, alone, windowed), True
+    return Verdict(reason, through, alone, windowed), final
 
 
-def close(got: torch.Tensor, plain: torch.Tensor, low: bool) -> bool:
-    """Whether per-token log-probabilities agree up to rounding (`low`: 16-bit); a wrong road is off by whole nats."""
-    worst, kind = float((got - plain).abs().max()), plain.device.type
-    if low:
-        return worst <= 0.5 and float((got - plain).abs().mean()) <= 0.1
-    return worst <= (0.05 if kind == "cuda" and torch.backends.cuda.matmul.allow_tf32 else 1e-3)
+def close(got: torch.Tensor, plain: torch.Tensor, dtype: torch.dtype, noise: float | None = None) -> bool:
+    """Whether per-token log-probabilities agree up to the rounding of `dtype`; a wrong road is off by whole nats.
+
+    `noise` is the mean distance of the padded road, which is right, from the plain forward: in bfloat16 the tree may
+    be a few times as far off, and no further.
+    """
+    distance = (got - plain).abs()
+    worst, mean = float(distance.max()), float(distance.mean())
+    if dtype == torch.float16:
+        return worst <= 0.1 and mean <= 0.02
+    if dtype == torch.bfloat16:
+        return worst <= 0.5 and mean <= (0.1 if noise is None else min(0.1, max(0.04, 4 * noise)))
+    return worst <= (0.05 if plain.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32 else 1e-3)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -147,7 +160,7 @@ def _padded_logprobs(model, inner, cache, device, impl, alone, through):
         parts = [run_padded(model, reader, padded_batch(cache, group), device) for group in groups]
         if not reader.agrees():
             raise RuntimeError("the head's transform is not the model's")
-    return torch.cat(parts), reader.low
+    return torch.cat(parts), reader.dtype
 
 
 def _tree_logprobs(model, inner, cache, device, impl, through):

@@ -88,6 +88,13 @@ def length_dependent(inner: nn.Module, longest: int) -> str | None:
     return None
 
 
+def padding_matters(inner: nn.Module) -> bool:
+    """Whether attention picks its keys by a top-k: with ties the pick depends on the length of the batch."""
+    config = text_config(inner)
+    kinds = " ".join(map(str, getattr(config, "layer_types", None) or []))
+    return bool(getattr(config, "index_topk", None)) or "sparse" in kinds or "index" in kinds
+
+
 def too_long(inner: nn.Module, longest: int) -> str | None:
     """Why sequences of `longest` tokens do not fit a table of position embeddings, or None if they do.
 
