@@ -112,14 +112,16 @@ ATTENTION = [
     ("bf16", 96, 96, 3, 64, "w"),
     ("bf16", 128, 128, 4, 64, ""),
     ("bf16", 128, 128, 7, 64, "wcs"),
+    ("bf16", 128, 128, 5, 64, "w"),
     ("bf16", 192, 128, 1, 64, ""),
     ("bf16", 192, 128, 8, 64, "ws"),
+    ("bf16", 512, 512, 6, 64, ""),
     ("bf16", 256, 256, 2, 64, "wc"),
     ("bf16", 256, 256, 1, 64, ""),
     ("fp16", 128, 128, 4, 64, "c"),
     ("fp32", 64, 64, 4, 64, ""),
     ("fp32", 128, 128, 4, 64, "wcs"),
-    ("fp32", 256, 256, 2, 64, ""),
+    ("fp32", 256, 256, 3, 64, "ws"),
 ]
 CAREFUL = [("bf16", 128, 128, 4, 64, "wcs"), ("bf16", 256, 256, 2, 64, ""), ("fp32", 128, 128, 4, 64, "")]
 LOGPROB = [
@@ -147,7 +149,7 @@ def jobs(short: bool) -> list[Job]:
         "linear_logprob merge": [()],
     }
     listed = [Job(kernel, shape, t) for kernel, shapes in names.items() for shape in shapes for t in TARGETS]
-    few = {"tree_attention": [ATTENTION[4], ATTENTION[7]], "linear_logprob": LOGPROB[:1]}
+    few = {"tree_attention": [ATTENTION[4], ATTENTION[9]], "linear_logprob": LOGPROB[:1]}
     return listed + [Job(kernel, shape, t) for kernel, shapes in few.items() for shape in shapes for t in CONSUMER]
 
 
@@ -177,7 +179,7 @@ def build(job: Job) -> Row:
     complaints = []
     if capability:
         registers, spills = _cuda_usage(done.asm["cubin"])
-        if spills:
+        if spills > allowed_spills():
             complaints.append("spills")
         code = done.asm["ptx"]
         if launch.get("num_stages", 1) > 1 and "cp.async" not in code:
@@ -190,6 +192,14 @@ def build(job: Job) -> Row:
     if done.metadata.shared > SHARED_KIB[job.target] * 1024:
         complaints.append(f"more than {SHARED_KIB[job.target]} KiB of shared memory")
     return Row(job, registers, spills, done.metadata.shared, ", ".join(complaints))
+
+
+def allowed_spills() -> int:
+    """Bytes a thread. The tiles are chosen for Triton 3.9; 3.6 needs two to four registers more in a few of them."""
+    import triton
+    from packaging.version import Version
+
+    return 0 if Version(triton.__version__) >= Version("3.9") else 16
 
 
 def _cuda_usage(cubin: bytes) -> tuple[int, int]:

@@ -256,7 +256,7 @@ def config(head_dim: int, dtype: torch.dtype, capability: int, rows: int = 128) 
         tile, warps, stages = (32, 16), 1, 1
     elif dtype == torch.float32:
         # IEEE products run on the plain FMA units with both operands in registers, so the tile must be small.
-        tile, warps = {64: ((32, 32), 4), 128: ((32, 32), 8), 256: ((16, 16), 4)}.get(max(wide, 64), ((16, 16), 8))
+        tile, warps = {64: ((32, 32), 4), 128: ((32, 32), 8)}.get(max(wide, 64), ((16, 16), 8))
         stages = 1
     elif wide > 256:
         tile, warps, stages = (32, 16), 8, 1
@@ -269,8 +269,8 @@ def config(head_dim: int, dtype: torch.dtype, capability: int, rows: int = 128) 
         if wide == 256 and capability >= 100:
             tile = (64, 32)
     else:
-        # mma.sync keeps Q in registers, and consumer parts have 99 KiB of shared memory: narrow key tiles.
-        tile, warps, stages = {64: (128, 64), 128: (128, 32), 256: (64, 32)}[max(wide, 64)], 8, 2
+        # mma.sync keeps Q in registers, and consumer parts have 99 KiB of shared memory: 128 rows spill from 128 on.
+        tile, warps, stages = {64: (128, 64), 128: (64, 64), 256: (64, 32)}[max(wide, 64)], 8, 2
     chosen = {"BLOCK_M": tile[0], "BLOCK_N": tile[1], "num_warps": warps, "num_stages": stages}
     if rows <= 64:
         chosen["BLOCK_M"] = min(tile[0], 64)
