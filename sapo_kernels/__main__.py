@@ -39,8 +39,9 @@ def report() -> str:
         usable, why = triton_status(device)
         for op, backends in BACKENDS.items():
             chosen = resolve_impl(op, "auto", device)
+            names = [name for name in backends if name != "triton" or usable]
             because = why if chosen == "triton" or not usable else "interpreted kernels are for tests, ask by name"
-            lines.append(f"  {op:<16}{chosen:<10} {because}; can be asked for: {', '.join(backends)}")
+            lines.append(f"  {op:<16}{chosen:<10} {because}; can be asked for: {', '.join(names)}")
     return "\n".join(lines)
 
 

@@ -236,8 +236,9 @@ class HeadReader:
         low = self.dtype in (torch.bfloat16, torch.float16)
         slack = 0.05 + 0.02 * own.abs() if low else 1e-3 + 1e-4 * own.abs()
         # NaN on both sides is a model with NaN weights: reported by cell, not here.
-        both = own.isfinite() & self._expected.isfinite()
-        excess = torch.where(both, (own - self._expected.float()).abs() / slack, torch.zeros_like(own)).amax()
+        expected = self._expected.to(own.device, torch.float32)
+        both = own.isfinite() & expected.isfinite()
+        excess = torch.where(both, (own - expected).abs() / slack, torch.zeros_like(own)).amax()
         self.worst = excess if self.worst is None else torch.maximum(self.worst, excess.to(self.worst.device))
 
     def agrees(self) -> bool:

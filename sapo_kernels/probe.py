@@ -66,7 +66,7 @@ def _probe(model, inner, impl, device) -> tuple[Verdict, bool]:
     plain = _plain_logprobs(model, cache, device)
     if not plain.isfinite().all():
         # NaN weights, say: nothing can be compared, so the plain road it is, and ask again next time.
-        return Verdict("the probe's plain log-probabilities are not finite"), False
+        return Verdict("the probe's plain log-probabilities are not finite", alone=True), False
 
     alone_first = support.padding_matters(inner)
     for alone, through in ((False, False), (False, True), (True, False), (True, True)):

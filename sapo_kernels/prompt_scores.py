@@ -39,8 +39,9 @@ class PromptScores:
 
         Args:
             kind: "token": sum of nll / sum of tokens. "example": mean over examples of their token means. "batch": mean
-                over consecutive batches of `batch_size` examples of their token means, as Hugging Face's
-                ``Trainer.evaluate`` computes it (the published score; it depends on the batch size).
+                over consecutive batches of `batch_size` examples of their token means, weighted by their numbers of
+                examples, as Hugging Face's ``Trainer.evaluate`` computes it (the published score; it depends on the
+                batch size).
             batch_size: for "batch".
 
         A prompt with a non-finite cell has a non-finite loss; one with no scored cell has NaN.
@@ -54,7 +55,9 @@ class PromptScores:
         sums = torch.stack([part.sum(1) for part in nll.split(size, dim=1)], 1)
         counts = torch.stack([part.sum(1) for part in self.tokens.split(size, dim=1)], 1)
         means = torch.where(counts > 0, sums / counts, torch.zeros_like(sums))
-        return means.sum(1) / (counts > 0).sum(1)
+        examples = torch.stack([(part > 0).sum(1) for part in self.tokens.split(size, dim=1)], 1)
+        weights = examples if kind == "batch" else (counts > 0).long()
+        return (means * weights).sum(1) / weights.sum(1)
 
     @property
     def loss(self) -> torch.Tensor:

@@ -31,7 +31,8 @@ class Renderer:
     as it is.
 
     With a chat template the user turn becomes a conversation and the target the assistant's turn; whatever closes
-    that turn belongs to the response. Thinking is switched off. Without one, the layout is the user turn followed by
+    that turn belongs to the response (with a template that ignores ``add_generation_prompt``, the assistant's header
+    too). Thinking is switched off. Without one, the layout is the user turn followed by
     ``"\\n\\nAnswer:"``, and the response is ``" " + target`` closed by the end-of-sequence token.
     """
 
@@ -69,10 +70,17 @@ class Renderer:
     def _conversation(self, turn: str, target: str) -> Rendered:
         # Families spell the switch differently; a template ignores a variable it does not know.
         options = {"tokenize": False, "enable_thinking": False, "thinking": False}
-        user = {"role": "user", "content": turn}
-        context = self.tokenizer.apply_chat_template([user], add_generation_prompt=True, **options)
-        full = self.tokenizer.apply_chat_template([user, {"role": "assistant", "content": target}], **options)
-        if full.startswith(context) and len(full) > len(context):
+        # Templates of vision-language models read a list of parts and print nothing, in silence, for a string.
+        for content in (str, lambda text: [{"type": "text", "text": text}]):
+            user = {"role": "user", "content": content(turn)}
+            context = self.tokenizer.apply_chat_template([user], add_generation_prompt=True, **options)
+            if turn.strip() in context:
+                break
+        else:
+            raise ValueError("tokenizer: wanted a chat template that shows the user turn, got a text without it")
+        answer = {"role": "assistant", "content": content(target)}
+        full = self.tokenizer.apply_chat_template([user, answer], **options)
+        if full.startswith(context) and target.strip() in full[len(context) :]:
             return Rendered(context, full[len(context) :])
         return Rendered(context, target + (self.tokenizer.eos_token or ""), exact=False)
 
@@ -120,9 +128,10 @@ def check_prompts(prompts: Sequence[str], specials: Sequence[str] = ()) -> list[
 
 def check_examples(examples: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
     """The examples as {"input", "target"}, or one error that names the first bad one."""
-    if isinstance(examples, (str, Mapping)) or not isinstance(examples, Sequence):
+    listed = hasattr(examples, "__len__") and hasattr(examples, "__getitem__")  # datasets.Dataset is no Sequence
+    if isinstance(examples, (str, Mapping)) or not listed:
         raise TypeError(f"examples: wanted a list of mappings, got {type(examples).__name__}")
-    if not examples:
+    if not len(examples):
         raise ValueError("examples: wanted at least one, got an empty list")
     checked = []
     for m, example in enumerate(examples):

@@ -161,10 +161,19 @@ class ResponseCache:
         Raises:
             ValueError, TypeError: naming the prompt or example, what was wanted and what was got.
         """
+        if not callable(tokenizer) or not hasattr(tokenizer, "all_special_tokens"):
+            raise TypeError(f"tokenizer: wanted a transformers tokenizer, got {type(tokenizer).__name__}")
         specials = special_tokens(tokenizer)
         prompts, examples = check_prompts(prompts, specials), check_examples(examples)
-        if max_source < 1 or max_target < 1:
-            raise ValueError(f"max_source, max_target: wanted at least 1, got {max_source} and {max_target}")
+        for name, size in (("max_source", max_source), ("max_target", max_target)):
+            if type(size) is not int or size < 1:
+                raise ValueError(f"{name}: wanted a whole number of at least 1, got {size!r}")
+        for name, text in (("suffix", suffix), ("text_word", text_word)):
+            if not isinstance(text, str):
+                raise TypeError(f"{name}: wanted a string, got {type(text).__name__}")
+            found = [s for s in specials if s in text]
+            if found:
+                raise ValueError(f"{name}: wanted plain text, got the tokenizer's special token {found[0]!r} in it")
         renderer = Renderer(tokenizer, template, suffix, text_word)
         builder = _Builder(renderer, prompts, examples, max_source, max_target)
         cells = builder.cells()

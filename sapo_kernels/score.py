@@ -77,8 +77,8 @@ def score_prompts(
     """
     if impl not in ROADS:
         raise ValueError(f"impl: wanted one of {ROADS}, got {impl!r}")
-    if max_tokens is not None and max_tokens < 1:
-        raise ValueError(f"max_tokens: wanted at least 1, got {max_tokens}")
+    if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 1):
+        raise ValueError(f"max_tokens: wanted a whole number of at least 1, got {max_tokens!r}")
     cache = prompts
     if not isinstance(prompts, ResponseCache):
         if tokenizer is None:
@@ -89,6 +89,8 @@ def score_prompts(
         )  # fmt: skip
     elif examples is not None:
         raise ValueError("examples: wanted none beside a ResponseCache, which holds its own")
+    elif (template, suffix, text_word, max_source, max_target) != (None, "", "Text", 1536, 128):
+        raise ValueError("template, suffix, text_word, max_source, max_target: wanted none beside a ResponseCache")
     return _Scoring(model, cache, impl, max_tokens, progress).run()
 
 
@@ -99,7 +101,7 @@ class _Scoring:
         self.model, self.inner = support.unwrap(model)
         self.cache, self.impl, self.progress = cache, impl, progress
         self.op_impl = impl if impl in OP_IMPL else "auto"
-        self.device = self.inner.get_input_embeddings().weight.device
+        self.device = support.input_device(self.inner)
         self.max_tokens = max_tokens or DEFAULT_MAX_TOKENS.get(self.device.type, DEFAULT_MAX_TOKENS["cuda"])
         self.longest = int(cache.lengths.max())
         _check_ids(cache, support.vocabulary_size(self.inner))
@@ -145,7 +147,7 @@ class _Scoring:
         """Why the tree road is closed for this model and these lengths."""
         if verdict.tree_reason:
             return verdict.tree_reason
-        reason = support.length_dependent(self.inner, self.longest)
+        reason = support.adapter_by_row(self.model) or support.length_dependent(self.inner, self.longest)
         return reason or support.lost_window(self.inner, self.longest, verdict.windowed)
 
     def _reader(self, through_model: bool):

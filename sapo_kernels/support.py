@@ -109,6 +109,26 @@ def too_long(inner: nn.Module, longest: int) -> str | None:
     return None
 
 
+def adapter_by_row(model: nn.Module) -> str | None:
+    """Why an adapter acts by the place of its tokens in a row of the batch, or None.
+
+    The probe's ids hold no invocation tokens, so it cannot find this out.
+    """
+    for name, config in (getattr(model, "peft_config", None) or {}).items():
+        if getattr(config, "alora_invocation_tokens", None):
+            return (
+                f"adapter {name!r} is an activated LoRA, which begins at its invocation tokens in each row of a batch"
+            )
+    return None
+
+
+def input_device(inner: nn.Module) -> torch.device:
+    """Where token ids go. Offloaded weights rest on "meta" and visit the device that accelerate's hook names."""
+    embedding = inner.get_input_embeddings()
+    visits = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
+    return embedding.weight.device if visits is None else torch.device(visits)
+
+
 def tree_refusal(inner: nn.Module, longest: int) -> str | None:
     """Why the tree road is closed to this class of model, or None; the probe decides the rest."""
     name, config = type(inner).__name__, text_config(inner)
