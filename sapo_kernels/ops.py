@@ -45,11 +45,12 @@ def triton_status(device: torch.device) -> tuple[bool, str]:
     return True, "CUDA or ROCm device"
 
 
-def resolve_impl(op: str, impl: str, device: torch.device) -> str:
+def resolve_impl(op: str, impl: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
     """The backend that `impl` means on `device`; an explicit one that cannot run raises."""
     choices = BACKENDS[op]
     if impl == "auto":
-        usable = triton_status(device)[0] and device.type != "cpu"
+        # The kernels compute in float32, so float64 tensors go where float64 is kept.
+        usable = triton_status(device)[0] and device.type != "cpu" and dtype != torch.float64
         return "triton" if usable else choices[1]
     if impl not in choices:
         raise ValueError(f"{op}: impl: wanted 'auto' or one of {choices}, got {impl!r}")
@@ -60,8 +61,8 @@ def resolve_impl(op: str, impl: str, device: torch.device) -> str:
     return impl
 
 
-def _backend(op: str, impl: str, device: torch.device):
-    name = resolve_impl(op, impl, device)
+def _backend(op: str, impl: str, example: torch.Tensor):
+    name = resolve_impl(op, impl, example.device, example.dtype)
     return getattr(importlib.import_module(f"{__package__}.{op}.{name}"), f"{op}_{name}")
 
 
@@ -75,7 +76,7 @@ def _tree_attention(q, k, v, position, subtree_end, block_start, span_ptr, span,
                     block_tokens, impl):  # fmt: skip
     if q.shape[0] == 0:
         return q.new_empty(attention_shape(q, v))
-    run = _backend("tree_attention", impl, q.device)
+    run = _backend("tree_attention", impl, q)
     return run(q, k, v, position, subtree_end, block_start, span_ptr, span, sinks, scale, window, softcap, block_tokens)
 
 
@@ -88,7 +89,7 @@ def _tree_attention_fake(q, k, v, *_):
 def _linear_logprob(hidden, weight, targets, target_ptr, bias, scale, softcap, impl):
     if hidden.shape[0] == 0:
         return _linear_logprob_fake(hidden, weight, targets)
-    return _backend("linear_logprob", impl, hidden.device)(hidden, weight, targets, target_ptr, bias, scale, softcap)
+    return _backend("linear_logprob", impl, hidden)(hidden, weight, targets, target_ptr, bias, scale, softcap)
 
 
 @torch.library.register_fake("sapo_kernels::linear_logprob", lib=_library)

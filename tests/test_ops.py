@@ -137,3 +137,12 @@ def test_no_rows_and_no_queries():
     assert logprob.shape == (0,)
     assert_close("linear_logprob low", lse, torch.logsumexp(hidden.double() @ weight.double().T, -1),
                  torch.logsumexp((hidden @ weight.T).float(), -1))  # fmt: skip
+
+
+def test_auto_keeps_float64_where_float64_is_kept():
+    from sapo_kernels.ops import resolve_impl
+
+    for op, plain in (("tree_attention", "sdpa"), ("linear_logprob", "torch")):
+        assert resolve_impl(op, "auto", torch.device("cuda"), torch.float64) == plain
+        assert resolve_impl(op, "auto", torch.device("cuda"), torch.bfloat16) == "triton"
+        assert resolve_impl(op, "auto", torch.device("cpu"), torch.float32) == plain
