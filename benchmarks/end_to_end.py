@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 import sapo_kernels as sk
+from sapo_kernels import plan_trie
 
 from . import peers
 from .workload import build_cache, load_tasks, load_tokenizer, qwen3_shaped
@@ -46,8 +47,8 @@ def measure(model, cache, rounds: int, loop: bool, tuned_batches=(8, 32)) -> dic
             seconds[name].append(time.perf_counter() - started)
     row = {name: statistics.median(times) for name, times in seconds.items()}
     row["tuned_plain"] = min(row[f"tuned_plain_{size}"] for size in tuned_batches)
-    stats = sk.score_prompts(model, cache).stats
-    return {**row, "dense": stats["dense_tokens"], "trie": stats["trie_tokens"]}
+    trie = plan_trie(cache.ids, cache.offsets, cache.context_lengths)
+    return {**row, "dense": trie.dense_tokens, "trie": len(trie)}
 
 
 def main() -> None:

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from . import support
-from .decoder import Batch, HeadReader, NotTreeable, TreeRunner, run_padded, trie_attention_installed
+from .decoder import NotTreeable, TreeRunner, run_padded, trie_attention_installed
+from .head import Batch, HeadReader
 from .response_cache import ResponseCache
 
 # Lengths (context, response) of the probe's cells and how many first tokens each shares with the one before.

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from . import support
-from .decoder import HeadReader, TreeRunner, run_padded, trie_attention_installed
+from .decoder import TreeRunner, run_padded, trie_attention_installed
 from .guard import claimed, compilation_off, rope_kept, scoring_mode
+from .head import HeadReader
 from .probe import OP_IMPL, Verdict, is_out_of_memory, padded_batch, verdict_for
 from .progress import Progress
 from .prompt_scores import PromptScores

@@ -1,7 +1,7 @@
 """What a model allows: which road it can take, and how its head turns hidden states into logits.
 
 Nothing here is trusted alone: `decoder` probes every model once, tree against plain forward, and checks the head's
-transform against the model's own logits in every pass.
+transform against the model's own logits in every call.
 """
 
 from __future__ import annotations

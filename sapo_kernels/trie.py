@@ -38,6 +38,7 @@ class TriePass:
         target_ptr, targets: [R + 1] and [P] int64; row r predicts ``targets[target_ptr[r]:target_ptr[r + 1]]``.
         target_start: index of this pass's first target among the targets of the whole trie.
         cells_done: cells whose last row lies before ``stop``.
+        last: ``stop`` is the end of the trie.
     """
 
     start: int
@@ -46,6 +47,7 @@ class TriePass:
     block_tokens: int
     target_start: int
     cells_done: int
+    last: bool
     input_ids: torch.Tensor
     position: torch.Tensor
     subtree_end: torch.Tensor
@@ -179,6 +181,7 @@ class TokenTrie:
             block_tokens=block_tokens,
             target_start=target_lo,
             cells_done=int(np.searchsorted(self._leaf_sorted, stop)),
+            last=stop == len(self),
             input_ids=torch.from_numpy(self.tokens[start:stop].copy()),
             position=int32(self.depth[keys]),
             subtree_end=int32(subtree_end),

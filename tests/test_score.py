@@ -259,7 +259,7 @@ def test_another_error_is_not_taken_for_memory(tiny_model, cache, monkeypatch):
     [
         ({"impl": "flash"}, ValueError, "impl: wanted one of .*got 'flash'"),
         ({"impl": "torch"}, ValueError, "impl: wanted one of .*got 'torch'"),
-        ({"max_tokens": 0}, ValueError, "max_tokens: wanted at least 1, got 0"),
+        ({"max_tokens": 0}, ValueError, "max_tokens: wanted a whole number of at least 1, got 0"),
         ({"examples": EXAMPLES}, ValueError, "examples: wanted none beside a ResponseCache"),
         ({"prompts": PROMPTS, "examples": EXAMPLES}, ValueError, "tokenizer: wanted one"),
         ({"model": torch.nn.Linear(2, 2)}, TypeError, "model: wanted a transformers causal LM .*got Linear"),
@@ -305,3 +305,38 @@ def test_larger_vocabulary_and_a_wide_response(tokenizer):
     examples = [{"input": "x", "target": "y" * 90}, {"input": "x", "target": "y" * 89 + "z"}]
     cache = sk.ResponseCache.build(tokenizer, ["A", "B"], examples)
     assert_right(model, cache, sk.score_prompts(model, cache, max_tokens=50))
+
+
+def test_rows_of_several_passes_wait_for_each_other(tiny_model, cache, monkeypatch):
+    """However many rows the head reads at once, and however they lie in the passes."""
+    from sapo_kernels import head
+
+    projected = []
+    project = head.HeadReader._project
+    monkeypatch.setattr(head.HeadReader, "_project", lambda self, *a: projected.append(len(a[1])) or project(self, *a))
+    wanted = sk.score_prompts(tiny_model, cache, max_tokens=8)
+    few = len([n for n in projected if n])
+    for rows in (1, 3, 10):
+        projected.clear()
+        monkeypatch.setattr(head, "chunk_rows", lambda vocabulary, rows=rows: rows)
+        scores = sk.score_prompts(tiny_model, cache, max_tokens=8)
+        assert_right(tiny_model, cache, scores)
+        assert len([n for n in projected if n]) > few
+        assert float((scores.nll - wanted.nll).abs().max()) < 1e-4
+
+
+def test_rows_are_not_read_twice_after_out_of_memory_in_the_head(tiny_model, cache, monkeypatch):
+    from sapo_kernels import head
+
+    project, calls = head.HeadReader._project, []
+
+    def fail_once(self, rows, targets, counts):
+        calls.append(len(targets))
+        if len(targets) and sum(map(bool, calls)) in (1, 3):
+            raise torch.OutOfMemoryError("no memory left")
+        return project(self, rows, targets, counts)
+
+    sk.score_prompts(tiny_model, cache)  # the probe is behind us
+    monkeypatch.setattr(head, "chunk_rows", lambda vocabulary: 4)
+    monkeypatch.setattr(head.HeadReader, "_project", fail_once)
+    assert_right(tiny_model, cache, sk.score_prompts(tiny_model, cache, max_tokens=16))

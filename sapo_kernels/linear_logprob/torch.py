@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-# fp32 logits of one chunk. Fewer bytes leave the matrix product waiting for the weights, more buy nothing (measured).
-CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
+# fp32 logits of one chunk of rows. With fewer rows the product waits for the weights (docs/measured.md).
+CHUNK_BYTES = 256 << 20
 
 
-def chunk_rows(vocabulary: int, device_type: str) -> int:
+def chunk_rows(vocabulary: int) -> int:
     """Rows whose fp32 logits fill one chunk."""
-    return max(16, CHUNK_BYTES.get(device_type, 256 << 20) // (4 * vocabulary))
+    return max(16, CHUNK_BYTES // (4 * vocabulary))
 
 
 def logprob_of_logits(logits, targets, target_ptr, scale=1.0, softcap=None):
@@ -30,7 +30,7 @@ def logprob_of_logits(logits, targets, target_ptr, scale=1.0, softcap=None):
 
 def linear_logprob_torch(hidden, weight, targets, target_ptr, bias, scale, softcap):
     """Arguments and result as in `sapo_kernels.ops`: -> logprob [P], lse [R], fp32 (fp64 for fp64 inputs)."""
-    step = chunk_rows(weight.shape[0], hidden.device.type)
+    step = chunk_rows(weight.shape[0])
     edges = [*range(0, hidden.shape[0], step), hidden.shape[0]]
     cuts = target_ptr[torch.tensor(edges, device=target_ptr.device)].tolist()
     parts = []
