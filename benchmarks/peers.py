@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import torch
 
-from sapo_peft.plain_loop import plain_scores
-
 
 def _cells(cache):
     contexts, responses = cache.contexts, cache.responses
@@ -33,9 +31,18 @@ def _sums(logprob_rows, cells):
     return [-part.sum() for part in logprob_rows.double().split([len(r) for _, r in cells])]
 
 
+@torch.no_grad()
 def padded_loop(model, cache, batch_size: int = 8) -> torch.Tensor:
     """The usual loop: cells in order, padded batches, logits of every position."""
-    return plain_scores(model, cache, batch_size).flatten()
+    cells, out = _cells(cache), []
+    for i in range(0, len(cells), batch_size):
+        part = cells[i : i + batch_size]
+        ids, mask, rows = _batch(part, model.device)
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        targets = torch.tensor([t for _, r in part for t in r], device=model.device)
+        logprob = torch.log_softmax(logits.float(), -1)[rows].gather(-1, targets[:, None])[:, 0]
+        out += _sums(logprob, part)
+    return torch.stack(out).cpu()
 
 
 @torch.no_grad()
