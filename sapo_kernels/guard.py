@@ -1,4 +1,4 @@
-"""What holds around one scoring job, and is undone after it, also after an exception or Ctrl-C."""
+"""What holds around one scoring job and is undone after it, also after an exception or Ctrl-C."""
 
 from __future__ import annotations
 
@@ -95,3 +95,11 @@ def rope_kept(inner: nn.Module):
         yield put_back
     finally:
         put_back()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception means that memory ran out, on any device."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)

@@ -18,7 +18,11 @@ from torch import nn
 from . import support
 from .guard import BUSY
 from .linear_logprob.torch import chunk_rows, logprob_of_logits
+from .response_cache import ResponseCache
 from .trie import TriePass
+
+# The head's backend that goes with each choice of attention backend.
+OP_IMPL = {"auto": "auto", "triton": "triton", "sdpa": "torch", "reference": "reference"}
 
 
 @dataclass
@@ -40,6 +44,24 @@ class Batch:
     @classmethod
     def of_pass(cls, trie: TriePass) -> Batch:
         return cls(trie.input_ids[None], trie.rows, trie.target_ptr, trie.targets, last=trie.last)
+
+
+def padded_batch(cache: ResponseCache, cells: list[int]) -> Batch:
+    """A right-padded batch of cells; the response rows are counted over the flattened [B, L] rows."""
+    lengths = cache.lengths[cells]
+    width = int(lengths.max())
+    input_ids = torch.zeros(len(cells), width, dtype=torch.int64)
+    mask = torch.zeros(len(cells), width, dtype=torch.int64)
+    rows, targets = [], []
+    for b, c in enumerate(cells):
+        first, context, length = int(cache.offsets[c]), int(cache.context_lengths[c]), int(lengths[b])
+        ids = torch.from_numpy(cache.ids[first : first + length + 1])
+        input_ids[b, :length] = ids[:-1]
+        mask[b, :length] = 1
+        rows.append(b * width + torch.arange(context - 1, length))
+        targets.append(ids[context:])
+    targets = torch.cat(targets)
+    return Batch(input_ids, torch.cat(rows), torch.arange(len(targets) + 1), targets, attention_mask=mask)
 
 
 class HeadReader:

@@ -15,7 +15,8 @@ from torch import nn
 
 from . import support
 from .decoder import NotTreeable, TreeRunner, run_padded, trie_attention_installed
-from .head import Batch, HeadReader
+from .guard import is_out_of_memory
+from .head import OP_IMPL, HeadReader, padded_batch
 from .response_cache import ResponseCache
 
 # Lengths (context, response) of the probe's cells and how many first tokens each shares with the one before.
@@ -69,10 +70,8 @@ def _probe(model, inner, impl, device) -> tuple[Verdict, bool]:
         # NaN weights, say: nothing can be compared, so the plain road it is, and ask again next time.
         return Verdict("the probe's plain log-probabilities are not finite", alone=True), False
 
-    alone_first = support.padding_matters(inner)
-    for alone, through in ((False, False), (False, True), (True, False), (True, True)):
-        if alone_first and not alone:
-            continue
+    choices = ((False, False), (False, True), (True, False), (True, True))
+    for alone, through in choices[2:] if support.padding_matters(inner) else choices:
         try:
             got, dtype = _padded_logprobs(model, inner, cache, device, impl, alone, through)
         except (RuntimeError, IndexError, ValueError, TypeError) as error:
@@ -120,14 +119,6 @@ def close(got: torch.Tensor, plain: torch.Tensor, dtype: torch.dtype, noise: flo
     return worst <= (0.05 if plain.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32 else 1e-3)
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception means that memory ran out, on any device."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)
-
-
 def _probe_cache(vocabulary: int) -> ResponseCache:
     usable = max(1, min(vocabulary - 5, 900))
     low = min(5, vocabulary - 1)
@@ -170,25 +161,3 @@ def _tree_logprobs(model, inner, cache, device, impl, through):
         runner = TreeRunner(model, reader, impl if impl in OP_IMPL else "auto", device)
         values = torch.cat([runner.run(p).to(device) for p in plan.passes])
     return values[torch.from_numpy(plan.trie.cell_target).to(device)], runner.windowed
-
-
-# The head's backend that goes with each choice of attention backend.
-OP_IMPL = {"auto": "auto", "triton": "triton", "sdpa": "torch", "reference": "reference"}
-
-
-def padded_batch(cache: ResponseCache, cells: list[int]) -> Batch:
-    """A right-padded batch of cells; the response rows are counted over the flattened [B, L] rows."""
-    lengths = cache.lengths[cells]
-    width = int(lengths.max())
-    input_ids = torch.zeros(len(cells), width, dtype=torch.int64)
-    mask = torch.zeros(len(cells), width, dtype=torch.int64)
-    rows, targets = [], []
-    for b, c in enumerate(cells):
-        first, context, length = int(cache.offsets[c]), int(cache.context_lengths[c]), int(lengths[b])
-        ids = torch.from_numpy(cache.ids[first : first + length + 1])
-        input_ids[b, :length] = ids[:-1]
-        mask[b, :length] = 1
-        rows.append(b * width + torch.arange(context - 1, length))
-        targets.append(ids[context:])
-    targets = torch.cat(targets)
-    return Batch(input_ids, torch.cat(rows), torch.arange(len(targets) + 1), targets, attention_mask=mask)

@@ -11,9 +11,9 @@ import torch
 
 from . import support
 from .decoder import TreeRunner, run_padded, trie_attention_installed
-from .guard import claimed, compilation_off, rope_kept, scoring_mode
-from .head import HeadReader
-from .probe import OP_IMPL, Verdict, is_out_of_memory, padded_batch, verdict_for
+from .guard import claimed, compilation_off, is_out_of_memory, rope_kept, scoring_mode
+from .head import OP_IMPL, HeadReader, padded_batch
+from .probe import Verdict, verdict_for
 from .progress import Progress
 from .prompt_scores import PromptScores
 from .render import Template
@@ -230,7 +230,7 @@ class _Scoring:
         return nll[first], computed
 
     def _again_through_model(self, verdict: Verdict, road):
-        logger.warning("the head's transform is not the model's in a later pass; scoring again through its own logits")
+        logger.warning("the head's transform is not the model's; scoring again through its own logits")
         return road(Verdict(verdict.tree_reason, True, verdict.alone, verdict.windowed))
 
 
