@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
 READY = $(VENV)/.ready
+NATIVE = $(wildcard csrc/*.h csrc/*.cpp csrc/cuda/*.h csrc/cuda/*.cpp csrc/cuda/*.cu)
 
-.PHONY: demo test lint bench aot clean
+.PHONY: demo test lint bench aot native clean
 
 demo: $(READY)
 	$(VENV)/bin/sapo score --compare
@@ -15,18 +16,25 @@ test: $(READY)
 lint: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(NATIVE)
 
 aot: $(READY)
 	$(VENV)/bin/python -m tests.aot
+
+# The native modules as users get them: what they need of torch, as a wheel elsewhere, without them, under sanitizers.
+native: $(READY)
+	$(VENV)/bin/python -m tests.native_audit
+	$(VENV)/bin/python -m tests.sanitize
+	$(VENV)/bin/python -m tests.installed
 
 bench: $(READY)
 	$(VENV)/bin/python -m benchmarks.end_to_end
 
 # torch first and by its pin: a later package must not choose another build of it. The marker is written last, so an
-# interrupted installation is done again.
-$(READY): .ci/constraints.txt pyproject.toml setup.py
+# interrupted installation is done again; a change in csrc/ compiles the native modules again.
+$(READY): .ci/constraints.txt pyproject.toml setup.py csrc/build_native.py $(NATIVE)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install -q -c .ci/constraints.txt torch numpy setuptools wheel
+	$(PIP) install -q -c .ci/constraints.txt torch numpy setuptools wheel pybind11 ninja
 	$(PIP) install -q -c .ci/constraints.txt --no-build-isolation -e '.[train,dev]'
 	touch $@
 

@@ -5,7 +5,8 @@ interval test ``j <= i < subtree_end[j]``. A *pass* is a contiguous piece of tha
 keys and values of the ancestors of its first token are carried over from the passes before, so no token is ever
 computed twice, however small the budget is, and memory is bounded by the budget plus the longest sequence.
 
-Planning is plain numpy on the host; `plan_trie` is the one function behind it.
+`plan_trie` is the one function behind it. It plans on the host with the compiled planner (``csrc/trie.cpp``), or
+without it in numpy (`planner.plan_numpy`), slower, with the same bits.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from functools import cached_property
 
 import numpy as np
 import torch
+
+from . import native
+from .planner import plan_numpy
 
 DEFAULT_BLOCK_TOKENS = 64
 
@@ -126,18 +130,19 @@ class TokenTrie:
 
     def path_spans(self, token: int) -> list[tuple[int, int]]:
         """Token ranges, ascending, of the proper ancestors of `token` (adjacent ranges are merged)."""
-        node = int(self._node_of[token])
+        # `item` is the fast way to one Python number.
+        node = self._node_of.item(token)
         stop, spans = token, []
         while node >= 0:
-            first = int(self.node_start[node])
+            first = self.node_start.item(node)
             if stop > first:
                 if spans and spans[-1][0] == stop:
                     spans[-1] = (first, spans[-1][1])
                 else:
                     spans.append((first, stop))
-            node = int(self.node_parent[node])
+            node = self.node_parent.item(node)
             if node >= 0:
-                stop = int(self.node_stop[node])
+                stop = self.node_stop.item(node)
         return spans[::-1]
 
     def passes(self, max_tokens: int | None = None, block_tokens: int = DEFAULT_BLOCK_TOKENS) -> list[TriePass]:
@@ -220,10 +225,10 @@ class TokenTrie:
 
     def _cut(self, after: int, limit: int) -> int:
         """The shallowest node start in ``(after, limit]``, the last one of equals; `limit` if there is none."""
-        lo, hi = np.searchsorted(self.node_start, [after + 1, limit + 1])
+        lo, hi = self.node_start.searchsorted((after + 1, limit + 1)).tolist()
         if lo == hi:
             return limit
-        return int(self.node_start[hi - 1 - int(np.argmin(self.node_depth[lo:hi][::-1]))])
+        return self.node_start.item(hi - 1 - int(self.node_depth[lo:hi][::-1].argmin()))
 
     def _blocks(self, start: int, stop: int, block_tokens: int):
         """Query blocks of a pass and, for each, the key ranges outside it that all its queries see.
@@ -234,9 +239,9 @@ class TokenTrie:
         block_start, span_ptr, spans = [carried], [0], []
         at = start
         while at < stop:
-            node = int(self._node_of[at])
-            holder = node if at > self.node_start[node] else int(self.node_parent[node])
-            common_end = int(self.node_end[holder]) if holder >= 0 else len(self)
+            node = self._node_of.item(at)
+            holder = node if at > self.node_start.item(node) else self.node_parent.item(node)
+            common_end = self.node_end.item(holder) if holder >= 0 else len(self)
             hard = min(common_end, stop)
             end = hard if hard <= at + block_tokens else self._cut(at + block_tokens // 2, at + block_tokens)
             spans.extend(self._to_keys(self.path_spans(at), start, carried))
@@ -262,148 +267,12 @@ def plan_trie(ids: np.ndarray, offsets: np.ndarray, context_lengths: np.ndarray)
         ValueError, TypeError: naming the sequence that is too short or has a negative id, or the array that does not
             fit.
     """
+    arrays = []
     for name, values in (("ids", ids), ("offsets", offsets), ("context_lengths", context_lengths)):
         array = np.asarray(values)
         if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
             raise TypeError(f"{name}: wanted a flat array of integers, got {array.dtype} {list(array.shape)}")
-    ids = np.ascontiguousarray(ids, dtype=np.int64)
-    offsets = np.asarray(offsets, dtype=np.int64)
-    context_lengths = np.asarray(context_lengths, dtype=np.int64)
-    if len(offsets) != len(context_lengths) + 1 or offsets[0] != 0 or offsets[-1] != len(ids):
-        raise ValueError(
-            f"offsets: wanted [{len(context_lengths) + 1}] from 0 to {len(ids)}, got {offsets[:1]} to {offsets[-1:]} "
-            f"in {list(offsets.shape)}"
-        )
-    full = np.diff(offsets)
-    bad = np.flatnonzero((context_lengths < 1) | (context_lengths >= full))
-    if len(bad):
-        c = int(bad[0])
-        raise ValueError(
-            f"sequence {c}: wanted at least 1 context and 1 response token, got a context of "
-            f"{int(context_lengths[c])} in {int(full[c])} tokens"
-        )
-    if len(ids) and ids.min() < 0:
-        at = int(np.argmin(ids))
-        c = int(np.searchsorted(offsets, at, side="right")) - 1
-        raise ValueError(f"sequence {c}: token ids must not be negative, got {int(ids[at])}")
-
-    lengths = full - 1
-    order = _sorted_order(ids, offsets[:-1], lengths)
-    first, length = offsets[:-1][order], lengths[order]
-    shared = _shared_with_previous(ids, first, length)
-    fresh = length - shared
-    token_start = np.cumsum(fresh) - fresh
-    depth = _ranges(shared, fresh)
-    tokens = ids[_ranges(first + shared, fresh)]
-    node_start, node_stop, node_parent, node_end = _nodes(shared.tolist(), length.tolist())
-
-    path, path_offset = _paths(shared, length, token_start)
-    responses = (full - context_lengths)[order]
-    row_of = path[_ranges(path_offset + context_lengths[order] - 1, responses)]
-    target_of = ids[_ranges(first + context_lengths[order], responses)]
-    row_token, target_ptr, targets, inverse = _distinct_targets(row_of, target_of)
-    leaf = path[path_offset + length - 1]
-
-    # Back from sorted order to the caller's order of cells.
-    back = np.empty_like(order)
-    back[order] = np.arange(len(order))
-    sorted_ptr = np.cumsum(responses) - responses
-    count = responses[back]
-    cell_ptr = np.concatenate([[0], np.cumsum(count)])
-    return TokenTrie(
-        tokens=tokens,
-        depth=depth,
-        node_start=node_start,
-        node_stop=node_stop,
-        node_parent=node_parent,
-        node_end=node_end,
-        row_token=row_token,
-        target_ptr=target_ptr,
-        targets=targets,
-        cell_ptr=cell_ptr,
-        cell_target=inverse[_ranges(sorted_ptr[back], count)],
-        leaf=leaf[back],
-        dense_tokens=int(lengths.sum()),
-    )
-
-
-def _ranges(first: np.ndarray, count: np.ndarray) -> np.ndarray:
-    """``concatenate([arange(f, f + n) for f, n in zip(first, count)])`` without the loop."""
-    total = int(count.sum())
-    return np.arange(total) + np.repeat(first - (np.cumsum(count) - count), count)
-
-
-def _sorted_order(ids: np.ndarray, first: np.ndarray, length: np.ndarray) -> np.ndarray:
-    """Stable lexicographic order of the sequences; big-endian bytes compare as the numbers they spell."""
-    wide = len(ids) and ids.max() >= 2**32
-    width, raw = (8, ids.astype(">u8")) if wide else (4, ids.astype(">u4"))
-    raw = raw.tobytes()
-    keys = [raw[a * width : (a + n) * width] for a, n in zip(first.tolist(), length.tolist(), strict=True)]
-    return np.asarray(sorted(range(len(keys)), key=keys.__getitem__), dtype=np.int64)
-
-
-def _shared_with_previous(ids: np.ndarray, first: np.ndarray, length: np.ndarray) -> np.ndarray:
-    """Length of the longest common prefix of each sorted sequence with the one before it."""
-    shared = np.zeros(len(first), dtype=np.int64)
-    if len(first) < 2:
-        return shared
-    both = np.minimum(length[1:], length[:-1])
-    differ = np.flatnonzero(ids[_ranges(first[1:], both)] != ids[_ranges(first[:-1], both)])
-    begin = np.cumsum(both) - both
-    differ = np.append(differ, int(both.sum()))
-    shared[1:] = np.minimum(differ[np.searchsorted(differ, begin)] - begin, both)
-    return shared
-
-
-def _nodes(shared: list[int], length: list[int]):
-    """Runs without a branch, in depth-first order, with parents and subtree ends."""
-    done: list[tuple[int, int, int]] = []  # first token, tokens, subtree end
-    open_nodes: list[list[int]] = []  # first token, first depth, depth after the last token
-    total = 0
-    for common, n in zip(shared, length, strict=True):
-        if n == common:  # the same sequence again
-            continue
-        while open_nodes and open_nodes[-1][1] >= common:
-            token, lo, hi = open_nodes.pop()
-            done.append((token, hi - lo, total))
-        if open_nodes and open_nodes[-1][2] > common:
-            token, lo, hi = open_nodes[-1]
-            done.append((token + common - lo, hi - common, total))
-            open_nodes[-1][2] = common
-        open_nodes.append([total, common, n])
-        total += n - common
-    done.extend((token, hi - lo, total) for token, lo, hi in open_nodes)
-    done.sort()
-    parent, ancestors = [], []
-    for i, (token, _, end) in enumerate(done):
-        while ancestors and ancestors[-1][1] <= token:
-            ancestors.pop()
-        parent.append(ancestors[-1][0] if ancestors else -1)
-        ancestors.append((i, end))
-    table = np.asarray(done, dtype=np.int64).reshape(-1, 3)
-    return table[:, 0], table[:, 0] + table[:, 1], np.asarray(parent, dtype=np.int64), table[:, 2]
-
-
-def _paths(shared: np.ndarray, length: np.ndarray, token_start: np.ndarray):
-    """For each sorted sequence the trie tokens it walks through, end to end, and where each walk begins."""
-    offset = np.cumsum(length) - length
-    path = np.empty(int(length.sum()), dtype=np.int64)
-    path[_ranges(offset + shared, length - shared)] = _ranges(token_start, length - shared)
-    walk = offset.tolist()
-    for i in np.flatnonzero(shared).tolist():
-        a, b, n = walk[i], walk[i - 1], int(shared[i])
-        path[a : a + n] = path[b : b + n]
-    return path, offset
-
-
-def _distinct_targets(row: np.ndarray, target: np.ndarray):
-    """Distinct (row, target) pairs ordered by row then target, and where each given pair went."""
-    order = np.lexsort((target, row))
-    row, target = row[order], target[order]
-    new = np.ones(len(row), dtype=bool)
-    new[1:] = (row[1:] != row[:-1]) | (target[1:] != target[:-1])
-    inverse = np.empty(len(row), dtype=np.int64)
-    inverse[order] = np.cumsum(new) - 1
-    row, target = row[new], target[new]
-    row_token, begin = np.unique(row, return_index=True)
-    return row_token, np.append(begin, len(row)), target, inverse
+        # The one layout that the compiled planner reads in place; both planners check the values.
+        arrays.append(np.require(array, np.int64, "CAE"))
+    compiled = native.planner()
+    return TokenTrie(**(compiled.plan if compiled else plan_numpy)(*arrays))
