@@ -4,20 +4,26 @@ State-Adaptive Prompt Optimization (SAPO, arXiv 2606.01967). Importing needs tor
 """
 
 from . import ops as _ops  # noqa: F401 (registers torch.ops.sapo_kernels)
+from .accumulate.api import accumulate_
 from .linear_logprob.api import linear_logprob
 from .prompt_scores import PromptScores
+from .prompt_state import PromptState
 from .response_cache import ResponseCache
+from .reweight.api import reweight_
 from .score import score_prompts
 from .tree_attention.api import tree_attention
 from .trie import TokenTrie, TriePass, plan_trie
 
 __all__ = [
     "PromptScores",
+    "PromptState",
     "ResponseCache",
     "TokenTrie",
     "TriePass",
+    "accumulate_",
     "linear_logprob",
     "plan_trie",
+    "reweight_",
     "score_prompts",
     "tree_attention",
 ]

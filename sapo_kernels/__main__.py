@@ -7,7 +7,7 @@ from importlib import metadata
 
 import torch
 
-from . import __version__
+from . import __version__, native
 from .ops import BACKENDS, resolve_impl, triton_status
 
 LIBRARIES = ("torch", "numpy", "triton", "transformers", "peft", "accelerate", "trl")
@@ -34,6 +34,7 @@ def report() -> str:
         f"sapo_kernels {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}"
     ]
     lines += ["", "libraries", *(f"  {name:<14}{_version(name)}" for name in LIBRARIES)]
+    lines += ["", "native modules", *(f"  {name:<14}{why}" for name, why in native.status().items())]
     for device, what in _devices():
         lines += ["", f"{device} ({what})"]
         usable, why = triton_status(device)

@@ -1,7 +1,9 @@
 """Schemas, fake kernels and dispatch of ``torch.ops.sapo_kernels.*``: the contracts on one screen.
 
 The documented functions are in ``<op>/api.py``. Backends are imported on first use, so that importing the package
-needs neither Triton nor a GPU. ``impl`` is the name of a backend; "auto" is resolved by `resolve_impl`.
+needs neither Triton nor a GPU. ``impl`` is the name of a backend; "auto" is resolved by `resolve_impl`. The in-place
+operators have no ``impl``: compiled kernels are registered for their device by csrc/ops.cpp and csrc/cuda/ops.cpp, and
+where there are none the dispatcher takes the plain-torch ones, which give the same bits.
 """
 
 from __future__ import annotations
@@ -11,6 +13,8 @@ import importlib.util
 import os
 
 import torch
+
+from . import native
 
 BACKENDS = {
     "tree_attention": ("triton", "sdpa", "reference"),
@@ -32,6 +36,19 @@ _library.define(
     "float? softcap, str impl) -> (Tensor logprob, Tensor lse)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+
+# Written in place, nothing returned. See accumulate/api.py and reweight/api.py for shapes.
+_library.define(
+    "accumulate_(Tensor(a!) nll, Tensor(b!) tokens, Tensor logprob, Tensor cell_target, Tensor cell_ptr, int start) "
+    "-> ()",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "reweight_(Tensor(a!) mean, Tensor(b!) weight, Tensor(c!) probs, Tensor(d!) best, Tensor(e!) effective, "
+    "Tensor live, Tensor nll, Tensor tokens, float decay, float temperature, float floor) -> ()",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+IN_PLACE = ("accumulate_", "reweight_")
 
 
 def triton_status(device: torch.device) -> tuple[bool, str]:
@@ -107,3 +124,35 @@ def _no_backward(op: str):
 
 for _op in BACKENDS:
     torch.library.register_autograd(f"sapo_kernels::{_op}", _no_backward(_op), lib=_library)
+
+
+def _plain(op: str):
+    folder = op.rstrip("_")
+
+    def run(*args):
+        module = importlib.import_module(f"{__package__}.{folder}.torch")
+        getattr(module, f"{folder}_torch")(*args)
+
+    return run
+
+
+def _in_place_fake(op: str):
+    names = [argument.name for argument in getattr(torch.ops.sapo_kernels, op).default._schema.arguments]
+
+    # The dispatcher comes here for one meta tensor among others too, and nothing else would refuse that.
+    def fake(first, *rest):
+        for name, value in zip(names[1:], rest, strict=True):
+            if isinstance(value, torch.Tensor) and value.device != first.device:
+                raise RuntimeError(
+                    f"{op}: {name}: wanted it on the device of the other arguments, {first.device}, got {value.device}"
+                )
+
+    return fake
+
+
+for _op in IN_PLACE:
+    _library.impl(_op, _plain(_op), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"sapo_kernels::{_op}", _in_place_fake(_op), lib=_library)
+
+for _module in ("_C", "_C_cuda"):
+    native.load(_module)

@@ -1,0 +1,59 @@
+// What the launchers in csrc/cuda/*.cu share with ops.cpp. No torch header here: nvcc compiles raw pointers and a
+// stream only.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+namespace sapo {
+
+inline void cuda_check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) {
+    throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+  }
+}
+
+// Makes `device` the current one for a block, and the former one again after it.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    cuda_check(cudaGetDevice(&before_), "cudaGetDevice");
+    if (before_ != device) {
+      cuda_check(cudaSetDevice(device), "cudaSetDevice");
+      changed_ = true;
+    }
+  }
+  ~DeviceGuard() {
+    if (changed_) {
+      cudaSetDevice(before_);
+    }
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int before_ = 0;
+  bool changed_ = false;
+};
+
+// Enqueues one kernel of a single argument on `stream` (a cudaStream_t) of the current device.
+template <typename Argument>
+void launch(void (*kernel)(Argument), int64_t blocks, int threads, void* stream, const Argument& argument,
+            const char* op) {
+  if (blocks > 0x7fffffff) {
+    throw std::runtime_error(std::string(op) + ": wanted fewer elements, got a grid of " + std::to_string(blocks));
+  }
+#ifdef __CUDACC__
+  kernel<<<static_cast<unsigned>(blocks), threads, 0, static_cast<cudaStream_t>(stream)>>>(argument);
+  cuda_check(cudaGetLastError(), op);
+#else
+  // The tests compile the kernels for a CPU: tests/cuda_emulator/cuda_runtime.h.
+  static_cast<void>(stream);
+  emulator::run(kernel, static_cast<unsigned>(blocks), threads, argument);
+#endif
+}
+
+}  // namespace sapo

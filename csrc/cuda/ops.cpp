@@ -1,0 +1,56 @@
+// The CUDA kernels of torch.ops.sapo_kernels.*: the list of csrc/ops.cpp for the other device. Loads without CUDA too:
+// the current stream is looked up in torch's CUDA library by name, when it is needed.
+#include <dlfcn.h>
+
+#include "../accumulate.h"
+#include "../reweight.h"
+
+namespace {
+
+using sapo::Tensor;
+
+// torch's current stream on `device`, a cudaStream_t.
+void* current_stream(int32_t device) {
+  using Getter = AOTITorchError (*)(int32_t, void**);
+  static const Getter getter = [] {
+    // torch loads its libraries privately, so the symbol is not in the global scope; NOLOAD never loads a second one.
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return library ? reinterpret_cast<Getter>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
+  }();
+  SAPO_CHECK(getter, "sapo_kernels: wanted a torch with CUDA, got one without aoti_torch_get_current_cuda_stream");
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(getter(device, &stream));
+  return stream;
+}
+
+template <typename Real>
+void accumulate(const Tensor& nll, const Tensor& tokens, const Tensor& logprob, const Tensor& cell_target,
+                const Tensor& cell_ptr, int64_t start) {
+  int32_t device = 0;
+  const auto a = sapo::accumulate_arguments<Real>(aoti_torch_device_type_cuda(), &device, nll, tokens, logprob,
+                                                  cell_target, cell_ptr, start);
+  sapo::accumulate_cuda(a, device, current_stream(device));
+}
+
+void accumulate_(Tensor nll, Tensor tokens, Tensor logprob, Tensor cell_target, Tensor cell_ptr, int64_t start) {
+  if (logprob.scalar_type() == sapo::ScalarType::Double) {
+    accumulate<double>(nll, tokens, logprob, cell_target, cell_ptr, start);
+  } else {
+    accumulate<float>(nll, tokens, logprob, cell_target, cell_ptr, start);
+  }
+}
+
+void reweight_(Tensor mean, Tensor weight, Tensor probs, Tensor best, Tensor effective, Tensor live, Tensor nll,
+               Tensor tokens, double decay, double temperature, double floor) {
+  int32_t device = 0;
+  const auto a = sapo::reweight_arguments(aoti_torch_device_type_cuda(), &device, mean, weight, probs, best, effective,
+                                          live, nll, tokens, decay, temperature, floor);
+  sapo::reweight_cuda(a, device, current_stream(device));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(sapo_kernels, CUDA, m) {
+  m.impl("accumulate_", TORCH_BOX(&accumulate_));
+  m.impl("reweight_", TORCH_BOX(&reweight_));
+}

@@ -1,0 +1,1 @@
+"""Sums of log-probabilities by cell, piece by piece, in place."""
