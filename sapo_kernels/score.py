@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from . import support
+from .cell_sums import CellSums
 from .decoder import TreeRunner, run_padded, trie_attention_installed
 from .guard import claimed, compilation_off, is_out_of_memory, rope_kept, scoring_mode
 from .head import OP_IMPL, HeadReader, padded_batch
@@ -162,7 +163,8 @@ class _Scoring:
     def _tree(self, verdict: Verdict) -> tuple[np.ndarray, int]:
         """([K * M] nll, computed tokens) by the tree road."""
         plan = self.cache.plan(self._budget(verdict.through_model))
-        trie, parts = plan.trie, []
+        trie = plan.trie
+        sums = CellSums(trie.cell_target, trie.cell_ptr)
         with (
             Progress(len(trie.leaf), trie.dense_tokens, len(trie), self.progress) as bar,
             trie_attention_installed(self.inner),
@@ -174,7 +176,7 @@ class _Scoring:
                 step = waiting.pop()
                 logprob = _unless_out_of_memory(lambda step=step: runner.run(step))
                 if logprob is not None:
-                    parts.append(logprob)
+                    sums.add(logprob)
                     bar.update(step.cells_done, step.stop)
                     continue
                 size = step.stop - step.start
@@ -191,8 +193,7 @@ class _Scoring:
             agrees = reader.agrees()
         if not agrees:
             return self._again_through_model(verdict, self._tree)
-        values = torch.cat([p.to("cpu", torch.float64) for p in parts]).numpy()
-        return _sum_cells(-values[trie.cell_target], trie.cell_ptr), len(trie)
+        return sums.nll(), len(trie)
 
     def _padded(self, verdict: Verdict) -> tuple[np.ndarray, int]:
         """([K * M] nll, computed tokens) by the model's own attention on right-padded batches of similar length."""
@@ -220,8 +221,9 @@ class _Scoring:
                     logger.warning("out of memory in a batch of %d sequences; halving it", len(cells))
                     waiting += [cells[len(cells) // 2 :], cells[: len(cells) // 2]]
                     continue
-                ends = np.concatenate([[0], np.cumsum(count[cells])])
-                nll[cells] = _sum_cells(-logprob.to("cpu", torch.float64).numpy(), ends)
+                sums = CellSums(np.arange(len(logprob)), np.concatenate([[0], np.cumsum(count[cells])]))
+                sums.add(logprob)
+                nll[cells] = sums.nll()
                 computed, done = computed + batch.input_ids.numel(), done + int(np.isin(first, cells).sum())
                 bar.update(done, computed)
             agrees = reader.agrees()
@@ -258,19 +260,6 @@ def _similar_lengths(cells: np.ndarray, lengths: np.ndarray, budget: int, alone:
         else:
             batches.append([cell])
     return batches
-
-
-def _sum_cells(values: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """Sum of ``values[ends[c]:ends[c + 1]]`` for each c in float64, strictly left to right.
-
-    The bits of a cell depend on its own values alone, whatever else was scored with it.
-    """
-    first, count = ends[:-1], np.diff(ends)
-    total = np.zeros(len(first))
-    for step in range(int(count.max()) if len(count) else 0):
-        more = np.flatnonzero(count > step)
-        total[more] += values[first[more] + step]
-    return total
 
 
 def _cell(cache: ResponseCache, cell: int) -> str:
