@@ -175,7 +175,7 @@ class ResponseCache:
             if found:
                 raise ValueError(f"{name}: wanted plain text, got the tokenizer's special token {found[0]!r} in it")
         renderer = Renderer(tokenizer, template, suffix, text_word)
-        builder = _Builder(renderer, prompts, examples, max_source, max_target)
+        builder = CellBuilder(renderer, prompts, examples, max_source, max_target)
         cells = builder.cells()
         tainted = [m for m, e in enumerate(examples) if any(s in e["input"] or s in e["target"] for s in specials)]
         stats = {**builder.stats, "special_tokens_in_text": len(tainted)}
@@ -187,11 +187,11 @@ class ResponseCache:
         return cls(*_flatten(cells), prompts, len(examples), stats)
 
 
-class _Builder:
-    """Tokenises the cells of one `ResponseCache.build` in batches and counts what it had to change."""
+class CellBuilder:
+    """Tokenises every (prompt, example) in batches and counts what it had to change; `warn` says so in the log too."""
 
-    def __init__(self, renderer: Renderer, prompts, examples, max_source: int, max_target: int):
-        self.renderer, self.prompts, self.examples = renderer, prompts, examples
+    def __init__(self, renderer: Renderer, prompts, examples, max_source: int, max_target: int, warn: bool = True):
+        self.renderer, self.prompts, self.examples, self.warn = renderer, prompts, examples, warn
         self.max_source, self.max_target = max_source, max_target
         self.leading = renderer.leading_ids()
         self.stats = {"truncated_inputs": 0, "truncated_targets": 0, "boundary_breaks": 0}
@@ -207,6 +207,7 @@ class _Builder:
         return made
 
     def cells(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(context ids, response ids) of every cell, prompt by prompt."""
         size = len(self.examples)
         rendered = [self.renderer.render(p, e) for p in self.prompts for e in self.examples]
         contexts = [self.leading + ids for ids in self.tokenize([r.context for r in rendered])]
@@ -220,7 +221,7 @@ class _Builder:
         for c, ids in zip(broken, self.tokenize([rendered[c].response for c in broken]), strict=True):
             whole[c] = contexts[c] + ids
         self.stats["boundary_breaks"] = len(broken)
-        if broken:
+        if broken and self.warn:
             k, m = divmod(broken[0], size)
             logger.warning(
                 "%d of %d cells (first: prompt %d, example %d): the context is no token prefix of context + response; "
@@ -237,7 +238,7 @@ class _Builder:
             self.stats["truncated_targets"] += len(response) > self.max_target
             cells.append((np.asarray(context, np.int64), np.asarray(response[: self.max_target], np.int64)))
         for what in ("inputs", "targets"):
-            if self.stats[f"truncated_{what}"]:
+            if self.stats[f"truncated_{what}"] and self.warn:
                 logger.warning("%d of %d cells: %s cut", self.stats[f"truncated_{what}"], len(cells), what)
         return cells
 
