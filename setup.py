@@ -9,6 +9,7 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "csrc"))
@@ -35,6 +36,22 @@ class BuildNative(build_ext):
             native.install(built, ROOT / self.get_ext_filename(ext.name))
 
 
+class CopyPackages(build_py):
+    """setuptools' command, which also removes modules of an earlier build that are not wanted now.
+
+    They would be packed, or loaded from an editable installation, as if they had been asked for.
+    """
+
+    def run(self):
+        super().run()
+        wanted = {native.file_name(ext.name.rpartition(".")[2]) for ext in self.distribution.ext_modules or []}
+        folder = ROOT if self.editable_mode else Path(self.build_lib)
+        for pattern in ("_C*.so", "_planner*.so"):
+            for path in (folder / "sapo_kernels").glob(pattern):
+                if path.name not in wanted:
+                    path.unlink()
+
+
 def extensions():
     wanted = os.environ.get("SAPO_BUILD_NATIVE") or ("on" if sys.platform == "linux" else "off")
     if wanted not in ("on", "off"):
@@ -52,6 +69,6 @@ setup(
     package_dir={"sapo_peft": "python/sapo_peft"},
     package_data={"sapo_kernels": ["py.typed"], "sapo_peft": ["py.typed", "bundled/**/*.json"]},
     ext_modules=extensions(),
-    cmdclass={"build_ext": BuildNative},
+    cmdclass={"build_ext": BuildNative, "build_py": CopyPackages},
     zip_safe=False,
 )

@@ -1,41 +1,47 @@
 #include "accumulate_args.h"
 
-#include <utility>
+#include <limits>
 
 #include "check.h"
 
 namespace sapo {
 namespace {
 
-// The list entries [first, stop) that this piece brings to one cell; raises if the lists do not fit together.
+// Raises if the lists of a cell do not fit together or to this piece.
 template <typename Real>
-std::pair<int64_t, int64_t> ready(const Accumulate<Real>& a, int64_t cell) {
+void check_cell(const Accumulate<Real>& a, int64_t cell) {
   const int64_t begin = a.cell_ptr[cell], end = a.cell_ptr[cell + 1], done = a.tokens[cell];
   SAPO_CHECK(0 <= begin && begin <= end && end <= a.entries, "accumulate_: cell_ptr: cell ", cell,
              ": wanted an ascending range inside ", a.entries, " entries, got ", begin, " to ", end);
   SAPO_CHECK(0 <= done && done <= end - begin, "accumulate_: tokens: cell ", cell, ": wanted from 0 to its ",
              end - begin, " entries, got ", done);
-  int64_t stop = begin + done;
-  for (; stop < end; ++stop) {
-    const int64_t target = a.cell_target[stop];
+  for (int64_t e = begin + done; e < end; ++e) {
+    const int64_t target = a.cell_target[e];
     SAPO_CHECK(target >= a.start, "accumulate_: cell_target: cell ", cell, ": wanted its next target in this piece, ",
                "which begins at ", a.start, ", or after it, got ", target, ": a piece was left out");
     if (target - a.start >= a.count) break;
   }
-  return {begin + done, stop};
 }
 
 }  // namespace
 
 template <typename Real>
 void accumulate_cpu(const Accumulate<Real>& a) {
-  for (int64_t cell = 0; cell < a.cells; ++cell) ready(a, cell);
+  for (int64_t cell = 0; cell < a.cells; ++cell) check_cell(a, cell);
+  // Everything fits now. Another thread may still write to the lists, so each number is read once and looked at again:
+  // whatever it does, nothing is read out of range, and the cell that it spoiled is NaN.
   for (int64_t cell = 0; cell < a.cells; ++cell) {
-    const auto [first, stop] = ready(a, cell);
-    double sum = a.nll[cell];
-    for (int64_t e = first; e < stop; ++e) sum -= static_cast<double>(a.logprob[a.cell_target[e] - a.start]);
+    const int64_t begin = a.cell_ptr[cell], end = a.cell_ptr[cell + 1], done = a.tokens[cell];
+    const bool fits = 0 <= begin && begin <= end && end <= a.entries && 0 <= done && done <= end - begin;
+    double sum = fits ? a.nll[cell] : std::numeric_limits<double>::quiet_NaN();
+    int64_t e = fits ? begin + done : end;
+    for (; e < end; ++e) {
+      const int64_t target = a.cell_target[e];
+      if (target < a.start || target - a.start >= a.count) break;
+      sum -= static_cast<double>(a.logprob[target - a.start]);
+    }
     a.nll[cell] = sum;
-    a.tokens[cell] += stop - first;
+    if (fits) a.tokens[cell] = e - begin;
   }
 }
 

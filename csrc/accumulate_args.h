@@ -22,8 +22,8 @@ struct Accumulate {
 
 template <typename Real>
 void accumulate_cpu(const Accumulate<Real>& a);
-// Enqueues one kernel on `stream` (a cudaStream_t) of `device`.
+// Enqueues one kernel on `stream` (a cudaStream_t) of the current device.
 template <typename Real>
-void accumulate_cuda(const Accumulate<Real>& a, int device, void* stream);
+void accumulate_cuda(const Accumulate<Real>& a, void* stream);
 
 }  // namespace sapo

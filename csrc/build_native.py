@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
 import os
 import re
 import shlex
@@ -102,10 +101,14 @@ def build(folder: Path, options: Options | None = None, wanted: list[str] | None
     wanted = wanted if wanted is not None else modules(options)
     folder = Path(folder).resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
+    with _locked(folder) as lock:
         (folder / "build.ninja").write_text(_ninja_file(options, wanted))
         done = subprocess.run(
-            [_ninja(), "-C", str(folder)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            [_ninja(), "-C", str(folder)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            pass_fds=[lock],
         )
     if done.returncode:
         raise BuildError(
@@ -132,7 +135,13 @@ def install(source: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def _locked(folder: Path):
-    """One build in `folder` at a time. The kernel drops the lock with its process, however that ends."""
+    """One build in `folder` at a time; yields the lock's descriptor.
+
+    The kernel drops the lock with the last process that has it, however that ends: compilers that outlive a killed
+    builder still hold it.
+    """
+    import fcntl
+
     with open(folder / ".lock", "w") as handle:
         deadline = time.monotonic() + LOCK_SECONDS
         while True:
@@ -143,7 +152,7 @@ def _locked(folder: Path):
                 if time.monotonic() > deadline:
                     raise BuildError(f"{folder}: another build has been at work for {LOCK_SECONDS:.0f} s") from None
                 time.sleep(0.2)
-        yield
+        yield handle.fileno()
 
 
 def _ninja() -> str:
@@ -175,8 +184,7 @@ def _ninja_file(options: Options, wanted: list[str]) -> str:
     rules = [
         f"cxx = {cxx}",
         f"common = {shlex.join(common)}",
-        "rule compile\n  command = $cxx $common $flags -MMD -MF $out.d -c $in -o $out\n"
-        "  depfile = $out.d\n  deps = gcc",
+        "rule compile\n  command = $cxx $common $flags -MD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
         "rule link\n  command = $linker -shared -o $out.part $in $libraries && mv -f $out.part $out",
     ]
     linker = "$cxx" + (" -fsanitize=address,undefined" if options.sanitize else "")
@@ -204,13 +212,20 @@ def _ninja_file(options: Options, wanted: list[str]) -> str:
         target("_C", ["ops.cpp", "accumulate.cpp", "reweight.cpp"], stable, torch_libraries)
     if "_C_cuda" in wanted:
         compiler = nvcc()
-        device = ["-std=c++17", "-O3", "--fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden", *gencode(options.archs)]
+        device = [
+            f'-DSAPO_CUDA_ARCHS="{options.archs}"',
+            "-std=c++17",
+            "-O3",
+            "--fmad=false",
+            "-Xcompiler=-fPIC,-fvisibility=hidden",
+            *gencode(options.archs),
+        ]
         rules.append(f"nvcc = {shlex.join([*_launcher(), compiler])}")
         rules.append(
-            f"rule nvcc\n  command = $nvcc {shlex.join(device)} -MMD -MF $out.d -c $in -o $out\n"
+            f"rule nvcc\n  command = $nvcc {shlex.join(device)} -MD -MF $out.d -c $in -o $out\n"
             "  depfile = $out.d\n  deps = gcc"
         )
-        sources = ["cuda/ops.cpp", "cuda/accumulate.cu", "cuda/reweight.cu"]
+        sources = ["cuda/ops.cpp", "cuda/device.cu", "cuda/accumulate.cu", "cuda/reweight.cu"]
         link = f"{shlex.quote(compiler)} -cudart=static -nodlink"
         # Nothing to link on the device; that step would only write this command into the module. nvcc hands flags on
         # to the linker behind -Xlinker.

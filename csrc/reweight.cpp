@@ -114,8 +114,13 @@ SAPO_INLINE void reweight_pool(const Reweight& a) {
     a.best[0] = -1;
     return;
   }
+  // Bounded: the mask and the means may be written by another thread meanwhile.
   int64_t best = 0;
-  while (!(a.live[best] && a.mean[best] == low)) ++best;
+  while (best < a.prompts && !(a.live[best] && a.mean[best] == low)) ++best;
+  if (best == a.prompts) {
+    a.best[0] = -1;
+    return;
+  }
   a.best[0] = best;
 
   // Most pools have no more prompts than lanes; only the larger ones load their means again.

@@ -25,8 +25,9 @@ inline Reweight reweight_arguments(int32_t device_type, int32_t* device_index, c
   check.number("temperature", temperature, 0.0, DBL_MAX);
   check.number("floor", floor, 0.0, 1.0);
   *device_index = check.device_index();
-  // The inverse of the smallest temperatures overflows; the largest number orders the losses just as well.
-  const double inverse = temperature == 0 ? 0.0 : std::fmin(1.0 / temperature, DBL_MAX);
+  // The inverse of the smallest temperatures overflows, and that of the largest may be flushed to 0, which means
+  // argmin.
+  const double inverse = temperature == 0 ? 0.0 : std::fmax(std::fmin(1.0 / temperature, DBL_MAX), DBL_MIN);
   return {static_cast<double*>(mean.mutable_data_ptr()),
           static_cast<double*>(weight.mutable_data_ptr()),
           static_cast<double*>(probs.mutable_data_ptr()),

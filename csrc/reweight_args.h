@@ -43,7 +43,7 @@ SAPO_HOST_DEVICE void update(Number& mean, Number& weight, Number nll, Number to
 }
 
 void reweight_cpu(const Reweight& a);
-// Enqueues one kernel on `stream` (a cudaStream_t) of `device`.
-void reweight_cuda(const Reweight& a, int device, void* stream);
+// Enqueues one kernel on `stream` (a cudaStream_t) of the current device.
+void reweight_cuda(const Reweight& a, void* stream);
 
 }  // namespace sapo

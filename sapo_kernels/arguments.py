@@ -44,9 +44,3 @@ class Arguments:
         """A finite number from `low` to `high`."""
         if not (math.isfinite(value) and low <= value <= high):
             raise RuntimeError(f"{self.op}: {name}: wanted a number from {low:g} to {high:g}, got {value:g}")
-
-
-def written(*tensors: torch.Tensor) -> None:
-    """Tell autograd that an operator wrote them: a backward pass that saved one raises instead of using new values."""
-    if not torch.compiler.is_compiling() and not tensors[0].is_inference():
-        torch.autograd.graph.increment_version(tensors)

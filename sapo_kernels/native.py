@@ -7,6 +7,7 @@ without them the same operators run in plain torch and numpy, slower, with the s
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import importlib.util
 import logging
@@ -61,9 +62,18 @@ def load(name: str) -> str:
         if broken:
             return _refused(name, broken, "plain torch")
         torch.ops.load_library(path)
-    except OSError as error:
+        # A driver that is too old, or a device that nothing was compiled for, must not lose what plain torch can do.
+        reason = _register_cuda(path) if name == "_C_cuda" else ""
+    except (OSError, AttributeError) as error:
         return _refused(name, str(error), "plain torch")
-    return "loaded"
+    return _refused(name, reason, "plain torch") if reason else "loaded"
+
+
+def _register_cuda(path: Path) -> str:
+    """Let the library register its kernels; why it did not, empty if it did."""
+    register = ctypes.CDLL(str(path)).sapo_kernels_register_cuda
+    register.restype = ctypes.c_char_p
+    return register().decode("utf-8", "replace")
 
 
 @cache

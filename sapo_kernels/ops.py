@@ -126,10 +126,18 @@ for _op in BACKENDS:
     torch.library.register_autograd(f"sapo_kernels::{_op}", _no_backward(_op), lib=_library)
 
 
+# Operators whose first call on CUDA has been sent to the compiled kernel.
+_served: set[str] = set()
+
+
 def _plain(op: str):
     folder = op.rstrip("_")
 
     def run(*args):
+        # The CUDA kernels are looked for when CUDA is used, so that importing the package does not start its driver.
+        if args[0].device.type == "cuda" and native.load("_C_cuda") == "loaded" and op not in _served:
+            _served.add(op)
+            return getattr(torch.ops.sapo_kernels, op)(*args)
         module = importlib.import_module(f"{__package__}.{folder}.torch")
         getattr(module, f"{folder}_torch")(*args)
 
@@ -150,9 +158,40 @@ def _in_place_fake(op: str):
     return fake
 
 
+def _watched(op: str):
+    """What stands in front of every kernel of an in-place operator, as `torch.library.custom_op` puts it there."""
+    overload = getattr(torch.ops.sapo_kernels, op).default
+    arguments = overload._schema.arguments
+    # The schemas begin with the tensors, and those with the written ones.
+    tensors = sum(str(a.type) == "Tensor" for a in arguments)
+    written = sum(a.alias_info is not None and a.alias_info.is_write for a in arguments)
+    redispatch, below = overload._handle.redispatch_boxed, torch._C._after_ADInplaceOrView_keyset
+    increment, grad_enabled = torch._C._increment_version, torch.is_grad_enabled
+
+    def run(keyset, *args):
+        if grad_enabled():
+            for i, value in enumerate(args[:tensors]):
+                if value.requires_grad:
+                    name = arguments[i].name
+                    raise RuntimeError(f"{op}: {name}: wanted it without gradient, got requires_grad; detach() it")
+        outputs = args[:written]
+        for i, value in enumerate(outputs):
+            # torch would run the kernel on a copy, and fail after the other arguments have been written.
+            if value.is_neg():
+                raise RuntimeError(f"{op}: {arguments[i].name}: wanted memory as it is, got a negated view")
+        redispatch(keyset & below, *args)
+        # A backward pass that saved one of them raises instead of using the new values.
+        try:
+            increment(outputs)
+        except RuntimeError:  # tensors made in inference mode among them have no version
+            increment([value for value in outputs if not value.is_inference()])
+
+    return run
+
+
 for _op in IN_PLACE:
     _library.impl(_op, _plain(_op), "CompositeExplicitAutograd")
+    _library.impl(_op, _watched(_op), "ADInplaceOrView", with_keyset=True)
     torch.library.register_fake(f"sapo_kernels::{_op}", _in_place_fake(_op), lib=_library)
 
-for _module in ("_C", "_C_cuda"):
-    native.load(_module)
+native.load("_C")

@@ -31,7 +31,8 @@ class PromptState:
         probs: [P, K] float64, what `sample` draws by; even over the live prompts until something is scored.
         best: [P] int64, the prompt with the lowest mean; -1 until something is scored.
         effective: [P] float64, effective number of prompts ``1 / sum(probs ** 2)``; 0 for a pool without prompts.
-        live: [P, K] bool, yours to write: a prompt that is not live is never selected.
+        live: [P, K] bool, yours to write: a prompt that is not live is never drawn, nor selected by the next
+            `reweight_`.
 
     Raises:
         ValueError: naming the argument, what was wanted and what was got.
@@ -55,8 +56,10 @@ class PromptState:
         ):
             raise ValueError(f"num_prompts: wanted a whole number or {num_pools} of them, got {num_prompts!r}")
         size = num_prompts if same else max(counts, default=0)
-        count = torch.tensor(counts, dtype=torch.int64).view(-1, 1)
-        live = torch.arange(size) < count
+        device = "cpu" if device is None else device
+        # On the host by name: the caller may have another default device.
+        count = torch.tensor(counts, dtype=torch.int64, device="cpu").view(-1, 1)
+        live = torch.arange(size, device="cpu") < count
         self.live = live.to(device)
         self.mean = torch.full(live.shape, torch.nan, dtype=torch.float64, device=device)
         self.weight = torch.zeros(live.shape, dtype=torch.float64, device=device)
@@ -81,10 +84,12 @@ class PromptState:
         return f"PromptState(num_pools={self.num_pools}, num_prompts={self.num_prompts}, device='{self.device}')"
 
     def sample(self, n: int = 1, generator: torch.Generator | None = None) -> torch.Tensor:
-        """[P, n] int64 prompts drawn independently by `probs`; -1 for a pool without any. No host sync.
+        """[P, n] int64 prompts drawn independently by `probs`; -1 for a pool without any. No host sync with a
+        generator of the state's own device.
 
-        The same generator state gives the same draws; a CPU generator gives them on every device. Prompts of
-        probability 0 are never drawn.
+        The same generator state gives the same draws; a CPU generator gives them on every device. Prompts that are not
+        live, whose mean is not finite while another's is, or whose probability is 0, are never drawn; if none is left,
+        -1: call `reweight_` (tokens 0) after changing ``live`` to choose anew.
         """
         if type(n) is not int or n < 0:
             raise ValueError(f"n: wanted a whole number of at least 0, got {n!r}")
@@ -94,7 +99,10 @@ class PromptState:
         source = self.device if generator is None else generator.device
         clock = torch.empty((self.num_pools, n, self.num_prompts), dtype=torch.float64, device=source)
         clock = clock.exponential_(generator=generator).to(self.device)
-        rates = self.probs[:, None]
+        usable = self.live & self.mean.isfinite()
+        # Where nothing finite is known, the probabilities that were there go on.
+        usable = torch.where(usable.any(-1, keepdim=True), usable, self.live)
+        rates = torch.where(usable, self.probs, 0.0)[:, None]
         drawn = torch.where(rates > 0, clock / rates, torch.inf).argmin(-1)
         return torch.where((rates > 0).any(-1), drawn, -1)
 
@@ -136,5 +144,12 @@ class PromptState:
             raise ValueError("state: probs: wanted a sum of 1 (0 for a pool without prompts), got others")
         if not bool(((best >= -1) & (best < self.num_prompts)).all()):
             raise ValueError(f"state: best: wanted from -1 to {self.num_prompts - 1}, got {best.tolist()[:20]}")
+        if not bool(state["effective"].isfinite().all()):
+            raise ValueError("state: effective: wanted finite numbers, got others")
+        # A state whose tensors cannot all be written must not be written by half.
+        for name in DTYPES:
+            own = getattr(self, name)
+            if own.requires_grad or not own.is_contiguous():
+                raise ValueError(f"{name}: wanted this state's tensor dense and without gradient, got another")
         for name in DTYPES:
             getattr(self, name).copy_(state[name])

@@ -28,8 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("tests", "benchmarks", "csrc", "pyproject.toml")
 NATIVE_TESTS = (
     "test_accumulate.py", "test_reweight.py", "test_reweight_calls.py", "test_prompt_state.py", "test_planner.py",
-    "test_trie.py",
-    "test_score.py", "test_native.py",
+    "test_trie.py", "test_score.py", "test_native.py", "test_native_attacks.py",
 )  # fmt: skip
 # These look at the checkout's files, not at the package.
 CHECKOUT_TESTS = ("test_readme.py", "test_build.py")
@@ -98,9 +97,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="sapo-installed-") as scratch:
         folder = Path(scratch)
         source = tracked_copy(folder / "source")
-        plain = wheel(source, folder / "plain", "off")
-        shutil.rmtree(source / "build", ignore_errors=True)
         native = wheel(source, folder / "native", "on")
+        # In the same folder: what the first build left there must not get into the second wheel.
+        plain = wheel(source, folder / "plain", "off")
         if arguments.wheels:
             arguments.wheels.mkdir(parents=True, exist_ok=True)
             shutil.copy2(native, arguments.wheels)

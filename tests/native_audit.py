@@ -95,7 +95,8 @@ def cuda_kernels(folder: Path) -> list[str]:
     for source in sorted((build_native.SOURCES / "cuda").glob("*.cu")):
         for arch in ARCHS:
             text = output(
-                build_native.nvcc(), "-std=c++17", "-O3", "--fmad=false", f"-arch=sm_{arch}", "-Xptxas=-v", "-cubin",
+                build_native.nvcc(), f'-DSAPO_CUDA_ARCHS="{arch}"',
+                "-std=c++17", "-O3", "--fmad=false", f"-arch=sm_{arch}", "-Xptxas=-v", "-cubin",
                 "-o", str(folder / "kernel.cubin"), str(source),
             )  # fmt: skip
             for block in text.split("Compiling entry function '")[1:]:

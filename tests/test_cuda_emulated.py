@@ -67,7 +67,9 @@ def test_reweight(emulated, prompts, choice):
         nll[torch.rand(6, prompts, generator=generator) < 0.1] = (math.nan, math.inf, -math.inf, 1e308)[step]
         ours, other = states
         sk.reweight_(ours, nll, tokens, decay, temperature, floor)
-        inverse = 0.0 if temperature == 0 else min(1 / temperature, np.finfo(np.float64).max)
+        inverse = (
+            0.0 if temperature == 0 else max(min(1 / temperature, np.finfo(np.float64).max), np.finfo(np.float64).tiny)
+        )
         emulated.emulate_reweight(
             *(pointer(getattr(other, name)) for name in DTYPES), pointer(nll), pointer(tokens), ctypes.c_int64(6),
             ctypes.c_int64(prompts), ctypes.c_double(decay), ctypes.c_double(inverse), ctypes.c_double(floor),

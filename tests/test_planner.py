@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import threading
 import time
 
@@ -372,3 +374,35 @@ def test_arrays_that_change_meanwhile_do_no_harm(compiled):
     finally:
         stop.set()
         thread.join()
+
+
+def test_a_million_tokens_take_less_than_80_ms(compiled):
+    """5,250 sequences of 200 tokens; the best of several runs, which other work on the machine can only slow down."""
+    draw = np.random.default_rng(0)
+    prompts, inputs = draw.integers(0, 50_000, (21, 60)), draw.integers(0, 50_000, (250, 140))
+    ids = np.concatenate([np.concatenate([prompt, text]) for prompt in prompts for text in inputs])
+    offsets, contexts = np.arange(5251) * 200, np.full(5250, 195)
+    best = min(timed(lambda: plan_trie(ids, offsets, contexts)) for _ in range(5))
+    assert best < 0.080, f"{best * 1000:.1f} ms"
+
+
+def timed(call) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def test_ten_million_tokens_need_less_than_1_2_gib(compiled):
+    """The peak of a fresh process that makes the job and plans it."""
+    code = """
+import resource, numpy as np
+from sapo_kernels import plan_trie
+ids = np.tile(np.arange(200), 50_000)
+ids.reshape(50_000, 200)[:, 60:] += np.arange(50_000)[:, None]
+trie = plan_trie(ids, np.arange(50_001) * 200, np.full(50_000, 195))
+print(trie.dense_tokens, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    tokens, peak = map(int, done.stdout.split())
+    assert tokens == 50_000 * 199 and peak < 1.2 * 2**20, f"{peak} KiB"

@@ -16,29 +16,6 @@ inline void cuda_check(cudaError_t error, const char* what) {
   }
 }
 
-// Makes `device` the current one for a block, and the former one again after it.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-    cuda_check(cudaGetDevice(&before_), "cudaGetDevice");
-    if (before_ != device) {
-      cuda_check(cudaSetDevice(device), "cudaSetDevice");
-      changed_ = true;
-    }
-  }
-  ~DeviceGuard() {
-    if (changed_) {
-      cudaSetDevice(before_);
-    }
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-
- private:
-  int before_ = 0;
-  bool changed_ = false;
-};
-
 // Enqueues one kernel of a single argument on `stream` (a cudaStream_t) of the current device.
 template <typename Argument>
 void launch(void (*kernel)(Argument), int64_t blocks, int threads, void* stream, const Argument& argument,

@@ -81,11 +81,10 @@ __global__ void __launch_bounds__(kWarps* kLanes) reweight_kernel(Reweight a) {
 
 }  // namespace
 
-void reweight_cuda(const Reweight& a, int device, void* stream) {
+void reweight_cuda(const Reweight& a, void* stream) {
   if (a.pools == 0) {
     return;
   }
-  const DeviceGuard guard(device);
   launch(reweight_kernel, (a.pools + kWarps - 1) / kWarps, kWarps * kLanes, stream, a, "reweight_");
 }
 

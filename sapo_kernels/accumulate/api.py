@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from ..arguments import written
-
 
 def accumulate_(
     nll: torch.Tensor,
@@ -31,7 +29,8 @@ def accumulate_(
         cell_target: [E] int64. cell_ptr: [C + 1] int64.
         start: the first target of this piece.
 
-    All tensors are dense and on one device, and the written ones share memory with none.
+    All tensors are dense, on one device and without gradient (there is no backward), and the written ones share memory
+    with none.
 
     Raises:
         RuntimeError: before any write, naming the argument: dtype, shape, strides, device, shared memory; also lists
@@ -44,4 +43,3 @@ def accumulate_(
     Source: SAPO, arXiv 2606.01967.
     """
     torch.ops.sapo_kernels.accumulate_(nll, tokens, logprob, cell_target, cell_ptr, start)
-    written(nll, tokens)

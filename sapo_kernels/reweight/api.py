@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..arguments import written
-
 if TYPE_CHECKING:
     from ..prompt_state import PromptState
 
@@ -56,8 +54,8 @@ def reweight_(
         RuntimeError: the state's own tensors do not fit together; nothing was written.
 
     Numerics: float64, sums in a fixed order; the same bits on every device, compiled or not (the softmax's exp is our
-    own, within 1 ulp). Safe under CUDA graphs (decay, temperature and floor are those of the capture) and
-    torch.compile.
+    own, within 1 ulp). Safe under CUDA graphs (after one call outside; decay, temperature and floor are those of the
+    capture) and torch.compile.
     Source: SAPO, arXiv 2606.01967, section 3; the weights are exponential weights over prompts.
     """
     shape = state.mean.shape
@@ -86,4 +84,3 @@ def reweight_(
         state.mean, state.weight, state.probs, state.best, state.effective, state.live,
         nll.contiguous(), tokens.contiguous(), decay, temperature, floor,
     )  # fmt: skip
-    written(state.mean, state.weight, state.probs, state.best, state.effective)

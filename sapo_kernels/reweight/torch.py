@@ -46,7 +46,9 @@ def reweight_torch(mean, weight, probs, best, effective, live, nll, tokens, deca
     if temperature == 0:
         soft = (index == chosen[:, None]).double()
     else:
-        soft = torch.where(usable, _exp_nonpositive((low - candidate) * min(1.0 / temperature, LARGEST)), 0.0)
+        soft = torch.where(
+            usable, _exp_nonpositive((low - candidate) * max(min(1.0 / temperature, LARGEST), sys.float_info.min)), 0.0
+        )
     inverse, base = _divided(1.0, _lane_sum(soft)), _divided(floor, live_count)
     mixed = (1.0 - floor) * (soft * inverse[:, None]) + base[:, None]
     new = torch.where(usable, mixed, 0.0)
