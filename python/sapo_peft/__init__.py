@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 _HOMES = {
     "Examples": "data",
+    "PromptPool": "prompt_pool",
     "PromptSet": "data",
+    "SapoCallback": "callback",
+    "SapoCollator": "collator",
+    "SapoConfig": "config",
+    "attach_sapo": "attach",
+    "last_good_checkpoint": "checkpoints",
     "plain_scores": "plain_loop",
     "read_examples": "data",
     "read_prompts": "data",
@@ -19,7 +25,13 @@ _HOMES = {
 }
 __all__ = [
     "Examples",
+    "PromptPool",
     "PromptSet",
+    "SapoCallback",
+    "SapoCollator",
+    "SapoConfig",
+    "attach_sapo",
+    "last_good_checkpoint",
     "plain_scores",
     "read_examples",
     "read_prompts",
@@ -28,8 +40,14 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from .attach import attach_sapo
+    from .callback import SapoCallback
+    from .checkpoints import last_good_checkpoint
+    from .collator import SapoCollator
+    from .config import SapoConfig
     from .data import Examples, PromptSet, read_examples, read_prompts
     from .plain_loop import plain_scores
+    from .prompt_pool import PromptPool
     from .tiny import tiny_model, tiny_tokenizer
 
 

@@ -257,9 +257,15 @@ def _jobs(args: argparse.Namespace) -> list[tuple[PromptSet, Examples]]:
 
 
 def _read_prompts(path: str, task: str | None, data: Path) -> PromptSet:
-    """The prompts of `task`; without one, of the task whose name the folder of the data has."""
-    from .data import TaskNameError, read_prompts
+    """The prompts of `task`, also of a saved pool; without one, of the task whose name the folder of the data has."""
+    from .data import PromptSet, TaskNameError, read_prompts
+    from .prompt_pool import PromptPool, is_pool_file
 
+    if is_pool_file(path):
+        pool = PromptPool.read(path, task)
+        return PromptSet(
+            list(pool.prompts), pool.suffix, list(pool.labels), pool.task, pool.text_word, True, [os.fspath(path)]
+        )
     try:
         return read_prompts(path, task)
     except TaskNameError as error:

@@ -1,0 +1,135 @@
+"""SapoCollator: from raw examples to model inputs, each under the prompt that is chosen when it is rendered."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from sapo_kernels.render import Renderer, Template, check_examples
+from sapo_kernels.response_cache import CellBuilder
+
+from .choice import Choice
+
+logger = logging.getLogger("sapo_peft")
+
+# The names of an example's two texts that are understood, besides "task".
+COLUMNS = (("input", "target"), ("sentence", "label"), ("prompt", "completion"))
+# The key under which a batch carries what it was made of; `attach_sapo` takes it out before the model sees it.
+CARRIED = "sapo"
+IGNORED = -100
+
+
+class Carried:
+    """The examples of a batch and the round they were rendered in; opaque to data loaders and devices."""
+
+    __slots__ = ("examples", "tasks", "round")
+
+    def __init__(self, examples: list[dict[str, str]], tasks: list[str], round: tuple[int, int]):
+        self.examples, self.tasks, self.round = examples, tasks, round
+
+
+class SapoCollator:
+    """Renders and tokenises examples with the prompts chosen now; a data collator for any PyTorch DataLoader.
+
+    The tokens are exactly those that `score_prompts` scores. Labels stand on the response (with the tokens that close
+    the assistant's turn); everything else is -100.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        choice: the pools and what is chosen.
+        max_source, max_target, template: see `SapoConfig`.
+        pad_to_multiple_of: width of the batch, for tensor cores.
+        carry: add what `attach_sapo` needs to render a batch again whose choice is no longer the newest.
+
+    Called with a list of mappings with "input" and "target" (or "sentence"/"label", "prompt"/"completion") and, with
+    several tasks, "task". Returns input_ids, attention_mask, labels: [B, L] int64, padded on the right.
+
+    Staleness: in a DataLoader of its own a batch is rendered when it is fetched, so it may be older than the newest
+    choice by the loader's prefetch (one batch without workers under Accelerate, ``workers * prefetch_factor + 1``
+    with). Under `attach_sapo` it is rendered again when it is older: never stale.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        choice: Choice,
+        *,
+        max_source: int = 1536,
+        max_target: int = 128,
+        template: Template = None,
+        pad_to_multiple_of: int | None = None,
+        carry: bool = False,
+    ):
+        self.tokenizer, self.choice, self.carry = tokenizer, choice, carry
+        self.max_source, self.max_target, self.pad_to_multiple_of = max_source, max_target, pad_to_multiple_of
+        self.renderers = {
+            task: Renderer(tokenizer, template, pool.suffix, pool.text_word) for task, pool in choice.pools.items()
+        }
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        self.pad = 0 if pad is None else pad
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        tasks = [self.choice.task_of(feature) for feature in features]
+        return self.render(check_examples([named_example(feature) for feature in features]), tasks)
+
+    def render(self, examples: list[dict[str, str]], tasks: list[str]) -> dict[str, Any]:
+        """The batch of checked examples under the prompts chosen now."""
+        # Read first: if the choice changes meanwhile, the mark is old and the batch is rendered again.
+        now = self.choice.round
+        groups: dict[tuple[str, int], list[int]] = {}
+        for i, (task, example) in enumerate(zip(tasks, examples, strict=True)):
+            groups.setdefault((task, self.choice.prompt_for(task, example)), []).append(i)
+        rows: list[tuple[list[int], list[int]]] = [([], [])] * len(examples)
+        for (task, prompt), members in groups.items():
+            text = self.choice.pools[task].prompts[prompt]
+            builder = CellBuilder(
+                self.renderers[task], [text], [examples[i] for i in members], self.max_source, self.max_target, False
+            )
+            for i, (context, response) in zip(members, builder.cells(), strict=True):
+                rows[i] = (context.tolist(), response.tolist())
+        batch = self._padded(rows)
+        if self.carry:
+            batch[CARRIED] = Carried(examples, tasks, now)
+        return batch
+
+    def refreshed(self, batch: dict[str, Any], device: torch.device | None = None) -> dict[str, Any]:
+        """`batch` without what it carries, rendered again if the choice has changed since."""
+        batch = dict(batch)
+        carried = batch.pop(CARRIED, None)
+        if carried is None or carried.round == self.choice.round:
+            return batch
+        where = batch["input_ids"].device if device is None else device
+        fresh = {name: value.to(where) for name, value in self.render(carried.examples, carried.tasks).items()
+                 if name != CARRIED}  # fmt: skip
+        return {**batch, **fresh}
+
+    def _padded(self, rows: list[tuple[list[int], list[int]]]) -> dict[str, Any]:
+        width = max(len(context) + len(response) for context, response in rows)
+        if self.pad_to_multiple_of:
+            width = -(-width // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        ids = torch.full((len(rows), width), self.pad, dtype=torch.int64)
+        mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
+        for i, (context, response) in enumerate(rows):
+            length = len(context) + len(response)
+            ids[i, :length] = torch.tensor(context + response)
+            mask[i, :length] = 1
+            labels[i, len(context) : length] = torch.tensor(response)
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def named_example(feature: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The two texts of an example as "input" and "target"."""
+    for names in COLUMNS:
+        if all(name in feature for name in names):
+            texts = [feature[name] for name in names]
+            if not all(isinstance(text, str) for text in texts):
+                kinds = [type(text).__name__ for text in texts]
+                raise TypeError(f"example: {names}: wanted two strings, got {kinds} (conversations cannot be rendered)")
+            return dict(zip(("input", "target"), texts, strict=True))
+    raise ValueError(
+        f"example: wanted {' or '.join('/'.join(names) for names in COLUMNS)}, got {sorted(map(str, feature))[:20]}; "
+        "was the dataset tokenised ahead? (TRL: dataset_kwargs={'skip_prepare_dataset': True})"
+    )

@@ -1,0 +1,87 @@
+"""SapoConfig: when to score again, and what to do with the result."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from sapo_kernels.render import Template
+
+MODES = ("hard", "soft")
+
+
+@dataclass(frozen=True)
+class SapoConfig:
+    """How SAPO runs inside a trainer; everything has a default.
+
+    Attributes:
+        mode: "hard" trains each task on the prompt with the lowest loss (the paper); "soft" draws a prompt for every
+            example by the state's probabilities.
+        temperature: nats per token, for "soft": ``probs = softmax(-loss / temperature)`` mixed with `floor`.
+        floor: share of probability that is spread evenly, 0 to 1.
+        decay: what earlier scorings count when scored again, 0 (the newest only) to 1.
+        at_start: score before the first step.
+        every_steps: score again after that many optimizer steps; None: not by steps.
+        each_epoch: score again at the start of every later epoch.
+        drift: score again when the training loss has left its course by so many standard errors; None: never.
+        drift_cooldown: logged losses to wait for after a scoring before drift is looked at.
+        probe_examples: training examples of each task to score on when no probe is given.
+        max_source, max_target: tokens of context and response, as in `ResponseCache.build`; also for training.
+        max_tokens: new tokens per forward when scoring, see `score_prompts`.
+        template: layout of a cell, see `sapo_kernels.render.Renderer`.
+        seed: of the draws in mode "soft".
+
+    Raises:
+        ValueError: naming the option, what was wanted and what was got.
+    """
+
+    mode: str = "hard"
+    temperature: float = 0.05
+    floor: float = 0.0
+    decay: float = 0.0
+    at_start: bool = True
+    every_steps: int | None = None
+    each_epoch: bool = False
+    drift: float | None = None
+    drift_cooldown: int = 5
+    probe_examples: int = 64
+    max_source: int = 1536
+    max_target: int = 128
+    max_tokens: int | None = None
+    template: Template = None
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.mode not in MODES:
+            raise ValueError(f"mode: wanted one of {MODES}, got {self.mode!r}")
+        for name in ("floor", "decay"):
+            _check_number(name, getattr(self, name), 1.0)
+        _check_number("temperature", self.temperature, math.inf)
+        if self.drift is not None:
+            _check_number("drift", self.drift, math.inf)
+        for name in ("at_start", "each_epoch"):
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"{name}: wanted True or False, got {getattr(self, name)!r}")
+        if type(self.seed) is not int:
+            raise ValueError(f"seed: wanted a whole number, got {self.seed!r}")
+        for name in ("drift_cooldown", "probe_examples", "max_source", "max_target"):
+            _check_count(name, getattr(self, name))
+        for name in ("every_steps", "max_tokens"):
+            if getattr(self, name) is not None:
+                _check_count(name, getattr(self, name))
+
+    @property
+    def scores(self) -> bool:
+        """Whether anything is ever scored."""
+        return self.at_start or self.each_epoch or self.every_steps is not None or self.drift is not None
+
+
+def _check_number(name: str, value, most: float) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (number and 0.0 <= value <= most and math.isfinite(value)):
+        raise ValueError(f"{name}: wanted a number from 0 to {most:g}, got {value!r}")
+
+
+def _check_count(name: str, value) -> None:
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{name}: wanted a whole number of at least 1, got {value!r}")
