@@ -104,7 +104,9 @@ def _check_trainer(trainer: Any) -> None:
     if not len(dataset):
         raise ValueError("trainer: wanted a train_dataset with examples, got an empty one")
     first = dataset[0]
-    if not isinstance(first, Mapping) or not any(all(name in first for name in names) for names in COLUMNS):
+    # TRL keeps the texts beside the tokens, and has put its end token behind them.
+    raw = isinstance(first, Mapping) and any(all(name in first for name in names) for names in COLUMNS)
+    if not raw or "input_ids" in first:
         got = sorted(map(str, first))[:20] if isinstance(first, Mapping) else type(first).__name__
         raise ValueError(
             f"trainer: train_dataset: wanted raw examples with {' or '.join('/'.join(names) for names in COLUMNS)}, "

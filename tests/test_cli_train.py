@@ -1,0 +1,164 @@
+"""`sapo train` and `sapo doctor`: options, YAML, refusals, and what a run leaves behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from sapo_peft.bundled import BUNDLED_DIR
+from sapo_peft.cli import build_parser, main
+from sapo_peft.train_command import _OPTIONS, _options
+
+TASK = "task01_product_note_polarity"
+DATA = str(BUNDLED_DIR / "SUPERNI" / TASK)
+SMALL = """
+max_steps: 4
+lr: 1e-3          # text in YAML 1.1
+examples: 16
+every-steps: 2
+probe-examples: 2
+batch-size: 2
+logging-steps: 1
+save-steps: 2
+lora-r: 2
+"""
+
+
+@pytest.fixture
+def config(tmp_path) -> str:
+    path = tmp_path / "run.yaml"
+    path.write_text(SMALL)
+    return str(path)
+
+
+@pytest.fixture
+def prompts(tmp_path) -> str:
+    path = tmp_path / "prompts.json"
+    path.write_text(json.dumps({"prompts": ["Is it positive, negative or mixed?", "Say: positive, negative, mixed."]}))
+    return str(path)
+
+
+def options(*words: str) -> dict:
+    return _options(build_parser().parse_args(["train", *words]))
+
+
+def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(config):
+    found = options("--config", config, "--max-steps", "7")
+    assert (found["max-steps"], found["lr"], found["every-steps"]) == (7, 1e-3, 2)
+    assert (found["mode"], found["epochs"]) == ("hard", 1.0) and not found["resume"]
+    assert set(found) == {name for name, *_ in _OPTIONS}
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("steps: 3", "one of the options of sapo train --help, got 'steps'"),
+        ("max-steps: three", "max-steps: wanted a int, got 'three'"),
+        ("max-steps: true", "max-steps: wanted a int, got True"),
+        ("mode: loud", "mode: wanted one of hard, soft, got 'loud'"),
+        ("lr: [1]", "lr: wanted a float"),
+        ("- 1", "wanted options by name"),
+        ("a: b: c", "wanted YAML"),
+        ("x: !!python/object/apply:os.system ['echo hi']", "wanted YAML"),
+    ],
+)
+def test_a_faulty_file_is_one_line(tmp_path, capsys, text, wanted):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    assert main(["train", "--config", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert wanted in error and str(path) in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        ([], "--data: wanted one, got none"),
+        (["--data", DATA], "--output: wanted one, got none"),
+        (["--data", DATA, "--output", "{out}"], "--prompts: wanted a file"),
+        (["--data", DATA, "--output", "{out}", "--prompts", "{out}/none.json"], "none.json"),
+        (["--data", DATA, "--output", "{out}", "--prompts", "{prompts}", "--paraphrase-with", "http://x/v1"],
+         "--paraphrase-model"),
+    ],
+)  # fmt: skip
+def test_refusals(tmp_path, capsys, prompts, words, wanted):
+    words = [word.replace("{out}", str(tmp_path / "out")).replace("{prompts}", prompts) for word in words]
+    assert main(["train", *words]) == 2
+    assert wanted in capsys.readouterr().err
+
+
+def test_a_run_and_its_resumption(tmp_path, capsys, config, prompts):
+    words = ["train", "--data", DATA, "--prompts", prompts, "--output", str(tmp_path / "out"), "--config", config]
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    assert "trained with prompt" in printed and "SAPO: 2 scorings took" in printed
+    out = tmp_path / "out"
+    record = json.loads((out / "sapo_prompts.json").read_text())
+    (entry,) = record["tasks"].values()
+    assert entry["prompt"] in printed and entry["loss"] <= entry["original_loss"]
+    assert (out / "adapter_model.safetensors").stat().st_size > 1000
+    before = (out / "adapter_model.safetensors").read_bytes()
+
+    # The newest checkpoint was cut off: the run goes on from the one before and ends with the same bytes.
+    broken = out / "checkpoint-4" / "optimizer.pt"
+    broken.write_bytes(broken.read_bytes()[:-100])
+    assert main([*words, "--resume"]) == 0
+    printed = capsys.readouterr().out
+    assert "checkpoint-2" in printed.split("Resuming from ")[1].splitlines()[0]
+    assert (out / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_paraphrases_from_a_local_model_are_kept(tmp_path, capsys, prompts):
+    """A random model says nothing that passes: the run goes on with the prompts that are there, and says so."""
+    from sapo_peft import tiny_model, tiny_tokenizer
+
+    folder = tmp_path / "model"
+    tiny_model().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    out = tmp_path / "out"
+    words = ["--data", DATA, "--prompts", prompts, "--output", str(out), "--max-steps", "1", "--examples", "4"]
+    words += ["--probe-examples", "2", "--batch-size", "2", "--paraphrase-with", str(folder), "--paraphrases", "1"]
+    assert main(["train", *words]) == 0
+    assert "0 of the 1 paraphrases asked for are there" in capsys.readouterr().err
+    assert (out / "sapo_pool.json").is_file() and (out / "sapo_prompts.json").is_file()
+
+
+def test_doctor(capsys):
+    assert main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    assert "native modules" in printed and printed.count("\n  ok ") == 4 and "FAILED" not in printed
+
+
+def test_doctor_says_what_fails(capsys, monkeypatch):
+    def broken() -> str:
+        raise RuntimeError("out of\nluck")
+
+    monkeypatch.setattr("sapo_peft.doctor_command.CHECKS", (("one", broken), ("two", lambda: "fine")))
+    assert main(["doctor"]) == 1
+    printed = capsys.readouterr().out
+    assert "FAILED one" in printed and "RuntimeError: out of\\nluck" in printed and "ok     two" in printed
+
+
+def test_every_option_is_in_the_help(capsys):
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["train", "--help"])
+    text = capsys.readouterr().out
+    assert all(f"--{name}" in text for name, *_ in _OPTIONS)
+    assert Path(DATA).is_dir()
+
+
+def test_a_saved_pool_can_be_scored_and_trained_on(tmp_path, capsys, prompts):
+    from sapo_peft import PromptPool
+
+    pool = PromptPool.build(TASK, "Is it positive, negative or mixed?", ["Say which: positive, negative, mixed."])
+    pool.save(tmp_path / "pool.json")
+    words = ["--prompts", str(tmp_path / "pool.json"), "--data", DATA, "--examples", "2"]
+    assert main(["score", *words]) == 0
+    assert "Train with prompt" in capsys.readouterr().out
+    out = str(tmp_path / "out")
+    assert (
+        main(["train", *words, "--output", out, "--max-steps", "1", "--batch-size", "2", "--probe-examples", "1"]) == 0
+    )
+    assert json.loads((tmp_path / "out" / "sapo_prompts.json").read_text())["tasks"][TASK]["prompts"] == 2

@@ -1,0 +1,202 @@
+"""A run that was killed and resumed ends as one that never was, and a checkpoint that was cut off is passed over."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from sapo_peft import SapoConfig, last_good_checkpoint
+
+from . import training_child
+from .training_helpers import adapter_digest, choices, colours, curve, environment, plain_trainer, pool_of, sapo_trainer
+
+MODES = ("hard", "soft")
+# Seconds until a child must have ended; it needs about five.
+DEADLINE = 120
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """What a run that is never killed ends with, by mode, and its checkpoints."""
+    made = {}
+    for mode in MODES:
+        folder = tmp_path_factory.mktemp(mode)
+        trainer, callback = training_child.make(folder, mode)
+        trainer.train()
+        made[mode] = (json.loads(json.dumps(training_child.result(trainer, callback, 0))), folder)
+    return made
+
+
+def start(folder, mode):
+    command = [sys.executable, "-m", "tests.training_child", str(folder), mode]
+    return subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def steps_saved(folder) -> int:
+    found = [int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()]
+    return max(found, default=0)
+
+
+def kill_within(child, folder, rng, until: float) -> bool:
+    """Kill the child a random while after it wrote something new; False if it ended before."""
+    before = steps_saved(folder)
+    aim = before + training_child.SAVE * rng.randint(0, 2)
+    while child.poll() is None and time.monotonic() < until:
+        if steps_saved(folder) >= max(aim, 1):
+            # A step takes about 40 ms, a checkpoint about as long.
+            time.sleep(rng.uniform(0.0, 0.12))
+            break
+        time.sleep(0.002)
+    if child.poll() is not None:
+        return False
+    os.kill(child.pid, signal.SIGKILL)
+    child.wait(DEADLINE)
+    return True
+
+
+def killed_and_resumed(folder, mode: str, kills: int, seed: int) -> tuple[dict, int]:
+    """The result of a run that is killed that often, as often as it lives long enough, and how often it was."""
+    rng, done = random.Random(seed), 0
+    while True:
+        child = start(folder, mode)
+        try:
+            killed = done < kills and kill_within(child, folder, rng, time.monotonic() + DEADLINE)
+            if killed:
+                done += 1
+                continue
+            _, errors = child.communicate(timeout=DEADLINE)
+        finally:
+            if child.poll() is None:
+                child.kill()
+                child.wait(DEADLINE)
+        assert child.returncode == 0, errors.decode()[-3000:]
+        return json.loads((folder / "result.json").read_text()), done
+
+
+def assert_same_end(found: dict, wanted: dict) -> None:
+    assert [row[:2] for row in found["choices"]] == [row[:2] for row in wanted["choices"]]
+    for name in ("choices", "switches", "probs", "curve", "adapter"):
+        assert found[name] == wanted[name], name
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_killed_at_random_points(tmp_path, unbroken, mode):
+    """Three kills each, six in all; the run has dropout, accumulation, drift, decay and a second epoch."""
+    found, done = killed_and_resumed(tmp_path, mode, 3, seed=7 if mode == "hard" else 8)
+    assert done >= 2, "it was killed while it ran"
+    assert_same_end(found, unbroken[mode][0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+def test_killed_at_twenty_random_points(tmp_path, unbroken, mode):
+    done = 0
+    for seed in range(100):
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        found, kills = killed_and_resumed(folder, mode, 4, seed)
+        assert_same_end(found, unbroken[mode][0])
+        done += kills
+        if done >= 20:
+            return
+    pytest.fail(f"only {done} kills hit a living run")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_resumed_at_every_checkpoint(tmp_path, unbroken, mode):
+    """Every save of the run, not only where a kill happens to fall; also with workers, in this process."""
+    wanted, folder = unbroken[mode]
+    saved = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
+    assert len(saved) == 3
+    for path, workers in zip(saved, (0, 1, 0), strict=True):
+        copy = tmp_path / "copies" / path.name
+        shutil.copytree(path, copy)
+        trainer, callback = training_child.make(tmp_path, mode, dataloader_num_workers=workers)
+        trainer.train(resume_from_checkpoint=str(copy))
+        assert_same_end(json.loads(json.dumps(training_child.result(trainer, callback, 0))), wanted)
+
+
+def test_the_unbroken_runs_test_something(unbroken):
+    for mode in MODES:
+        rows = unbroken[mode][0]["choices"]
+        reasons = {reason.split()[0] for _, reason, *_ in rows}
+        assert {"start", "every", "epoch", "drift"} <= reasons, reasons
+    assert unbroken["hard"][0]["switches"] >= 2
+    assert unbroken["hard"][0]["adapter"] != unbroken["soft"][0]["adapter"]
+
+
+def test_another_pool_is_refused(tmp_path, unbroken):
+    folder = unbroken["hard"][1]
+    newest = last_good_checkpoint(folder)
+    for pools in (pool_of(4), pool_of(3, head="Now: ")):
+        trainer, _ = sapo_trainer(tmp_path, pools, SapoConfig(every_steps=4), max_steps=30, data=colours(18))
+        with pytest.raises(ValueError, match="task 'colours': wanted the prompts that the run began with, got others"):
+            trainer.train(resume_from_checkpoint=newest)
+
+
+def test_a_state_of_another_version_is_refused(tmp_path):
+    trainer, callback = sapo_trainer(tmp_path)
+    with pytest.raises(ValueError, match="wanted version 1, got 2"):
+        callback.load_state({**callback.state(), "version": 2})
+
+
+def test_a_checkpoint_without_sapo_can_be_resumed_with_it(tmp_path):
+    from sapo_peft.choice import Choice
+    from sapo_peft.collator import SapoCollator
+
+    from .oracles import CHATML, byte_tokenizer
+
+    pool = pool_of(3)
+    collator = SapoCollator(byte_tokenizer(chat_template=CHATML), Choice({"colours": pool}, "hard", 0))
+    plain_trainer(tmp_path, data_collator=collator, max_steps=4, save_strategy="steps", save_steps=4).train()
+    newest = last_good_checkpoint(tmp_path)
+    assert newest.endswith("checkpoint-4")
+    config = SapoConfig(every_steps=3, probe_examples=2)
+    trainer, callback = sapo_trainer(tmp_path, pool, config, max_steps=8, save_strategy="steps", save_steps=2)
+    trainer.train(resume_from_checkpoint=newest)
+    assert [(s.step, s.reason) for s in callback.history] == [(4, "start"), (6, "every 3 steps")]
+    assert [step for step, *_ in curve(trainer)] == list(range(1, 9))
+    # And the other way round: whoever drops SAPO can go on.
+    newest = last_good_checkpoint(tmp_path)
+    assert newest.endswith("checkpoint-8")
+    plain = plain_trainer(tmp_path, data_collator=collator, max_steps=9)
+    plain.train(resume_from_checkpoint=newest)
+    assert plain.state.global_step == 9
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_everything_of_the_state_comes_back(tmp_path, mode):
+    """Also what a resumed run would show only when a loss falls on the edge."""
+    trainer, callback = training_child.make(tmp_path, mode)
+    trainer.train()
+    callback.drift.losses = [1.5, 2.5]
+    callback._due = "drift of +9.0 standard errors"
+    other = training_child.make(tmp_path / "other", mode)[1]
+    other.load_state(json.loads(json.dumps(callback.state())))
+    for name, value in callback.choice.state.state_dict().items():
+        assert torch.equal(other.choice.state.state_dict()[name], value), name
+    assert torch.equal(other.choice.chosen, callback.choice.chosen)
+    assert torch.equal(other.choice.clock, callback.choice.clock) and int(callback.choice.clock[0]) > 2
+    assert other.drift == callback.drift and other.drift.losses
+    for name in ("_due", "_scored_epoch", "_scored_step", "switches"):
+        assert getattr(other, name) == getattr(callback, name), name
+    assert other.state() == callback.state()
+
+
+def test_values_that_json_has_no_word_for_survive(tmp_path):
+    """Before the first scoring every mean is NaN."""
+    trainer, callback = sapo_trainer(tmp_path, config=SapoConfig(every_steps=100, at_start=False))
+    state = json.loads(json.dumps(callback.state(), allow_nan=False))
+    other = sapo_trainer(tmp_path, config=SapoConfig(every_steps=100, at_start=False))[1]
+    other.load_state(state)
+    assert other.choice.state.mean.isnan().all() and other.choice.state.best.tolist() == [-1]
+    assert choices(other) == [] and adapter_digest(trainer.model)
