@@ -164,3 +164,18 @@ def test_what_is_carried_can_be_pickled():
     batch = collator_of(carry=True)(colours(2))
     again = pickle.loads(pickle.dumps(batch[CARRIED]))
     assert (again.examples, again.tasks, again.round) == (colours(2), ["colours"] * 2, (0, 0))
+
+
+def test_evaluation_does_not_draw():
+    """In mode "soft" training draws a prompt for each example, evaluation takes the chosen one for all."""
+    training = collator_of(mode="soft")
+    choice = training.choice
+    choice.chosen[0] = 2
+    examples = colours(20)
+    drawn = {choice.prompt_for("colours", example) for example in examples}
+    assert len(drawn) > 1 and {choice.prompt_for("colours", example, sample=False) for example in examples} == {2}
+    evaluation = SapoCollator(training.tokenizer, choice, sample=False)
+    hard = collator_of(mode="hard")
+    hard.choice.chosen[0] = 2
+    assert torch.equal(evaluation(examples)["input_ids"], hard(examples)["input_ids"])
+    assert not torch.equal(evaluation(examples)["labels"], training(examples)["labels"])

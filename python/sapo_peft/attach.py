@@ -69,7 +69,7 @@ def attach_sapo(
     # Nothing of the trainer has been changed up to here.
     callback = SapoCallback(trainer, choice, rescorer, config)
     trainer.args.remove_unused_columns = False
-    trainer.data_collator = SapoCollator(tokenizer, choice, **layout)
+    trainer.data_collator = SapoCollator(tokenizer, choice, sample=False, **layout)
     trainer.add_callback(callback)
     _wrap(trainer, training, callback)
     return callback

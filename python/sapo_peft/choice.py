@@ -63,14 +63,14 @@ class Choice:
             raise ValueError(f"example: wanted a 'task' among {self.tasks[:20]}, got {task!r}")
         return task
 
-    def prompt_for(self, task: str, example: Mapping[str, str]) -> int:
-        """The prompt that this example is trained on now.
+    def prompt_for(self, task: str, example: Mapping[str, str], sample: bool = True) -> int:
+        """The prompt that this example is trained on now; without `sample`, the chosen one in mode "soft" too.
 
         Draws depend on the seed, the epoch and the example's text only, so they are the same in every worker and after
         every resumption.
         """
         p = self._index[task]
-        if self.mode == "hard":
+        if self.mode == "hard" or not sample:
             return int(self.chosen[p])
         return draw(self.state.probs[p].tolist(), self.seed, int(self.clock[1]), task, example)
 

@@ -43,6 +43,7 @@ class SapoCollator:
         max_source, max_target, template: see `SapoConfig`.
         pad_to_multiple_of: width of the batch, for tensor cores.
         carry: add what `attach_sapo` needs to render a batch again whose choice is no longer the newest.
+        sample: in mode "soft", draw a prompt for each example; False: the best one for all, as evaluation wants it.
 
     Called with a list of mappings with "input" and "target" (or "sentence"/"label", "prompt"/"completion") and, with
     several tasks, "task". Returns input_ids, attention_mask, labels: [B, L] int64, padded on the right.
@@ -62,8 +63,9 @@ class SapoCollator:
         template: Template = None,
         pad_to_multiple_of: int | None = None,
         carry: bool = False,
+        sample: bool = True,
     ):
-        self.tokenizer, self.choice, self.carry = tokenizer, choice, carry
+        self.tokenizer, self.choice, self.carry, self.sample = tokenizer, choice, carry, sample
         self.max_source, self.max_target, self.pad_to_multiple_of = max_source, max_target, pad_to_multiple_of
         self.renderers = {
             task: Renderer(tokenizer, template, pool.suffix, pool.text_word) for task, pool in choice.pools.items()
@@ -81,7 +83,7 @@ class SapoCollator:
         now = self.choice.round
         groups: dict[tuple[str, int], list[int]] = {}
         for i, (task, example) in enumerate(zip(tasks, examples, strict=True)):
-            groups.setdefault((task, self.choice.prompt_for(task, example)), []).append(i)
+            groups.setdefault((task, self.choice.prompt_for(task, example, self.sample)), []).append(i)
         rows: list[tuple[list[int], list[int]]] = [([], [])] * len(examples)
         for (task, prompt), members in groups.items():
             text = self.choice.pools[task].prompts[prompt]
