@@ -8,6 +8,7 @@ where there are none the dispatcher takes the plain-torch ones, which give the s
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import os
@@ -139,7 +140,9 @@ def _plain(op: str):
             _served.add(op)
             return getattr(torch.ops.sapo_kernels, op)(*args)
         module = importlib.import_module(f"{__package__}.{folder}.torch")
-        getattr(module, f"{folder}_torch")(*args)
+        # Tensors that were made in inference mode may be written there only.
+        with torch.inference_mode() if args[0].is_inference() else contextlib.nullcontext():
+            getattr(module, f"{folder}_torch")(*args)
 
     return run
 

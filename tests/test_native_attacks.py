@@ -10,6 +10,8 @@ import torch
 
 import sapo_kernels as sk
 
+from .native_cases import needs_compiled
+
 F64, I64 = torch.float64, torch.int64
 
 
@@ -112,6 +114,7 @@ def meddled(change, work, seconds=1.5) -> int:
     return runs
 
 
+@needs_compiled
 def test_lists_that_change_meanwhile_do_no_harm():
     """Nothing is read out of range: the process lives, and what is written is a sum or NaN."""
     size = 300_000
@@ -130,6 +133,7 @@ def test_lists_that_change_meanwhile_do_no_harm():
     assert meddled(change, work) > 5
 
 
+@needs_compiled
 def test_a_mask_that_changes_meanwhile_does_no_harm():
     state = scored([2.0] * 200_000 + [1.0])
 
