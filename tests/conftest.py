@@ -49,6 +49,17 @@ def device(request) -> str:
     return request.param
 
 
+@pytest.fixture(autouse=True)
+def no_trainer_before():
+    """accelerate keeps one state for the whole process, with the precision of the first trainer in it."""
+    yield
+    if "accelerate.state" in sys.modules:
+        from accelerate.state import AcceleratorState, GradientState
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+
 @pytest.fixture
 def tiny_model():
     """A fresh Qwen3-shaped causal LM: 2 layers, hidden 48, GQA 4:2, vocabulary 259, fp32, eval mode."""

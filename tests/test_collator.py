@@ -140,8 +140,18 @@ def test_a_choice_that_changes_while_a_batch_is_made_marks_it_old():
 
 
 @pytest.mark.parametrize("start", ["fork", "spawn"])
-def test_workers_see_a_new_choice(start):
-    """With a plain DataLoader, and without `attach_sapo`: old for what was fetched ahead, new after that."""
+@pytest.mark.parametrize("parallel", ["true", None])
+def test_workers_see_a_new_choice(start, parallel, monkeypatch):
+    """With a plain DataLoader, and without `attach_sapo`: old for what was fetched ahead, new after that.
+
+    With the tokenizer's threads asked for by name a forked worker would wait for threads that it does not have.
+    """
+    if parallel is None:
+        monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+    else:
+        monkeypatch.setenv("TOKENIZERS_PARALLELISM", parallel)
+        # Several texts at once: now the pool exists.
+        byte_tokenizer()(["some", "texts", "at", "once"] * 50)
     if start not in multiprocessing.get_all_start_methods():
         pytest.skip(f"no {start} on this system")
     collator = collator_of()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -74,6 +75,9 @@ class SapoCollator:
         self.pad = 0 if pad is None else pad
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        if torch.utils.data.get_worker_info() is not None:
+            # The tokenizer's thread pool does not survive a fork: a worker that waits for it waits for ever.
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"
         tasks = [self.choice.task_of(feature) for feature in features]
         return self.render(check_examples([named_example(feature) for feature in features]), tasks)
 
