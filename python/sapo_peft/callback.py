@@ -180,6 +180,8 @@ class SapoCallback(TrainerCallback):
         tensors = {name: numbers(value) for name, value in self.choice.state.state_dict().items()}
         return {
             "version": STATE_VERSION,
+            # The rows of everything below; the trainer sorts the keys of dictionaries.
+            "tasks": list(self.choice.tasks),
             "pools": {task: digest(pool) for task, pool in self.choice.pools.items()},
             "state": tensors,
             "chosen": self.choice.chosen.tolist(),
@@ -206,6 +208,11 @@ class SapoCallback(TrainerCallback):
             raise ValueError(
                 f"checkpoint: task {other!r}: wanted the prompts that the run began with, got others; resume with the "
                 "same pools or start a new run"
+            )
+        if kept["tasks"] != self.choice.tasks:
+            raise ValueError(
+                f"checkpoint: wanted the tasks in the order that the run began with, {kept['tasks'][:20]}, got "
+                f"{self.choice.tasks[:20]}"
             )
         own = self.choice.state.state_dict()
         self.choice.state.load_state_dict(

@@ -68,6 +68,7 @@ class SapoCollator:
     ):
         self.tokenizer, self.choice, self.carry, self.sample = tokenizer, choice, carry, sample
         self.max_source, self.max_target, self.pad_to_multiple_of = max_source, max_target, pad_to_multiple_of
+        self._said = False
         self.renderers = {
             task: Renderer(tokenizer, template, pool.suffix, pool.text_word) for task, pool in choice.pools.items()
         }
@@ -96,6 +97,9 @@ class SapoCollator:
             )
             for i, (context, response) in zip(members, builder.cells(), strict=True):
                 rows[i] = (context.tolist(), response.tolist())
+            if builder.stats["truncated_targets"] and not self._said:
+                self._said = True
+                logger.warning("responses are cut to max_target=%d tokens and lose their end", self.max_target)
         batch = self._padded(rows)
         if self.carry:
             batch[CARRIED] = Carried(examples, tasks, now)

@@ -74,6 +74,8 @@ def prompt_record(choice: Choice, last: Scoring | None) -> dict[str, Any]:
 def write_beside_adapter(folder: str | os.PathLike, record: dict[str, Any]) -> None:
     """``sapo_prompts.json`` in `folder`, and a section of the model card that says the same, if there is a card."""
     folder = Path(folder)
+    # A sharded model is saved later, into a folder that is not there yet.
+    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / PROMPTS_FILE, record)
     card = folder / "README.md"
     if not card.is_file():
