@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
+import sys
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 _SHORT = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
@@ -71,3 +74,33 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> str
         cells = [" " * (widths[i] - width_of(row[i])) + row[i] for i in range(len(widths))]
         lines.append("  ".join([*cells, cut(row[-1], room)]).rstrip())
     return "\n".join(lines)
+
+
+class _Note(logging.Formatter):
+    """Log messages quote prompts, answers and file names, which are not to be trusted on a terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return f"sapo: note: {plain(record.getMessage())}"
+
+
+@contextmanager
+def log_on_stderr(name: str, quiet: bool, level: int | None = None) -> Iterator[None]:
+    """Show what the logger `name` says as notes (nothing if `quiet`), for as long as this lasts.
+
+    level: the logger's own level meanwhile; None leaves it.
+    """
+    logger = logging.getLogger(name)
+    handler = logging.NullHandler() if quiet else logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Note())
+    before = logger.propagate, logger.level
+    logger.propagate = False
+    if level is not None:
+        logger.setLevel(level)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = before[0]
+        if level is not None:
+            logger.setLevel(before[1])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,8 +13,6 @@ from .config import SapoConfig
 from .prompt_pool import PromptPool
 from .records import write_beside_adapter
 from .rescoring import Rescorer
-
-logger = logging.getLogger("sapo_peft")
 
 
 def attach_sapo(
@@ -145,22 +142,16 @@ def _probes(trainer, choice: Choice, probe, config: SapoConfig) -> dict[str, lis
         source = trainer.train_dataset if probe is None else probe
         limit = config.probe_examples if probe is None else len(source)
         for i in range(len(source)):
-            task = choice.task_of(source[i])
+            example = source[i]
+            task = choice.task_of(example)
             if len(probes[task]) < limit:
-                probes[task].append(_raw(source[i]))
+                probes[task].append(example)
             if all(len(found) >= limit for found in probes.values()):
                 break
     for task, found in probes.items():
         if not found:
             raise ValueError(f"probe: task {task!r}: wanted at least one example to score on, got none")
-    return {task: [_raw(one) for one in found] for task, found in probes.items()}
-
-
-def _raw(example: Mapping[str, Any]) -> dict[str, str]:
-    for names in COLUMNS:
-        if all(name in example for name in names):
-            return {"input": example[names[0]], "target": example[names[1]]}
-    return dict(example)
+    return {task: [named_example(one) for one in found] for task, found in probes.items()}
 
 
 class _Newest:

@@ -203,7 +203,7 @@ class SapoCallback(TrainerCallback):
         if kept.get("version") != STATE_VERSION:
             raise ValueError(f"checkpoint: sapo state: wanted version {STATE_VERSION}, got {kept.get('version')!r}")
         pools = {task: digest(pool) for task, pool in self.choice.pools.items()}
-        if list(kept["pools"].items()) != list(pools.items()) and kept["pools"] != pools:
+        if kept["pools"] != pools:
             other = sorted({*pools.items()} ^ {*kept["pools"].items()})[0][0]
             raise ValueError(
                 f"checkpoint: task {other!r}: wanted the prompts that the run began with, got others; resume with the "

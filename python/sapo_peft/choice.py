@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from sapo_kernels import PromptState
+from sapo_kernels.prompt_state import DTYPES
 
 from .prompt_pool import PromptPool
 
@@ -32,7 +33,7 @@ class Choice:
         self.state = PromptState(len(self.tasks), [len(pool.prompts) for pool in self.pools.values()])
         self.chosen = torch.zeros(len(self.tasks), dtype=torch.int64)
         self.clock = torch.zeros(2, dtype=torch.int64)
-        for tensor in (self.chosen, self.clock, *map(self.state.__getattribute__, self.state.state_dict())):
+        for tensor in (self.chosen, self.clock, *(getattr(self.state, name) for name in DTYPES)):
             tensor.share_memory_()
 
     @property

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from ._terminal import plain, table, terminal_width
+from ._terminal import log_on_stderr, plain, table, terminal_width
 
 if TYPE_CHECKING:
     from .paraphrase import ParaphraseSource
@@ -72,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     elif args.marker:
         pool = pool.checked(markers=args.marker)
     count = args.count or (COUNT if args.from_file is None else MAX_PROMPTS - len(pool.prompts))
-    with _log_on_stderr(args.quiet):
+    with log_on_stderr("sapo_peft.paraphrase", args.quiet, logging.INFO):
         source = _source(args)
         # A file simply holds what it holds: to ask it for all is not to ask for too many.
         logger = logging.getLogger("sapo_peft.paraphrase")
@@ -138,31 +135,6 @@ def _print(pool: PromptPool, out: str) -> None:
         if len(pool.rejected) > _SHOWN_REJECTED:
             print(f"and {len(pool.rejected) - _SHOWN_REJECTED} more rejected ones, all of them in the file")
     print(f"Pool written to {plain(out)}.")
-
-
-class _Note(logging.Formatter):
-    """Log messages quote what others wrote, which is not to be trusted on a terminal."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return f"sapo: note: {plain(record.getMessage())}"
-
-
-@contextmanager
-def _log_on_stderr(quiet: bool) -> Iterator[None]:
-    """Show what the sources and the driver log as notes, for as long as this lasts."""
-    logger = logging.getLogger("sapo_peft.paraphrase")
-    handler = logging.NullHandler() if quiet else logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Note())
-    before = logger.propagate, logger.level
-    logger.propagate = False
-    logger.setLevel(logging.INFO)
-    logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.propagate, level = before
-        logger.setLevel(level)
 
 
 def _count(least: int) -> Any:

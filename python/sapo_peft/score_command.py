@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ._terminal import plain, terminal_width
+from ._terminal import log_on_stderr, plain, terminal_width
 
 if TYPE_CHECKING:
     from sapo_kernels import PromptScores, ResponseCache
@@ -115,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
         torch.set_num_threads(1)
     model, tokenizer = load(args.model, args.adapter, args.dtype, args.device, args.tokenizer)
     total = _Times()
-    with _log_on_stderr(args.quiet):
+    with log_on_stderr("sapo_kernels", args.quiet):
         for number, (prompts, examples) in enumerate(jobs):
             if number:
                 print()
@@ -302,28 +299,6 @@ def _note(args: argparse.Namespace, *notes: str) -> None:
     for note in notes:
         if not args.quiet:
             print(f"sapo: note: {plain(note)}", file=sys.stderr)
-
-
-class _PlainFormatter(logging.Formatter):
-    """Log messages quote prompts and file names, which are not to be trusted on a terminal."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return f"sapo: note: {plain(record.getMessage())}"
-
-
-@contextmanager
-def _log_on_stderr(quiet: bool) -> Iterator[None]:
-    """Show what the scoring logs as notes, for as long as this lasts."""
-    logger = logging.getLogger("sapo_kernels")
-    handler = logging.NullHandler() if quiet else logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_PlainFormatter())
-    propagate, logger.propagate = logger.propagate, False
-    logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.propagate = propagate
 
 
 def _positive(text: str) -> int:
