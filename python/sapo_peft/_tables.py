@@ -91,6 +91,13 @@ READERS: dict[str, Callable[[Path, Chosen], Table]] = {
 }
 
 
+def table_of(rows: Any, source: str, chosen: Chosen) -> Table:
+    """Rows in memory: a sequence of mappings, or a `datasets.Dataset`."""
+    place = f"{source}: row 0"
+    names = getattr(rows, "column_names", None)
+    return Table(rows, _columns(list(names) if names is not None else _keys(rows[0], place), chosen, place))
+
+
 def file_type(file: Path, known: Iterable[str]) -> str:
     suffix = file.suffix.lower()
     if suffix not in known:

@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sapo_kernels._io import DataError, excerpt, read_json, read_text
 
-from ._tables import READERS, check_text, file_type, text_and_targets
+from ._tables import READERS, Table, check_text, file_type, table_of, text_and_targets
 
 MAX_PROMPT_BYTES = 8 * 2**20
 MAX_PROMPTS = 10_000
 
 # Names of data collections: a task or its instructions may lie in such a folder below the path that is given.
-_COLLECTIONS = ("", "SUPERNI", "TRACE")
+DATA_FOLDERS = ("", "SUPERNI", "TRACE")
 _Entry = tuple[Path, Any]
 
 
@@ -120,9 +120,36 @@ def read_examples(
         raise DataError(f"limit: wanted at least 1, got {limit}")
     file = _data_file(Path(path), task, split)
     table = READERS[file_type(file, READERS)](file, (input_column, target_column))
+    return _examples(table, str(file), limit, skip_empty)
+
+
+def examples_from_rows(
+    rows: Any,
+    source: str,
+    input_column: str | None = None,
+    target_column: str | None = None,
+    limit: int | None = None,
+    *,
+    skip_empty: bool = False,
+) -> Examples:
+    """`read_examples` for rows in memory: a list of mappings or a `datasets.Dataset`; `source` names them in messages.
+
+    Raises: `DataError` naming the row and the field; `TypeError` for anything else, such as a stream of rows.
+    """
+    if limit is not None and limit < 1:
+        raise DataError(f"limit: wanted at least 1, got {limit}")
+    sized = hasattr(rows, "__len__") and hasattr(rows, "__getitem__")
+    if not sized or isinstance(rows, (str, bytes, Mapping)):
+        raise TypeError(f"{source}: wanted a list of rows or a Dataset, got {type(rows).__name__}")
+    if not len(rows):
+        raise DataError(f"{source}: wanted at least one row, got none")
+    return _examples(table_of(rows, source, (input_column, target_column)), source, limit, skip_empty)
+
+
+def _examples(table: Table, source: str, limit: int | None, skip_empty: bool) -> Examples:
     kept, skipped, several, used = [], [], 0, 0
     for used, row in enumerate(table.rows, 1):
-        place = f"{file}: {table.where(used - 1)}"
+        place = f"{source}: {table.where(used - 1)}"
         text, targets = text_and_targets(table.parse(row, place), table.columns, place)
         if not targets[0].strip():
             if not skip_empty:
@@ -134,8 +161,8 @@ def read_examples(
         if len(kept) == limit:
             break
     if not kept:
-        raise DataError(f"{file}: wanted at least one row with a label, got {len(table.rows)} rows and none")
-    examples = Examples(kept, str(file), table.columns, len(table.rows))
+        raise DataError(f"{source}: wanted at least one row with a label, got {len(table.rows)} rows and none")
+    examples = Examples(kept, source, table.columns, len(table.rows))
     examples.skipped, examples.several_targets, examples.unread = skipped, several, len(table.rows) - used
     return examples
 
@@ -160,7 +187,7 @@ def read_prompts(path: str | os.PathLike, task: str | None = None) -> PromptSet:
     path = Path(path)
     if path.is_dir():
         wanted = ("paraphrases.json", "instructions.json")
-        files = [path / folder / name for name in wanted for folder in _COLLECTIONS]
+        files = [path / folder / name for name in wanted for folder in DATA_FOLDERS]
         found = next((file for file in files if file.is_file()), None)
         if found is None:
             raise DataError(f"{path}: wanted a directory with {' or '.join(wanted)}, got neither")
@@ -211,7 +238,7 @@ def _join(task: str, instructions: _Entry | None, paraphrases: _Entry | None) ->
 
 def _entry(folder: Path, name: str, task: str, above: bool = False) -> _Entry | None:
     """The file `name` in `folder` or below it (`above`: or above it) that knows `task`, and its entry."""
-    folders = [folder, folder.parent] if above else [folder / part for part in _COLLECTIONS]
+    folders = [folder, folder.parent] if above else [folder / part for part in DATA_FOLDERS]
     for file in (place / name for place in folders):
         if file.is_file():
             document = read_json(file, max_bytes=MAX_PROMPT_BYTES)
@@ -268,7 +295,7 @@ def _data_file(path: Path, task: str | None, split: str) -> Path:
     if (path / name).is_file():
         return path / name
     # Tasks are looked up among the folders that exist: a name never becomes a path.
-    roots = [path / part for part in _COLLECTIONS if (path / part).is_dir()]
+    roots = [path / part for part in DATA_FOLDERS if (path / part).is_dir()]
     tasks = {sub.name: sub for root in roots for sub in root.iterdir() if (sub / name).is_file()}
     if not tasks:
         raise DataError(f"{path}: wanted {name} or task folders with it, got neither")
