@@ -79,6 +79,10 @@ class ResponseCache:
         first = [seen.setdefault((context, self.ids[a:b].tobytes()), c) for c, (a, b, context) in enumerate(spans)]
         return np.asarray(first, dtype=np.int64)
 
+    def cell_name(self, cell: int) -> str:
+        """What messages call a cell, by its flat number."""
+        return f"(prompt {cell // self.num_examples}, example {cell % self.num_examples})"
+
     def _nested(self, first, stop) -> list[list[list[int]]]:
         flat = [self.ids[a:b].tolist() for a, b in zip(first, stop, strict=True)]
         return [flat[k * self.num_examples : (k + 1) * self.num_examples] for k in range(self.num_prompts)]

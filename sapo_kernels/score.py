@@ -77,10 +77,7 @@ def score_prompts(
     Numerics: fp32 within 1e-4 nats per token of the plain forward; cells are summed in float64 in response order.
     Source: SAPO, arXiv 2606.01967.
     """
-    if impl not in ROADS:
-        raise ValueError(f"impl: wanted one of {ROADS}, got {impl!r}")
-    if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 1):
-        raise ValueError(f"max_tokens: wanted a whole number of at least 1, got {max_tokens!r}")
+    check_choices(impl, max_tokens)
     cache = prompts
     if not isinstance(prompts, ResponseCache):
         if tokenizer is None:
@@ -93,11 +90,19 @@ def score_prompts(
         raise ValueError("examples: wanted none beside a ResponseCache, which holds its own")
     elif (template, suffix, text_word, max_source, max_target) != (None, "", "Text", 1536, 128):
         raise ValueError("template, suffix, text_word, max_source, max_target: wanted none beside a ResponseCache")
-    return _Scoring(model, cache, impl, max_tokens, progress).run()
+    return ScoringJob(model, cache, impl, max_tokens, progress).run()
 
 
-class _Scoring:
-    """One call of `score_prompts`."""
+def check_choices(impl: str, max_tokens: int | None) -> None:
+    """Refuse an `impl` or `max_tokens` that is none."""
+    if impl not in ROADS:
+        raise ValueError(f"impl: wanted one of {ROADS}, got {impl!r}")
+    if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 1):
+        raise ValueError(f"max_tokens: wanted a whole number of at least 1, got {max_tokens!r}")
+
+
+class ScoringJob:
+    """The cells of one cache and how to score them on one model: one call of `score_prompts`."""
 
     def __init__(self, model, cache: ResponseCache, impl: str, max_tokens: int | None, progress: bool | None):
         self.model, self.inner = support.unwrap(model)
@@ -109,24 +114,11 @@ class _Scoring:
         _check_ids(cache, support.vocabulary_size(self.inner))
         refusal = support.too_long(self.inner, self.longest)
         if refusal:
-            raise ValueError(f"cell {_cell(cache, int(cache.lengths.argmax()))}: {refusal}")
+            raise ValueError(f"cell {cache.cell_name(int(cache.lengths.argmax()))}: {refusal}")
 
     def run(self) -> PromptScores:
         started = time.perf_counter()
-        with (
-            claimed(self.inner),
-            scoring_mode(self.model),
-            compilation_off(),
-            rope_kept(self.inner) as self._put_rope_back,
-        ):
-            verdict = verdict_for(self.model, self.inner, self.op_impl, self.device)
-            reason = self._tree_closed(verdict)
-            if reason is not None and self.impl not in ("auto", "padded"):
-                raise RuntimeError(f"impl={self.impl!r}: {reason}")
-            if reason is not None and self.impl == "auto":
-                logger.warning("scoring by the padded road: %s", reason)
-            padded = reason is not None or self.impl == "padded"
-            nll, computed = self._padded(verdict) if padded else self._tree(verdict)
+        nll, computed, padded, reason = self.measure()
         shape = (self.cache.num_prompts, self.cache.num_examples)
         scores = PromptScores(
             nll=torch.from_numpy(nll).view(shape),
@@ -144,6 +136,24 @@ class _Scoring:
         )
         scores.warn_nonfinite()
         return scores
+
+    def measure(self) -> tuple[np.ndarray, int, bool, str | None]:
+        """([K * M] nll, computed tokens, whether by the padded road, why the tree road is closed)."""
+        with (
+            claimed(self.inner),
+            scoring_mode(self.model),
+            compilation_off(),
+            rope_kept(self.inner) as self._put_rope_back,
+        ):
+            verdict = verdict_for(self.model, self.inner, self.op_impl, self.device)
+            reason = self._tree_closed(verdict)
+            if reason is not None and self.impl not in ("auto", "padded"):
+                raise RuntimeError(f"impl={self.impl!r}: {reason}")
+            if reason is not None and self.impl == "auto":
+                logger.warning("scoring by the padded road: %s", reason)
+            padded = reason is not None or self.impl == "padded"
+            nll, computed = self._padded(verdict) if padded else self._tree(verdict)
+        return nll, computed, padded, reason
 
     def _tree_closed(self, verdict: Verdict) -> str | None:
         """Why the tree road is closed for this model and these lengths."""
@@ -185,7 +195,7 @@ class _Scoring:
                         np.flatnonzero((trie.leaf >= step.start) & (trie.leaf < trie.subtree_end[step.start]))[0]
                     )
                     raise torch.OutOfMemoryError(
-                        f"cell {_cell(self.cache, cell)}: does not fit, not even one token at a time"
+                        f"cell {self.cache.cell_name(cell)}: does not fit, not even one token at a time"
                     )
                 logger.warning("out of memory in a pass of %d tokens; halving it", size)
                 middle = step.start + size // 2
@@ -216,7 +226,7 @@ class _Scoring:
                 if logprob is None:
                     if len(cells) == 1:
                         raise torch.OutOfMemoryError(
-                            f"cell {_cell(self.cache, cells[0])}: does not fit, not even alone"
+                            f"cell {self.cache.cell_name(cells[0])}: does not fit, not even alone"
                         )
                     logger.warning("out of memory in a batch of %d sequences; halving it", len(cells))
                     waiting += [cells[len(cells) // 2 :], cells[: len(cells) // 2]]
@@ -262,15 +272,11 @@ def _similar_lengths(cells: np.ndarray, lengths: np.ndarray, budget: int, alone:
     return batches
 
 
-def _cell(cache: ResponseCache, cell: int) -> str:
-    return f"(prompt {cell // cache.num_examples}, example {cell % cache.num_examples})"
-
-
 def _check_ids(cache: ResponseCache, vocabulary: int) -> None:
     if cache.max_id >= vocabulary:
         at = int(np.argmax(cache.ids >= vocabulary))
         cell = int(np.searchsorted(cache.offsets, at, side="right")) - 1
         raise ValueError(
-            f"cell {_cell(cache, cell)}: token ids must be below the model's vocabulary of {vocabulary}, got "
+            f"cell {cache.cell_name(cell)}: token ids must be below the model's vocabulary of {vocabulary}, got "
             f"{int(cache.ids[at])}; is this the model's tokenizer?"
         )
