@@ -9,10 +9,10 @@ From Python::
     result = run_sequence("tiny", tasks, "runs/a", config, order="ni_seq_c1")
     result.metrics["rougeL"]["AP"], result.matrix("rougeL"), result.choices, result.cost
 
-`run_sequence(model, tasks, output_dir, config)`: `model` is "tiny", a folder, a hub name, a pair (model, tokenizer) or a
-function that returns such a pair. A model that is handed over is left as it was, so one base model in memory serves any
-number of runs. The same call in the same folder goes on where a killed run stopped, or returns at once what a complete
-one found; another configuration is refused. ``output_dir=None`` runs without a folder: nothing is written.
+`run_sequence(model, tasks, output_dir, config)`: `model` is "tiny", a folder, a hub name, a pair (model, tokenizer) or
+a function that returns such a pair. A model that is handed over is left as it was, so one base model in memory serves
+any number of runs. The same call in the same folder goes on where a killed run stopped, or returns at once what a
+complete one found; another configuration is refused. ``output_dir=None`` runs without a folder: nothing is written.
 
 `SequenceTask.build(name, train, test, pool)`: rows are files (.json, .jsonl, .csv, .tsv), lists of mappings or HF
 `Dataset` objects; `pool` is a `PromptPool` (its prompt 0 is the original).

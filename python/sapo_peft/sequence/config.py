@@ -17,13 +17,13 @@ class SequenceConfig:
     """The options of `run_sequence`; the defaults are the paper's set-up where it says anything.
 
     Attributes:
-        method: "lora-inc": each task gets a new LoRA, the earlier ones are frozen and stay active. "o-lora": the same with
-            ``lambda_1 * sum |A_old A_new^T|`` in the loss. "seq-lora": one adapter, trained on from task to task.
-        policy: the instruction that a task is trained with. "original"; "sapo": the prompt with the lowest loss under the
-            model as it is; "worst": the one with the highest; "random": one paraphrase drawn by the seed (the original
-            where there is none); "sample": for every example and epoch a fresh draw among all prompts of the pool. The chosen
-            one then stands for its task in every later evaluation (with "sample": the original does); tasks not yet
-            seen are evaluated with their original.
+        method: "lora-inc": each task gets a new LoRA, the earlier ones are frozen and stay active. "o-lora": the same
+            with ``lambda_1 * sum |A_old A_new^T|`` in the loss. "seq-lora": one adapter, trained on from task to task.
+        policy: the instruction that a task is trained with. "original"; "sapo": the prompt with the lowest loss under
+            the model as it is; "worst": the one with the highest; "random": one paraphrase drawn by the seed (the
+            original where there is none); "sample": for every example and epoch a fresh draw among all prompts of the
+            pool. The chosen one then stands for its task in every later evaluation (with "sample": the original does);
+            tasks not yet seen are evaluated with their original.
         train_examples, test_examples: the first so many of each task; None: all of them.
         probe_examples: of the training examples used, the first so many are scored on.
         epochs, max_steps: passes over the examples, or optimizer steps a task (if given, instead).
@@ -42,8 +42,8 @@ class SequenceConfig:
         score_always: score every pool before its task also where the policy does not need it.
         every_steps, each_epoch, drift: with "sapo", score again inside a task, see `SapoConfig`. Off: the paper.
         logging_steps: steps that one reported loss is the mean of.
-        seed: of everything drawn. What a task draws depends on the seed and its place only, so runs that differ in their
-            policy are paired: same initial adapters, same order of examples.
+        seed: of everything drawn. What a task draws depends on the seed and its place only, so runs that differ in
+            their policy are paired: same initial adapters, same order of examples.
         bf16, gradient_checkpointing: of the trainer.
 
     Raises:

@@ -1,0 +1,185 @@
+"""The adapters of a sequence: LoRAInc, O-LoRA and one LoRA trained on, through PEFT's public interface only."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sapo_kernels._io import DataError, read_json
+
+from .config import SequenceConfig
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+class Adapters:
+    """The LoRA adapters of a sequence on one base model; nothing is put onto the model before the first `add`.
+
+    Attributes:
+        model: the base model, a `PeftModel` around it after the first `add`.
+        names: adapters in the order in which they were learned.
+    """
+
+    def __init__(self, base: Any, config: SequenceConfig):
+        if hasattr(base, "peft_config"):
+            raise ValueError(
+                "model: wanted one without adapters, got one that has some; merge them or unload them first"
+            )
+        self.base, self.model, self.config = base, base, config
+        self.names: list[str] = []
+        self._flags = [(parameter, parameter.requires_grad) for parameter in base.parameters()]
+        self._training = base.training
+
+    @property
+    def order(self) -> list[str]:
+        """All adapters, the newest first: trainers and optimizers look at the first active one."""
+        return self.names[::-1][:1] + self.names[:-1]
+
+    def add(self, index: int, seed: int) -> None:
+        """Make the trainable adapter of the `index`-th task (from 1), or keep the one there is, and activate all.
+
+        `seed` alone decides its initial weights.
+        """
+        if self.config.method != "seq-lora" or not self.names:
+            name = f"task{index:04d}"
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                if self.names:
+                    self.model.add_adapter(name, self._lora())
+                else:
+                    from peft import get_peft_model
+
+                    self.model = get_peft_model(self.base, self._lora(), adapter_name=name)
+            self.names.append(name)
+        self.activate()
+
+    def activate(self) -> None:
+        """All adapters active, the newest one trainable, everything else frozen."""
+        self.model.base_model.set_adapter(self.order, inference_mode=True)
+        self.model.set_requires_grad(self.names[-1], True)
+
+    def load(self, index: int, folder: str | os.PathLike) -> None:
+        """The adapter that `save` wrote after the `index`-th task, in place of a new one.
+
+        Raises:
+            DataError: the weights are not those of such an adapter.
+        """
+        from peft import get_peft_model_state_dict, set_peft_model_state_dict
+        from safetensors.torch import load_file
+
+        self.add(index, 0)
+        file = Path(folder) / WEIGHTS
+        try:
+            stored = load_file(file)
+        except Exception as error:
+            raise DataError(f"{file}: wanted the weights of an adapter, got {type(error).__name__}") from error
+        wanted = get_peft_model_state_dict(self.model, adapter_name=self.names[-1], save_embedding_layers=False)
+        shapes = [{name: tuple(tensor.shape) for name, tensor in one.items()} for one in (wanted, stored)]
+        if shapes[0] != shapes[1]:
+            other = min(dict(set(shapes[0].items()) ^ set(shapes[1].items())))
+            raise DataError(f"{file}: {other}: wanted shape {shapes[0].get(other)}, got {shapes[1].get(other)}")
+        set_peft_model_state_dict(self.model, stored, adapter_name=self.names[-1])
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """The newest adapter, in PEFT's layout, directly in `folder`."""
+        folder, name = Path(folder), self.names[-1]
+        self.model.save_pretrained(str(folder), selected_adapters=[name], save_embedding_layers=False)
+        # PEFT puts an adapter with a name of its own one level deeper, where its loader does not look by itself.
+        for file in list((folder / name).iterdir()):
+            os.replace(file, folder / file.name)
+        (folder / name).rmdir()
+
+    def penalty(self) -> torch.Tensor | None:
+        """``lambda_1 * orthogonality`` of the newest adapter, or None where there is nothing to be orthogonal to."""
+        if self.config.method != "o-lora" or len(self.names) < 2 or self.config.lambda_1 == 0:
+            return None
+        return self.config.lambda_1 * orthogonality(self.model, self.names[-1], self.names[:-1])
+
+    def remove(self) -> None:
+        """Take the adapters off; the base model is as it was."""
+        if self.names:
+            self.model.unload()
+            self.names, self.model = [], self.base
+        for parameter, flag in self._flags:
+            parameter.requires_grad_(flag)
+        self.base.train(self._training)
+
+    def _lora(self) -> Any:
+        from peft import LoraConfig
+
+        config = self.config
+        modules = config.target_modules
+        return LoraConfig(
+            r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, task_type="CAUSAL_LM",
+            target_modules=modules if isinstance(modules, str) else list(modules),
+        )  # fmt: skip
+
+
+def orthogonality(model: Any, new: str, old: Sequence[str]) -> torch.Tensor:
+    """O-LoRA's overlap of an adapter with earlier ones: the sum over layers and `old` of ``|A_old A_new^T|``.
+
+    Equals this naive code::
+
+        sum(((A[i] @ A[new].T).abs().sum()) for each LoRA layer's A for i in old)
+
+    Args:
+        model: a `PeftModel` with LoRA adapters on linear layers; A is [r, in_features].
+        new: the adapter that gets the gradient. old: earlier adapters; no gradient reaches them.
+
+    Returns:
+        A scalar, float32 or the adapters' wider dtype.
+
+    Raises:
+        ValueError: a layer with `new` that is no linear layer, or no layer with it.
+
+    Source: Wang et al. 2023, "Orthogonal Subspace Learning for Language Model Continual Learning", equation 6.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    total, found = None, False
+    for name, layer in model.named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        if new in layer.lora_embedding_A or (new in layer.lora_A and layer.lora_A[new].weight.ndim != 2):
+            raise ValueError(f"{name}: wanted LoRA on linear layers only, got {type(layer).__name__}")
+        if new not in layer.lora_A:
+            continue
+        found = True
+        a_new = layer.lora_A[new].weight
+        for other in old:
+            if other in layer.lora_A:
+                part = (layer.lora_A[other].weight.detach() @ a_new.T).abs().sum()
+                total = part if total is None else total + part
+    if not found:
+        raise ValueError(f"adapter {new!r}: wanted one with LoRA layers, got none")
+    return torch.zeros(()) if total is None else total
+
+
+def load_adapters(model: Any, run_dir: str | os.PathLike) -> Any:
+    """A `PeftModel` with the adapters of a sequence run on `model`, all active and frozen.
+
+    Args:
+        model: the base model that the run began with.
+        run_dir: its folder; of a run that is not done the tasks that are.
+
+    Raises:
+        DataError: no task is done, or an adapter does not fit the model.
+    """
+    from .folder import finished_tasks
+
+    run_dir = Path(run_dir)
+    saved = read_json(run_dir / "run.json")
+    options = dict(saved["config"])
+    adapters = Adapters(model, SequenceConfig(**options))
+    done = finished_tasks(run_dir, saved["tasks"])
+    if not done:
+        raise DataError(f"{run_dir}: wanted a run with a finished task, got none")
+    wanted = done[-1:] if options["method"] == "seq-lora" else done
+    for index, folder in wanted:
+        adapters.load(index, folder / "adapter")
+    adapters.model.base_model.set_adapter(adapters.order, inference_mode=True)
+    return adapters.model.eval()

@@ -1,0 +1,70 @@
+"""How far a sequence is: a bar on a terminal, a line a phase elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from .._terminal import cut
+
+
+class SequenceProgress:
+    """Shows task, phase, step, loss and the time that is left; writes to stderr.
+
+    Args:
+        tasks: names in order.
+        show: True, False, or None: a bar if stderr is a terminal, else nothing.
+        done: tasks that an earlier start has done.
+
+    Time left is the time the tasks of this start took, times the tasks that are left.
+    """
+
+    def __init__(self, tasks: list[str], show: bool | None, done: int = 0):
+        terminal = bool(getattr(sys.stderr, "isatty", lambda: False)())
+        self.tasks, self.show = tasks, terminal if show is None else show
+        self.bar = None
+        self.terminal = terminal and self.show
+        self.first, self.started = done, time.monotonic()
+
+    def phase(self, index: int, phase: str, total: int, unit: str) -> None:
+        """Begin a phase of the `index`-th task (0: before training), of `total` steps or examples."""
+        self.end()
+        if not self.show:
+            return
+        name = cut(self.tasks[index - 1], 28) if index else "all tasks"
+        head = f"{index}/{len(self.tasks)} {name}: {phase}"
+        if not self.terminal:
+            print(f"sapo: {head}, {total} {unit}s{self._left(index)}", file=sys.stderr, flush=True)
+            return
+        try:
+            from tqdm import tqdm
+        except ImportError:  # a nicety, not a need
+            return
+        self.bar = tqdm(total=total, desc=head, unit=unit, leave=False, dynamic_ncols=True)
+        self.bar.set_postfix_str(self._left(index).lstrip(", "), refresh=False)
+
+    def step(self, step: int, loss: float | None) -> None:
+        """That many optimizer steps are done."""
+        if self.bar is not None:
+            if loss is not None:
+                self.bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+            self.bar.update(step - self.bar.n)
+
+    def examples(self, count: int) -> None:
+        """So many more examples are done."""
+        if self.bar is not None:
+            self.bar.update(count)
+
+    def end(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+    def _left(self, index: int) -> str:
+        """The time left as text; nothing is known before a task is done."""
+        done = index - 1 - self.first
+        if done < 1:
+            return ""
+        left = (time.monotonic() - self.started) / done * (len(self.tasks) - index + 1)
+        hours, rest = divmod(int(left), 3600)
+        return f", about {hours}:{rest // 60:02d}:{rest % 60:02d} left"
