@@ -1,18 +1,17 @@
-"""End to end on one machine, in one run, interleaved: score_prompts against the padded loop and tuned transformers.
+"""End to end on one machine, in one run, interleaved: score_prompts against the peers.
 
     python -m benchmarks.end_to_end --data DIR --tasks task141 --examples 16 --vocab 50257
-    python -m benchmarks.end_to_end --data DIR --examples 6            # every task of the folder
+    python -m benchmarks.end_to_end --data DIR --examples 6 --peers tuned_plain    # every task of the folder
 
-Every provider's cell sums are compared with the others before a time is printed. Times are the median over rounds; on a
-shared CPU only the ratios mean something. "of ratio" is the speed-up over tuned_plain divided by dense / trie tokens.
+Every provider's output is compared with the oracle (each sequence alone, no padding) and with ours cell by cell before a
+time is kept. On a shared CPU only the ratios mean something. "of ratio" is the speed-up over the best peer without the
+trie divided by dense / trie tokens.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import statistics
-import time
 from pathlib import Path
 
 import torch
@@ -20,35 +19,120 @@ import torch
 import sapo_kernels as sk
 from sapo_kernels import plan_trie
 
-from . import peers
-from .workload import build_cache, load_tasks, load_tokenizer, qwen3_shaped
+from .peers import PEERS, alone
+from .rows import Row, append_rows
+from .timing import Case, Provider, run_case
+from .workload import build_cache, data_folder, load_tasks, load_tokenizer, qwen3_shaped
 
-HEADER = "task             tokens/trie   ours s  tuned s   loop s  x tuned of ratio  x loop"
-TOLERANCE = 1e-3  # nats per cell, fp32
+# Nats per token: the promise of the package in fp32.
+TOLERANCE = 1e-4
+FORMULA = "2*layer weights*trie tokens + 2*D*V*rows + 4*layers*heads*head_dim*sum(depth+1)"
+ORACLE_CELLS = 12
 
 
-def measure(model, cache, rounds: int, loop: bool, tuned_batches=(8, 32)) -> dict[str, float]:
-    """Median seconds of each provider and the dense and trie tokens; raises if the numbers disagree."""
-    providers = {"ours": lambda: sk.score_prompts(model, cache).nll.flatten()}
-    for size in tuned_batches:
-        providers[f"tuned_plain_{size}"] = lambda size=size: peers.tuned_plain(model, cache, size)
-    if loop:
-        providers["padded_loop"] = lambda: peers.padded_loop(model, cache)
-    results = {name: run() for name, run in providers.items()}  # warm-up, and the check
-    for name, nll in results.items():
-        worst = float((nll - results["ours"]).abs().max())
-        if not worst < TOLERANCE:
-            raise SystemExit(f"{name} and ours differ by {worst:.3g} nats; no time is worth printing")
-    seconds: dict[str, list[float]] = {name: [] for name in providers}
-    for _ in range(rounds):
-        for name, run in providers.items():
-            started = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - started)
-    row = {name: statistics.median(times) for name, times in seconds.items()}
-    row["tuned_plain"] = min(row[f"tuned_plain_{size}"] for size in tuned_batches)
+class Agreement:
+    """The check of one job: a few cells against each sequence alone, all cells against ours.
+
+    An error is in nats per response token. In low precision the oracle is the same model in fp32, and the tolerance is
+    twice the error that plain transformers makes on those cells in that precision (plus 1e-3).
+    """
+
+    def __init__(self, model, cache, tolerance: float = TOLERANCE):
+        self.counts = torch.from_numpy(cache.response_lengths)
+        cells = len(self.counts)
+        self.sample = sorted(set(torch.linspace(0, cells - 1, min(cells, ORACLE_CELLS)).long().tolist()))
+        self.exact, self.tolerance = self._oracle(model, cache, tolerance)
+        self.ours = sk.score_prompts(model, cache, progress=False)
+        self.error_of_cells(self.ours.nll.flatten())
+
+    def _oracle(self, model, cache, tolerance: float) -> tuple[torch.Tensor, float]:
+        if model.dtype == torch.float32:
+            return alone(model, cache, self.sample), tolerance
+        import copy
+
+        exact = alone(copy.deepcopy(model).float(), cache, self.sample)
+        plain = alone(model, cache, self.sample)
+        return exact, 2 * float(((plain - exact).abs() / self.counts[self.sample]).max()) + 1e-3
+
+    def error_of_cells(self, nll: torch.Tensor) -> float:
+        """[K * M] nats: the largest distance from the oracle, and from ours, per token."""
+        far = (nll[self.sample] - self.exact).abs() / self.counts[self.sample]
+        return max(float(far.max()), float(((nll - self.ours.nll.flatten()).abs() / self.counts).max()))
+
+    def error_of_means(self, losses: torch.Tensor, batch_size: int = 8) -> float:
+        """[K] nats per token as `Trainer.evaluate` means them."""
+        return float((losses - self.ours.reduce("batch", batch_size)).abs().max())
+
+
+def needed_work(model, trie) -> float:
+    """Floating point operations of one forward over the trie and one head row for each response row."""
+    config = model.config
+    embedding = model.get_input_embeddings().weight.numel()
+    head = model.get_output_embeddings().weight.numel()
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    layers = sum(p.numel() for p in model.parameters()) - embedding - (0 if tied else head)
+    seen = float((trie.depth + 1).sum())
+    attention = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * seen
+    return 2.0 * layers * len(trie) + 2.0 * head * len(trie.row_token) + attention
+
+
+def make_case(
+    op: str, name: str, model, cache, peers: list[str], rounds: int, sizes=None, loop_rounds=1, **options
+) -> Case:
+    """`score_prompts` and the named peers on one job; peers whose packages are missing are left out."""
     trie = plan_trie(cache.ids, cache.offsets, cache.context_lengths)
-    return {**row, "dense": trie.dense_tokens, "trie": len(trie)}
+    check = Agreement(model, cache)
+    dtype = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[model.dtype]
+
+    def ours():
+        return sk.score_prompts(model, cache, progress=False, **options).nll.flatten()
+
+    providers = {"ours": Provider(ours, tokens=len(trie))}
+    for peer_name in peers:
+        peer = PEERS[peer_name]
+        if peer.missing():
+            continue
+        own_check = check.error_of_means if peer.gives == "batch8" else None
+        for suffix, run in peer.variants(sizes).items():
+            providers[peer_name + suffix] = Provider(
+                lambda run=run: run(model, cache), tokens=trie.dense_tokens, check=own_check,
+                rounds=loop_rounds if peer.loop else None,
+            )  # fmt: skip
+    small = sk.ResponseCache.from_token_ids(
+        [row[:2] for row in cache.contexts[:2]], [r[:2] for r in cache.responses[:2]]
+    )
+
+    def warm_up():
+        sk.score_prompts(model, small, progress=False, **options)
+        for peer_name in peers:
+            if not PEERS[peer_name].missing():
+                for run in PEERS[peer_name].variants(sizes).values():
+                    run(model, small)
+
+    config = model.config
+    shape = (
+        f"K={cache.num_prompts} M={cache.num_examples} V={config.vocab_size} D={config.hidden_size} "
+        f"L={config.num_hidden_layers} dense/trie={trie.dense_tokens / len(trie):.3f}"
+    )
+    return Case(
+        op, name, providers, check.error_of_cells, check.tolerance, shape=shape, dtype=dtype,
+        work=needed_work(model, trie), formula=FORMULA, rounds=rounds, warm_up=warm_up,
+    )  # fmt: skip
+
+
+def task_name(task) -> str:
+    return task.name.split("_")[0] if task.name.startswith("task") else task.name[:32]
+
+
+def summary(rows: list[Row]) -> dict[str, float]:
+    """p50 seconds by peer (the fastest of its sizes) and the token ratio of one case's rows."""
+    best: dict[str, float] = {}
+    for row in rows:
+        name = next((p for p in PEERS if row.provider == p or row.provider.rpartition("_")[0] == p), row.provider)
+        best[name] = min(best.get(name, row.p50_s), row.p50_s)
+    ours = next(row for row in rows if row.provider == "ours")
+    dense = max((row.tokens for row in rows), default=ours.tokens)
+    return {**best, "tokens/trie": dense / ours.tokens}
 
 
 def main() -> None:
@@ -60,28 +144,39 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--no-loop", action="store_true", help="leave out the padded loop, the slowest")
+    parser.add_argument("--peers", nargs="*", default=["trainer_loop", "tuned_plain"], choices=list(PEERS))
+    parser.add_argument("--out", type=Path, help="append the rows to this CSV file")
     args = parser.parse_args()
 
-    data = args.data
-    if data is None:
-        from sapo_peft.bundled import BUNDLED_DIR as data
-    folder = data / "gpt2tokenizer"
-    tokenizer = load_tokenizer(folder if folder.exists() else None)
+    data = data_folder(args.data)
+    tokenizer = load_tokenizer(data / "gpt2tokenizer")
     model = qwen3_shaped(args.vocab, args.hidden, args.layers)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, hidden {args.hidden}, layers {args.layers}, "
           f"vocabulary {args.vocab}, {args.examples} examples, median of {args.rounds}")  # fmt: skip
-    print(HEADER)
-    speedups = []
+    print(
+        f"{'task':<16}{'tokens/trie':>12}{'ours s':>9}"
+        + "".join(f"{name + ' x':>16}" for name in args.peers)
+        + f"{'of ratio':>10}"
+    )
+    found: dict[str, list[float]] = {}
     for task in load_tasks(data, args.tasks):
-        row = measure(model, build_cache(task, tokenizer, args.examples), args.rounds, not args.no_loop)
-        ratio, tuned = row["dense"] / row["trie"], row["tuned_plain"] / row["ours"]
-        loop = row.get("padded_loop", math.nan)
-        speedups.append(tuned)
-        print(f"{task.name[:15]:<16}{ratio:>12.2f}{row['ours']:>9.2f}{row['tuned_plain']:>9.2f}{loop:>9.2f}{tuned:>9.2f}"
-              f"{tuned / ratio:>9.0%}{loop / row['ours']:>8.2f}", flush=True)  # fmt: skip
-    if len(speedups) > 1:
-        print(f"geometric mean over tuned_plain: {statistics.geometric_mean(speedups):.2f}")
+        cache = build_cache(task, tokenizer, args.examples)
+        rows = run_case(
+            make_case("end_to_end", task_name(task), model, cache, args.peers, args.rounds, loop_rounds=None)
+        )
+        if args.out:
+            append_rows(args.out, rows)
+        by = summary(rows)
+        ratios = {name: by[name] / by["ours"] for name in args.peers if name in by}
+        for name, ratio in ratios.items():
+            found.setdefault(name, []).append(ratio)
+        plain = [r for name, r in ratios.items() if not PEERS[name].loop]
+        of_ratio = f"{min(plain) / by['tokens/trie']:>10.0%}" if plain else ""
+        print(f"{task_name(task)[:15]:<16}{by['tokens/trie']:>12.2f}{by['ours']:>9.2f}"
+              + "".join(f"{ratios.get(name, float('nan')):>16.2f}" for name in args.peers) + of_ratio, flush=True)  # fmt: skip
+    for name, ratios in found.items():
+        if len(ratios) > 1:
+            print(f"geometric mean over {name}: {statistics.geometric_mean(ratios):.2f}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Real work to measure on: a task's instruction and paraphrases, its examples, a seeded model of a chosen shape."""
+"""Work to measure on: a task's instruction and paraphrases with its examples, made-up cells, seeded models of chosen shapes."""
 
 from __future__ import annotations
 
@@ -21,6 +21,15 @@ class Task:
     suffix: str
 
 
+def data_folder(given: Path | None = None) -> Path:
+    """The folder given, or the data that ships with the package."""
+    if given is not None:
+        return given
+    from sapo_peft.bundled import BUNDLED_DIR
+
+    return BUNDLED_DIR
+
+
 def load_tasks(data: Path, names: list[str] | None = None) -> list[Task]:
     """Tasks of a folder with ``SUPERNI/`` and ``paraphrases.json``; `names` are prefixes up to the first ``_``."""
     instructions = json.loads((data / "SUPERNI" / "instructions.json").read_text(encoding="utf-8"))
@@ -39,7 +48,7 @@ def load_tasks(data: Path, names: list[str] | None = None) -> list[Task]:
 
 def load_tokenizer(path: Path | None):
     """A tokenizer.json in `path`, or the byte-level one of the tiny model."""
-    if path is None:
+    if path is None or not (path / "tokenizer.json").exists():
         from sapo_peft.tiny import tiny_tokenizer
 
         return tiny_tokenizer()
@@ -68,6 +77,68 @@ def qwen3_shaped(vocabulary: int, hidden: int = 512, layers: int = 8, dtype=torc
         return Qwen3ForCausalLM(config).to(device=device, dtype=dtype).eval()
 
 
+# Published shapes; the weights are random, so nothing is downloaded.
+QWEN3 = {
+    "0.6B": dict(hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
+                 num_key_value_heads=8, head_dim=128, vocab_size=151936, tie_word_embeddings=True),
+    "8B": dict(hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32,
+               num_key_value_heads=8, head_dim=128, vocab_size=151936, tie_word_embeddings=False),
+    "toy": dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+                num_key_value_heads=2, head_dim=16, vocab_size=512, tie_word_embeddings=False),
+}  # fmt: skip
+
+
+def qwen3_published(name: str, dtype=torch.bfloat16, device: str = "cuda"):
+    """A random model of a published shape, drawn on its device: N(0, 1/fan_in) matrices, norms of one."""
+    from transformers import AutoModelForCausalLM, Qwen3Config
+
+    with torch.random.fork_rng(), torch.device(device):
+        config = Qwen3Config(**QWEN3[name], max_position_embeddings=8192)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    generator = torch.Generator(device).manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.fill_(1.0)
+            else:
+                parameter.normal_(0.0, parameter.shape[1] ** -0.5, generator=generator)
+    return model
+
+
 def build_cache(task: Task, tokenizer, examples: int) -> ResponseCache:
     """The cache of a task's first `examples` examples."""
     return ResponseCache.build(tokenizer, task.prompts, task.examples[:examples], suffix=task.suffix)
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Made-up cells: K prompts x M examples of random ids, lengths within a fifth of the given means.
+
+    last: the instruction stands after the input instead of before it.
+    """
+
+    prompts: int = 16
+    examples: int = 8
+    prompt: int = 60
+    input: int = 80
+    response: int = 4
+    last: bool = False
+
+    def cache(self, vocabulary: int, seed: int = 0) -> ResponseCache:
+        draw = torch.Generator().manual_seed(seed)
+
+        def ids(mean: int) -> list[int]:
+            spread = mean // 5
+            length = mean + int(torch.randint(-spread, spread + 1, (1,), generator=draw))
+            return torch.randint(0, vocabulary, (length,), generator=draw).tolist()
+
+        head, middle, tail = ids(5), ids(3), ids(8)
+        prompts = [ids(self.prompt) for _ in range(self.prompts)]
+        inputs = [ids(self.input) for _ in range(self.examples)]
+        responses = [ids(self.response) for _ in range(self.examples)]
+        ordered = (lambda p, x: [x, p]) if self.last else (lambda p, x: [p, x])
+        contexts = [
+            [head + first + middle + second + tail for first, second in (ordered(p, x) for x in inputs)]
+            for p in prompts
+        ]
+        return ResponseCache.from_token_ids(contexts, responses)

@@ -1,0 +1,118 @@
+"""tree_attention and what else gives the same numbers: providers, inputs, the oracle, the operations needed."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import sapo_kernels as sk
+from sapo_kernels.trie import TokenTrie, plan_trie
+
+from .timing import Case, Provider
+from .workload import Cells
+
+FORMULA = "4*q heads*head_dim*sum(depth+1)"
+
+
+def path_of(trie: TokenTrie, cell: int) -> np.ndarray:
+    """The trie tokens of one cell's sequence, from the root on."""
+    leaf = int(trie.leaf[cell])
+    return np.concatenate([*(np.arange(a, b) for a, b in trie.path_spans(leaf)), [leaf]]).astype(np.int64)
+
+
+def oracle(q, k, v, trie: TokenTrie, cells: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(tokens of the path, causal attention on that path alone in float64 on the CPU) of some cells."""
+    groups, found = q.shape[1] // k.shape[1], []
+    for cell in cells:
+        path = torch.from_numpy(path_of(trie, cell))
+        one = [t[path.to(t.device)].double().cpu().transpose(0, 1) for t in (q, k, v)]
+        key, value = (t.repeat_interleave(groups, 0) for t in one[1:])
+        hidden = torch.ones(len(path), len(path), dtype=torch.bool).triu(1)
+        logits = (one[0] @ key.transpose(1, 2) * q.shape[2] ** -0.5).masked_fill(hidden, float("-inf"))
+        found.append((path, (torch.softmax(logits, -1) @ value).transpose(0, 1)))
+    return found
+
+
+def dense_mask(trie: TokenTrie, device: str) -> torch.Tensor:
+    """[T, T] bool, true where a query sees a key."""
+    at = torch.arange(len(trie), device=device)
+    end = torch.from_numpy(trie.subtree_end).to(device)
+    return (at[None, :] <= at[:, None]) & (at[:, None] < end[None, :])
+
+
+def padded_sequences(trie: TokenTrie, device: str) -> torch.Tensor:
+    """[C, L] trie tokens of every cell's sequence, padded on the right with its last one."""
+    paths = [path_of(trie, cell) for cell in range(len(trie.leaf))]
+    width = max(map(len, paths))
+    return torch.from_numpy(np.stack([np.pad(p, (0, width - len(p)), mode="edge") for p in paths])).to(device)
+
+
+def make_case(cells: Cells, name: str, heads=(8, 4, 64), dtype=torch.float32, device: str = "cpu", rounds: int = 5,
+              flex: str = "auto", dense: bool = True) -> Case:  # fmt: skip
+    """One layer's attention over the whole trie of some made-up cells.
+
+    heads: q heads, kv heads, head_dim. flex: "compiled" (needs a compiler), "eager" (writes the whole score matrix) or
+    "off"; "auto" is compiled on a GPU and off elsewhere. The other providers' masks are made outside the timing, as our
+    plan is.
+    """
+    cache = cells.cache(50257)
+    trie = plan_trie(cache.ids, cache.offsets, cache.context_lengths)
+    plan = trie.make_pass(0, len(trie)).to(device)
+    draw = torch.Generator().manual_seed(0)
+    q_heads, kv_heads, width = heads
+    q, k, v = (
+        torch.randn(len(trie), n, width, generator=draw).to(device, dtype) for n in (q_heads, kv_heads, kv_heads)
+    )
+    chosen = sorted(set(np.linspace(0, len(trie.leaf) - 1, 8).astype(int).tolist()))
+    exact = oracle(q, k, v, trie, chosen)
+
+    def check(out: torch.Tensor) -> float:
+        out = out.reshape(len(trie), q_heads, width).double().cpu()
+        return max(float((out[path] - wanted).abs().max()) for path, wanted in exact)
+
+    # Heads-first copies that other implementations want, made outside the timing.
+    batch = [t.transpose(0, 1)[None].contiguous() for t in (q, k, v)]
+    wide = [batch[0], *(t.repeat_interleave(q_heads // kv_heads, 1) for t in batch[1:])]
+    providers = {"ours": Provider(lambda: sk.tree_attention(q, k, v, plan), tokens=len(trie))}
+    if dense:
+        mask = dense_mask(trie, device)
+        providers["sdpa_mask"] = Provider(
+            lambda: F.scaled_dot_product_attention(*wide, attn_mask=mask)[0].transpose(0, 1), tokens=len(trie),
+            note="[T, T] mask",
+        )  # fmt: skip
+    index = padded_sequences(trie, device)
+    apart = [t[index].transpose(1, 2).contiguous() for t in (q, *(w[0].transpose(0, 1) for w in wide[1:]))]
+
+    def check_apart(out: torch.Tensor) -> float:
+        worst = 0.0
+        for cell, (path, wanted) in zip(chosen, exact, strict=True):
+            got = out[cell, :, : len(path)].transpose(0, 1).double().cpu()
+            worst = max(worst, float((got - wanted).abs().max()))
+        return worst
+
+    providers["sdpa_sequences"] = Provider(
+        lambda: F.scaled_dot_product_attention(*apart, is_causal=True), tokens=int(trie.dense_tokens),
+        check=check_apart, note="each sequence apart, padded",
+    )  # fmt: skip
+    flex = ("compiled" if device == "cuda" else "off") if flex == "auto" else flex
+    if flex != "off":
+        from .peers.flex import block_mask, flex_tree_attention
+
+        seen = block_mask(plan, q.device)
+        providers["flex"] = Provider(
+            lambda: flex_tree_attention(q, k, v, plan, mask=seen, compiled=flex == "compiled"), tokens=len(trie),
+            note="" if flex == "compiled" else "not compiled",
+        )  # fmt: skip
+    needed = 4.0 * q_heads * width * float((trie.depth + 1).sum())
+    name_of = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+    tolerance = 2e-5 if dtype == torch.float32 else _low_precision(wide, trie, check_apart, apart)
+    return Case(
+        "tree_attention", name, providers, check, tolerance, dtype=name_of[dtype], work=needed, formula=FORMULA,
+        rounds=rounds, shape=f"T={len(trie)} dense={trie.dense_tokens} Hq={q_heads} Hkv={kv_heads} D={width}",
+    )  # fmt: skip
+
+
+def _low_precision(wide, trie, check_apart, apart) -> float:
+    """Twice the error of PyTorch's own attention in that dtype on the same sequences, plus 1e-4."""
+    return 2 * check_apart(F.scaled_dot_product_attention(*apart, is_causal=True)) + 1e-4

@@ -1,0 +1,69 @@
+"""What people use today to score prompts: the other columns of every end-to-end table.
+
+`PEERS` names them. All take ``(model, cache)`` and give [K * M] negative log-likelihoods in nats, except
+`trainer_loop`, which can only give one mean for each prompt.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from .flex import flex_trie
+from .lm_eval import lm_eval_harness
+from .packed import packed
+from .plain import alone, padded_loop, tuned_plain
+from .prefix import prefix_cache
+from .trainer_loop import trainer_loop
+from .trl_head import trl_fused_head
+
+__all__ = ["PEERS", "Peer", "alone", "padded_loop", "tuned_plain"]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One peer: what runs it, what it needs, which sizes are tried (the fastest is the figure), what it gives.
+
+    gives: "cells" or "batch8", the published score. loop: it goes through every cell alone or in small batches with
+    full logits, so large jobs leave it out. gpu: only there is it what people would use.
+    """
+
+    run: Callable
+    about: str
+    needs: tuple[str, ...] = ("transformers",)
+    sizes: tuple[int, ...] = ()
+    size_name: str = "batch_size"
+    gives: str = "cells"
+    loop: bool = False
+    gpu: bool = False
+    options: dict = field(default_factory=dict)
+
+    def missing(self) -> str:
+        """The packages it needs that are not installed; empty if it can run."""
+        return ", ".join(name for name in self.needs if importlib.util.find_spec(name) is None)
+
+    def variants(self, sizes: tuple[int, ...] | None = None) -> dict[str, Callable]:
+        """Suffix and callable of every size: ``{"_8": run, "_32": run}``, or one without a suffix."""
+        sizes = self.sizes if sizes is None or not self.sizes else sizes
+        if not sizes:
+            return {"": lambda model, cache: self.run(model, cache, **self.options)}
+        return {
+            f"_{size}": lambda model, cache, size=size: self.run(model, cache, **{self.size_name: size}, **self.options)
+            for size in sizes
+        }
+
+
+PEERS = {
+    "trainer_loop": Peer(
+        trainer_loop, "the published loop: Trainer.evaluate per prompt, batches of 8, left padding",
+        ("transformers", "accelerate"), gives="batch8", loop=True,
+    ),
+    "padded_loop": Peer(padded_loop, "batches of 8 in order, right padding, logits of every position", loop=True),
+    "tuned_plain": Peer(tuned_plain, "sorted by length, logits_to_keep mask of the response rows", sizes=(8, 32)),
+    "packed": Peer(packed, "the same, packed with a block-diagonal mask", sizes=(1024,), size_name="tokens"),
+    "prefix_cache": Peer(prefix_cache, "keys and values of the shared prefix reused over a group's cells", sizes=(8, 32)),
+    "lm_eval": Peer(lm_eval_harness, "lm-evaluation-harness HFLM.loglikelihood", ("lm_eval",), loop=True),
+    "trl_head": Peer(trl_fused_head, "TRL's fused log-probability head, sorted by length", ("trl",), sizes=(8,)),
+    "flex_trie": Peer(flex_trie, "our road with FlexAttention over the same trie", gpu=True),
+}  # fmt: skip

@@ -1,0 +1,67 @@
+"""FlexAttention with the same trie as its block mask, in the place of `tree_attention`; everything else is ours."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+
+import torch
+
+
+@functools.cache
+def _compiled():
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    return torch.compile(flex_attention, dynamic=True), create_block_mask
+
+
+def block_mask(plan, device: torch.device):
+    """The pass's visibility as a BlockMask: key j is seen by query i iff ``j <= i < subtree_end[j]``."""
+    _, create = _compiled()
+    carried, end = plan.carried, plan.to(device).subtree_end
+
+    def visible(batch, head, query, key):
+        at = query + carried
+        return (key <= at) & (at < end[key])
+
+    return create(visible, None, None, len(plan.input_ids), len(plan.position), device=device)
+
+
+def flex_tree_attention(q, k, v, plan, *, scale=None, mask=None, compiled: bool = True) -> torch.Tensor:
+    """q [T, Hq, D], k and v [Tk, Hkv, D] as for `tree_attention` without window, softcap and sinks -> [T, Hq, D]."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    run = _compiled()[0] if compiled else flex_attention
+    mask = block_mask(plan, q.device) if mask is None else mask
+    q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
+    return run(q, k, v, block_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])[0].transpose(0, 1)
+
+
+@contextlib.contextmanager
+def _in_place(compiled: bool):
+    """`score_prompts` attends by FlexAttention for the block; a pass's mask is made once and used in every layer."""
+    from sapo_kernels import decoder
+
+    masks: dict[int, tuple] = {}
+
+    def attention(q, k, v, plan, *, scale, window, softcap, sinks, impl):
+        if window is not None or softcap is not None or sinks is not None:
+            raise ValueError("flex_trie: wanted plain attention, got a window, a soft cap or sinks")
+        if id(plan) not in masks:
+            # The plan is kept beside its mask: a freed plan's id could come back.
+            masks[id(plan)] = (plan, block_mask(plan, q.device))
+        return flex_tree_attention(q, k, v, plan, scale=scale, mask=masks[id(plan)][1], compiled=compiled)
+
+    own, decoder.tree_attention = decoder.tree_attention, attention
+    try:
+        yield
+    finally:
+        decoder.tree_attention = own
+
+
+def flex_trie(model, cache, compiled: bool = True, **options) -> torch.Tensor:
+    """`score_prompts` with FlexAttention."""
+    import sapo_kernels as sk
+
+    with _in_place(compiled):
+        return sk.score_prompts(model, cache, impl="tree", progress=False, **options).nll.flatten()

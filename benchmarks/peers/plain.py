@@ -1,0 +1,88 @@
+"""Plain transformers, nothing of ours: the padded loop, and the same sorted by length with logits of response rows only.
+
+Every function of this package takes ``(model, cache)`` and gives [K * M] float64 sums of negative log-likelihood in nats,
+in the order of the cache's cells, unless it says otherwise.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def cells_of(cache) -> list[tuple[list[int], list[int]]]:
+    """(context ids, response ids) of every cell."""
+    contexts, responses = cache.contexts, cache.responses
+    return [(c, r) for row, answers in zip(contexts, responses, strict=True) for c, r in zip(row, answers, strict=True)]
+
+
+def longest_first(cells) -> list[int]:
+    return sorted(range(len(cells)), key=lambda c: -len(cells[c][0]) - len(cells[c][1]))
+
+
+def padded(cells, device):
+    """Right-padded ids, attention mask and the mask of rows that predict a response token, each [B, L]."""
+    width = max(len(c) + len(r) - 1 for c, r in cells)
+    ids = torch.zeros(len(cells), width, dtype=torch.int64)
+    mask, rows = torch.zeros_like(ids), torch.zeros(len(cells), width, dtype=torch.bool)
+    for b, (context, response) in enumerate(cells):
+        length = len(context) + len(response) - 1
+        ids[b, :length] = torch.tensor(context + response[:-1])
+        mask[b, :length] = 1
+        rows[b, len(context) - 1 : length] = True
+    return ids.to(device), mask.to(device), rows.to(device)
+
+
+def targets_of(cells, device) -> torch.Tensor:
+    """[total response tokens] what the marked rows predict, in their order."""
+    return torch.tensor([t for _, response in cells for t in response], device=device)
+
+
+def row_logprob(logits, targets) -> torch.Tensor:
+    """logits [R, V], targets [R] -> [R] log-probabilities in fp32."""
+    return torch.log_softmax(logits.float(), -1).gather(-1, targets[:, None])[:, 0]
+
+
+def sums(logprob_rows, cells) -> torch.Tensor:
+    """Split [total response tokens] log-probabilities into one negative sum a cell, [B] float64 on the CPU."""
+    parts = logprob_rows.double().split([len(r) for _, r in cells])
+    return torch.stack([-part.sum() for part in parts]).cpu()
+
+
+@torch.no_grad()
+def alone(model, cache, chosen: list[int]) -> torch.Tensor:
+    """The oracle, [len(chosen)]: each cell's own forward without padding, full logits, log-softmax in float64."""
+    cells, out = cells_of(cache), []
+    for c in chosen:
+        context, response = cells[c]
+        ids = torch.tensor([context + response[:-1]], device=model.device)
+        logits = model(input_ids=ids, use_cache=False).logits[0, len(context) - 1 :].double()
+        out.append(-torch.log_softmax(logits, -1)[range(len(response)), response].sum().cpu())
+    return torch.stack(out)
+
+
+@torch.no_grad()
+def padded_loop(model, cache, batch_size: int = 8) -> torch.Tensor:
+    """The usual loop: cells in order, padded batches, logits of every position."""
+    cells, out = cells_of(cache), []
+    for i in range(0, len(cells), batch_size):
+        part = cells[i : i + batch_size]
+        ids, mask, rows = padded(part, model.device)
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        logprob = torch.log_softmax(logits.float(), -1)[rows].gather(-1, targets_of(part, ids.device)[:, None])[:, 0]
+        out.append(sums(logprob, part))
+    return torch.cat(out)
+
+
+@torch.no_grad()
+def tuned_plain(model, cache, batch_size: int = 8) -> torch.Tensor:
+    """Plain transformers at its best: sorted by length, logits of the response rows only (`logits_to_keep` mask)."""
+    cells = cells_of(cache)
+    order = longest_first(cells)
+    out = torch.empty(len(cells), dtype=torch.float64)
+    for i in range(0, len(order), batch_size):
+        chosen = order[i : i + batch_size]
+        part = [cells[c] for c in chosen]
+        ids, mask, rows = padded(part, model.device)
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=rows).logits
+        out[chosen] = sums(row_logprob(logits.view(-1, logits.shape[-1]), targets_of(part, ids.device)), part)
+    return out
