@@ -3,9 +3,9 @@
     python -m benchmarks.end_to_end --data DIR --tasks task141 --examples 16 --vocab 50257
     python -m benchmarks.end_to_end --data DIR --examples 6 --peers tuned_plain    # every task of the folder
 
-Every provider's output is compared with the oracle (each sequence alone, no padding) and with ours cell by cell before a
-time is kept. On a shared CPU only the ratios mean something. "of ratio" is the speed-up over the best peer without the
-trie divided by dense / trie tokens.
+Every provider's output is compared with the oracle (each sequence alone, no padding) and with ours cell by cell before
+a time is kept. On a shared CPU only the ratios mean something. "of ratio" is the speed-up over the best peer without
+the trie divided by dense / trie tokens.
 """
 
 from __future__ import annotations
@@ -172,8 +172,8 @@ def main() -> None:
             found.setdefault(name, []).append(ratio)
         plain = [r for name, r in ratios.items() if not PEERS[name].loop]
         of_ratio = f"{min(plain) / by['tokens/trie']:>10.0%}" if plain else ""
-        print(f"{task_name(task)[:15]:<16}{by['tokens/trie']:>12.2f}{by['ours']:>9.2f}"
-              + "".join(f"{ratios.get(name, float('nan')):>16.2f}" for name in args.peers) + of_ratio, flush=True)  # fmt: skip
+        cells = "".join(f"{ratios.get(name, float('nan')):>16.2f}" for name in args.peers)
+        print(f"{task_name(task)[:15]:<16}{by['tokens/trie']:>12.2f}{by['ours']:>9.2f}{cells}{of_ratio}", flush=True)
     for name, ratios in found.items():
         if len(ratios) > 1:
             print(f"geometric mean over {name}: {statistics.geometric_mean(ratios):.2f}")

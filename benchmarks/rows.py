@@ -78,10 +78,8 @@ class Row:
             raise DataError(f"row {self.key}: p20, p50, p80: wanted ascending positive seconds, got {times}")
         if not (math.isfinite(self.error) and 0 <= self.error <= self.tolerance):
             raise DataError(f"row {self.key}: error: wanted 0 to {self.tolerance}, got {self.error}")
-        if not (math.isfinite(self.work) and self.work >= 0) or self.work_unit not in ("FLOP", "B", "cells", ""):
-            raise DataError(
-                f"row {self.key}: work: wanted a number of FLOP, B or cells, got {self.work} {self.work_unit}"
-            )
+        if not (math.isfinite(self.work) and self.work >= 0) or self.work_unit not in ("FLOP", "B", ""):
+            raise DataError(f"row {self.key}: work: wanted a number of FLOP or B, got {self.work} {self.work_unit}")
         if self.rounds < 1 or self.tokens < 0 or self.peak_bytes < -1:
             raise DataError(f"row {self.key}: rounds, tokens, peak_bytes: wanted at least 1, 0, -1")
         for name in ("op", "case", "provider", "dtype"):

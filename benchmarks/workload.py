@@ -1,4 +1,4 @@
-"""Work to measure on: a task's instruction and paraphrases with its examples, made-up cells, seeded models of chosen shapes."""
+"""Work to measure on: a task's prompts with its examples, made-up cells, seeded random models of chosen shapes."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Plain transformers, nothing of ours: the padded loop, and the same sorted by length with logits of response rows only.
+"""Plain transformers, nothing of ours: the padded loop, and sorted by length with logits of response rows only.
 
-Every function of this package takes ``(model, cache)`` and gives [K * M] float64 sums of negative log-likelihood in nats,
-in the order of the cache's cells, unless it says otherwise.
+Every function of this package takes ``(model, cache)`` and gives [K * M] float64 sums of negative log-likelihood in
+nats, in the order of the cache's cells, unless it says otherwise.
 """
 
 from __future__ import annotations

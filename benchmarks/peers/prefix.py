@@ -1,8 +1,8 @@
 """Tuned transformers with a prefix cache: what the cells of a prompt (or of an example) share is computed once.
 
-The keys and values of a group's longest common prefix come from one forward; batches of what is left attend to copies of
-them. Grouping by prompt suits an instruction that comes first, by example one that comes last; "best" takes whichever
-leaves fewer tokens.
+The keys and values of a group's longest common prefix come from one forward; batches of what is left attend to copies
+of them. Grouping by prompt suits an instruction that comes first, by example one that comes last; "best" takes
+whichever leaves fewer tokens.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ def _patched(model):
 
 @torch.no_grad()
 def trl_fused_head(model, cache, batch_size: int = 8) -> torch.Tensor:
-    """``model(..., labels=labels, fused_lm_head=True).log_probs``; on a CPU it projects every row, on a GPU labels only."""
+    """``model(..., labels=labels, fused_lm_head=True).log_probs``; on a CPU it projects every row, not only labels."""
     cells = cells_of(cache)
     order = longest_first(cells)
     out = torch.empty(len(cells), dtype=torch.float64)
