@@ -16,7 +16,7 @@ import torch
 
 from sapo_kernels._io import DataError, excerpt, read_json, write_json
 
-from ..records import write_beside_adapter
+from ..records import PROMPTS_FILE, write_beside_adapter
 from .config import SequenceConfig, derived_seed
 from .evaluate import Evaluator, Row
 from .folder import VERSION, RunFolder, finished_tasks, run_folder
@@ -39,6 +39,7 @@ def run_sequence(
     *,
     order: str = "",
     name: str | None = None,
+    tokenizer: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
     progress: bool | None = None,
@@ -54,7 +55,8 @@ def run_sequence(
         config: `SequenceConfig`.
         order: name of the order, for the records.
         name: of the model, for the records; default: what was given, or its ``name_or_path``.
-        device, dtype: for a model that is loaded here: "auto", "cpu", "cuda"; "auto", "float32", "bfloat16", "float16".
+        tokenizer: folder or hub name, if it does not lie beside a model that is loaded here.
+        device, dtype: for such a model: "auto", "cpu", "cuda"; "auto", "float32", "bfloat16", "float16".
         progress: a bar (on a terminal) or a line a phase; None: only on a terminal.
 
     Returns:
@@ -71,8 +73,8 @@ def run_sequence(
     config = config or SequenceConfig()
     tasks = _checked(tasks)
     with run_folder(output_dir) as folder:
-        base, tokenizer, called = _resolve(model, name, device, dtype)
-        tasks = [replace(task, pool=task.pool.checked(tokenizer)) for task in tasks]
+        base, tok, called = _resolve(model, name, tokenizer, device, dtype)
+        tasks = [replace(task, pool=task.pool.checked(tok)) for task in tasks]
         tasks = [task.used(config.train_examples, config.test_examples) for task in tasks]
         run = _run_document(tasks, config, order, called, base)
         saved = folder.started(run)
@@ -81,7 +83,7 @@ def run_sequence(
                 logger.warning("%s", warning)
         else:
             run = _continued(saved, run)
-        return _Runner(base, tokenizer, tasks, folder, config, run, progress).run_all()
+        return _Runner(base, tok, tasks, folder, config, run, progress).run_all()
 
 
 class _Runner:
@@ -153,7 +155,10 @@ class _Runner:
             self._keep(index, documents)
             if staging is not None:
                 self.adapters.save(staging / "adapter")
-                write_beside_adapter(staging / "adapter", trained.record)
+                if self.config.policy == "sapo":
+                    write_beside_adapter(staging / "adapter", trained.record)
+                else:  # the model card would name SAPO
+                    write_json(staging / "adapter" / PROMPTS_FILE, trained.record)
                 for name, document in documents.items():
                     write_json(staging / f"{name}.json", document)
         self._warn(trained.notes)
@@ -240,12 +245,12 @@ def _checked(tasks: Sequence[SequenceTask]) -> list[SequenceTask]:
     return tasks
 
 
-def _resolve(model: Model, name: str | None, device: str, dtype: str) -> tuple[Any, Any, str]:
+def _resolve(model: Model, name: str | None, tokenizer: str | None, device: str, dtype: str) -> tuple[Any, Any, str]:
     """(model, tokenizer, name for the records)."""
     if isinstance(model, (str, os.PathLike)):
         from .._loading import load
 
-        return *load(os.fspath(model), None, dtype, device), name or os.fspath(model)
+        return *load(os.fspath(model), None, dtype, device, tokenizer), name or os.fspath(model)
     pair = model() if callable(model) and not isinstance(model, torch.nn.Module) else model
     if not isinstance(pair, tuple) or len(pair) != 2 or not isinstance(pair[0], torch.nn.Module):
         raise TypeError(f"model: wanted a name, a pair (model, tokenizer) or a function, got {type(model).__name__}")
