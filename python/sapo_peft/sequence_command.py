@@ -27,6 +27,8 @@ _NUMBERS: tuple[tuple[str, str, type, str], ...] = (
     ("gradient-accumulation", "gradient_accumulation", int, "batches per optimizer step (default %s)"),
     ("lr", "learning_rate", float, "peak learning rate, cosine after a warm-up (default %s)"),
     ("warmup", "warmup", float, "share of the steps (default %s)"),
+    ("weight-decay", "weight_decay", float, "(default %s)"),
+    ("max-grad-norm", "max_grad_norm", float, "(default %s)"),
     ("lora-r", "lora_r", int, "rank (default %s)"),
     ("lora-alpha", "lora_alpha", int, "scale (default %s)"),
     ("lora-dropout", "lora_dropout", float, "(default %s)"),
@@ -69,8 +71,8 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     add("--output", metavar="DIR", required=True, help="folder of the run")
     add("--method", choices=METHODS, default=_DEFAULTS["method"], help="(default %(default)s)")
     add("--policy", choices=POLICIES, default=_DEFAULTS["policy"], help="(default %(default)s)")
-    add("--evaluate", choices=EVALUATE, default=_DEFAULTS["evaluate"],
-        help="all tasks after each; those seen; or each when learned and all at the end (default %(default)s)")  # fmt: skip
+    text = "all tasks after each; those seen; or each when learned and all at the end (default %(default)s)"
+    add("--evaluate", choices=EVALUATE, default=_DEFAULTS["evaluate"], help=text)
     add("--target-modules", default=_DEFAULTS["target_modules"], help="module names with commas (default %(default)s)")
     for option, name, kind, text in _NUMBERS:
         default = _DEFAULTS[name]
@@ -97,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
         try:
             result = run_sequence(
                 args.model, tasks, args.output, config, order=order, tokenizer=args.tokenizer, device=args.device,
-                dtype=args.dtype, progress=False if args.quiet else True,
+                dtype=args.dtype, progress=not args.quiet,
             )  # fmt: skip
         except KeyboardInterrupt:
             if not args.quiet:
@@ -129,9 +131,8 @@ def _report(result: Any) -> None:
     width = terminal_width()
     rows = []
     for number, choice in enumerate(result.choices, 1):
-        loss, original = (
-            f"{value:.4f}" if value is not None else "-" for value in (choice["loss"], choice["original_loss"])
-        )
+        losses = (choice["loss"], choice["original_loss"])
+        loss, original = ("-" if value is None else f"{value:.4f}" for value in losses)
         rows.append((str(number), f"{choice['index']}/{choice['prompts']}", loss, original,
                      f"{plain(choice['task'])}: {choice['prompt']}"))  # fmt: skip
     print(table(("task", "prompt", "loss", "original", "name and prompt"), rows, width))
