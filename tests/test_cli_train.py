@@ -55,10 +55,10 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(conf
     ("text", "wanted"),
     [
         ("steps: 3", "one of the options of sapo train --help, got 'steps'"),
-        ("max-steps: three", "max-steps: wanted a int, got 'three'"),
-        ("max-steps: true", "max-steps: wanted a int, got True"),
+        ("max-steps: three", "max-steps: wanted a whole number, got 'three'"),
+        ("max-steps: true", "max-steps: wanted a whole number, got True"),
         ("mode: loud", "mode: wanted one of hard, soft, got 'loud'"),
-        ("lr: [1]", "lr: wanted a float"),
+        ("lr: [1]", "lr: wanted a number, got [1]"),
         ("- 1", "wanted options by name"),
         ("a: b: c", "wanted YAML"),
         ("x: !!python/object/apply:os.system ['echo hi']", "wanted YAML"),

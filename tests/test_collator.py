@@ -109,22 +109,22 @@ def test_a_batch_is_rendered_again_only_if_the_choice_changed(monkeypatch):
     collator = collator_of(carry=True)
     batch = collator(colours(3))
     assert set(batch) == {"input_ids", "attention_mask", "labels", CARRIED}
-    again = collator.refreshed(batch)
+    again = collator.newest(batch)[0]
     assert again["input_ids"] is batch["input_ids"] and CARRIED not in again and CARRIED in batch
     collator.choice.state.best.fill_(2)
     collator.choice.settle()
-    fresh = collator.refreshed({**batch, "extra": 5})
+    fresh = collator.newest({**batch, "extra": 5})[0]
     assert fresh["extra"] == 5 and CARRIED not in fresh
     assert rows_of(fresh) == rows_of(collator(colours(3))) != rows_of(batch)
     # A new epoch is a new draw, and nothing in hard mode.
     collator = collator_of(carry=True)
     batch = collator(colours(3))
     collator.choice.set_epoch(1)
-    assert collator.refreshed(batch)["input_ids"] is batch["input_ids"]
+    assert collator.newest(batch)[0]["input_ids"] is batch["input_ids"]
     soft = collator_of(mode="soft", carry=True)
     batch = soft(colours(9))
     soft.choice.set_epoch(1)
-    assert rows_of(soft.refreshed(batch)) == rows_of(soft(colours(9))) != rows_of(batch)
+    assert rows_of(soft.newest(batch)[0]) == rows_of(soft(colours(9))) != rows_of(batch)
 
 
 def test_a_choice_that_changes_while_a_batch_is_made_marks_it_old():

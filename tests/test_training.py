@@ -282,9 +282,32 @@ def test_a_trainer_is_freed_when_its_last_user_lets_go(tmp_path, attached):
             gc.enable()
 
 
-def test_a_second_run_of_the_same_trainer_begins_anew(tmp_path):
-    trainer, callback = sapo_trainer(tmp_path, max_steps=2)
+@pytest.mark.parametrize("at_start", [True, False])
+def test_a_second_run_of_the_same_trainer_begins_anew(tmp_path, at_start):
+    """The weights are kept: the second run is that of a new trainer with those weights."""
+    config = SapoConfig(at_start=at_start, every_steps=2, decay=0.5, probe_examples=4)
+    trainer, callback = sapo_trainer(tmp_path, config=config, max_steps=3)
+    prefer(callback, [2, 2, 1, 1])
     trainer.train()
+    assert callback.choice.chosen.tolist() == [2]
+    weights = snapshot(trainer.model)
+    del callback._agree
+    # The trainer would go on with its optimizer.
+    trainer.optimizer = trainer.lr_scheduler = None
+    batches = record_batches(trainer)
     set_seed(1)
     trainer.train()
-    assert [(s.step, s.reason) for s in callback.history] == [(0, "start"), (0, "start")]
+
+    model = lora_model()
+    model.load_state_dict(weights)
+    other, fresh = sapo_trainer(tmp_path, config=config, max_steps=3, model=model)
+    set_seed(1)
+    other.train()
+    assert [(s.step, s.reason, s.losses, s.chosen) for s in callback.history] == [
+        (s.step, s.reason, s.losses, s.chosen) for s in fresh.history
+    ]
+    assert [s.step for s in callback.history] == [0, 2][not at_start :]
+    assert callback.switches == fresh.switches and curve(trainer) == curve(other)
+    assert adapter_digest(trainer.model) == adapter_digest(other.model)
+    first = callback.choice.pools["colours"].prompts[callback.history[0].chosen["colours"] if at_start else 0]
+    assert all(f"user\n{first}\n\n" in context for context, _ in texts_of(trainer, batches[0]))

@@ -100,7 +100,7 @@ torch.set_num_threads(1)
 from sapo_peft import SapoConfig
 from tests.training_helpers import adapter_digest, choices, colours, curve, pool_of, sapo_trainer
 
-config = SapoConfig(mode=sys.argv[2], temperature=0.5, every_steps=2, drift=0.5, drift_cooldown=3, probe_examples=2)
+config = SapoConfig(mode=sys.argv[2], temperature=0.5, every_steps=2, drift=0.5, drift_cooldown=1, probe_examples=2)
 trainer, callback = sapo_trainer(
     sys.argv[1], pool_of(4), config, data=colours(32), save_strategy="steps", save_steps=3, learning_rate=5e-2
 )
@@ -123,7 +123,7 @@ def training_step(model, inputs, *rest):
 trainer.training_step = training_step
 trainer.train()
 decode = trainer.processing_class.decode
-made = {"choices": choices(callback), "predicted": [s.predicted for s in callback.history],
+made = {"choices": choices(callback), "reasons": [s.reason for s in callback.history],
         "world": trainer.args.world_size, "texts": [decode(ids) for ids in seen],
         "steps": trainer.state.global_step, "losses": [loss for _, loss, _ in curve(trainer)],
         "adapter": adapter_digest(trainer.accelerator.unwrap_model(trainer.model))}
@@ -144,7 +144,7 @@ def test_two_processes_choose_the_same(tmp_path, mode):
     assert done.returncode == 0, done.stderr.decode()[-4000:]
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
     assert first["world"] == 2 and first["steps"] == second["steps"] == 6
-    for name in ("choices", "predicted", "adapter", "losses"):
+    for name in ("choices", "reasons", "adapter", "losses"):
         assert first[name] == second[name], name
     assert [step for step, _ in first["choices"]][:3] == [0, 2, 4]
     assert first["texts"] != second["texts"], "each has its own examples"

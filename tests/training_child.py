@@ -21,7 +21,7 @@ STEPS, SAVE = 24, 3
 
 def config(mode: str) -> SapoConfig:
     return SapoConfig(
-        mode=mode, temperature=0.5, floor=0.1, decay=0.3, every_steps=7, each_epoch=True, drift=0.5, drift_cooldown=3,
+        mode=mode, temperature=0.5, floor=0.1, decay=0.3, every_steps=7, each_epoch=True, drift=0.3, drift_cooldown=1,
         probe_examples=3,
     )  # fmt: skip
 

@@ -43,8 +43,8 @@ def pick_device(name: str) -> torch.device:
 def load(name: str, adapter: str | None, dtype: str, device: str, tokenizer: str | None = None) -> tuple[Any, Any]:
     """(model in eval mode on its device, tokenizer).
 
-    name: a folder, a hub name, or ``tiny``. adapter: a folder or hub name of a PEFT adapter. dtype: ``auto``
-    keeps the checkpoint's on a GPU and takes float32 on the CPU. tokenizer: a folder or hub name if it does
+    name: a folder, a hub name, ``tiny`` or ``tiny-base``. adapter: a folder or hub name of a PEFT adapter. dtype:
+    ``auto`` keeps the checkpoint's on a GPU and takes float32 on the CPU. tokenizer: a folder or hub name if it does
     not lie beside the model.
 
     Raises: `DataError` naming the option, what was wanted and what was got.
@@ -59,6 +59,10 @@ def load(name: str, adapter: str | None, dtype: str, device: str, tokenizer: str
         model = model if kind == "auto" else model.to(kind)
         tok = tiny_tokenizer() if tokenizer is None else _load_tokenizer(tokenizer)
     else:
+        if name == "tiny-base":
+            from .tiny_base import tiny_base_folder
+
+            name = str(tiny_base_folder())
         model = _load_model(name, kind)
         tok = _load_tokenizer(name if tokenizer is None else tokenizer)
     if adapter is not None:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Mapping, Sequence
+import copy
+import logging
+import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from . import _ranks
 from .callback import SapoCallback
 from .choice import Choice
-from .collator import CARRIED, COLUMNS, SapoCollator, named_example
+from .collator import COLUMNS, SapoCollator, named_example
 from .config import SapoConfig
 from .prompt_pool import PromptPool
-from .records import write_beside_adapter
+from .records import excerpt_line
 from .rescoring import Rescorer
+from .run_state import Setup
+from .wrapping import wrap
+
+logger = logging.getLogger("sapo_peft")
 
 
 def attach_sapo(
@@ -43,33 +50,63 @@ def attach_sapo(
 
     The trainer gets the collator, keeps its raw columns (``remove_unused_columns``), renders a batch again if the
     choice changed after it was fetched, and writes ``sapo_prompts.json`` wherever it saves the model. Model, optimizer
-    and launch are not touched.
+    and launch are not touched. Every switch is one line on stdout, or in the log of "sapo_peft" where that is shown at
+    level INFO; with that logger at a higher level there is none.
+
+    With several processes each calls this, with the same arguments.
 
     Raises:
         ValueError, TypeError: naming the argument, what was wanted and what was got; the trainer is as it was.
     """
+    started = time.perf_counter()
     config = config or SapoConfig()
     named = _by_task(pools)
-    tokenizer = getattr(trainer, "processing_class", None) or getattr(trainer, "tokenizer", None)
-    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
-    if tokenizer is None:
-        raise ValueError("trainer: wanted one made with processing_class=tokenizer, got none")
+    tokenizer = _tokenizer(trainer)
     _check_trainer(trainer)
-    named = {task: pool.checked(tokenizer) for task, pool in named.items()}
+    _check_dataset(trainer.train_dataset, "train_dataset")
+    named = {task: _checked(task, pool, tokenizer, trainer) for task, pool in named.items()}
     choice = Choice(named, config.mode, config.seed)
-    layout = {"max_source": config.max_source, "max_target": config.max_target, "template": config.template}
+    layout = {"max_source": config.max_source, "max_target": config.train_max_target, "template": config.template}
     training = SapoCollator(tokenizer, choice, carry=True, **layout)
-    _check_tasks(trainer.train_dataset, choice)
+    _check_tasks(trainer.train_dataset, choice, "train_dataset")
+    _check_evaluation(getattr(trainer, "eval_dataset", None), choice)
     probes = _probes(trainer, choice, probe, config) if config.scores else {}
     rescorer = Rescorer(choice, probes, tokenizer, config) if config.scores else None
+    setup = Setup(choice, training, rescorer, config)
+    _ranks.check_same(setup.digests(), trainer.args.device)
 
     # Nothing of the trainer has been changed up to here.
-    callback = SapoCallback(trainer, choice, rescorer, config)
+    callback = SapoCallback(trainer, choice, rescorer, config, setup, time.perf_counter() - started)
     trainer.args.remove_unused_columns = False
     trainer.data_collator = SapoCollator(tokenizer, choice, sample=False, **layout)
     trainer.add_callback(callback)
-    _wrap(trainer, training, callback)
+    wrap(trainer, training, callback)
     return callback
+
+
+def _tokenizer(trainer: Any) -> Any:
+    """The trainer's tokenizer, with the chat template of the processor that it is a part of."""
+    whole = getattr(trainer, "processing_class", None) or getattr(trainer, "tokenizer", None)
+    tokenizer = getattr(whole, "tokenizer", whole)
+    if tokenizer is None:
+        raise ValueError("trainer: wanted one made with processing_class=tokenizer, got none")
+    template = getattr(whole, "chat_template", None)
+    if tokenizer is not whole and template and template != getattr(tokenizer, "chat_template", None):
+        tokenizer = copy.copy(tokenizer)
+        tokenizer.chat_template = template
+    return tokenizer
+
+
+def _checked(task: str, pool: PromptPool, tokenizer: Any, trainer: Any) -> PromptPool:
+    """The pool by the rules of this tokenizer; prompts that it loses by them are said."""
+    checked = pool.checked(tokenizer)
+    if trainer.is_world_process_zero():
+        for lost in checked.rejected[len(pool.rejected) :]:
+            logger.warning(
+                "task %s: a prompt is left out with this tokenizer: %s: %s", excerpt_line(task), lost.reason,
+                excerpt_line(lost.text),
+            )  # fmt: skip
+    return checked
 
 
 def _by_task(pools) -> dict[str, PromptPool]:
@@ -82,6 +119,9 @@ def _by_task(pools) -> dict[str, PromptPool]:
     named = dict(pools) if isinstance(pools, Mapping) else {pool.task: pool for pool in values}
     if len(named) != len(values):
         raise ValueError("pools: wanted tasks with different names, got a name twice")
+    for task in named:
+        if not isinstance(task, str):
+            raise TypeError(f"pools: wanted the names of tasks as strings, got {type(task).__name__} {task!r}")
     return named
 
 
@@ -95,30 +135,44 @@ def _check_trainer(trainer: Any) -> None:
     # Of TRL; None means: on the completion if there is one.
     if getattr(args, "completion_only_loss", None) is False:
         raise ValueError("trainer: completion_only_loss=False asks for a loss on the prompt too; wanted it on or unset")
-    dataset = trainer.train_dataset
-    if dataset is None or not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
-        raise ValueError(f"trainer: wanted a train_dataset with a length, got {type(dataset).__name__}")
-    if not len(dataset):
-        raise ValueError("trainer: wanted a train_dataset with examples, got an empty one")
-    first = dataset[0]
-    # TRL keeps the texts beside the tokens, and has put its end token behind them.
-    raw = isinstance(first, Mapping) and any(all(name in first for name in names) for names in COLUMNS)
-    if not raw or "input_ids" in first:
-        got = sorted(map(str, first))[:20] if isinstance(first, Mapping) else type(first).__name__
-        raise ValueError(
-            f"trainer: train_dataset: wanted raw examples with {' or '.join('/'.join(names) for names in COLUMNS)}, "
-            f"got {got}; for TRL's SFTTrainer pass dataset_kwargs={{'skip_prepare_dataset': True}}"
-        )
-    # Whether the texts are texts.
-    named_example(first)
-    for name in ("get_batch_samples", "get_train_dataloader", "save_model"):
+    for name in ("get_batch_samples", "get_train_dataloader", "save_model", "training_step", "create_model_card",
+                 "is_world_process_zero"):  # fmt: skip
         if not callable(getattr(trainer, name, None)):
             raise TypeError(f"trainer: wanted a transformers Trainer with {name}(), got {type(trainer).__name__}")
     if isinstance(getattr(trainer, "data_collator", None), SapoCollator):
         raise ValueError("trainer: wanted one without SAPO, got one that it is attached to already")
 
 
-def _check_tasks(dataset: Any, choice: Choice) -> None:
+def _check_dataset(dataset: Any, name: str) -> None:
+    """It has examples, and they are texts."""
+    if dataset is None or not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise ValueError(f"trainer: wanted a {name} with a length, got {type(dataset).__name__}")
+    if not len(dataset):
+        raise ValueError(f"trainer: wanted a {name} with examples, got an empty one")
+    first = dataset[0]
+    # TRL keeps the texts beside the tokens, and has put its end token behind them.
+    raw = isinstance(first, Mapping) and any(all(name in first for name in names) for names in COLUMNS)
+    if not raw or "input_ids" in first:
+        got = sorted(map(str, first))[:20] if isinstance(first, Mapping) else type(first).__name__
+        raise ValueError(
+            f"trainer: {name}: wanted raw examples with {' or '.join('/'.join(names) for names in COLUMNS)}, "
+            f"got {got}; for TRL's SFTTrainer pass dataset_kwargs={{'skip_prepare_dataset': True}}"
+        )
+    # Whether the texts are texts.
+    named_example(first)
+
+
+def _check_evaluation(found: Any, choice: Choice) -> None:
+    """Each evaluation dataset that can be looked into: else the first evaluation would end the run."""
+    named = {f"eval_dataset[{name!r}]": one for name, one in found.items()} if isinstance(found, dict) else {
+        "eval_dataset": found}  # fmt: skip
+    for name, dataset in named.items():
+        if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__") and len(dataset):
+            _check_dataset(dataset, name)
+            _check_tasks(dataset, choice, name)
+
+
+def _check_tasks(dataset: Any, choice: Choice, name: str) -> None:
     """Every task of the dataset where that costs little, else the first example's; the collator sees the others."""
     if isinstance(dataset, (list, tuple)):
         rows = dataset
@@ -127,7 +181,10 @@ def _check_tasks(dataset: Any, choice: Choice) -> None:
     else:
         rows = [dataset[0]]
     for row in rows:
-        choice.task_of(row)
+        try:
+            choice.task_of(row)
+        except ValueError as error:
+            raise ValueError(f"trainer: {name}: {error}") from None
 
 
 def _probes(trainer, choice: Choice, probe, config: SapoConfig) -> dict[str, list]:
@@ -152,60 +209,3 @@ def _probes(trainer, choice: Choice, probe, config: SapoConfig) -> dict[str, lis
         if not found:
             raise ValueError(f"probe: task {task!r}: wanted at least one example to score on, got none")
     return {task: [named_example(one) for one in found] for task, found in probes.items()}
-
-
-class _Newest:
-    """The batches of an iterator, each rendered again if its choice is no longer the newest."""
-
-    def __init__(self, batches, collator: SapoCollator):
-        self.batches, self.collator = batches, collator
-
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        batch = next(self.batches)
-        return self.collator.refreshed(batch) if CARRIED in batch else batch
-
-
-def _wrap(trainer: Any, training: SapoCollator, callback: SapoCallback) -> None:
-    """Three methods of this one trainer: its training loader, its fetching of a step's batches, its saving.
-
-    They do not hold the trainer, which holds them: it is freed when its last user lets go of it, not by the cycle
-    collector, which would free the queues of persistent workers before the workers are told to end.
-    """
-    this = weakref.ref(trainer)
-    make_loader = _method(trainer, "get_train_dataloader")
-    fetch, save = _method(trainer, "get_batch_samples"), _method(trainer, "save_model")
-
-    def get_train_dataloader(*args, **kwargs):
-        trainer = this()
-        kept, trainer.data_collator = trainer.data_collator, training
-        try:
-            return make_loader(trainer, *args, **kwargs)
-        finally:
-            trainer.data_collator = kept
-
-    def get_batch_samples(epoch_iterator, *args, **kwargs):
-        # A run that was killed after its last checkpoint is complete; the trainer would make a step more.
-        if this().control.should_training_stop:
-            return [], None
-        return fetch(this(), _Newest(epoch_iterator, training), *args, **kwargs)
-
-    def save_model(output_dir=None, *args, **kwargs):
-        trainer = this()
-        result = save(trainer, output_dir, *args, **kwargs)
-        if trainer.args.should_save:
-            write_beside_adapter(output_dir or trainer.args.output_dir, callback.prompts())
-        return result
-
-    trainer.get_train_dataloader, trainer.get_batch_samples = get_train_dataloader, get_batch_samples
-    trainer.save_model = save_model
-
-
-def _method(trainer: Any, name: str) -> Callable:
-    """A method of the trainer as a function of the trainer; one that was put on this very object stays as it is."""
-    method = getattr(trainer, name)
-    if getattr(method, "__self__", None) is trainer:
-        return method.__func__
-    return lambda _, *args, **kwargs: method(*args, **kwargs)

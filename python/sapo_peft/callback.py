@@ -1,28 +1,28 @@
-"""SapoCallback: scores when it is time, logs every switch, and keeps its state in the trainer's checkpoints."""
+"""SapoCallback: scores when it is time, says every switch, and keeps its state in the trainer's checkpoints."""
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import time
 import weakref
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
-import torch
 from transformers import TrainerCallback
 
+from . import _ranks
 from .choice import Choice
+from .collator import Counts
 from .config import SapoConfig
-from .records import excerpt_line, numbers, prompt_record, unpacked
-from .rescoring import Drift, Rescorer, Scoring
+from .drift import Drift, Trained
+from .records import excerpt_line, prompt_record, write_beside_adapter
+from .rescoring import Rescorer, Scoring
+from .run_state import STATE_KEY, Setup, kept_in, restore, scoring_record, state_of, take_choice
 
 logger = logging.getLogger("sapo_peft")
 
-# The entry of the trainer's state. Not a callback's class name: the trainer would build such a callback anew.
-STATE_KEY = "sapo"
-STATE_VERSION = 1
 MOST_HISTORY = 1000
 
 
@@ -31,22 +31,41 @@ class SapoCallback(TrainerCallback):
 
     Attributes:
         choice: the pools, their state and what is chosen now.
-        history: the scorings so far, the newest last (at most 1,000 are kept).
+        history: the scorings of this run so far, the newest last (at most 1,000 are kept).
+        switches: how often a prompt took another's place in this run.
+        scorings, score_seconds, seconds: of this call of ``train()``: scorings, the time they took, and the time that
+            all of SAPO took: scoring, tokenising what is scored, rendering batches again, keeping the state.
     """
 
-    def __init__(self, trainer: Any, choice: Choice, rescorer: Rescorer | None, config: SapoConfig):
-        # The trainer holds its callbacks; see `attach._wrap`.
+    def __init__(
+        self,
+        trainer: Any,
+        choice: Choice,
+        rescorer: Rescorer | None,
+        config: SapoConfig,
+        setup: Setup,
+        seconds: float = 0.0,
+    ):
+        # The trainer holds its callbacks; see `wrapping.wrap`.
         self._trainer = weakref.ref(trainer)
-        self.choice, self.rescorer, self.config = choice, rescorer, config
-        self.history: list[Scoring] = []
-        self.drift = Drift(config.drift, config.drift_cooldown)
-        self.switches = 0
-        # Of this call of train().
-        self.scorings, self.score_seconds, self._overhead_logged = 0, 0.0, False
-        self._due: str | None = None
+        self.choice, self.rescorer, self.config, self.setup = choice, rescorer, config, setup
+        # What attaching took is part of the first run.
+        self._before, self.seconds = seconds, seconds
         self._started = time.perf_counter()
+        self.scorings, self.score_seconds, self._overhead_logged = 0, 0.0, False
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        self.history: list[Scoring] = []
+        self._records: list[dict[str, Any]] = []
+        self.drift = Drift(self.config.drift, self.config.drift_cooldown)
+        self.trained = Trained()
+        self.switches = 0
+        self._due: str | None = None
         self._scored_epoch: int | None = None
         self._scored_step: int | None = None
+        # The scoring behind the choice where that is not the newest: the best model is an earlier one.
+        self._of_best: Scoring | None = None
 
     @property
     def trainer(self) -> Any:
@@ -56,8 +75,12 @@ class SapoCallback(TrainerCallback):
     # there is what the next step trains on.
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self._started, self.scorings, self.score_seconds = time.perf_counter(), 0, 0.0
-        self._overhead_logged, self._scored_step = False, None
+        self._started = time.perf_counter() - self._before
+        self.seconds, self._before = self._before, 0.0
+        self.scorings, self.score_seconds, self._overhead_logged = 0, 0.0, False
+        # A run is a new one unless it is resumed, also on a trainer that has run before.
+        self._begin_anew()
+        self.choice.reset()
         kept = state.stateful_callbacks.get(STATE_KEY)
         if state.global_step and isinstance(kept, dict):
             self.load_state(kept)
@@ -65,7 +88,7 @@ class SapoCallback(TrainerCallback):
             self._score(model, "start")
         if state.global_step >= state.max_steps > 0:
             control.should_training_stop = True
-        self._keep()
+        self.keep()
 
     def on_epoch_begin(self, args, state, control, model=None, **kwargs):
         epoch = int((state.epoch or 0.0) + 1e-6)
@@ -75,9 +98,10 @@ class SapoCallback(TrainerCallback):
         if self.config.each_epoch and epoch > 0 and new:
             self._score(model, f"epoch {epoch}")
         self._scored_epoch = epoch
-        self._keep()
+        self.keep()
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.trained.steps += 1
         every = self.config.every_steps
         last = state.max_steps > 0 and state.global_step >= state.max_steps
         if last:
@@ -87,13 +111,15 @@ class SapoCallback(TrainerCallback):
             self._due = f"every {every} steps"
         if self._due:
             self._score(model, self._due)
-            self._keep()
+            self.keep()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        loss = (logs or {}).get("loss")
-        if isinstance(loss, (int, float)) and self.drift.seen(float(loss)):
-            self._due = f"drift of {self.drift.distance():+.1f} standard errors"
-        self._keep()
+        # The trainer's own log of the training loss, which all ranks make; others may come from one rank alone.
+        if self.config.drift is not None and {"loss", "learning_rate"} <= set(logs or ()):
+            excess = self.trained.excess(lambda values: _ranks.summed(values, args.device))
+            if excess is not None and self.drift.seen(excess):
+                self._due = f"drift of {self.drift.distance():+.1f} standard errors"
+        self.keep()
 
     def on_epoch_end(self, args, state, control, **kwargs):
         # Not in on_train_end: reporters are called before this callback, and some have closed their run by then.
@@ -101,50 +127,92 @@ class SapoCallback(TrainerCallback):
             self._log_overhead()
 
     def on_train_end(self, args, state, control, **kwargs):
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._take_best(state.best_model_checkpoint)
+        self.keep()
         if not self._overhead_logged:  # an evaluation after the epoch's end stopped the run
             self._log_overhead()
         total, share = self._overhead()
+        self._say(
+            f"SAPO: {self.scorings} scorings took {self.score_seconds:.2f} s, all of SAPO {self.seconds:.2f} s of "
+            f"{total:.2f} s ({share:.1%}); {self.switches} switches in all"
+        )
+
+    def on_push_begin(self, args, state, control, **kwargs):
+        # What is pushed while training is copied from a checkpoint, but for these.
         if state.is_world_process_zero:
-            print(
-                f"SAPO: {self.scorings} scorings took {self.score_seconds:.2f} s of {total:.2f} s ({share:.1%}); "
-                f"{self.switches} switches in all"
-            )
+            write_beside_adapter(args.output_dir, self.prompts())
+
+    def _take_best(self, checkpoint: str) -> None:
+        """The trainer has loaded the weights of an earlier step: they go with what was chosen then."""
+        before = self.choice.chosen.tolist()
+        try:
+            kept = kept_in(checkpoint)
+            if kept is None:
+                raise ValueError("it was written without SAPO")
+            self._of_best = take_choice(self, kept)
+        except (OSError, ValueError) as error:
+            logger.warning("the best model is that of %s, the prompts stay the last ones: %s", checkpoint, error)
+            return
+        for task, old, new in zip(self.choice.tasks, before, self.choice.chosen.tolist(), strict=True):
+            if old != new:
+                prompt = excerpt_line(self.choice.pools[task].prompts[new])
+                self._say(f"SAPO: the best model goes with prompt {new} of task {excerpt_line(task)}: {prompt}")
+
+    # Time.
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """What happens inside is part of the overhead."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds += time.perf_counter() - started
 
     def _overhead(self) -> tuple[float, float]:
-        """Seconds since the run began, and the share of them that scoring took."""
+        """Seconds since the run began, and the share of them that SAPO took."""
         total = time.perf_counter() - self._started
-        return total, self.score_seconds / total if total > 0 else 0.0
+        return total, self.seconds / total if total > 0 else 0.0
 
     def _log_overhead(self) -> None:
         self._overhead_logged = True
         self._log({"sapo/score_seconds": self.score_seconds, "sapo/overhead_fraction": self._overhead()[1]})
 
+    # Scoring.
+
+    def fetched(self, counts: Counts) -> None:
+        """A batch with that many response tokens by (task, prompt) is going to be trained on."""
+        if self.config.drift is not None:
+            self.trained.batch(counts, self.history[-1].losses if self.history else {})
+
     def _score(self, model: Any, reason: str) -> None:
         self._due = None
         if self.rescorer is None:
             return
-        scoring = self.rescorer.score(model, self.trainer.state.global_step, reason, self._agree)
+        with self.timed():
+            scoring = self.rescorer.score(model, self.trainer.state.global_step, reason, self._agree)
         self.history = [*self.history, scoring][-MOST_HISTORY:]
+        self._records = [*self._records, scoring_record(scoring)][-MOST_HISTORY:]
         self.switches += len(scoring.switches)
         self.scorings, self.score_seconds = self.scorings + 1, self.score_seconds + scoring.seconds
         self._scored_step = scoring.step
-        self.drift.restart(*scoring.predicted)
+        self.drift.restart()
+        self.trained = Trained()
         for task, old, new in scoring.switches:
             losses = scoring.losses[task]
-            logger.info(
-                "SAPO step %d (%s): task %s from prompt %d (%.4f) to prompt %d (%.4f nats/token): %s",
-                scoring.step, reason, excerpt_line(task), old, losses[old], new, losses[new],
-                excerpt_line(self.choice.pools[task].prompts[new]),
-            )  # fmt: skip
+            self._say(
+                f"SAPO step {scoring.step} ({reason}): task {excerpt_line(task)} from prompt {old} ({losses[old]:.4f}) "
+                f"to prompt {new} ({losses[new]:.4f} nats/token): {excerpt_line(self.choice.pools[task].prompts[new])}"
+            )
         self._log(self.metrics(scoring))
 
-    def _agree(self, sums: torch.Tensor) -> torch.Tensor:
-        """Rank 0's sums on every rank: rounding may differ between devices, the choice must not."""
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return sums
-        on_device = sums.to(self.trainer.args.device)
-        torch.distributed.broadcast(on_device, 0)
-        return on_device.to(sums.device)
+    def _agree(self, sums):
+        return _ranks.first_of(sums, self.trainer.args.device)
+
+    def _say(self, line: str) -> None:
+        if self.trainer.is_world_process_zero():
+            _ranks.say(line)
 
     def metrics(self, scoring: Scoring) -> dict[str, float]:
         """What is logged after a scoring: means over tasks, in nats per token; the entropy in nats."""
@@ -172,70 +240,23 @@ class SapoCallback(TrainerCallback):
 
     # State: plain JSON values in the trainer's own state, so that they are in every checkpoint that it writes.
 
-    def _keep(self) -> None:
-        self.trainer.state.stateful_callbacks[STATE_KEY] = self.state()
+    def keep(self) -> None:
+        """Put the state where the trainer's next checkpoint takes it from."""
+        with self.timed():
+            self.trainer.state.stateful_callbacks[STATE_KEY] = self.state()
 
     def state(self) -> dict[str, Any]:
-        """Everything that a resumed run needs to choose as this one would."""
-        tensors = {name: numbers(value) for name, value in self.choice.state.state_dict().items()}
-        return {
-            "version": STATE_VERSION,
-            # The rows of everything below; the trainer sorts the keys of dictionaries.
-            "tasks": list(self.choice.tasks),
-            "pools": {task: digest(pool) for task, pool in self.choice.pools.items()},
-            "state": tensors,
-            "chosen": self.choice.chosen.tolist(),
-            "clock": self.choice.clock.tolist(),
-            "scored_epoch": self._scored_epoch,
-            "due": self._due,
-            "switches": self.switches,
-            "drift": {"predicted": numbers(self.drift.predicted), "error": numbers(self.drift.error),
-                      "losses": self.drift.losses},
-            "history": [numbers(asdict(scoring)) for scoring in self.history],
-        }  # fmt: skip
+        """Everything that a resumed run needs to choose as this one would; plain JSON values."""
+        return state_of(self)
 
-    def load_state(self, kept: dict[str, Any]) -> None:
+    def load_state(self, kept: Mapping[str, Any]) -> None:
         """Take over what `state` returned.
 
         Raises:
-            ValueError: the checkpoint was written with other pools or by another version.
+            ValueError: the checkpoint was written with other pools, another probe or by another version.
         """
-        if kept.get("version") != STATE_VERSION:
-            raise ValueError(f"checkpoint: sapo state: wanted version {STATE_VERSION}, got {kept.get('version')!r}")
-        pools = {task: digest(pool) for task, pool in self.choice.pools.items()}
-        if kept["pools"] != pools:
-            other = sorted({*pools.items()} ^ {*kept["pools"].items()})[0][0]
-            raise ValueError(
-                f"checkpoint: task {other!r}: wanted the prompts that the run began with, got others; resume with the "
-                "same pools or start a new run"
-            )
-        if kept["tasks"] != self.choice.tasks:
-            raise ValueError(
-                f"checkpoint: wanted the tasks in the order that the run began with, {kept['tasks'][:20]}, got "
-                f"{self.choice.tasks[:20]}"
-            )
-        own = self.choice.state.state_dict()
-        self.choice.state.load_state_dict(
-            {
-                name: torch.tensor(unpacked(kept["state"][name]), dtype=own[name].dtype).view(own[name].shape)
-                for name in own
-            }
-        )
-        self.choice.chosen.copy_(torch.tensor(kept["chosen"]))
-        self.choice.clock.copy_(torch.tensor(kept["clock"]))
-        self._scored_epoch, self._due, self.switches = kept["scored_epoch"], kept["due"], kept["switches"]
-        drift = unpacked(kept["drift"])
-        self.drift.predicted, self.drift.error, self.drift.losses = drift["predicted"], drift["error"], drift["losses"]
-        self.history = [Scoring(**unpacked(one)) for one in kept["history"]]
-        self._scored_step = self.history[-1].step if self.history else None
+        restore(self, kept)
 
     def prompts(self) -> dict[str, Any]:
         """What whoever loads the adapter needs to know: the content of ``sapo_prompts.json``."""
-        last = self.history[-1] if self.history else None
-        return prompt_record(self.choice, last)
-
-
-def digest(pool: Any) -> str:
-    """Fingerprint of what a pool renders: prompts in order, suffix, the word in front of the input."""
-    text = "\0".join((pool.suffix, pool.text_word, *pool.prompts))
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+        return prompt_record(self.choice, self._of_best or (self.history[-1] if self.history else None))

@@ -17,8 +17,9 @@ _NAME = re.compile(r"checkpoint-(\d{1,12})")
 MAX_STATE_BYTES = 256 * 2**20
 # torch writes these as zip archives; they are looked at, never unpacked here.
 _ARCHIVES = ("optimizer.pt", "scheduler.pt", "training_args.bin")
-# FSDP and DeepSpeed keep the optimizer, and perhaps the model, in folders of shards.
-_SHARDED = ("optimizer_*", "pytorch_model_fsdp_*", "global_step*")
+# FSDP and DeepSpeed keep the optimizer, and perhaps the model, in folders of shards or in files of their own.
+_SHARDED_MODELS = ("pytorch_model_fsdp_*", "pytorch_model_fsdp.bin", "global_step*")
+_SHARDED = ("optimizer_*", "optimizer.bin", *_SHARDED_MODELS)
 _MODELS = ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json")
 
 
@@ -28,19 +29,33 @@ def last_good_checkpoint(output_dir: str | os.PathLike) -> str | None:
     Checkpoints that are not whole (a run was killed or a disk was full while they were written) are passed over with a
     log line that says why; nothing is deleted. None if there is no whole one, or no folder.
     """
-    folder = Path(output_dir)
-    found = []
-    if folder.is_dir():
-        for path in folder.iterdir():
-            match = _NAME.fullmatch(path.name)
-            if match and path.is_dir():
-                found.append((int(match[1]), path))
-    for step, path in sorted(found, reverse=True):
+    for step, path in checkpoints_in(output_dir):
         fault = checkpoint_fault(path, step)
         if fault is None:
+            if _model_only(path):
+                logger.warning(
+                    "%s holds the model alone (save_only_model): optimizer and learning rate begin anew", path
+                )
             return str(path)
         logger.warning("%s is not whole (%s); looking for an earlier one", path, fault)
     return None
+
+
+def checkpoints_in(output_dir: str | os.PathLike) -> list[tuple[int, Path]]:
+    """(step, folder) of every ``checkpoint-N`` in `output_dir`, whole or not, the newest first."""
+    found = []
+    if Path(output_dir).is_dir():
+        for path in Path(output_dir).iterdir():
+            match = _NAME.fullmatch(path.name)
+            if match and path.is_dir():
+                found.append((int(match[1]), path))
+    return sorted(found, reverse=True)
+
+
+def _model_only(path: Path) -> bool:
+    """Whether the trainer was told to save no more than the model: the state, which it writes last, is there alone."""
+    others = ("optimizer*", "scheduler.pt", "rng_state*.pth", *_SHARDED)
+    return not any(list(path.glob(name)) for name in others)
 
 
 def checkpoint_fault(path: Path, step: int) -> str | None:
@@ -53,7 +68,8 @@ def checkpoint_fault(path: Path, step: int) -> str | None:
     if not isinstance(state, dict) or state.get("global_step") != step:
         got = state.get("global_step") if isinstance(state, dict) else type(state).__name__
         return f"trainer_state.json: wanted step {step}, got {got!r}"
-    if not any((path / name).is_file() for name in _MODELS) and not any(list(path.glob(name)) for name in _SHARDED):
+    models = (*_MODELS, *(f"*/{name}" for name in _MODELS[:1]), *_SHARDED_MODELS)
+    if not any(list(path.glob(name)) for name in models):
         return f"wanted one of {', '.join(_MODELS)}, got none"
     weights = [*path.glob("*.safetensors"), *path.glob("*/adapter_model.safetensors")]
     for file in weights:
@@ -66,15 +82,17 @@ def checkpoint_fault(path: Path, step: int) -> str | None:
             json.loads(read_text(path / "adapter_config.json", max_bytes=MAX_STATE_BYTES))
         except (OSError, ValueError, RecursionError) as error:
             return f"adapter_config.json: {error}"
-    # Each rank has its own; a single process writes rng_state.pth.
-    sharded = any(list(path.glob(name)) for name in _SHARDED)
-    for file in [*(path / name for name in _ARCHIVES), *path.glob("rng_state*.pth")]:
-        if not file.exists() and (file.name == "training_args.bin" or (sharded and file.name == "optimizer.pt")):
+    sharded, alone = any(list(path.glob(name)) for name in _SHARDED), _model_only(path)
+    optional = {"training_args.bin", *(("optimizer.pt",) if sharded else ()), *(_ARCHIVES if alone else ())}
+    # Each rank has its own generators; a single process writes rng_state.pth.
+    for file in [*(path / name for name in _ARCHIVES), *path.glob("rng_state*.pth"), *path.glob("optimizer*.bin"),
+                 *path.glob("pytorch_model_fsdp*.bin")]:  # fmt: skip
+        if not file.exists() and file.name in optional:
             continue
         fault = _archive_fault(file)
         if fault:
             return f"{file.name}: {fault}"
-    if not list(path.glob("rng_state*.pth")):
+    if not alone and not list(path.glob("rng_state*.pth")):
         return "wanted rng_state.pth, got none"
     return None
 

@@ -42,6 +42,17 @@ class Choice:
         number, epoch = self.clock.tolist()
         return number, epoch if self.mode == "soft" else 0
 
+    def reset(self) -> None:
+        """Forget what was scored and chosen: the original prompt of every task, in a new round."""
+        self.state.load_state_dict(PromptState(len(self.tasks), self.state.live.sum(1).tolist()).state_dict())
+        self.take([0] * len(self.tasks))
+        self.clock[1] = 0
+
+    def take(self, chosen: Sequence[int]) -> None:
+        """Choose these prompts, one for each task in order; a new round."""
+        self.chosen.copy_(torch.tensor(chosen))
+        self.clock[0] += 1
+
     def set_epoch(self, epoch: int) -> None:
         self.clock[1] = epoch
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,15 +22,19 @@ COLUMNS = (("input", "target"), ("sentence", "label"), ("prompt", "completion"))
 # The key under which a batch carries what it was made of; `attach_sapo` takes it out before the model sees it.
 CARRIED = "sapo"
 IGNORED = -100
+Counts = dict[tuple[str, int], int]
 
 
 class Carried:
-    """The examples of a batch and the round they were rendered in; opaque to data loaders and devices."""
+    """The examples of a batch and the round they were rendered in; opaque to data loaders and devices.
 
-    __slots__ = ("examples", "tasks", "round")
+    counts: response tokens by (task, prompt).
+    """
 
-    def __init__(self, examples: list[dict[str, str]], tasks: list[str], round: tuple[int, int]):
-        self.examples, self.tasks, self.round = examples, tasks, round
+    __slots__ = ("examples", "tasks", "round", "counts")
+
+    def __init__(self, examples: list[dict[str, str]], tasks: list[str], round: tuple[int, int], counts: Counts):
+        self.examples, self.tasks, self.round, self.counts = examples, tasks, round, counts
 
 
 class SapoCollator:
@@ -41,7 +46,9 @@ class SapoCollator:
     Args:
         tokenizer: a transformers tokenizer.
         choice: the pools and what is chosen.
-        max_source, max_target, template: see `SapoConfig`.
+        max_source, template: see `SapoConfig`.
+        max_target: longest response in tokens; None: whole. One that is cut loses its end, hence the tokens that close
+            the turn, which is said once.
         pad_to_multiple_of: width of the batch, for tensor cores.
         carry: add what `attach_sapo` needs to render a batch again whose choice is no longer the newest.
         sample: in mode "soft", draw a prompt for each example; False: the best one for all, as evaluation wants it.
@@ -60,7 +67,7 @@ class SapoCollator:
         choice: Choice,
         *,
         max_source: int = 1536,
-        max_target: int = 128,
+        max_target: int | None = None,
         template: Template = None,
         pad_to_multiple_of: int | None = None,
         carry: bool = False,
@@ -68,7 +75,7 @@ class SapoCollator:
     ):
         self.tokenizer, self.choice, self.carry, self.sample = tokenizer, choice, carry, sample
         self.max_source, self.max_target, self.pad_to_multiple_of = max_source, max_target, pad_to_multiple_of
-        self._said = False
+        self._said: set[str] = set()
         self.renderers = {
             task: Renderer(tokenizer, template, pool.suffix, pool.text_word) for task, pool in choice.pools.items()
         }
@@ -90,31 +97,41 @@ class SapoCollator:
         for i, (task, example) in enumerate(zip(tasks, examples, strict=True)):
             groups.setdefault((task, self.choice.prompt_for(task, example, self.sample)), []).append(i)
         rows: list[tuple[list[int], list[int]]] = [([], [])] * len(examples)
+        limit = sys.maxsize if self.max_target is None else self.max_target
+        counts: Counts = {}
         for (task, prompt), members in groups.items():
             text = self.choice.pools[task].prompts[prompt]
             builder = CellBuilder(
-                self.renderers[task], [text], [examples[i] for i in members], self.max_source, self.max_target, False
+                self.renderers[task], [text], [examples[i] for i in members], self.max_source, limit, False
             )
             for i, (context, response) in zip(members, builder.cells(), strict=True):
                 rows[i] = (context.tolist(), response.tolist())
-            if builder.stats["truncated_targets"] and not self._said:
-                self._said = True
-                logger.warning("responses are cut to max_target=%d tokens and lose their end", self.max_target)
+            counts[task, prompt] = sum(len(rows[i][1]) for i in members)
+            self._say(builder.stats)
         batch = self._padded(rows)
         if self.carry:
-            batch[CARRIED] = Carried(examples, tasks, now)
+            batch[CARRIED] = Carried(examples, tasks, now, counts)
         return batch
 
-    def refreshed(self, batch: dict[str, Any], device: torch.device | None = None) -> dict[str, Any]:
-        """`batch` without what it carries, rendered again if the choice has changed since."""
+    def newest(self, batch: dict[str, Any]) -> tuple[dict[str, Any], Counts]:
+        """`batch` without what it carries, rendered again if the choice has changed since, and its response tokens."""
         batch = dict(batch)
-        carried = batch.pop(CARRIED, None)
-        if carried is None or carried.round == self.choice.round:
-            return batch
-        where = batch["input_ids"].device if device is None else device
-        fresh = {name: value.to(where) for name, value in self.render(carried.examples, carried.tasks).items()
-                 if name != CARRIED}  # fmt: skip
-        return {**batch, **fresh}
+        carried: Carried = batch.pop(CARRIED)
+        if carried.round == self.choice.round:
+            return batch, carried.counts
+        where = batch["input_ids"].device
+        fresh = self.render(carried.examples, carried.tasks)
+        carried = fresh.pop(CARRIED)
+        return {**batch, **{name: value.to(where) for name, value in fresh.items()}}, carried.counts
+
+    def _say(self, stats: dict[str, int]) -> None:
+        """What was cut, once for each kind; in each worker, for it has its own memory."""
+        for what, option, limit in (("targets", "train_max_target", self.max_target),
+                                    ("inputs", "max_source", self.max_source)):  # fmt: skip
+            if stats[f"truncated_{what}"] and what not in self._said:
+                self._said.add(what)
+                name = "responses" if what == "targets" else what
+                logger.warning("%s are cut to %s=%d tokens and lose their end", name, option, limit)
 
     def _padded(self, rows: list[tuple[list[int], list[int]]]) -> dict[str, Any]:
         width = max(len(context) + len(response) for context, response in rows)

@@ -23,10 +23,15 @@ class SapoConfig:
         at_start: score before the first step.
         every_steps: score again after that many optimizer steps; None: not by steps.
         each_epoch: score again at the start of every later epoch.
-        drift: score again when the training loss has left its course by so many standard errors; None: never.
-        drift_cooldown: logged losses to wait for after a scoring before drift is looked at.
+        drift: score again when the training loss has left the course it took after the last scoring by so many
+            standard errors (4: about one false alarm in 100 runs of 300 logged losses); None: never.
+        drift_cooldown: logged losses in each of the two means that are compared, see `drift.Drift`: at the earliest
+            the losses of twice as many ``logging_steps`` after a scoring lead to the next.
         probe_examples: training examples of each task to score on when no probe is given.
-        max_source, max_target: tokens of context and response, as in `ResponseCache.build`; also for training.
+        max_source: longest context in tokens; a longer one loses the end of its input. For scoring and training.
+        max_target: response tokens of an example that are scored, the first ones (128: the paper).
+        train_max_target: response tokens that are trained on; None: all, with the end of the turn. TRL's ``max_length``
+            does not apply.
         max_tokens: new tokens per forward when scoring, see `score_prompts`.
         template: layout of a cell, see `sapo_kernels.render.Renderer`.
         seed: of the draws in mode "soft".
@@ -47,6 +52,7 @@ class SapoConfig:
     probe_examples: int = 64
     max_source: int = 1536
     max_target: int = 128
+    train_max_target: int | None = None
     max_tokens: int | None = None
     template: Template = None
     seed: int = 0
@@ -66,7 +72,7 @@ class SapoConfig:
             raise ValueError(f"seed: wanted a whole number, got {self.seed!r}")
         for name in ("drift_cooldown", "probe_examples", "max_source", "max_target"):
             _check_count(name, getattr(self, name))
-        for name in ("every_steps", "max_tokens"):
+        for name in ("every_steps", "max_tokens", "train_max_target"):
             if getattr(self, name) is not None:
                 _check_count(name, getattr(self, name))
 

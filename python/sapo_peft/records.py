@@ -37,7 +37,8 @@ def numbers(value: Any) -> Any:
 def unpacked(value: Any) -> Any:
     """The inverse of `numbers`, but for tensors and tuples, which stay lists."""
     if isinstance(value, dict):
-        if set(value) == {"float"}:
+        # A task may have that name: then it is no text that stands there.
+        if set(value) == {"float"} and isinstance(value["float"], str):
             return _SPECIAL[value["float"]]
         return {key: unpacked(item) for key, item in value.items()}
     if isinstance(value, list):

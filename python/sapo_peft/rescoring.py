@@ -19,8 +19,8 @@ from .config import SapoConfig
 class Scoring:
     """One scoring of all pools: step, why, seconds, what changed, and every prompt's mean loss by task (nats/token).
 
-    tokens: by task the response
-    tokens that each loss is over. dense_tokens, computed_tokens: what separate forwards would compute, and what was.
+    tokens: by task the response tokens that each loss is over. dense_tokens, computed_tokens: what separate forwards
+    would compute, and what was computed.
     """
 
     step: int

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ._terminal import plain
+from ._terminal import log_on_stderr, plain
 
 MAX_CONFIG_BYTES = 2**20
+# The pool with its paraphrases, in the output folder.
+STORE = "sapo_pool.json"
 _EPILOG = """\
 A YAML file given with --config holds the same options by their long names (max-steps: 100); options on the
-command line win. With --resume the newest whole checkpoint in the output folder is continued; a run without any
-begins anew. The adapter, sapo_prompts.json and the model card are written to the output folder.
+command line win. With --resume the newest whole checkpoint in the output folder is continued; where there is none at
+all the run begins anew. The adapter, sapo_prompts.json and the model card are written to the output folder.
+With several processes: torchrun --nproc-per-node N -m sapo_peft.cli train ...
 """
 # Long name, type, default, help. One list for the command line and the YAML file.
 _OPTIONS: tuple[tuple[str, Any, Any, str], ...] = (
@@ -36,7 +41,8 @@ _OPTIONS: tuple[tuple[str, Any, Any, str], ...] = (
     ("drift", float, None, "score again when the loss is that many standard errors off the prediction"),
     ("probe-examples", int, 64, "examples to score on (default 64)"),
     ("max-source", int, 1536, "longest context in tokens (default 1536)"),
-    ("max-target", int, 128, "longest response in tokens (default 128)"),
+    ("max-target", int, 128, "response tokens that are scored, the first ones (default 128)"),
+    ("train-max-target", int, None, "response tokens that are trained on (default: all)"),
     ("max-tokens", int, None, "new tokens per forward when scoring"),
     ("epochs", float, 1.0, "passes over the examples (default 1)"),
     ("max-steps", int, None, "stop after that many optimizer steps"),
@@ -63,6 +69,18 @@ _CHOICES = {
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "device": ("auto", "cpu", "cuda"),
 }
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+# Those of `SapoConfig` are its own.
+_COUNT = ("a whole number of at least 1", lambda value: value >= 1)
+_RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(("paraphrases", "examples", "max-steps", "batch-size", "gradient-accumulation", "lora-r",
+                     "lora-alpha", "logging-steps", "save-steps"), _COUNT),
+    "workers": ("a whole number of at least 0", lambda value: value >= 0),
+    "seed": ("a whole number from 0 to 2**32 - 1", lambda value: 0 <= value < 2**32),
+    "epochs": ("a number above 0", lambda value: 0 < value < math.inf),
+    "lr": ("a number of at least 0", lambda value: 0 <= value < math.inf),
+    "lora-dropout": ("a number of at least 0 and below 1", lambda value: 0 <= value < 1),
+}  # fmt: skip
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -90,30 +108,69 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"--{needed}: wanted one, got none")
     if options["prompts"] is None:
         raise ValueError("--prompts: wanted a file with at least the original instruction, got none")
+    if options["paraphrase-with"] and "://" in options["paraphrase-with"] and options["paraphrase-model"] is None:
+        raise ValueError("--paraphrase-model: wanted the model's name at that endpoint, got none")
+    from .config import SapoConfig
     from .data import read_examples
     from .prompt_pool import PromptPool
 
+    names = ("mode", "temperature", "floor", "every-steps", "each-epoch", "drift", "probe-examples", "max-source",
+             "max-target", "train-max-target", "max-tokens", "seed")  # fmt: skip
+    config = SapoConfig(**{name.replace("-", "_"): options[name] for name in names})
     pool = PromptPool.read(options["prompts"], options["task"])
     examples = read_examples(options["data"], task=options["task"] or pool.task, limit=options["examples"])
-    for note in (*pool.notes(), *examples.notes()):
-        print(f"sapo: note: {plain(note)}", file=sys.stderr)
     output = Path(options["output"])
+    resumed = _checkpoint(output, options["resume"])
     output.mkdir(parents=True, exist_ok=True)
-    if options["paraphrase-with"]:
-        pool = _paraphrased(pool, options, output)
-    callback = _train(pool, list(examples), options, output)
-    _report(callback, pool, output)
+    main = os.environ.get("RANK", "0") == "0"
+    if main:
+        _note(pool.notes(), examples.notes())
+    with log_on_stderr("sapo_peft", quiet=not main):
+        callback = _train(pool, list(examples), config, options, output, resumed)
+    if main:
+        _report(callback, output)
     return 0
 
 
+def _checkpoint(output: Path, resume: bool) -> str | None:
+    """The checkpoint to go on from; None for a new run, which must not mix its checkpoints with those of another."""
+    from .checkpoints import checkpoints_in, last_good_checkpoint
+
+    found = checkpoints_in(output)
+    if not resume:
+        if found:
+            raise ValueError(
+                f"--output {output}: wanted a folder without checkpoints, got one with {found[0][1].name}; "
+                "continue that run with --resume, or choose another folder"
+            )
+        return None
+    newest = last_good_checkpoint(output)
+    if found and newest is None:
+        raise ValueError(
+            f"--resume: wanted a whole checkpoint in {output}, got {len(found)} that are not "
+            f"({found[0][1].name}, ...); remove them to begin anew"
+        )
+    return newest
+
+
+def _note(*lists: list[str]) -> None:
+    for notes in lists:
+        for note in notes:
+            print(f"sapo: note: {plain(note)}", file=sys.stderr)
+
+
 def _options(args: argparse.Namespace) -> dict[str, Any]:
-    """Every option by its long name: command line, else YAML, else default."""
+    """Every option by its long name: command line, else YAML, else default; those with a rule keep it."""
     given = {name: getattr(args, name.replace("-", "_")) for name, *_ in _OPTIONS}
     from_file = _read_config(args.config) if args.config else {}
-    return {
+    options = {
         name: given[name] if given[name] is not None else from_file.get(name, default)
         for name, _, default, _ in _OPTIONS
     }
+    for name, (wanted, holds) in _RULES.items():
+        if options[name] is not None and not holds(options[name]):
+            raise ValueError(f"--{name}: wanted {wanted}, got {options[name]}")
+    return options
 
 
 def _read_config(path: str) -> dict[str, Any]:
@@ -123,11 +180,17 @@ def _read_config(path: str) -> dict[str, Any]:
     from sapo_kernels._io import DataError, excerpt, read_text
 
     try:
-        document = yaml.safe_load(read_text(path, max_bytes=MAX_CONFIG_BYTES))
+        text = read_text(path, max_bytes=MAX_CONFIG_BYTES)
+        root, document = yaml.compose(text, yaml.SafeLoader), yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError) as error:
         raise DataError(f"{path}: wanted YAML, got {excerpt(' '.join(str(error).split()), 200)}") from None
     if not isinstance(document, dict):
         raise DataError(f"{path}: wanted options by name, got {excerpt(document)}")
+    # The loader keeps the last of two equal keys in silence.
+    seen = [key.value.replace("_", "-") for key, _ in root.value if isinstance(key.value, str)]
+    if len(set(seen)) < len(seen):
+        twice = next(name for i, name in enumerate(seen) if name in seen[:i])
+        raise DataError(f"{path}: wanted each option once, got {excerpt(twice)} again")
     kinds = {name: kind for name, kind, *_ in _OPTIONS}
     options = {}
     for key, value in document.items():
@@ -143,7 +206,7 @@ def _read_config(path: str) -> dict[str, Any]:
             except ValueError:
                 fits = False
         if not fits or (name in _CHOICES and value not in _CHOICES[name]):
-            wanted = f"one of {', '.join(_CHOICES[name])}" if name in _CHOICES else f"a {kind.__name__}"
+            wanted = f"one of {', '.join(_CHOICES[name])}" if name in _CHOICES else _KINDS[kind]
             raise DataError(f"{path}: {name}: wanted {wanted}, got {excerpt(value)}")
         options[name] = value
     return options
@@ -153,64 +216,79 @@ def _paraphrased(pool, options: dict[str, Any], output: Path):
     """The pool with paraphrases, kept in the output folder so that nothing is asked twice."""
     from .paraphrase import EndpointSource, LocalModelSource, gather
 
-    where = options["paraphrase-with"]
+    where, known = options["paraphrase-with"], set(pool.notes())
     if "://" in where:
-        if options["paraphrase-model"] is None:
-            raise ValueError("--paraphrase-model: wanted the model's name at that endpoint, got none")
         source = EndpointSource(where, options["paraphrase-model"])
     else:
         from ._loading import load
 
         source = LocalModelSource(*load(where, None, options["dtype"], options["device"]), seed=options["seed"])
-    pool = gather(pool, source, options["paraphrases"], store=output / "sapo_pool.json")
-    for note in pool.notes():
-        print(f"sapo: note: {plain(note)}", file=sys.stderr)
+    pool = gather(pool, source, options["paraphrases"], store=output / STORE)
+    # Its remarks are in the log.
+    _note([note for note in pool.notes() if note not in known and note not in pool.remarks])
     return pool
 
 
-def _train(pool, examples: list[dict[str, str]], options: dict[str, Any], output: Path):
+def _train(pool, examples: list[dict[str, str]], config, options: dict[str, Any], output: Path, resumed: str | None):
     """Run the trainer and save the adapter; returns the SAPO callback."""
     from peft import LoraConfig, get_peft_model
-    from transformers import Trainer, TrainingArguments, set_seed
+    from transformers import Trainer, set_seed
 
     from ._loading import load
     from .attach import attach_sapo
-    from .checkpoints import last_good_checkpoint
-    from .config import SapoConfig
+    from .prompt_pool import PromptPool
 
     set_seed(options["seed"])
+    # First: it says which of several processes this is, and sets its device.
+    arguments = _arguments(options, output)
+    main = arguments.process_index == 0
+    if options["paraphrase-with"]:
+        # One asks; the others wait for it (`ddp_timeout`, half an hour, at most) and read what it has written.
+        with arguments.main_process_first(local=False):
+            pool = _paraphrased(pool, options, output) if main else PromptPool.read(output / STORE)
     model, tokenizer = load(options["model"], None, options["dtype"], options["device"], options["tokenizer"])
     modules = options["target-modules"]
     lora = LoraConfig(
         r=options["lora-r"], lora_alpha=options["lora-alpha"], lora_dropout=options["lora-dropout"],
         target_modules=modules if modules == "all-linear" else modules.split(","), task_type="CAUSAL_LM",
     )  # fmt: skip
-    arguments = TrainingArguments(
+    trainer = Trainer(get_peft_model(model, lora), arguments, train_dataset=examples, processing_class=tokenizer)
+    callback = attach_sapo(trainer, pool, config=config)
+    if options["resume"] and main:
+        print(f"Resuming from {plain(resumed)}." if resumed else "No checkpoint to resume from: a new run.")
+    try:
+        trainer.train(resume_from_checkpoint=resumed)
+    except KeyboardInterrupt:
+        if main:
+            steps = f"stopped after step {trainer.state.global_step}"
+            saved = any(output.glob("checkpoint-*"))
+            then = "--resume continues from the last checkpoint" if saved else "nothing was saved yet (--save-steps)"
+            print(f"\nsapo: {steps}; {then}", file=sys.stderr)
+        raise
+    trainer.save_model(str(output))
+    return callback
+
+
+def _arguments(options: dict[str, Any], output: Path):
+    from transformers import TrainingArguments
+
+    from ._loading import pick_device
+
+    return TrainingArguments(
         output_dir=str(output), num_train_epochs=options["epochs"], max_steps=options["max-steps"] or -1,
         per_device_train_batch_size=options["batch-size"], learning_rate=options["lr"],
         gradient_accumulation_steps=options["gradient-accumulation"], lr_scheduler_type="cosine", warmup_steps=0.05,
         logging_steps=options["logging-steps"], save_steps=options["save-steps"], seed=options["seed"],
         bf16=options["bf16"], **({"gradient_checkpointing": True} if options["gradient-checkpointing"] else {}),
-        dataloader_num_workers=options["workers"], use_cpu=next(model.parameters()).device.type == "cpu",
+        dataloader_num_workers=options["workers"], use_cpu=pick_device(options["device"]).type == "cpu",
         report_to=[] if options["report-to"] == "none" else options["report-to"].split(","),
     )  # fmt: skip
-    trainer = Trainer(get_peft_model(model, lora), arguments, train_dataset=examples, processing_class=tokenizer)
-    names = ("mode", "temperature", "floor", "every-steps", "each-epoch", "drift", "probe-examples", "max-source",
-             "max-target", "max-tokens", "seed")  # fmt: skip
-    config = SapoConfig(**{name.replace("-", "_"): options[name] for name in names})
-    callback = attach_sapo(trainer, pool, config=config)
-    resumed = last_good_checkpoint(output) if options["resume"] else None
-    if options["resume"]:
-        print(f"Resuming from {plain(resumed)}." if resumed else "No whole checkpoint to resume from: a new run.")
-    trainer.train(resume_from_checkpoint=resumed)
-    trainer.save_model(str(output))
-    return callback
 
 
-def _report(callback, pool, output: Path) -> None:
+def _report(callback, output: Path) -> None:
     for task, entry in callback.prompts()["tasks"].items():
         loss, original = entry["loss"], entry["original_loss"]
         losses = f" ({loss:.4f} nats per token, the original {original:.4f})" if isinstance(loss, float) else ""
-        print(f"{plain(task)}: trained with prompt {entry['index']} of {len(pool.prompts)}{losses}:")
+        print(f"{plain(task)}: trained with prompt {entry['index']} of {entry['prompts']}{losses}:")
         print(f"  {plain(entry['prompt'])}")
     print(f"Adapter, sapo_prompts.json and model card are in {plain(os.fspath(output))}.")

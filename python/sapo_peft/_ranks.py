@@ -1,0 +1,67 @@
+"""Several processes that train one model: that all were given the same, that all decide the same, and who speaks."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+import torch
+
+logger = logging.getLogger("sapo_peft")
+
+
+def several() -> bool:
+    """Whether this process is one of several."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def first_of(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Rank 0's `values` on every rank: rounding may differ between devices, a choice must not."""
+    if not several():
+        return values
+    sent = values.to(device)
+    torch.distributed.broadcast(sent, 0)
+    return sent.to(values.device)
+
+
+def summed(values: list[float], device: torch.device) -> tuple[list[float], int]:
+    """(the sums of `values` over all ranks, the number of ranks). float32 on devices that have nothing longer."""
+    if not several():
+        return values, 1
+    kind = torch.float32 if device.type == "mps" else torch.float64
+    sent = torch.tensor(values, dtype=kind, device=device)
+    torch.distributed.all_reduce(sent)
+    return sent.tolist(), torch.distributed.get_world_size()
+
+
+def check_same(digests: Mapping[str, str], device: torch.device) -> None:
+    """Every rank must have been given what rank 0 was.
+
+    digests: 64 hexadecimal digits by the name of what they are of; the same names on every rank.
+
+    Raises:
+        ValueError: on every rank, naming the first rank that has others, and what differs.
+    """
+    if not several():
+        return
+    own = torch.tensor([list(bytes.fromhex(digest)) for digest in digests.values()], dtype=torch.uint8, device=device)
+    found = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(found, own)
+    for rank, other in enumerate(found):
+        names = [name for name, a, b in zip(digests, found[0].tolist(), other.tolist(), strict=True) if a != b]
+        if names:
+            raise ValueError(f"rank {rank}: wanted the {' and '.join(names)} of rank 0, got others")
+
+
+def say(line: str) -> None:
+    """Show a line where the user looks: in the log if "sapo_peft" is shown at level INFO, else on stdout.
+
+    Whoever gives that logger another level wants it quiet, and it is.
+    """
+    if logger.isEnabledFor(logging.INFO) and logger.hasHandlers():
+        logger.info("%s", line)
+    elif logger.level == logging.NOTSET:
+        # Between the progress bars of the trainer, not through them.
+        from tqdm import tqdm
+
+        tqdm.write(line)
