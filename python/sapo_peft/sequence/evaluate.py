@@ -24,7 +24,10 @@ logger = logging.getLogger("sapo_peft")
 
 @dataclass
 class Row:
-    """Scores after one task: by metric a value a task, None where it was not asked for; how many examples each."""
+    """Scores after one task: by metric a value a task, None where it was not asked for; how many examples each.
+
+    notes: sentences about what was cut to the limits of length.
+    """
 
     row: dict[str, list[float | None]]
     examples: list[int]
@@ -65,6 +68,11 @@ class Evaluator:
         for j in sorted(prompts):
             cache = self.cache(j, prompts[j])
             found.examples[j] = cache.num_examples
+            for what, limit in (("inputs", "max_source"), ("targets", "max_target")):
+                if cut := cache.stats[f"truncated_{what}"]:
+                    found.notes.append(
+                        f"task {self.tasks[j].name}: {cut} of {cache.num_examples} test {what} are cut to {limit}"
+                    )
             if self.config.eval_loss:
                 scores = sk.score_prompts(model, cache, progress=False)
                 loss = float(scores.loss[0])

@@ -33,6 +33,13 @@ class Adapters:
         self.names: list[str] = []
         self._flags = [(parameter, parameter.requires_grad) for parameter in base.parameters()]
         self._training = base.training
+        # The trainer sets tokens to the tokenizer's, and switches the cache off.
+        self._kept = [
+            (config, name, getattr(config, name))
+            for config in (base.config.get_text_config(), getattr(base, "generation_config", None))
+            for name in ("bos_token_id", "eos_token_id", "pad_token_id", "use_cache")
+            if hasattr(config, name)
+        ]
 
     @property
     def order(self) -> list[str]:
@@ -106,6 +113,8 @@ class Adapters:
             self.names, self.model = [], self.base
         for parameter, flag in self._flags:
             parameter.requires_grad_(flag)
+        for config, name, value in self._kept:
+            setattr(config, name, value)
         self.base.train(self._training)
 
     def _lora(self) -> Any:

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 
 from sapo_kernels._io import DataError, excerpt, read_json, write_json
+from sapo_kernels.render import Renderer
+from sapo_kernels.response_cache import CellBuilder
 
 from ..records import PROMPTS_FILE, write_beside_adapter
 from .config import SequenceConfig, derived_seed
@@ -76,6 +78,7 @@ def run_sequence(
         base, tok, called = _resolve(model, name, tokenizer, device, dtype)
         tasks = [replace(task, pool=task.pool.checked(tok)) for task in tasks]
         tasks = [task.used(config.train_examples, config.test_examples) for task in tasks]
+        _check_lengths(tasks, tok, config)
         run = _run_document(tasks, config, order, called, base)
         saved = folder.started(run)
         if saved is None:
@@ -136,6 +139,7 @@ class _Runner:
         row = self._evaluate(0, {j: 0 for j in range(len(self.tasks))})
         self.before = _metrics_document(row)
         self.folder.write("before.json", self.before)
+        self._warn(row.notes)
 
     def _evaluate(self, index: int, prompts: dict[int, int]) -> Row:
         total = sum(len(self.tasks[j].test) for j in prompts)
@@ -161,7 +165,7 @@ class _Runner:
                     write_json(staging / "adapter" / PROMPTS_FILE, trained.record)
                 for name, document in documents.items():
                     write_json(staging / f"{name}.json", document)
-        self._warn(trained.notes)
+        self._warn([*trained.notes, *row.notes])
 
     def _wanted(self, index: int) -> list[int]:
         """The tasks to evaluate after the `index`-th, counted from 0."""
@@ -255,6 +259,18 @@ def _resolve(model: Model, name: str | None, tokenizer: str | None, device: str,
     if not isinstance(pair, tuple) or len(pair) != 2 or not isinstance(pair[0], torch.nn.Module):
         raise TypeError(f"model: wanted a name, a pair (model, tokenizer) or a function, got {type(model).__name__}")
     return *pair, name or getattr(pair[0], "name_or_path", "") or type(pair[0]).__name__
+
+
+def _check_lengths(tasks: list[SequenceTask], tokenizer: Any, config: SequenceConfig) -> None:
+    """Find out now, not when a later task is reached, that a prompt does not fit."""
+    for task in tasks:
+        pool = task.pool
+        try:
+            renderer = Renderer(tokenizer, None, pool.suffix, pool.text_word)
+            limits = config.max_source, config.max_target
+            CellBuilder(renderer, pool.prompts, task.train[:1], *limits, warn=False).cells()
+        except ValueError as error:
+            raise DataError(f"task {excerpt(task.name)}: {error}") from error
 
 
 def _run_document(

@@ -112,13 +112,14 @@ def read_order(data: str | os.PathLike, order: str, prompts: str | os.PathLike |
     repeated = [name for index, name in enumerate(names) if name in names[:index]]
     if repeated:
         raise DataError(f"{folder}: wanted each task once, got {excerpt(repeated[0])} twice")
+    tasks = read_tasks(data, names, prompts)
     for stage in _stages(folder):
         for split in ("test", "dev"):
             file = stage / f"{split}_tasks.json"
             other = set(_dataset_names(file)) - set(names) if split == "test" or file.exists() else set()
             if other:
                 raise DataError(f"{file}: wanted tasks that the order trains on, got {excerpt(min(other))}")
-    return read_tasks(data, names, prompts)
+    return tasks
 
 
 def read_tasks(
