@@ -49,12 +49,12 @@ def padded_sequences(trie: TokenTrie, device: str) -> torch.Tensor:
 
 
 def make_case(cells: Cells, name: str, heads=(8, 4, 64), dtype=torch.float32, device: str = "cpu", rounds: int = 5,
-              flex: str = "auto", dense: bool = True) -> Case:  # fmt: skip
+              flex: str = "auto", dense: bool = True, impl: str = "auto") -> Case:  # fmt: skip
     """One layer's attention over the whole trie of some made-up cells.
 
     heads: q heads, kv heads, head_dim. flex: "compiled" (needs a compiler), "eager" (writes the whole score matrix) or
     "off"; "auto" is compiled on a GPU and off elsewhere. The other providers' masks are made outside the timing, as our
-    plan is.
+    plan is. impl: of ours.
     """
     cache = cells.cache(50257)
     trie = plan_trie(cache.ids, cache.offsets, cache.context_lengths)
@@ -74,7 +74,7 @@ def make_case(cells: Cells, name: str, heads=(8, 4, 64), dtype=torch.float32, de
     # Heads-first copies that other implementations want, made outside the timing.
     batch = [t.transpose(0, 1)[None].contiguous() for t in (q, k, v)]
     wide = [batch[0], *(t.repeat_interleave(q_heads // kv_heads, 1) for t in batch[1:])]
-    providers = {"ours": Provider(lambda: sk.tree_attention(q, k, v, plan), tokens=len(trie))}
+    providers = {"ours": Provider(lambda: sk.tree_attention(q, k, v, plan, impl=impl), tokens=len(trie))}
     if dense:
         mask = dense_mask(trie, device)
         providers["sdpa_mask"] = Provider(

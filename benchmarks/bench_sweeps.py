@@ -14,8 +14,8 @@ BASE, VOCABULARY, HIDDEN, LAYERS = Cells(), 50257, 256, 4
 AXES = {
     "K": [("prompts", n) for n in (1, 4, 16, 64)],
     "M": [("examples", n) for n in (1, 8, 32)],
-    "prompt": [("prompt", n) for n in (15, 60, 240)],
-    "input": [("input", n) for n in (15, 80, 320)],
+    "prompt": [("prompt", n) for n in (15, 45, 240)],
+    "input": [("input", n) for n in (15, 70, 320)],
     "response": [("response", n) for n in (1, 4, 32)],
     "layout": [("last", False), ("last", True)],
     "V": [("vocabulary", n) for n in (32000, 50257, 128256, 256000)],
@@ -44,5 +44,6 @@ def test_sweep(axis, field, value, recorder, benchmark):
         cells = dataclasses.replace(cells, **{field: value})
     cache = cells.cache(vocabulary)
     model = model_of(vocabulary, hidden, layers)
-    case = make_case("sweep", label(axis, value), model, cache, ["tuned_plain", "prefix_cache"], rounds=2, sizes=(32,))
+    sizes = {"tuned_plain": (8, 32), "prefix_cache": (32,)}
+    case = make_case("sweep", label(axis, value), model, cache, list(sizes), rounds=2, sizes=sizes)
     recorder.run(benchmark, case)

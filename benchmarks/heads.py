@@ -68,8 +68,10 @@ def left_out(device: str) -> dict[str, str]:
     return {name: why(device) for name, (_, why) in PEERS.items() if why(device)}
 
 
-def make_case(name: str, rows: int, vocabulary: int, hidden: int, dtype=torch.float32, device="cpu", rounds=5) -> Case:
-    """R rows with one target each on a [V, D] head."""
+def make_case(
+    name: str, rows: int, vocabulary: int, hidden: int, dtype=torch.float32, device="cpu", rounds=5, impl="auto"
+) -> Case:
+    """R rows with one target each on a [V, D] head; impl: of ours."""
     draw = torch.Generator(device).manual_seed(0)
     h = torch.randn(rows, hidden, generator=draw, device=device).to(dtype)
     weight = torch.randn(vocabulary, hidden, generator=draw, device=device).mul_(hidden**-0.5).to(dtype)
@@ -90,7 +92,7 @@ def make_case(name: str, rows: int, vocabulary: int, hidden: int, dtype=torch.fl
         tolerance = (
             2 * check(_log_softmax(h, weight, targets)) + 1e-3 if low else 2e-5 + 1e-6 * float(exact.abs().max())
         )
-    providers = {"ours": Provider(lambda: sk.linear_logprob(h, weight, targets)[0], tokens=rows)}
+    providers = {"ours": Provider(lambda: sk.linear_logprob(h, weight, targets, impl=impl)[0], tokens=rows)}
     for peer, (function, why) in PEERS.items():
         if not why(device):
             providers[peer] = Provider(_without_gradient(function, h, weight, targets), tokens=rows)

@@ -59,7 +59,8 @@ def reweight_case(name: str, pools: int, prompts: int, rounds: int = 100) -> Cas
     # The states move on with every call; the numbers were compared over ten updates just now.
     return Case(
         "reweight", name, providers, lambda _: worst, reweight.TOLERANCE, shape=f"pools={pools} K={prompts}",
-        dtype="fp64", work=pools * prompts * 61.0, work_unit="B", formula="(5 read + 3 written)*8 - 3 bytes a prompt", rounds=rounds,
+        dtype="fp64", work=pools * prompts * 61.0, work_unit="B", formula="61 bytes a prompt, read and written",
+        rounds=rounds,
     )  # fmt: skip
 
 

@@ -114,13 +114,15 @@ def build_cache(task: Task, tokenizer, examples: int) -> ResponseCache:
 class Cells:
     """Made-up cells: K prompts x M examples of random ids, lengths within a fifth of the given means.
 
+    The default lengths are those of SuperNI tasks in GPT-2 tokens (means of ten tasks: prompts 24 to 59, inputs 18 to
+    422, median 65, responses 2 to 21).
     last: the instruction stands after the input instead of before it.
     """
 
     prompts: int = 16
     examples: int = 8
-    prompt: int = 60
-    input: int = 80
+    prompt: int = 45
+    input: int = 70
     response: int = 4
     last: bool = False
 

@@ -44,8 +44,8 @@ class Peer:
         return ", ".join(name for name in self.needs if importlib.util.find_spec(name) is None)
 
     def variants(self, sizes: tuple[int, ...] | None = None) -> dict[str, Callable]:
-        """Suffix and callable of every size: ``{"_8": run, "_32": run}``, or one without a suffix."""
-        sizes = self.sizes if sizes is None or not self.sizes else sizes
+        """Suffix and callable of every size, its own by default: ``{"_8": run, "_32": run}``; no sizes, no suffix."""
+        sizes = self.sizes if sizes is None else sizes
         if not sizes:
             return {"": lambda model, cache: self.run(model, cache, **self.options)}
         return {

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import weakref
 
 import torch
+
+# Cache of token ids -> block masks of its passes by the plan's id.
+_MASKS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 @functools.cache
@@ -38,11 +42,9 @@ def flex_tree_attention(q, k, v, plan, *, scale=None, mask=None, compiled: bool 
 
 
 @contextlib.contextmanager
-def _in_place(compiled: bool):
+def _in_place(masks: dict[int, tuple], compiled: bool):
     """`score_prompts` attends by FlexAttention for the block; a pass's mask is made once and used in every layer."""
     from sapo_kernels import decoder
-
-    masks: dict[int, tuple] = {}
 
     def attention(q, k, v, plan, *, scale, window, softcap, sinks, impl):
         if window is not None or softcap is not None or sinks is not None:
@@ -50,7 +52,9 @@ def _in_place(compiled: bool):
         if id(plan) not in masks:
             # The plan is kept beside its mask: a freed plan's id could come back.
             masks[id(plan)] = (plan, block_mask(plan, q.device))
-        return flex_tree_attention(q, k, v, plan, scale=scale, mask=masks[id(plan)][1], compiled=compiled)
+        # score_prompts keeps compiled models from running; this one operator is nothing without its compiler.
+        with torch.compiler.set_stance("default"):
+            return flex_tree_attention(q, k, v, plan, scale=scale, mask=masks[id(plan)][1], compiled=compiled)
 
     own, decoder.tree_attention = decoder.tree_attention, attention
     try:
@@ -60,8 +64,8 @@ def _in_place(compiled: bool):
 
 
 def flex_trie(model, cache, compiled: bool = True, **options) -> torch.Tensor:
-    """`score_prompts` with FlexAttention."""
+    """`score_prompts` with FlexAttention; block masks are kept with the cache, as our plans are."""
     import sapo_kernels as sk
 
-    with _in_place(compiled):
+    with _in_place(_MASKS.setdefault(cache, {}), compiled):
         return sk.score_prompts(model, cache, impl="tree", progress=False, **options).nll.flatten()

@@ -1,0 +1,66 @@
+"""Kernel configurations worth trying on each architecture: the one in use first, then its neighbours.
+
+The GPU suite measures them; `python -m benchmarks.aot` compiles them ahead of time and says what each takes of a part.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+# (rows of a tile, keys of a tile, warps, stages)
+ATTENTION = ((128, 64, 8, 2), (128, 64, 4, 2), (128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3),
+             (64, 32, 4, 3), (64, 128, 4, 2), (128, 32, 8, 3))  # fmt: skip
+# (rows, columns, hidden of a tile, warps, stages)
+LOGPROB = ((128, 128, 64, 8, 4), (128, 128, 64, 8, 3), (128, 128, 64, 4, 4), (128, 256, 64, 8, 3), (64, 256, 64, 8, 3),
+           (256, 128, 64, 8, 3), (64, 128, 64, 4, 4), (128, 128, 32, 8, 4), (128, 64, 64, 4, 4))  # fmt: skip
+TOY_ATTENTION = ((32, 16, 1, 1), (16, 16, 1, 1))
+TOY_LOGPROB = ((16, 32, 32, 1, 1), (16, 16, 32, 1, 1))
+
+
+def label(options: dict[str, int]) -> str:
+    """Such as ``128x64x64 w8 s4``."""
+    tile = "x".join(str(value) for name, value in options.items() if name.startswith("BLOCK_"))
+    return f"{tile} w{options['num_warps']} s{options['num_stages']}"
+
+
+def attention(head_dim: int, dtype: torch.dtype, capability: int, toy: bool = False) -> list[dict[str, int]]:
+    """Options of the tree_attention kernel, those of its `config` first."""
+    from sapo_kernels.tree_attention import triton as module
+
+    names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
+    return _with_first(module.config(head_dim, dtype, capability), names, TOY_ATTENTION if toy else ATTENTION)
+
+
+def logprob(hidden: int, dtype: torch.dtype, capability: int, toy: bool = False) -> list[dict[str, int]]:
+    """Options of the linear_logprob kernel, those of its `config` first."""
+    from sapo_kernels.linear_logprob import triton as module
+
+    names = ("BLOCK_M", "BLOCK_V", "BLOCK_K", "num_warps", "num_stages")
+    return _with_first(module.config(hidden, dtype, capability), names, TOY_LOGPROB if toy else LOGPROB)
+
+
+def _with_first(first: dict[str, int], names: tuple[str, ...], others) -> list[dict[str, int]]:
+    extra = {name: value for name, value in first.items() if name not in names}
+    found = [first]
+    for values in others:
+        options = {**dict(zip(names, values, strict=True)), **extra}
+        if options not in found:
+            found.append(options)
+    return found
+
+
+@contextlib.contextmanager
+def in_use(op: str, options: dict[str, int]) -> Iterator[None]:
+    """The launcher of `op` ("tree_attention" or "linear_logprob") takes `options` for the block."""
+    import importlib
+
+    module = importlib.import_module(f"sapo_kernels.{op}.triton")
+    own = module.config
+    module.config = lambda *_, **__: dict(options)
+    try:
+        yield
+    finally:
+        module.config = own

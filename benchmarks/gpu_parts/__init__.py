@@ -1,0 +1,86 @@
+"""The parts of the GPU suite: each a function that measures one thing, in a process of its own.
+
+`PARTS` names them in the order in which they run, with their share of the time and what they show.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..rows import Row, append_rows
+
+
+@dataclass(frozen=True)
+class Part:
+    """where: module of this package and its function. share: of the suite's time."""
+
+    module: str
+    function: str
+    share: float
+    about: str
+
+
+PARTS = {
+    "build": Part("machine", "build", 0.08, "compile the native modules, CUDA kernels included"),
+    "ceilings": Part("machine", "ceilings", 0.04, "what copying and bf16 matrix products reach on this device"),
+    "tests": Part("machine", "tests", 0.14, "pytest -m gpu"),
+    "tree_attention": Part("ops", "tree_attention", 0.09, "tree_attention against FlexAttention and SDPA"),
+    "linear_logprob": Part("ops", "linear_logprob", 0.09, "linear_logprob against cuBLAS and fused heads"),
+    "in_place": Part("ops", "in_place_ops", 0.03, "accumulate_ and reweight_"),
+    "small_model": Part("models", "small", 0.13, "end to end, 0.6B shape, every peer; kernel counts"),
+    "large_model": Part("models", "large", 0.22, "end to end, 8B shape, peers; K=21, M=250 alone"),
+    "configs": Part("configs", "sweep", 0.12, "kernel configurations, the one in use first"),
+    "sanitizer": Part("machine", "sanitizer", 0.06, "compute-sanitizer over every kernel"),
+}
+
+
+@dataclass
+class Job:
+    """What a part is given: where to measure, how long, where to write.
+
+    seconds: the part should be done by then; it is ended some time later. lines: what it says in the summary.
+    """
+
+    device: str
+    toy: bool
+    seconds: float
+    out: Path
+    name: str
+    data: Path | None = None
+    started: float = field(default_factory=time.monotonic)
+    lines: list[str] = field(default_factory=list)
+
+    @property
+    def left(self) -> float:
+        return self.seconds - (time.monotonic() - self.started)
+
+    @property
+    def deadline(self) -> float:
+        return self.started + self.seconds
+
+    def emit(self, rows: list[Row]) -> None:
+        """Rows, as soon as they are there: what comes later may fail."""
+        rows = [dataclasses.replace(row, case=f"toy {row.case}") if self.toy else row for row in rows]
+        append_rows(self.out / "rows" / f"{self.name}.csv", rows)
+        for row in rows:
+            rate = f", {row.work / row.p50_s / 1e12:.3g} T{row.work_unit}/s" if row.work else ""
+            print(f"{row.op}, {row.case}: {row.provider} {row.p50_s * 1e3:.4g} ms{rate}", flush=True)
+
+    def say(self, line: str) -> None:
+        """A line for the summary."""
+        from sapo_kernels._io import atomic_write
+
+        self.lines.append(line)
+        print(line, flush=True)
+        (self.out / "notes").mkdir(parents=True, exist_ok=True)
+        atomic_write(self.out / "notes" / f"{self.name}.txt", "\n".join(self.lines) + "\n")
+
+
+def run_part(job: Job) -> None:
+    """Run the part that `job` names, in this process."""
+    part = PARTS[job.name]
+    getattr(importlib.import_module(f"{__name__}.{part.module}"), part.function)(job)

@@ -1,0 +1,114 @@
+"""End to end with random models of published shapes: every peer, memory, and what kernels a pass launches."""
+
+from __future__ import annotations
+
+import collections
+
+import torch
+
+import sapo_kernels as sk
+
+from ..end_to_end import make_case
+from ..timing import run_case
+from ..workload import Cells, build_cache, load_tasks, load_tokenizer, qwen3_published
+from . import Job
+
+PROMPTS, EXAMPLES = 21, 250
+# On a GPU more cells fill it; the fastest size is the figure.
+SIZES = {"tuned_plain": (32, 128), "packed": (4096,), "prefix_cache": (32, 128), "trl_head": (32,)}
+TOY_SIZES = {"tuned_plain": (4,), "packed": (64,), "prefix_cache": (4,), "trl_head": (4,)}
+SMALL_PEERS = ["tuned_plain", "flex_trie", "prefix_cache", "packed", "trainer_loop", "lm_eval", "trl_head"]
+LARGE_PEERS = ["tuned_plain", "flex_trie", "prefix_cache", "trainer_loop"]
+
+
+def _model(job: Job, name: str):
+    return qwen3_published("toy", torch.float32, "cpu") if job.toy else qwen3_published(name, torch.bfloat16, "cuda")
+
+
+def _compared(job: Job, name: str, model, cache, peers: list[str], rounds: int) -> None:
+    """All peers on one job; one that fails is named and left out."""
+    case = make_case("end_to_end", name, model, cache, peers, rounds, TOY_SIZES if job.toy else SIZES)
+    case.warm_up = None
+    for provider, column in list(case.providers.items()):
+        try:
+            error = (column.check or case.check)(column.run())  # also its warm-up
+        except Exception as failure:  # torch.OutOfMemoryError of a peer is a result
+            if provider == "ours":
+                raise
+            lines = str(failure).strip().splitlines() or ["no message"]
+            job.say(f"{name}: {provider} does not run: {type(failure).__name__}: {lines[0][:200]}")
+            del case.providers[provider]
+            continue
+        if not error <= case.tolerance:
+            if provider == "ours":
+                raise RuntimeError(f"{name}: ours: wanted within {case.tolerance:.3g} of the oracle, got {error:.3g}")
+            job.say(f"{name}: {provider} is {error:.3g} from the oracle, wanted {case.tolerance:.3g}; it is left out")
+            del case.providers[provider]
+        elif provider != "ours" and job.left <= 0:
+            del case.providers[provider]
+            job.say(f"{name}: no time for {provider}")
+    case.warm_up = lambda: None
+    job.emit(run_case(case, job.device, job.deadline))
+
+
+def _whole(job: Job, name: str, model, cache) -> None:
+    """Ours alone at K=21, M=250, checked against the oracle's cells."""
+    case = make_case("end_to_end", f"{name} K={PROMPTS} M={EXAMPLES}", model, cache, [], 1)
+    case.warm_up = lambda: None
+    job.emit(run_case(case, job.device, job.deadline))
+
+
+def _kernels(job: Job, model, cache) -> None:
+    """Kernels that one call launches, by the profiler; on a CPU the operators instead."""
+    from torch.profiler import ProfilerActivity, profile
+
+    cuda = job.device == "cuda"
+    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as trace:
+        sk.score_prompts(model, cache, progress=False)
+    kind = torch.autograd.DeviceType.CUDA if cuda else torch.autograd.DeviceType.CPU
+    events = [event for event in trace.events() if event.device_type == kind]
+    counts = collections.Counter(event.name for event in events)
+    times: dict[str, float] = collections.defaultdict(float)
+    for event in events:
+        times[event.name] += event.device_time if cuda else event.self_cpu_time_total
+    layers = model.config.num_hidden_layers
+    passes = len(cache.plan(16384 if cuda else 1024).passes)
+    job.say(
+        f"{'kernels' if cuda else 'operators'} of one call: {sum(counts.values())}, {passes} passes of {layers} layers"
+    )
+    total = sum(times.values()) or 1.0
+    for name, spent in sorted(times.items(), key=lambda item: -item[1])[:12]:
+        job.say(f"  {spent / total:5.1%} {counts[name]:6} x {name[:90]}")
+
+
+def _cells(job: Job, examples: int) -> Cells:
+    return Cells(3, 4, 6, 8, 2) if job.toy else Cells(PROMPTS, examples)
+
+
+def small(job: Job) -> None:
+    """The 0.6B shape: K=21, M=250 of SuperNI lengths; real tasks too where a data folder was given."""
+    model = _model(job, "0.6B")
+    vocabulary = model.config.vocab_size
+    peers = SMALL_PEERS[:1] + SMALL_PEERS[2:] if job.toy else SMALL_PEERS
+    _compared(job, "0.6B SuperNI lengths", model, _cells(job, EXAMPLES).cache(vocabulary), peers, 3)
+    _kernels(job, model, _cells(job, 40).cache(vocabulary))
+    if job.data is None:
+        return
+    tokenizer = load_tokenizer(job.data / "gpt2tokenizer")
+    for task in load_tasks(job.data):
+        if job.left <= 0:
+            return job.say(f"no time for {task.name} and the tasks after it")
+        cache = build_cache(task, tokenizer, 2 if job.toy else EXAMPLES)
+        _compared(job, f"0.6B {task.name[:20]}", model, cache, ["tuned_plain"], 1)
+
+
+def large(job: Job) -> None:
+    """The 8B shape: peers at a part of the examples, then ours at K=21, M=250."""
+    model = _model(job, "8B")
+    vocabulary = model.config.vocab_size
+    peers = LARGE_PEERS[:1] + LARGE_PEERS[2:] if job.toy else LARGE_PEERS
+    _compared(job, "8B SuperNI lengths M=50", model, _cells(job, 50).cache(vocabulary), peers, 1)
+    if job.left > 0.25 * job.seconds or job.toy:
+        _whole(job, "8B SuperNI lengths", model, _cells(job, EXAMPLES).cache(vocabulary))
+    else:
+        job.say(f"no time for M={EXAMPLES}")

@@ -1,0 +1,153 @@
+"""The whole measurement of one GPU by one command, unattended, within a time.
+
+    python -m benchmarks.gpu_suite --minutes 9 --out DIR
+    python -m benchmarks.gpu_suite --toy --out DIR         # every part at toy size on the CPU: does it start?
+    python -m benchmarks.gpu_suite --out DIR --only ceilings tree_attention
+
+Needs this checkout, torch, triton, transformers and pytest, and downloads nothing: models are random and drawn on the
+device. Every part runs in a process of its own with its share of the time that is left; one that fails or hangs is
+ended and named, and the others go on. DIR/rows.csv and DIR/summary.md grow as parts are done; DIR/logs holds what each
+printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+from sapo_kernels._io import atomic_write
+
+from .gpu_parts import PARTS, Job, run_part
+from .rows import ROOT, Row, read_rows, to_csv
+from .suite_summary import summary
+
+# Between a part's own deadline and its end by force, and what is kept for writing at the end.
+GRACE_SECONDS = 15.0
+CLOSING_SECONDS = 5.0
+
+
+@dataclass
+class Outcome:
+    """How a part ended: "passed", "failed (why)", "ended after N s" or "no time left"."""
+
+    name: str
+    status: str
+    seconds: float
+
+
+def child_environment() -> dict[str, str]:
+    """The packages of this checkout whether or not they are installed; no network."""
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    paths = [str(ROOT), str(ROOT / "python"), *filter(None, [kept.get("PYTHONPATH")])]
+    return {**kept, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def run_apart(command: list[str], log: Path, seconds: float) -> str:
+    """Run a command with its output in `log`; end it and everything it started after `seconds`. Returns the status."""
+    with open(log, "wb") as output:
+        child = subprocess.Popen(
+            command, cwd=ROOT, env=child_environment(), stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            code = child.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            return f"ended after {seconds:.0f} s"
+        finally:
+            # Also what a part left behind must not go on while the next one measures.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait(timeout=60)
+    return "passed" if code == 0 else f"failed (exit {code}; {log.parent.name}/{log.name})"
+
+
+def part_command(name: str, options, seconds: float) -> list[str]:
+    made = [
+        sys.executable,
+        "-m",
+        "benchmarks.gpu_parts",
+        name,
+        "--out",
+        str(options.out),
+        "--seconds",
+        f"{seconds:.1f}",
+    ]
+    made += ["--toy"] if options.toy else []
+    return made + (["--data", str(options.data.resolve())] if options.data else [])
+
+
+def run_here(name: str, options, seconds: float) -> str:
+    """The part in this process, for tests: a failure is caught, a hang is not."""
+    try:
+        run_part(Job("cpu" if options.toy else "cuda", options.toy, seconds, options.out, name, options.data))
+    except Exception as error:  # a part's failure is its status
+        (options.out / "logs" / f"{name}.log").write_text(traceback.format_exc(), encoding="utf-8")
+        return f"failed ({type(error).__name__}; logs/{name}.log)"
+    return "passed"
+
+
+def collected(out: Path) -> list[Row]:
+    """The rows of all parts so far, in the parts' order."""
+    return [row for name in PARTS for row in read_rows(out / "rows" / f"{name}.csv")]
+
+
+def write_results(out: Path, outcomes: list[Outcome], started: float) -> None:
+    rows = collected(out)
+    notes = {}
+    for name in PARTS:
+        path = out / "notes" / f"{name}.txt"
+        notes[name] = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    atomic_write(out / "rows.csv", to_csv(rows))
+    atomic_write(out / "summary.md", summary(rows, outcomes, notes, time.monotonic() - started))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=9.0)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument(
+        "--data", type=Path, help="folder with SUPERNI/, paraphrases.json and gpt2tokenizer/: real tasks too"
+    )
+    parser.add_argument("--only", nargs="*", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--toy", action="store_true", help="toy size on the CPU, Triton in its interpreter")
+    parser.add_argument("--together", action="store_true", help="all parts in this process (for tests of the suite)")
+    options = parser.parse_args(argv)
+    if not options.minutes > 0:
+        parser.error("--minutes: wanted a positive number")
+    options.out = options.out.resolve()
+    if (options.out / "rows.csv").exists() or (options.out / "rows").exists():
+        parser.error(f"--out: wanted a folder without earlier rows, got {options.out}")
+    (options.out / "logs").mkdir(parents=True, exist_ok=True)
+
+    started, outcomes = time.monotonic(), []
+    waiting = [name for name in PARTS if name in options.only]
+    total = options.minutes * 60 - CLOSING_SECONDS
+    while waiting:
+        name, left = waiting[0], total - (time.monotonic() - started)
+        # What earlier parts did not need is shared by those that follow.
+        seconds = left * PARTS[name].share / sum(PARTS[n].share for n in waiting)
+        waiting = waiting[1:]
+        begun = time.monotonic()
+        if left < 5:
+            status = "no time left"
+        elif options.together:
+            status = run_here(name, options, seconds)
+        else:
+            limit = min(left, seconds + GRACE_SECONDS)
+            status = run_apart(part_command(name, options, seconds), options.out / "logs" / f"{name}.log", limit)
+        outcomes.append(Outcome(name, status, time.monotonic() - begun))
+        print(f"{name:<16} {status} ({outcomes[-1].seconds:.0f} s)", flush=True)
+        write_results(options.out, outcomes, started)
+    print(f"{options.out / 'summary.md'}: {time.monotonic() - started:.0f} s")
+    return 1 if any(outcome.status.startswith(("failed", "ended")) for outcome in outcomes) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

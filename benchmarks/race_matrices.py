@@ -1,0 +1,112 @@
+"""Loss matrices of a trained model on real tasks while it is being trained: what `benchmarks.racing` replays.
+
+    python -m benchmarks.race_matrices --base DIR --out DIR [--data DIR ...] [--states 0 20 40 80]
+
+For each task: a fresh LoRA on the base, trained on the task with the prompt that has the lowest loss at the start, as
+SAPO does; all prompts are scored on the first examples at each state. Written as one safetensors file a task: "nll" and
+"tokens" [S, K, M]. Everything is seeded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+
+import sapo_kernels as sk
+from sapo_kernels._io import atomic_write
+
+from .workload import Task, load_tasks
+
+LEARNING_RATE = 1e-3
+BATCH = 8
+
+
+def lora(model, seed: int):
+    """A fresh rank-8 LoRA on the attention and MLP of `model`."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    return get_peft_model(model, LoraConfig(r=8, lora_alpha=32, target_modules="all-linear"))
+
+
+def train(model, optimizer, rows: list[tuple[list[int], list[int]]], steps: range) -> float:
+    """Plain training on (context, response) rows, `BATCH` a step in order; the last step's loss."""
+    model.train()
+    loss = torch.zeros(())
+    for step in steps:
+        batch = [rows[(step * BATCH + i) % len(rows)] for i in range(BATCH)]
+        width = max(len(context) + len(response) for context, response in batch)
+        ids = torch.zeros(BATCH, width, dtype=torch.int64)
+        labels, mask = torch.full_like(ids, -100), torch.zeros_like(ids)
+        for b, (context, response) in enumerate(batch):
+            length = len(context) + len(response)
+            ids[b, :length] = torch.tensor(context + response)
+            labels[b, len(context) : length] = torch.tensor(response)
+            mask[b, :length] = 1
+        loss = model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+    return float(loss.detach())
+
+
+def matrices(base: Path, task: Task, examples: int, states: list[int], most: int) -> dict[str, torch.Tensor]:
+    """{"nll", "tokens"}: [S, K, M] of one task at each state (in optimizer steps)."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = lora(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), seed=0)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
+    cache = sk.ResponseCache.build(
+        tokenizer, task.prompts, task.examples[:examples], suffix=task.suffix, max_source=most
+    )
+    found, rows = [], None
+    for at, (before, state) in enumerate(zip([0, *states], states, strict=False)):
+        started = time.perf_counter()
+        loss = train(model, optimizer, rows, range(before, state)) if state > before else float("nan")
+        trained = time.perf_counter() - started
+        scores = sk.score_prompts(model, cache, progress=False)
+        if rows is None:
+            best = scores.best
+            rows = list(zip(cache.contexts[best], cache.responses[best], strict=True))
+        found.append(scores)
+        scored = time.perf_counter() - started - trained
+        print(
+            f"{task.name[:12]:<12} state {at} step {state}: training loss {loss:.3f} ({trained:.0f} s), prompts "
+            f"{scores.loss.min():.4f} to {scores.loss.max():.4f}, best {scores.best} ({scored:.0f} s)", flush=True,
+        )  # fmt: skip
+    return {name: torch.stack([getattr(scores, name) for scores in found]) for name in ("nll", "tokens")}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", type=Path, required=True, help="folder of a trained causal LM and its tokenizer")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--data", type=Path, nargs="*", help="folders with SUPERNI/ (default: the bundled tasks)")
+    parser.add_argument("--tasks", nargs="*")
+    parser.add_argument("--examples", type=int, default=250)
+    parser.add_argument("--states", type=int, nargs="*", default=[0, 20, 40, 80])
+    parser.add_argument("--max-source", type=int, default=256)
+    args = parser.parse_args()
+
+    from safetensors.torch import save
+
+    folders = args.data
+    if not folders:
+        from sapo_peft.bundled import BUNDLED_DIR
+
+        folders = [BUNDLED_DIR]
+    args.out.mkdir(parents=True, exist_ok=True)
+    for folder in folders:
+        for task in load_tasks(folder, args.tasks):
+            path = args.out / f"{task.name}.safetensors"
+            if not path.exists():
+                atomic_write(path, save(matrices(args.base, task, args.examples, args.states, args.max_source)))
+
+
+if __name__ == "__main__":
+    main()
