@@ -120,3 +120,48 @@ def test_a_resumed_run_takes_the_earlier_one(copied):
     trainer, callback = sapo_trainer(copied, config=SapoConfig(probe_examples=2))
     trainer.train(resume_from_checkpoint=last_good_checkpoint(copied))
     assert trainer.state.global_step == 6 and [s.step for s in callback.history] == [0]
+
+
+@pytest.mark.parametrize("kind", ["full", "sharded"])
+def test_checkpoints_of_fsdp(copied, kind):
+    """As accelerate writes them: whole files of their own, or folders; with the adapter or without."""
+    newest = copied / "checkpoint-6"
+    (newest / "optimizer.pt").rename(newest / "optimizer.bin")
+    shutil.copy(newest / "optimizer.bin", newest / "pytorch_model_fsdp.bin")
+    if kind == "sharded":
+        for name, folder in (("optimizer.bin", "optimizer_0"), ("pytorch_model_fsdp.bin", "pytorch_model_fsdp_0")):
+            (newest / folder).mkdir()
+            (newest / name).rename(newest / folder / "__0_0.distcp")
+    assert last_good_checkpoint(copied) == str(newest)
+    (newest / "adapter_model.safetensors").unlink()
+    assert last_good_checkpoint(copied) == str(newest)
+    if kind == "full":
+        for name in ("optimizer.bin", "pytorch_model_fsdp.bin"):
+            content = (newest / name).read_bytes()
+            (newest / name).write_bytes(content[:-3])
+            assert name in checkpoint_fault(newest, 6)
+            (newest / name).write_bytes(content)
+        (newest / "pytorch_model_fsdp.bin").unlink()
+        assert "wanted one of" in checkpoint_fault(newest, 6), "an optimizer alone is no model"
+
+
+def test_adapters_in_folders_of_their_own(copied):
+    newest = copied / "checkpoint-6"
+    (newest / "second").mkdir()
+    (newest / "adapter_model.safetensors").rename(newest / "second" / "adapter_model.safetensors")
+    assert checkpoint_fault(newest, 6) is None
+    (newest / "second" / "adapter_model.safetensors").write_bytes(b"")
+    assert "second/adapter_model.safetensors" in checkpoint_fault(newest, 6)
+
+
+def test_a_checkpoint_of_the_model_alone_is_resumed_and_said(tmp_path, caplog):
+    options = dict(config=SapoConfig(every_steps=2, probe_examples=2), save_strategy="steps", save_steps=2)
+    trainer, _ = sapo_trainer(tmp_path, **options, save_only_model=True, max_steps=4)
+    trainer.train()
+    assert not (tmp_path / "checkpoint-4" / "optimizer.pt").exists()
+    with caplog.at_level(logging.WARNING, logger="sapo_peft"):
+        newest = last_good_checkpoint(tmp_path)
+    assert newest == str(tmp_path / "checkpoint-4") and "optimizer and learning rate begin anew" in caplog.text
+    trainer, callback = sapo_trainer(tmp_path, **options, max_steps=7)
+    trainer.train(resume_from_checkpoint=newest)
+    assert trainer.state.global_step == 7 and [scoring.step for scoring in callback.history] == [0, 2, 6]

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +15,10 @@ from sapo_peft.bundled import BUNDLED_DIR
 from sapo_peft.cli import build_parser, main
 from sapo_peft.train_command import _OPTIONS, _options
 
+from .training_helpers import environment
+
+# Seconds until a child process must have ended.
+DEADLINE = 120
 TASK = "task01_product_note_polarity"
 DATA = str(BUNDLED_DIR / "SUPERNI" / TASK)
 SMALL = """
@@ -62,7 +70,16 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(conf
         ("- 1", "wanted options by name"),
         ("a: b: c", "wanted YAML"),
         ("x: !!python/object/apply:os.system ['echo hi']", "wanted YAML"),
+        ("", "wanted options by name, got None"),
+        ("lr: 1e-3\nlr: 1e-2", "wanted each option once, got 'lr' again"),
+        ("max-steps: 1\nmax_steps: 2", "wanted each option once, got 'max-steps' again"),
+        ("? [1]\n: 2", "wanted"),
+        ("max-steps: null", "max-steps: wanted a whole number, got None"),
+        ("a: &a [*a]", "one of the options of sapo train --help, got 'a'"),
+        ("[" * 5000, "wanted YAML"),
+        ("\t\x01\x02", "bad.yaml"),
     ],
+    ids=range(16),
 )
 def test_a_faulty_file_is_one_line(tmp_path, capsys, text, wanted):
     path = tmp_path / "bad.yaml"
@@ -87,6 +104,91 @@ def test_refusals(tmp_path, capsys, prompts, words, wanted):
     words = [word.replace("{out}", str(tmp_path / "out")).replace("{prompts}", prompts) for word in words]
     assert main(["train", *words]) == 2
     assert wanted in capsys.readouterr().err
+
+
+def test_no_file_and_no_text_is_one_line(tmp_path, capsys):
+    (tmp_path / "bytes.yaml").write_bytes(bytes(range(256)))
+    (tmp_path / "large.yaml").write_text("# " + "x" * 2**21)
+    for name in ("none.yaml", "bytes.yaml", "large.yaml", "."):
+        assert main(["train", "--config", str(tmp_path / name)]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("sapo: error: ") and error.count("\n") == 1 and error.strip().isprintable(), error
+        assert name in error or str(tmp_path) in error
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (["--max-steps", "0"], "--max-steps: wanted a whole number of at least 1, got 0"),
+        (["--max-steps", "-1"], "--max-steps: wanted a whole number of at least 1, got -1"),
+        (["--epochs", "0"], "--epochs: wanted a number above 0, got 0.0"),
+        (["--epochs", "nan"], "--epochs: wanted a number above 0, got nan"),
+        (["--batch-size", "0"], "--batch-size: wanted"),
+        (["--lr", "inf"], "--lr: wanted a number of at least 0, got inf"),
+        (["--lora-dropout", "1"], "--lora-dropout: wanted a number of at least 0 and below 1, got 1.0"),
+        (["--seed", "-1"], "--seed: wanted a whole number from 0 to 2**32 - 1, got -1"),
+        (["--workers", "-1"], "--workers: wanted"),
+        (["--examples", "0"], "--examples: wanted"),
+        (["--every-steps", "0"], "every_steps: wanted a whole number of at least 1, got 0"),
+        (["--temperature", "-1"], "temperature: wanted"),
+        (["--train-max-target", "0"], "train_max_target: wanted"),
+        (["--data", "{out}/none"], "none"),
+        (["--paraphrase-with", "http://127.0.0.1:1/v1"], "--paraphrase-model: wanted"),
+        (["--model", "{out}/none"], "--model"),
+    ],
+)
+def test_bad_values_are_refused_before_anything_is_made(tmp_path, capsys, prompts, words, wanted, monkeypatch):
+    monkeypatch.setattr("sapo_peft.tiny.tiny_model", lambda: pytest.fail("the model was loaded"))
+    out = tmp_path / "out"
+    given = ["train", "--data", DATA, "--prompts", prompts, "--output", str(out)]
+    assert main([*given, *(word.replace("{out}", str(tmp_path)) for word in words)]) == 2
+    error = capsys.readouterr().err
+    assert wanted in error and error.strip().splitlines()[-1].startswith("sapo: error: ")
+    assert not list(out.glob("*"))
+    # The same from a file.
+    if "_" not in wanted and words[0] in ("--max-steps", "--epochs"):
+        (tmp_path / "c.yaml").write_text(f"{words[0][2:]}: {words[1].replace('nan', '.nan')}")
+        assert main([*given, "--config", str(tmp_path / "c.yaml")]) == 2
+        assert wanted.split(", got")[0] in capsys.readouterr().err
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path, prompts):
+    """130, one line with the step, no traceback; then --resume continues."""
+    out = tmp_path / "out"
+    words = [sys.executable, "-m", "sapo_peft.cli", "train", "--data", DATA, "--prompts", prompts, "--output", str(out),
+             "--max-steps", "100000", "--save-steps", "2", "--batch-size", "1", "--examples", "8", "--device", "cpu",
+             "--probe-examples", "1"]  # fmt: skip
+    child = subprocess.Popen(words, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        until = time.monotonic() + DEADLINE
+        while not list(out.glob("checkpoint-*/trainer_state.json")) and time.monotonic() < until:
+            assert child.poll() is None, child.communicate()[1]
+            time.sleep(0.05)
+        child.send_signal(signal.SIGINT)
+        _, errors = child.communicate(timeout=DEADLINE)
+    finally:
+        child.kill()
+    assert child.returncode == 130, errors[-2000:]
+    assert "--resume continues from the last checkpoint" in errors and "sapo: interrupted" in errors
+    assert int(errors.split("stopped after step ")[1].split(";")[0]) >= 2
+    assert "Traceback" not in errors, errors[-2000:]
+
+
+def test_checkpoints_in_the_folder(tmp_path, capsys, config, prompts):
+    """A new run does not mix with another's, and a resumed one does not begin anew where that was not asked for."""
+    out = tmp_path / "out"
+    words = ["train", "--data", DATA, "--prompts", prompts, "--output", str(out), "--config", config]
+    assert main([*words, "--resume"]) == 0
+    assert "No checkpoint to resume from: a new run." in capsys.readouterr().out
+    assert main(words) == 2
+    assert "wanted a folder without checkpoints, got one with checkpoint-4; continue" in capsys.readouterr().err
+    before = (out / "adapter_model.safetensors").read_bytes()
+    for folder in out.glob("checkpoint-*"):
+        (folder / "optimizer.pt").unlink()
+    assert main([*words, "--resume"]) == 2
+    error = capsys.readouterr().err
+    assert "--resume: wanted a whole checkpoint" in error and "got 2 that are not (checkpoint-4, ...)" in error
+    assert (out / "adapter_model.safetensors").read_bytes() == before
 
 
 def test_a_run_and_its_resumption(tmp_path, capsys, config, prompts):
@@ -121,7 +223,7 @@ def test_paraphrases_from_a_local_model_are_kept(tmp_path, capsys, prompts):
     words = ["--data", DATA, "--prompts", prompts, "--output", str(out), "--max-steps", "1", "--examples", "4"]
     words += ["--probe-examples", "2", "--batch-size", "2", "--paraphrase-with", str(folder), "--paraphrases", "1"]
     assert main(["train", *words]) == 0
-    assert "0 of the 1 paraphrases asked for are there" in capsys.readouterr().err
+    assert capsys.readouterr().err.count("0 of the 1 paraphrases asked for are there") == 1
     assert (out / "sapo_pool.json").is_file() and (out / "sapo_prompts.json").is_file()
 
 

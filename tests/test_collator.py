@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import pickle
 
@@ -189,3 +190,35 @@ def test_evaluation_does_not_draw():
     hard.choice.chosen[0] = 2
     assert torch.equal(evaluation(examples)["input_ids"], hard(examples)["input_ids"])
     assert not torch.equal(evaluation(examples)["labels"], training(examples)["labels"])
+
+
+def test_responses_are_trained_on_whole_whatever_is_scored(tmp_path):
+    """The limit of scoring is the paper's; a response without its end would teach the model not to stop."""
+    from .training_helpers import record_batches, sapo_trainer, texts_of
+
+    data = [{"input": f"{i}", "target": f"{i} " + "and so on " * 30} for i in range(6)]
+    trainer, callback = sapo_trainer(tmp_path, data=data, max_steps=2)
+    assert callback.config.max_target == 128 < len(data[0]["target"])
+    batches = record_batches(trainer)
+    trainer.train()
+    assert max(callback.rescorer.caches["colours"].response_lengths) == 128
+    seen = [response for batch in batches for _, response in texts_of(trainer, batch)]
+    assert len(seen) == 4 and all(any(text == row["target"] + "<|im_end|>\n" for row in data) for text in seen)
+
+
+def test_what_is_cut_is_said_once(caplog):
+    collator = collator_of(max_target=4, max_source=150)
+    long = [{"input": "long " * 60, "target": "a long answer"}, *colours(2)]
+    with caplog.at_level(logging.WARNING, logger="sapo_peft"):
+        for _ in range(3):
+            rows = rows_of(collator(long))
+    lines = [record.getMessage() for record in caplog.records]
+    assert sorted(lines) == [
+        "inputs are cut to max_source=150 tokens and lose their end",
+        "responses are cut to train_max_target=4 tokens and lose their end",
+    ]
+    assert max(len(response) for _, response in rows) == 4 and max(len(context) for context, _ in rows) <= 150
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, logger="sapo_peft"):
+        collator_of()(colours(4))
+    assert not caplog.records

@@ -55,6 +55,11 @@ MIXED = [*colours(2, "colours"), *colours(2, "other")]
         ({}, {"probe": {"colours": colours(2), "color": colours(2)}}, ValueError, "color"),
         ({"data": [*colours(2, "a")]}, {"pools": [pool_of(2, "a"), pool_of(2, "b")]}, ValueError,
          "task 'b': wanted at least one example"),
+        ({}, {"pools": {1: pool_of()}}, TypeError, "names of tasks as strings, got int 1"),
+        ({"eval_dataset": TOKENISED}, {}, ValueError, r"eval_dataset: wanted raw examples .* got \['attention_mask'"),
+        ({"eval_dataset": {"x": colours(2), "y": TOKENISED}}, {}, ValueError, r"eval_dataset\['y'\]: wanted raw"),
+        ({"eval_dataset": MIXED}, {}, ValueError, r"eval_dataset: example: wanted a 'task' among .* got 'other'"),
+        ({"eval_dataset": [{"input": "a", "target": 1}]}, {}, TypeError, "wanted two strings"),
         ({}, {"config": SapoConfig(max_source=5)}, ValueError, "max_source"),
         ({}, {"config": SapoConfig(template="{prompt} alone")}, ValueError, "template: wanted {prompt} and {input}"),
     ],
@@ -91,13 +96,52 @@ def test_something_that_is_no_trainer():
         ("mode", "medium"), ("temperature", -0.1), ("temperature", float("nan")), ("temperature", "1"),
         ("floor", 1.1), ("decay", -1), ("decay", True), ("drift", float("inf")), ("drift", -1.0),
         ("drift_cooldown", 0), ("probe_examples", 0), ("probe_examples", 2.0), ("every_steps", 0),
-        ("every_steps", True), ("max_source", 0), ("max_target", -1), ("max_tokens", 0), ("seed", None),
+        ("every_steps", True), ("max_source", 0), ("max_target", -1),
+        ("train_max_target", 0), ("max_target", None), ("max_tokens", 0), ("seed", None),
         ("at_start", 1), ("each_epoch", "yes"),
     ],
 )  # fmt: skip
 def test_bad_options(name, value):
     with pytest.raises(ValueError, match=f"^{name}: wanted .*, got "):
         SapoConfig(**{name: value})
+
+
+@pytest.mark.parametrize("found", [None, colours(3), {"a": colours(2), "b": colours(3)}, iter(colours(2))])
+def test_evaluation_datasets_that_are_fine(tmp_path, found):
+    trainer, _ = sapo_trainer(tmp_path, eval_dataset=found)
+    if isinstance(found, dict):
+        assert {"eval_a_loss", "eval_b_loss"} <= set(trainer.evaluate())
+
+
+def test_prompts_that_the_tokenizer_rules_out_are_said(tmp_path, caplog):
+    """Those that the pool had rejected before are old news."""
+    pool = PromptPool.build("colours", "Say it.", ["Say it now.", "Say <|im_end|> it.", "Bad\0one"])
+    assert len(pool.prompts) == 3 and len(pool.rejected) == 1
+    with caplog.at_level("WARNING", logger="sapo_peft"):
+        _, callback = sapo_trainer(tmp_path, pool)
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "sapo_peft"]
+    assert line.startswith('task "colours": a prompt is left out with this tokenizer: wanted plain text, got the')
+    assert '"Say <|im_end|> it."' in line
+    assert callback.choice.pools["colours"].prompts == ("Say it.", "Say it now.")
+
+
+def test_the_chat_template_of_a_processor_counts(tmp_path):
+    """Processors of several kinds of input keep it themselves; their tokenizer may have none, or an older one."""
+    from .oracles import CHATML, THINKING, byte_tokenizer
+
+    class Processor:
+        def __init__(self, tokenizer, template):
+            self.tokenizer, self.chat_template = tokenizer, template
+
+    for inner, outer in ((None, CHATML), (THINKING, CHATML), (CHATML, None), (CHATML, CHATML)):
+        trainer = plain_trainer(tmp_path)
+        tokenizer = byte_tokenizer(chat_template=inner)
+        trainer.processing_class = Processor(tokenizer, outer)
+        attach_sapo(trainer, pool_of())
+        (row,) = trainer.data_collator(colours(1))["input_ids"].tolist()
+        text = tokenizer.decode(row)
+        assert text.startswith("<|im_start|>user\nSay the colour.\n\nText:\n") and "<think>" not in text
+        assert tokenizer.chat_template == inner, "the user's tokenizer is left alone"
 
 
 def test_the_collator_was_chosen_for_this_trainer_only(tmp_path):

@@ -144,6 +144,69 @@ def test_another_pool_is_refused(tmp_path, unbroken):
             trainer.train(resume_from_checkpoint=newest)
 
 
+def saved_run(folder, pools=None, config=None, **options):
+    """A run of four steps with a checkpoint at each second; (trainer, callback, the newest)."""
+    config = config or SapoConfig(every_steps=2, probe_examples=2)
+    trainer, callback = sapo_trainer(folder, pools, config, max_steps=4, save_strategy="steps", save_steps=2, **options)
+    trainer.train()
+    return trainer, callback, last_good_checkpoint(folder)
+
+
+def test_tasks_in_another_order_are_refused(tmp_path):
+    """Rows of the state would stand for other tasks."""
+    pools = [pool_of(2, "a"), pool_of(3, "b")]
+    data = [*colours(4, "a"), *colours(4, "b")]
+    *_, newest = saved_run(tmp_path, pools, data=data)
+    trainer, callback = sapo_trainer(tmp_path, pools[::-1], data=data)
+    with pytest.raises(ValueError, match=r"order that the run began with, \['a', 'b'\], got \['b', 'a'\]"):
+        trainer.train(resume_from_checkpoint=newest)
+    assert callback.history == []
+
+
+@pytest.mark.parametrize(
+    ("change", "wanted"),
+    [
+        ({"mode": "soft"}, "mode: wanted 'hard' as before, got 'soft'"),
+        ({"template": "{input} <- {prompt}"}, "template and tokenizer that the run began with"),
+        ({"probe_examples": 3}, "probe that the run began with"),
+        ({"max_target": 2}, "probe that the run began with"),
+    ],
+)
+def test_what_a_state_is_of_must_be_the_same(tmp_path, change, wanted):
+    *_, newest = saved_run(tmp_path)
+    trainer, _ = sapo_trainer(tmp_path, config=SapoConfig(**{"every_steps": 2, "probe_examples": 2, **change}))
+    with pytest.raises(ValueError, match=wanted):
+        trainer.train(resume_from_checkpoint=newest)
+
+
+def test_the_seed_of_draws_must_be_the_same(tmp_path):
+    soft = dict(mode="soft", every_steps=2, probe_examples=2)
+    *_, newest = saved_run(tmp_path, config=SapoConfig(**soft))
+    trainer, _ = sapo_trainer(tmp_path, config=SapoConfig(**soft, seed=1))
+    with pytest.raises(ValueError, match="seed: wanted 0 as before, got 1"):
+        trainer.train(resume_from_checkpoint=newest)
+
+
+def test_another_schedule_is_said_and_goes_on(tmp_path, caplog):
+    *_, newest = saved_run(tmp_path)
+    config = SapoConfig(every_steps=1, decay=0.5, probe_examples=2, seed=3)
+    trainer, callback = sapo_trainer(tmp_path, config=config)
+    with caplog.at_level("WARNING", logger="sapo_peft"):
+        trainer.train(resume_from_checkpoint=newest)
+    (line,) = [record.getMessage() for record in caplog.records if "other options" in record.getMessage()]
+    assert "every_steps 2 -> 1" in line and "decay 0.0 -> 0.5" in line and "seed 0 -> 3" in line
+    assert [scoring.step for scoring in callback.history] == [0, 2, 5]
+
+
+@pytest.mark.parametrize("name", ["float", "nan", "version", "a\u2028b"])
+def test_any_name_of_a_task_survives(tmp_path, name):
+    """Values that JSON lacks are kept as {"float": "nan"}: a task of that name is none of them."""
+    trainer, callback, newest = saved_run(tmp_path, {name: pool_of()})
+    other, again = sapo_trainer(tmp_path, {name: pool_of()}, callback.config)
+    other.train(resume_from_checkpoint=newest)
+    assert choices(again)[:2] == choices(callback) and again.history[0].losses[name]
+
+
 def test_a_state_of_another_version_is_refused(tmp_path):
     trainer, callback = sapo_trainer(tmp_path)
     with pytest.raises(ValueError, match="wanted version 2, got 1"):

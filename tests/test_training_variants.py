@@ -97,9 +97,14 @@ def test_a_frozen_adapter_beside_the_one_that_trains(tmp_path):
 CHILD = """
 import json, sys, torch
 torch.set_num_threads(1)
-from sapo_peft import SapoConfig
-from tests.training_helpers import adapter_digest, choices, colours, curve, pool_of, sapo_trainer
+from sapo_peft import SapoConfig, attach_sapo
+from tests.training_helpers import adapter_digest, choices, colours, curve, plain_trainer, pool_of, sapo_trainer
 
+refused = plain_trainer(sys.argv[1])
+try:
+    attach_sapo(refused, pool_of(4, head="Now: " * refused.args.process_index))
+except ValueError as error:
+    refused = str(error)
 config = SapoConfig(mode=sys.argv[2], temperature=0.5, every_steps=2, drift=0.5, drift_cooldown=1, probe_examples=2)
 trainer, callback = sapo_trainer(
     sys.argv[1], pool_of(4), config, data=colours(32), save_strategy="steps", save_steps=3, learning_rate=5e-2
@@ -124,7 +129,7 @@ trainer.training_step = training_step
 trainer.train()
 decode = trainer.processing_class.decode
 made = {"choices": choices(callback), "reasons": [s.reason for s in callback.history],
-        "world": trainer.args.world_size, "texts": [decode(ids) for ids in seen],
+        "refused": refused, "world": trainer.args.world_size, "texts": [decode(ids) for ids in seen],
         "steps": trainer.state.global_step, "losses": [loss for _, loss, _ in curve(trainer)],
         "adapter": adapter_digest(trainer.accelerator.unwrap_model(trainer.model))}
 open(f"{sys.argv[1]}/rank{rank}.json", "w").write(json.dumps(made))
@@ -144,7 +149,8 @@ def test_two_processes_choose_the_same(tmp_path, mode):
     assert done.returncode == 0, done.stderr.decode()[-4000:]
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
     assert first["world"] == 2 and first["steps"] == second["steps"] == 6
-    for name in ("choices", "reasons", "adapter", "losses"):
+    assert first["refused"] == "rank 1: wanted the pools and template and probe of rank 0, got others"
+    for name in ("refused", "choices", "reasons", "adapter", "losses"):
         assert first[name] == second[name], name
     assert [step for step, _ in first["choices"]][:3] == [0, 2, 4]
     assert first["texts"] != second["texts"], "each has its own examples"
