@@ -8,6 +8,8 @@ from .accumulate.api import accumulate_
 from .linear_logprob.api import linear_logprob
 from .prompt_scores import PromptScores
 from .prompt_state import PromptState
+from .race import Race
+from .race_report import RaceReport
 from .response_cache import ResponseCache
 from .reweight.api import reweight_
 from .score import score_prompts
@@ -17,6 +19,8 @@ from .trie import TokenTrie, TriePass, plan_trie
 __all__ = [
     "PromptScores",
     "PromptState",
+    "Race",
+    "RaceReport",
     "ResponseCache",
     "TokenTrie",
     "TriePass",

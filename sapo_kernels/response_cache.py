@@ -34,6 +34,7 @@ class ResponseCache:
     Attributes:
         prompts: K strings (``"prompt 0"``... if made from ids).
         num_prompts, num_examples: K and M. Cell (k, m) has the flat number ``k * M + m``.
+        selected: flat numbers of the cells that a selection has, else None.
         stats: what rendering did: "truncated_inputs" and "truncated_targets" (cells cut to max_source and max_target),
             "boundary_breaks" (cells whose context is no token prefix of context + response), "special_tokens_in_text"
             (examples whose text contains a special token of the tokenizer).
@@ -44,6 +45,7 @@ class ResponseCache:
         self.offsets: np.ndarray = offsets
         self.context_lengths: np.ndarray = context_lengths
         self.prompts, self.num_examples, self.stats = prompts, num_examples, stats
+        self.selected: np.ndarray | None = None
         self.max_id = int(ids.max()) if len(ids) else -1
         self._plans: dict = {}
 
@@ -80,10 +82,27 @@ class ResponseCache:
         return np.asarray(first, dtype=np.int64)
 
     def cell_name(self, cell: int) -> str:
-        """What messages call a cell, by its flat number."""
-        return f"(prompt {cell // self.num_examples}, example {cell % self.num_examples})"
+        """What messages call a cell, by its flat number; a selection's cells by those of the whole."""
+        number = cell if self.selected is None else int(self.selected[cell])
+        return f"(prompt {number // self.num_examples}, example {number % self.num_examples})"
+
+    def select(self, cells: np.ndarray) -> ResponseCache:
+        """A cache of some cells only, in the order of their flat numbers `cells`, which it keeps in ``selected``.
+
+        It is no grid of prompts and examples any more: ``contexts`` and ``responses`` are not there.
+        """
+        length = np.diff(self.offsets)[cells]
+        offsets = np.concatenate([[0], np.cumsum(length)])
+        inside = np.arange(offsets[-1]) + np.repeat(self.offsets[:-1][cells] - offsets[:-1], length)
+        part = ResponseCache(
+            self.ids[inside], offsets, self.context_lengths[cells], self.prompts, self.num_examples, self.stats
+        )
+        part.selected = np.asarray(cells)
+        return part
 
     def _nested(self, first, stop) -> list[list[list[int]]]:
+        if self.selected is not None:
+            raise ValueError("cache: wanted one of all cells, got a selection")
         flat = [self.ids[a:b].tolist() for a, b in zip(first, stop, strict=True)]
         return [flat[k * self.num_examples : (k + 1) * self.num_examples] for k in range(self.num_prompts)]
 

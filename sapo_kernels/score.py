@@ -17,6 +17,7 @@ from .head import OP_IMPL, HeadReader, padded_batch
 from .probe import Verdict, verdict_for
 from .progress import Progress
 from .prompt_scores import PromptScores
+from .race import Contest, Race
 from .render import Template
 from .response_cache import ResponseCache
 
@@ -43,6 +44,7 @@ def score_prompts(
     max_tokens: int | None = None,
     impl: str = "auto",
     progress: bool | None = None,
+    race: Race | None = None,
 ) -> PromptScores:
     """Negative log-likelihood of every example's target under every prompt, in one packed pass over a token trie.
 
@@ -65,19 +67,24 @@ def score_prompts(
         impl: "auto"; "tree" or "padded" to insist on a road; "triton", "sdpa" or "reference" to insist on the tree road
             with that backend.
         progress: a bar on stderr; None shows it on a terminal only.
+        race: score in rounds, and only what is needed to find the best prompt; see `Race`.
 
     Returns:
-        `PromptScores` with nll [K, M] in nats (float64, CPU) and tokens [K, M].
+        `PromptScores` with nll [K, M] in nats (float64, CPU) and tokens [K, M]. After a race, cells that were not
+        scored have NaN and 0 tokens, and ``race`` says what happened to each prompt.
 
     Raises:
         ValueError, TypeError: naming the prompt, example or argument, what was wanted and what was got.
         RuntimeError: ``impl="tree"`` (or a backend) on a model whose layers do not allow it, with the reason.
         torch.OutOfMemoryError: naming the cell that does not fit even alone; before that the pass is halved and redone.
 
-    Numerics: fp32 within 1e-4 nats per token of the plain forward; cells are summed in float64 in response order.
+    Numerics: fp32 within 1e-4 nats per token of the plain forward; cells are summed in float64 in response order. A
+    race scores the same cells in other passes, so within the same bound of a call without one, not bitwise.
     Source: SAPO, arXiv 2606.01967.
     """
     check_choices(impl, max_tokens)
+    if race is not None and not isinstance(race, Race):
+        raise TypeError(f"race: wanted a Race or None, got {type(race).__name__}")
     cache = prompts
     if not isinstance(prompts, ResponseCache):
         if tokenizer is None:
@@ -90,7 +97,7 @@ def score_prompts(
         raise ValueError("examples: wanted none beside a ResponseCache, which holds its own")
     elif (template, suffix, text_word, max_source, max_target) != (None, "", "Text", 1536, 128):
         raise ValueError("template, suffix, text_word, max_source, max_target: wanted none beside a ResponseCache")
-    return ScoringJob(model, cache, impl, max_tokens, progress).run()
+    return ScoringJob(model, cache, impl, max_tokens, progress).run(race)
 
 
 def check_choices(impl: str, max_tokens: int | None) -> None:
@@ -116,13 +123,20 @@ class ScoringJob:
         if refusal:
             raise ValueError(f"cell {cache.cell_name(int(cache.lengths.argmax()))}: {refusal}")
 
-    def run(self) -> PromptScores:
+    def run(self, race: Race | None = None) -> PromptScores:
         started = time.perf_counter()
-        nll, computed, padded, reason = self.measure()
         shape = (self.cache.num_prompts, self.cache.num_examples)
+        tokens = self.cache.response_lengths.reshape(shape)
+        if race is None:
+            nll, computed, padded, reason = self.measure()
+            report = None
+        else:
+            contest = Contest(race, tokens, self.cache.prompts)
+            computed, padded, reason = self._hold(contest)
+            nll, tokens, report = contest.nll, np.where(contest.scored, tokens, 0), contest.report()
         scores = PromptScores(
             nll=torch.from_numpy(nll).view(shape),
-            tokens=torch.from_numpy(self.cache.response_lengths).view(shape).clone(),
+            tokens=torch.from_numpy(tokens).clone(),
             prompts=list(self.cache.prompts),
             stats={
                 "road": "padded" if padded else "tree",
@@ -133,9 +147,22 @@ class ScoringJob:
                 "seconds": time.perf_counter() - started,
                 **self.cache.stats,
             },
+            race=report,
         )
         scores.warn_nonfinite()
         return scores
+
+    def _hold(self, contest: Contest) -> tuple[int, bool, str | None]:
+        """Score what a contest asks for, round by round; (computed tokens, padded, reason) as `measure` has them."""
+        total, road, padded, reason = 0, self.impl, False, None
+        while (cells := contest.wanted()) is not None:
+            part = ScoringJob(self.model, self.cache.select(cells), road, self.max_tokens, self.progress)
+            nll, computed, by_padded, why = part.measure()
+            contest.add(cells, nll)
+            total, padded, reason = total + computed, padded or by_padded, reason or why
+            # One road for all rounds, and one line in the log about it.
+            road = "padded" if padded else road
+        return total, padded, reason
 
     def measure(self) -> tuple[np.ndarray, int, bool, str | None]:
         """([K * M] nll, computed tokens, whether by the padded road, why the tree road is closed)."""

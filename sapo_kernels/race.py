@@ -1,0 +1,273 @@
+"""Race: score the prompts on more and more examples, and stop scoring those that cannot be the best.
+
+`Race` says how, `Contest` holds one: it names the cells of the next round, takes their losses, and judges.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from .prompt_scores import PromptScores
+from .race_bounds import WARM_UP, PairEvidence
+from .race_report import RaceReport
+
+
+@dataclass(frozen=True)
+class Race:
+    """How to look for the best of K prompts without scoring all K * M cells; for `score_prompts(..., race=Race())`.
+
+    Round after round all prompts that are still in are scored on the next examples of a random order. After each, they
+    are compared with the one that has the lowest loss so far, pair by pair on the examples that both have. A prompt
+    whose loss is shown to be higher leaves for good. One that is shown to be no more than the tolerance better waits;
+    it comes back if the prompt that it was compared with loses the lead. The race ends when one prompt is left: at the
+    latest after all examples, where it has chosen what scoring every cell chooses (lowest loss, then lowest index).
+
+    What is promised: with probability at least ``1 - delta`` over the random order, the winner's loss over all M
+    examples (`reduce("token")`) is at most the tolerance above the lowest. This holds at any number of rounds, for any
+    K and M, and for losses of any distribution, provided that no difference between the best prompt and another, on an
+    example that was not scored, lies further below the mean of those scored than `reach` times the furthest scored one
+    (either way). `sapo_kernels.race_bounds` has the argument, and what is left of the promise when that fails.
+
+    Args:
+        delta: probability of choosing worse than promised, in (0, 1).
+        tolerance: nats per token that the winner may be above the best.
+        relative: the same as a share of the winner's loss; the larger of the two counts. 0 with tolerance 0 decides
+            between near ties too, for which most examples are needed.
+        first: examples of the first round.
+        growth: each round ends at this multiple of the examples of the one before; more rounds save cells and cost
+            shared prefixes, which each round computes again.
+        reach: see above; larger is safer and slower.
+        seed: of the order of the examples. The same seed and losses give the same race.
+        memory: scores of the same prompts on the same examples under an earlier state of the model. Rows that it has
+            whole make the differences less noisy. Its winner is expected to win again and is compared with the others
+            at half of delta. A memory that predicts nothing costs examples, never the promise.
+
+    Raises:
+        ValueError, TypeError: naming the option, what was wanted and what was got.
+    """
+
+    delta: float = 0.05
+    tolerance: float = 0.0
+    relative: float = 0.005
+    first: int = 16
+    growth: float = 1.5
+    reach: float = 1.5
+    seed: int = 0
+    memory: PromptScores | None = None
+
+    def __post_init__(self):
+        if not (_number(self.delta) and 0.0 < self.delta < 1.0):
+            raise ValueError(f"delta: wanted a number between 0 and 1, got {self.delta!r}")
+        for name, low, high in (("tolerance", 0.0, math.inf), ("relative", 0.0, 1.0), ("reach", 1.0, math.inf)):
+            value = getattr(self, name)
+            if not (_number(value) and low <= value < high):
+                raise ValueError(f"{name}: wanted a number of at least {low:g} and below {high:g}, got {value!r}")
+        if not (_number(self.growth) and 1.0 < self.growth < math.inf):
+            raise ValueError(f"growth: wanted a number above 1, got {self.growth!r}")
+        if type(self.first) is not int or self.first <= WARM_UP:
+            raise ValueError(f"first: wanted a whole number above {WARM_UP}, got {self.first!r}")
+        if type(self.seed) is not int:
+            raise ValueError(f"seed: wanted a whole number, got {self.seed!r}")
+        if self.memory is not None and not isinstance(self.memory, PromptScores):
+            raise TypeError(f"memory: wanted PromptScores or None, got {type(self.memory).__name__}")
+
+    def order(self, num_examples: int) -> list[int]:
+        """The examples in the order in which they are scored: that of a hash, the same in every version and process."""
+
+        def place(example: int) -> bytes:
+            return hashlib.blake2b(f"{self.seed} {example}".encode(), digest_size=16).digest()
+
+        return sorted(range(num_examples), key=place)
+
+
+class Contest:
+    """One race over K prompts x M examples.
+
+    Args:
+        race: the options.
+        tokens: [K, M] int64, response tokens of every cell, also of those never scored.
+        prompts: K strings, compared with the memory's.
+
+    Use::
+
+        while (cells := contest.wanted()) is not None:      # flat numbers k * M + m, ascending
+            contest.add(cells, nll)                         # [len(cells)] float64, nats
+        contest.report()
+    """
+
+    def __init__(self, race: Race, tokens: np.ndarray, prompts: list[str]):
+        self.race, self.tokens = race, tokens
+        self.num_prompts, self.num_examples = tokens.shape
+        self.order = np.asarray(race.order(self.num_examples))
+        self.nll = np.full(tokens.shape, np.nan)
+        self.scored = np.zeros(tokens.shape, dtype=bool)
+        # The loss sum(nll) / sum(tokens) is the mean of these multiples of the cells, as all tokens are known ahead.
+        self._weight = self.num_examples / tokens.sum(1, keepdims=True)
+        self._old, self._old_winner = _remembered(race.memory, tokens, prompts, self._weight, self.order)
+        self.removed = np.zeros(self.num_prompts, dtype=bool)  # shown to be worse
+        self.broken = np.zeros(self.num_prompts, dtype=bool)  # a cell that is not finite
+        self.waiting = np.zeros(self.num_prompts, dtype=bool)  # within the tolerance of the leader
+        self.against = np.arange(self.num_prompts)
+        self.left = np.zeros(self.num_prompts, dtype=np.int64)
+        self.leader, self.tolerance, self.size = -1, 0.0, min(race.first, self.num_examples)
+        self.rounds: list[int] = []
+
+    @property
+    def active(self) -> np.ndarray:
+        """[K] bool, the prompts that the next round scores."""
+        return ~(self.removed | self.broken | self.waiting)
+
+    def wanted(self) -> np.ndarray | None:
+        """The cells of the next round, or None if the race is over."""
+        if self.rounds and self.active.sum() <= 1:
+            return None
+        while True:
+            block = np.zeros(self.tokens.shape, dtype=bool)
+            block[np.ix_(self.active, self.order[: self.size])] = True
+            cells = np.flatnonzero(block & ~self.scored)
+            if len(cells) or self.size == self.num_examples:
+                return cells if len(cells) else None
+            self._grow()
+
+    def add(self, cells: np.ndarray, nll: np.ndarray) -> None:
+        """The losses of the cells that `wanted` named; decides who leaves."""
+        self.nll.flat[cells] = nll
+        self.scored.flat[cells] = True
+        self.rounds.append(self.size)
+        self._leave_broken()
+        if self.active.any():
+            self._judge()
+        self._grow()
+
+    def _grow(self) -> None:
+        self.size = min(self.num_examples, math.ceil(self.size * self.race.growth))
+
+    def _leave_broken(self) -> None:
+        """Whoever has a cell that is not finite is out, and those it had beaten are in again."""
+        broken = (self.scored & ~np.isfinite(self.nll)).any(1)
+        fresh = broken & ~self.broken
+        self.broken |= broken
+        self.left[fresh], self.against[fresh] = len(self.rounds), np.flatnonzero(fresh)
+        while fresh.any():
+            back = self.removed & np.isin(self.against, np.flatnonzero(fresh)) & ~self.broken
+            self.removed[back], fresh = False, back
+        self.waiting[:] = False if self.leader >= 0 and self.broken[self.leader] else self.waiting
+
+    def _judge(self) -> None:
+        """Find the leader among those scored furthest, and compare everyone who is not out with it."""
+        counts = self.scored.sum(1)
+        ready = np.flatnonzero(self.active & (counts == counts[self.active].max()))
+        done = counts[ready[0]] == self.num_examples
+        losses = self._full_losses()[ready] if done else self._values(ready, counts[ready[0]]).mean(1)
+        leader = int(ready[np.argmin(losses)])
+        self.leader, self.against[leader], self.left[leader] = leader, leader, len(self.rounds)
+        self.tolerance = max(self.race.tolerance, self.race.relative * float(losses.min()))
+        others = np.flatnonzero(~(self.removed | self.broken))
+        others = others[others != leader]
+        for n in np.unique(counts[others]).tolist():
+            group = others[counts[others] == n]
+            evidence, level = self._evidence(group, leader, n), self._level(group, leader)
+            if evidence.complete:  # the leader has the lowest loss of these, and the lowest index of equals
+                worse, close = np.ones(len(group), dtype=bool), np.zeros(len(group), dtype=bool)
+            else:
+                worse = evidence.log_capital(0.0) >= level
+                close = ~worse & (self.tolerance > 0.0) & (evidence.mean >= 0.0)
+                close &= evidence.log_capital(-self.tolerance) >= level
+            out = worse | close
+            self.left[group] = np.where(out & ~self.waiting[group], len(self.rounds), self.left[group])
+            self.against[group] = np.where(out, leader, self.against[group])
+            self.removed[group], self.waiting[group] = worse, close
+
+    def _full_losses(self) -> np.ndarray:
+        """[K] losses exactly as a call without a race has them; NaN for a prompt that was not scored everywhere."""
+        whole = torch.from_numpy(np.where(self.scored.all(1, keepdims=True), self.nll, np.nan))
+        return PromptScores(whole, torch.from_numpy(self.tokens), []).loss.numpy()
+
+    def _values(self, prompts: np.ndarray, n: int) -> np.ndarray:
+        """[P, n] what the first n examples bring to the losses of these prompts, in the order drawn."""
+        return self.nll[np.ix_(prompts, self.order[:n])] * self._weight[prompts]
+
+    def _evidence(self, prompts: np.ndarray, other: int, n: int, sign: float = 1.0) -> PairEvidence:
+        """On the losses of `prompts` minus that of `other` (or the other way round), after n examples."""
+        control = None
+        if self._old is not None and np.isfinite(self._old[other, 0]):
+            control = sign * (self._old[prompts] - self._old[other])
+            # A prompt without a whole row in the memory has no control: one that is 0 changes nothing.
+            control = np.where(np.isfinite(control), control, 0.0)
+        drawn = sign * (self._values(prompts, n) - self._values(np.asarray([other]), n))
+        return PairEvidence(drawn, self.num_examples, self.tolerance, self.race.reach, control)
+
+    def _level(self, prompts: np.ndarray, other: np.ndarray | int) -> np.ndarray:
+        """[P] log capital at which each of `prompts` is worse than `other`.
+
+        Only the best prompt can leave wrongly, whichever of the K - 1 others it is compared with: delta is spread over
+        these, half of it on the prompt that won before.
+        """
+        rivals = max(self.num_prompts - 1, 1)
+        share = np.full(np.broadcast(prompts, other).shape, 1.0 / rivals)
+        if self._old_winner >= 0:
+            expected = 0.5 / rivals + 0.5 * (np.asarray(other) == self._old_winner)
+            share = np.where(np.asarray(prompts) == self._old_winner, share, expected)
+        return -np.log(self.race.delta * share)
+
+    def report(self) -> RaceReport:
+        """What came out; call it when `wanted` has said None."""
+        counts, winner = self.scored.sum(1), -1 if not self.active.any() else self.leader
+        lower, upper = np.full((2, self.num_prompts), np.nan)
+        regret = math.nan
+        if winner >= 0:
+            fit = np.flatnonzero(~self.broken)
+            lower[winner] = upper[winner] = 0.0
+            for n in np.unique(counts[fit]).tolist():
+                group = fit[(np.minimum(counts, counts[winner])[fit] == n) & (fit != winner)]
+                low = self._evidence(group, winner, n).lower_bound(self._level(group, winner))
+                high = self._evidence(group, winner, n, -1.0).lower_bound(self._level(winner, group))
+                lower[group], upper[group] = low, -high
+            regret = max(0.0, float((-lower[fit[~self.removed[fit]]]).max()))
+        reason = np.where(self.removed, "worse", "within tolerance")
+        reason = np.where(self.broken, "not finite", np.where(np.arange(self.num_prompts) == winner, "winner", reason))
+        return RaceReport(
+            winner=winner,
+            examples=counts.tolist(),
+            left=self.left.tolist(),
+            reason=reason.tolist(),
+            against=self.against.tolist(),
+            lower=lower.tolist(),
+            upper=upper.tolist(),
+            regret=regret,
+            tolerance=self.tolerance,
+            delta=self.race.delta,
+            rounds=self.rounds,
+            cells=int(self.scored.sum()),
+            total=self.scored.size,
+        )
+
+
+def _number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _remembered(memory: PromptScores | None, tokens: np.ndarray, prompts: list[str], weight, order):
+    """([K, M] old losses in the order drawn, NaN in rows that are not whole, or None; the old winner or -1)."""
+    if memory is None:
+        return None, -1
+    if list(memory.prompts) != list(prompts):
+        raise ValueError("memory: wanted scores of the same prompts in the same order, got others")
+    if tuple(memory.nll.shape) != tokens.shape:
+        raise ValueError(f"memory: wanted scores [{tokens.shape[0]}, {tokens.shape[1]}], got {list(memory.nll.shape)}")
+    old, count = memory.nll.double().cpu().numpy(), memory.tokens.cpu().numpy()
+    other = np.argwhere((count > 0) & (count != tokens))
+    if len(other):
+        k, m = other[0].tolist()
+        raise ValueError(
+            f"memory: prompt {k}, example {m}: wanted {tokens[k, m]} response tokens as in this job, got {count[k, m]}"
+        )
+    whole = ((count > 0) & np.isfinite(old)).all(1)
+    values = np.where(whole[:, None], old * weight, np.nan)[:, order]
+    winner = memory.best if np.isfinite(memory.loss.numpy()).any() else -1
+    return (values if whole.sum() >= 2 else None), winner

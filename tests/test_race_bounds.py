@@ -1,0 +1,206 @@
+"""The capital of the bets against plain loops, its coverage, its power, and what is left when the assumption fails."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from sapo_kernels.race_bounds import MOST, PRIOR_EXAMPLES, STEADY, WARM_UP, PairEvidence
+
+SIZES = (16, 24, 36, 54, 81)
+
+
+def capital_by_hand(drawn, population, theta, margin, reach, control=None):
+    """The mean capital over the rules, one bet at a time, as the module's docstring describes it."""
+    values = list(drawn)
+    if control is not None:
+        centre = sum(control) / population
+        z = [x - centre for x in control]
+        spread = sum(x * x for x in z) / population
+        values = []
+        for i, d in enumerate(drawn):
+            seen, before = z[:i], list(drawn[:i])
+            mean_d = sum(before) / i if i else 0.0
+            both = sum(a * (b - mean_d) for a, b in zip(seen, before, strict=True))
+            top = both + PRIOR_EXAMPLES * spread
+            slope = top / (sum(a * a for a in seen) + PRIOR_EXAMPLES * spread) if i else 1.0
+            values.append(d - slope * (z[i] - sum(z[i:]) / (population - i)))
+    capitals = []
+    for rule in range(4 + len(STEADY)):
+        capital = 1.0
+        for i in range(WARM_UP, len(drawn)):
+            seen = values[:i]
+            mean = sum(seen) / i
+            variance = sum((x - mean) ** 2 for x in seen) / i * (1 + 1 / i)
+            floor = mean - reach * max(abs(x - mean) for x in seen)
+
+            def expected(level, i=i):
+                return (population * level - sum(drawn[:i])) / (population - i)
+
+            if rule < 4:
+                gap = max(mean - expected((0.0, -margin)[rule // 2]), 0.0)
+                stake = gap / (variance + gap * gap) * (1.0, 0.5)[rule % 2]
+            else:
+                part = STEADY[rule - 4]
+                stake = part * math.sqrt(variance) / ((1 + part * part) * variance)
+            room = expected(theta) - floor
+            if room > 0:
+                stake = min(stake, MOST / room)
+            capital *= 1 + stake * (max(values[i], floor) - expected(theta))
+        capitals.append(capital)
+    return capitals
+
+
+@pytest.mark.parametrize("with_control", [False, True])
+@pytest.mark.parametrize("theta", [-0.3, 0.0, 0.2])
+def test_capital_is_that_of_the_plain_bets(with_control, theta):
+    rng = np.random.default_rng(3)
+    population, n = 40, 17
+    drawn = rng.normal(0.3, 1.0, (5, n))
+    drawn[1, 9] = -6.0  # below the floor
+    control = rng.normal(0.1, 1.0, (5, population)) if with_control else None
+    if with_control:
+        control[:, :n] += drawn
+    got = PairEvidence(drawn, population, 0.1, 1.5, control).log_capital(theta)
+    for p in range(5):
+        capitals = capital_by_hand(drawn[p].tolist(), population, theta, 0.1, 1.5)
+        if with_control:
+            capitals += capital_by_hand(drawn[p].tolist(), population, theta, 0.1, 1.5, control[p].tolist())
+        assert got[p] == pytest.approx(math.log(sum(capitals) / len(capitals)), abs=1e-9)
+
+
+def permuted(population: np.ndarray, times: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).permuted(np.tile(population, (times, 1)), axis=1)
+
+
+def crossings(orders: np.ndarray, theta: float, alpha: float, reach: float, control=None) -> float:
+    """Share of the orders in which ``D <= theta`` is refuted after any of the rounds."""
+    refuted = np.zeros(len(orders), dtype=bool)
+    for n in SIZES:
+        evidence = PairEvidence(orders[:, :n], orders.shape[1], 0.1, reach, control)
+        refuted |= evidence.log_capital(theta) >= -math.log(alpha)
+    return float(refuted.mean())
+
+
+def shapes():
+    rng = np.random.default_rng(11)
+    yield "normal", rng.normal(size=120)
+    yield "uniform", rng.uniform(size=120)
+    yield "two values", np.repeat([-1.0, 1.0], 60)
+    yield "skewed to the seen side", rng.exponential(size=120)
+    yield "heavy on both sides", rng.standard_t(3, size=120)
+
+
+SHAPES = dict(shapes())
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_truth_is_seldom_refuted(name):
+    """At most alpha over all rounds, for populations of the shapes that paired differences have."""
+    times, population = 1500, SHAPES[name]
+    orders = permuted(population, times, 1)
+    for alpha in (0.2, 0.05):
+        noise = 3 * math.sqrt(alpha * (1 - alpha) / times)
+        assert crossings(orders, population.mean(), alpha, 2.0) <= alpha + noise
+
+
+def test_a_difference_of_one_deviation_is_found_early():
+    population = np.random.default_rng(5).normal(1.0, 1.0, 250)
+    found = PairEvidence(permuted(population, 300, 2)[:, :36], 250, 0.1, 1.5).log_capital(0.0) >= math.log(400)
+    assert found.mean() > 0.9
+
+
+def test_capital_never_grows_with_theta():
+    drawn = permuted(np.random.default_rng(6).standard_t(2, 200), 50, 3)[:, :40]
+    evidence = PairEvidence(drawn, 200, 0.1, 1.0, permuted(np.random.default_rng(7).normal(size=200), 50, 4))
+    steps = np.stack([evidence.log_capital(theta) for theta in np.linspace(-5, 5, 201)])
+    assert (np.diff(steps, axis=0) <= 1e-9).all()
+
+
+def test_lower_bound_is_where_the_capital_reaches_the_level():
+    drawn = permuted(np.random.default_rng(8).normal(2.0, 1.0, 100), 20, 5)[:, :30]
+    evidence, level = PairEvidence(drawn, 100, 0.1, 1.5), math.log(40)
+    bound = evidence.lower_bound(level)
+    assert np.isfinite(bound).all() and (bound < drawn.mean(1)).all()
+    assert (evidence.log_capital(bound - 1e-6) >= level).all()
+    assert (evidence.log_capital(bound + 1e-6) < level).all()
+
+
+def test_bounds_cover_and_shrink():
+    population = np.random.default_rng(9).normal(0.4, 1.0, 150)
+    orders = permuted(population, 400, 6)
+    widths = []
+    for n in (16, 40, 100, 149):
+        bound = PairEvidence(orders[:, :n], 150, 0.1, 2.0).lower_bound(math.log(20))
+        assert (bound > population.mean()).mean() <= 0.05
+        widths.append(np.median(population.mean() - bound))
+    assert widths == sorted(widths, reverse=True) and widths[-1] < 0.05 * widths[0]
+
+
+def test_all_examples_leave_no_doubt():
+    drawn = np.random.default_rng(10).normal(size=(3, 25))
+    evidence = PairEvidence(drawn, 25, 0.1, 1.5)
+    assert evidence.log_capital(evidence.mean).tolist() == [-math.inf] * 3
+    assert evidence.log_capital(evidence.mean - 1e-12).tolist() == [math.inf] * 3
+    assert evidence.lower_bound(99.0).tolist() == evidence.mean.tolist()
+
+
+def test_too_few_examples_say_nothing():
+    evidence = PairEvidence(np.ones((2, WARM_UP)), 100, 0.1, 1.5)
+    assert evidence.log_capital(0.0).tolist() == [0.0, 0.0] and evidence.lower_bound(1.0).tolist() == [-math.inf] * 2
+
+
+def test_equal_prompts_are_never_told_apart():
+    evidence = PairEvidence(np.zeros((1, 60)), 250, 0.01, 1.5, np.zeros((1, 250)))
+    assert evidence.log_capital(0.0)[0] == 0.0
+    assert evidence.log_capital(-0.01)[0] > math.log(400), "but they are shown to be within a tolerance"
+
+
+@pytest.mark.parametrize("scale", [1e-290, 1e-12, 1e12, 1e150])
+def test_any_unit_gives_the_same_capital(scale):
+    drawn = np.random.default_rng(12).normal(0.5, 1.0, (4, 40))
+    one = PairEvidence(drawn, 200, 0.1, 1.5).log_capital(0.0)
+    other = PairEvidence(drawn * scale, 200, 0.1 * scale, 1.5).log_capital(0.0)
+    if scale > 1e-100:
+        assert np.allclose(one, other, atol=1e-6)
+    assert np.isfinite(other).all()
+
+
+def test_a_control_that_predicts_narrows_and_one_that_does_not_hardly_hurts():
+    rng = np.random.default_rng(13)
+    population = rng.normal(0.5, 1.0, 250)
+    both = np.stack([population, population + rng.normal(0, 0.2, 250), rng.normal(0, 1.0, 250)])
+    orders = np.stack([rng.permutation(250) for _ in range(200)])
+    drawn, good, junk = (both[row][orders] for row in range(3))
+    level = math.log(100)
+    plain, helped, hurt = (
+        np.median(population.mean() - PairEvidence(drawn[:, :36], 250, 0.1, 1.5, control).lower_bound(level))
+        for control in (None, good, junk)
+    )
+    assert helped < 0.5 * plain and hurt < 1.3 * plain
+    assert crossings(drawn, population.mean(), 0.05, 2.0, good) <= 0.05
+    assert crossings(drawn, population.mean(), 0.05, 2.0, junk) <= 0.05
+
+
+HIDDEN = {"one example carries it all": [1, 20.0], "five do": [5, 4.0], "a tenth does": [12, 1.0]}
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_what_hides_beyond_the_reach_is_all_that_can_be_lost(name):
+    """Few examples far below the others: without them the promise fails, and the tail says by how much at most."""
+    count, depth = HIDDEN[name]
+    population = np.random.default_rng(14).normal(0, 0.1, 120)
+    population[:count] -= depth
+    orders, n, alpha = permuted(population, 1000, 7), 24, 0.05
+    evidence = PairEvidence(orders[:, :n], 120, 0.1, 1.5)
+    bound = evidence.lower_bound(-math.log(alpha))
+    floor = evidence._games[0].floor  # [orders, bets]
+    tail = np.zeros(len(orders))
+    for i in range(WARM_UP, n):
+        missing = np.maximum(floor[:, i - WARM_UP, None] - orders[:, i:], 0.0).sum(1) / 120
+        tail = np.maximum(tail, missing)
+    worst = (bound > population.mean()).mean()
+    assert worst > 2 * alpha, "the case is one in which the promise fails"
+    assert (bound > population.mean() + tail).mean() <= alpha
