@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from dataclasses import fields
 from typing import Any
 
@@ -95,7 +96,9 @@ def run(args: argparse.Namespace) -> int:
     tasks, order = _tasks(args)
     from .sequence.runner import run_sequence
 
-    with log_on_stderr("sapo_peft", args.quiet), log_on_stderr("sapo_kernels", args.quiet):
+    with log_on_stderr("sapo_peft", args.quiet), log_on_stderr("sapo_kernels", args.quiet), warnings.catch_warnings():
+        # Of the libraries about each other.
+        warnings.simplefilter("ignore", FutureWarning)
         try:
             result = run_sequence(
                 args.model, tasks, args.output, config, order=order, tokenizer=args.tokenizer, device=args.device,

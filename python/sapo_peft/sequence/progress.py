@@ -43,6 +43,12 @@ class SequenceProgress:
         self.bar = tqdm(total=total, desc=head, unit=unit, leave=False, dynamic_ncols=True)
         self.bar.set_postfix_str(self._left(index).lstrip(", "), refresh=False)
 
+    def say(self, index: int, text: str) -> None:
+        """One line about the `index`-th task."""
+        if self.show:
+            self.end()
+            print(f"sapo: {index}/{len(self.tasks)} {cut(self.tasks[index - 1], 28)}: {text}", file=sys.stderr)
+
     def step(self, step: int, loss: float | None) -> None:
         """That many optimizer steps are done."""
         if self.bar is not None:

@@ -154,6 +154,7 @@ class _Runner:
             self.progress.phase(index, "train", steps_of(task, self.config), "step")
             trained = train_task(self.adapters, self.tokenizer, task, index, self.config, self.progress.step)
             self.chosen[index - 1] = trained.chosen
+            self.progress.say(index, f"prompt {trained.chosen} of {len(task.pool.prompts)} (0 is the original)")
             row = self._evaluate(index, {j: self.chosen[j] for j in self._wanted(index)})
             documents = _documents(task, trained, row)
             self._keep(index, documents)

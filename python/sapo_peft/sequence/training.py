@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,6 +81,18 @@ class _TaskTrainer(Trainer):
         super().log(logs, *args, **options)
 
 
+class _Settled(TrainerCallback):
+    """Puts what a policy has chosen in place, once SAPO's callback has begun the run with the original."""
+
+    def __init__(self, choice: Any, prompt: int, sample: bool):
+        self.choice, self.prompt, self.sample = choice, prompt, sample
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.choice.chosen[0] = self.prompt
+        if self.sample:
+            self.choice.state.probs.fill_(1.0 / self.choice.state.num_prompts)
+
+
 class _Ticker(TrainerCallback):
     def __init__(self, tick: Callable[[int, float | None], None]):
         self.tick, self.loss = tick, None
@@ -88,6 +102,19 @@ class _Ticker(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.tick(state.global_step, self.loss)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No line for every switch, unless somebody set the log's level: the run has its own report."""
+    logger = logging.getLogger("sapo_peft")
+    level = logger.level
+    if level == logging.NOTSET:
+        logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def steps_of(task: SequenceTask, config: SequenceConfig) -> int:
@@ -127,21 +154,19 @@ def train_task(
         options = SapoConfig(
             mode="soft" if config.policy == "sample" else "hard", at_start=sapo, every_steps=config.every_steps,
             each_epoch=config.each_epoch, drift=config.drift, probe_examples=config.probe_examples,
-            max_source=config.max_source, max_target=config.max_target, seed=derived_seed(config.seed, index, "sample"),
+            max_source=config.max_source, max_target=config.max_target, train_max_target=config.max_target,
+            seed=derived_seed(config.seed, index, "sample"),
         )  # fmt: skip
         callback = attach_sapo(trainer, task.pool, {task.pool.task: probe} if sapo else None, options)
-        # The overhead is reported for the whole sequence.
-        callback.on_train_end = lambda *args, **kwargs: None
-        if fixed is not None:
-            callback.choice.chosen[0] = fixed
-        if config.policy == "sample":
-            callback.choice.state.probs.fill_(1.0 / len(task.pool.prompts))
+        if not sapo:
+            trainer.add_callback(_Settled(callback.choice, fixed, config.policy == "sample"))
         if tick is not None:
             trainer.add_callback(_Ticker(tick))
         # Dropout draws from here on, whatever was drawn for the choice.
         set_seed(seed)
         started = time.perf_counter()
-        trainer.train()
+        with _quiet():
+            trainer.train()
         found.seconds = time.perf_counter() - started - callback.score_seconds
     found.scorings += [scoring_record(scoring, task.pool.task) for scoring in callback.history]
     found.score_seconds = math.fsum(scoring["seconds"] for scoring in found.scorings)
