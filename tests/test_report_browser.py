@@ -86,7 +86,8 @@ def chromium(page, *arguments):
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
-    runs = [make_run(folder / policy, policy, soft=policy == "sapo") for policy in ("sapo", "original", "worst")]
+    runs = [make_run(folder / "sapo", soft=True, scorings=16)]
+    runs += [make_run(folder / policy, policy) for policy in ("original", "worst")]
     runs += [make_run(folder / f"{policy}-1", policy, 1) for policy in ("sapo", "original")]
     return write_report(runs, folder / "report.html")
 

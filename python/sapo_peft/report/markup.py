@@ -60,7 +60,8 @@ def _cut(text: str, limit: int) -> str:
 
 def paragraph(*sentences: str, kind: str = "") -> Markup:
     """A paragraph of sentences that are markup already or plain literals of this package."""
-    return Markup(f"<p{f' class={chr(34)}{kind}{chr(34)}' if kind else ''}>{' '.join(s for s in sentences if s)}</p>")
+    start = f'<p class="{kind}">' if kind else "<p>"
+    return Markup(f"{start}{' '.join(sentence for sentence in sentences if sentence)}</p>")
 
 
 def table(

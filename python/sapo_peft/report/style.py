@@ -201,7 +201,6 @@ summary{cursor:pointer;color:var(--accent);font-size:15px}
  table wbr{display:inline}
  .prompt{max-height:none;overflow:visible}
  figure,tr,.cards div,.pair>div{break-inside:avoid}
- details::details-content{content-visibility:visible;display:block;height:auto}
  svg,.status,.verdict{-webkit-print-color-adjust:exact;print-color-adjust:exact}
 }
 """

@@ -18,8 +18,10 @@ WIDTH = 360
 HEIGHT = 244
 LEFT, RIGHT, TOP, BOTTOM = 46, 72, 34, 40
 LABEL_GAP = 14
-# Room a switch's label needs before the next one is written; all of them stand in the text below the chart.
-SWITCH_GAP = 44
+# About how wide a letter of 12 units is; a switch is named where that leaves room, all stand in the text as well.
+LETTER = 8.4
+# More switches than this are short marks above the lines.
+MAX_RULES = 12
 _ROW = 26
 
 Point = tuple[float, float | None]
@@ -132,16 +134,19 @@ def line_chart(
     for line in sorted(lines, key=lambda line: line.kind != "faint"):
         parts += _series(line, x, y)
     last = -math.inf
+    foot = HEIGHT - BOTTOM if len(switches) <= MAX_RULES else TOP + 4
     for place, text in switches:
-        parts.append(_rule(x(place), TOP - 2, x(place), HEIGHT - BOTTOM, "switch"))
-        if x(place) - last >= SWITCH_GAP:
+        parts.append(_rule(x(place), TOP - 2, x(place), foot, "switch"))
+        if x(place) - LETTER * len(text) / 2 > last:
             parts.append(_text(x(place), TOP - 5, text, "middle", "strong"))
-            last = x(place)
+            last = x(place) + LETTER * len(text) / 2
     for stretch in path:
         parts += [_polyline(run, x, y, "path") for run in _runs(stretch)]
+    size = 4 if len(switches) <= MAX_RULES else 2.5
     for stretch in path:
         if stretch and stretch[0][1] is not None:
-            parts.append(f'<circle cx="{_n(x(stretch[0][0]))}" cy="{_n(y(stretch[0][1]))}" r="4" class="ring"/>')
+            place = f'cx="{_n(x(stretch[0][0]))}" cy="{_n(y(stretch[0][1]))}"'
+            parts.append(f'<circle {place} r="{size}" class="ring"/>')
     ends = [(line, next((v for _, v in reversed(line.points) if v is not None), None)) for line in lines if line.label]
     parts += _labels([(y(v), line.label, line.kind) for line, v in ends if v is not None])
     return _svg(WIDTH, HEIGHT, label, parts)
@@ -163,7 +168,7 @@ def span_chart(rows: Sequence[tuple[str, str, Sequence[tuple[float, float]]]], l
         middle = 6 + _ROW * i + _ROW / 2
         parts.append(_text(left - 10, middle + 4, attribute(name, 12), "end", "strong"))
         for start, end in spans:
-            place, title = f'x="{_n(x(start))}" y="{_n(middle - 6)}"', _title(f"{name}: {start:g} to {end:g}")
+            place, title = f'x="{_n(x(start))}" y="{_n(middle - 6)}"', _title(f"{name}: {start:.0f} to {end:.0f}")
             width = max(x(end) - x(start) - 1, 3)
             parts.append(f'<rect {place} width="{_n(width)}" height="12" class="{kind}">{title}</rect>')
     return _svg(WIDTH, height, label, parts)

@@ -11,10 +11,12 @@ from .svg import Line, Point, line_chart, rank_chart, span_chart
 # More lines are a grey area; those that are left out are said. Points are thinned evenly.
 MAX_LINES = 64
 MAX_POINTS = 400
-MAX_SWITCHES = 20
+# Told below a chart, and in the list of all prompts.
+MAX_SWITCHES = 6
+MAX_SWITCHES_LISTED = 500
 MAX_SPANS = 12
 # Scorings that the table of all prompts has columns for.
-MAX_COLUMNS = 12
+MAX_COLUMNS = 6
 
 
 def loss_figure(task: Task, original: int | None) -> Markup:
@@ -45,7 +47,7 @@ def loss_figure(task: Task, original: int | None) -> Markup:
     chart, left = _over_time(prompts, values, original, label, "nats per token", None)
     caption = (
         "Heavy: the prompt in use, with a ring where its time begins. Broken: the original. Grey: the others. "
-        f"{_switch_sentence(prompts)} {left} {tokens}"
+        f"{_switch_sentence(prompts, MAX_SWITCHES)} {left} {tokens}"
     )
     return figure(chart, caption)
 
@@ -97,7 +99,8 @@ def _use_figure(task: Task, original: int | None) -> Markup:
         for i, stretches in shown
     ]
     label = f"The prompt in use over {len(xs)} scorings: " + ", ".join(
-        f"{name} from {', '.join(f'{start:g}' for start, _ in stretches[:MAX_SWITCHES])}" for name, _, stretches in rows
+        f"{name} from {', '.join(f'{start:.0f}' for start, _ in stretches[:MAX_SWITCHES])}"
+        for name, _, stretches in rows
     )
     left = f" {plural(len(spans) - len(shown), 'prompt')} more were in use." if len(spans) > len(shown) else ""
     return figure(span_chart(rows, label, title), f"At every scoring one prompt has all the weight: the bars.{left}")
@@ -177,15 +180,15 @@ def _lines_shown(values: Sequence[Sequence[float | None]], used: list[int], orig
     return sorted({*first, *rest[: max(0, MAX_LINES - len(first))]})
 
 
-def _switch_sentence(prompts: Prompts) -> str:
+def _switch_sentence(prompts: Prompts, most: int) -> str:
     switches = prompts.switches()
     if not switches:
         return f"No switch in {len(prompts.scorings)} scorings."
     told = [
         f"step {prompts.scorings[i].step} ({inline(prompts.scorings[i].reason)}): {old} \u2192 {new}"
-        for i, old, new in switches[:MAX_SWITCHES]
+        for i, old, new in switches[:most]
     ]
-    more = f"; {len(switches) - MAX_SWITCHES} more" if len(switches) > MAX_SWITCHES else ""
+    more = f"; {whole(len(switches) - most)} more" if len(switches) > most else ""
     return f"Switches: {'; '.join(told)}{more}."
 
 
@@ -210,4 +213,5 @@ def prompt_table(task: Task, original: int | None) -> Markup:
     if len(prompts.texts) > MAX_LINES:
         caption += f", the first {MAX_LINES} of {len(prompts.texts)} prompts"
     title = f"Task {task.number}, {task_name(task.name)}: all {plural(len(prompts.texts), 'prompt')}"
-    return details(title, table(head, rows, caption, (0, 1)))
+    sentence = paragraph(_switch_sentence(prompts, MAX_SWITCHES_LISTED), kind="note")
+    return details(title, table(head, rows, caption, (0, 1)) + sentence)
