@@ -34,5 +34,5 @@ def test_linear_logprob(name, recorder, benchmark):
     rows, vocabulary, hidden = (8, 300, 16) if recorder.toy else cases[name]
     dtype = torch.bfloat16 if on_gpu else torch.float32
     recorder.run(
-        benchmark, make_case(name, rows, vocabulary, hidden, dtype, recorder.device, rounds=2 if recorder.toy else 7)
+        benchmark, make_case(name, rows, vocabulary, hidden, dtype, recorder.device, rounds=2 if recorder.toy else 5)
     )

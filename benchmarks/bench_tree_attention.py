@@ -13,7 +13,7 @@ CASES = {
     "4x8 prompts first": (Cells(4, 8, 60, 80), (8, 4, 64)),
     "4x8 prompts last": (Cells(4, 8, 60, 80, last=True), (8, 4, 64)),
     "4x4 long inputs": (Cells(4, 4, 60, 400), (8, 4, 64)),
-    "8x8 head 128": (Cells(8, 8, 60, 80), (16, 8, 128)),
+    "4x8 head 128": (Cells(4, 8, 60, 80), (16, 8, 128)),
 }
 GPU_CASES = {
     "0.6B 16k tokens": (Cells(21, 8, 100, 80), (16, 8, 128)),

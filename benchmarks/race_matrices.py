@@ -1,6 +1,6 @@
 """Loss matrices of a trained model on real tasks while it is being trained: what `benchmarks.racing` replays.
 
-    python -m benchmarks.race_matrices --base DIR --out DIR [--data DIR ...] [--states 0 20 40 80]
+    python -m benchmarks.race_matrices --base DIR --out DIR [--data DIR ...] [--states 0 20 40 60]
 
 For each task: a fresh LoRA on the base, trained on the task with the prompt that has the lowest loss at the start, as
 SAPO does; all prompts are scored on the first examples at each state. Written as one safetensors file a task: "nll" and
@@ -20,7 +20,7 @@ from sapo_kernels._io import atomic_write
 
 from .workload import Task, load_tasks
 
-LEARNING_RATE = 1e-3
+LEARNING_RATE = 3e-4
 BATCH = 8
 
 
@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, nargs="*", help="folders with SUPERNI/ (default: the bundled tasks)")
     parser.add_argument("--tasks", nargs="*")
     parser.add_argument("--examples", type=int, default=250)
-    parser.add_argument("--states", type=int, nargs="*", default=[0, 20, 40, 80])
+    parser.add_argument("--states", type=int, nargs="*", default=[0, 20, 40, 60])
     parser.add_argument("--max-source", type=int, default=256)
     args = parser.parse_args()
 

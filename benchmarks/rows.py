@@ -146,7 +146,7 @@ def read_rows(path: str | os.PathLike) -> list[Row]:
 
 
 def append_rows(path: str | os.PathLike, rows: list[Row]) -> None:
-    """Add rows to a CSV file: the old content stays byte for byte, and the file is never half written.
+    """Add rows to a CSV file: what is there stays, if it is whole, and the file is never half written.
 
     One writer a file: two processes that append to the same file at the same time could lose each other's rows.
     """
@@ -157,14 +157,6 @@ def append_rows(path: str | os.PathLike, rows: list[Row]) -> None:
     from_csv(new if not old else to_csv(rows), f"{path} (not written)")
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, old + new)
-
-
-def latest(rows: list[Row]) -> list[Row]:
-    """The newest row of every (op, case, provider, device), in the order in which cases first appear."""
-    newest: dict[tuple, Row] = {}
-    for row in rows:
-        newest[(*row.key, row.dtype, row.environment.device)] = row
-    return list(newest.values())
 
 
 def version(package: str) -> str:

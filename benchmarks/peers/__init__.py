@@ -25,8 +25,8 @@ __all__ = ["PEERS", "Peer", "alone", "padded_loop", "tuned_plain"]
 class Peer:
     """One peer: what runs it, what it needs, which sizes are tried (the fastest is the figure), what it gives.
 
-    gives: "cells" or "batch8", the published score. loop: it goes through every cell alone or in small batches with
-    full logits, so large jobs leave it out. gpu: only there is it what people would use.
+    gives: "cells" or "batch8", the published score. loop: it projects every row on a CPU, so it takes part in one turn
+    only. gpu: only there is it what people would use.
     """
 
     run: Callable
@@ -64,6 +64,6 @@ PEERS = {
     "packed": Peer(packed, "the same, packed with a block-diagonal mask", sizes=(1024,), size_name="tokens"),
     "prefix_cache": Peer(prefix_cache, "keys and values of a shared prefix reused over a group's cells", sizes=(8, 32)),
     "lm_eval": Peer(lm_eval_harness, "lm-evaluation-harness HFLM.loglikelihood", ("lm_eval",), loop=True),
-    "trl_head": Peer(trl_fused_head, "TRL's fused log-probability head, sorted by length", ("trl",), sizes=(8,)),
+    "trl_head": Peer(trl_fused_head, "TRL's fused log-probability head, sorted by length", ("trl",), sizes=(8,), loop=True),
     "flex_trie": Peer(flex_trie, "our road with FlexAttention over the same trie", gpu=True),
 }  # fmt: skip

@@ -1,0 +1,221 @@
+"""What a race saves and what it risks: replays over loss matrices of real models, with shuffled examples.
+
+    python -m benchmarks.racing                                   # the committed matrices, 1,000 replays of each rule
+    python -m benchmarks.racing --matrices DIR --replays 1000 --csv benchmarks/results/racing.csv
+
+A replay is a race over a matrix that is known in full, with another order of the examples: what it chose is compared with
+what scoring every cell chooses. Rules: `race` (the defaults), `strict` (no tolerance), `memory` (the state before as
+memory; first rounds of 12), and `plain`, the usual asymptotic rule: after every 16 examples, whoever is 1.645 standard
+errors behind the leader leaves, with no correction for the prompts or the rounds.
+
+Regret is the loss of the prompt chosen above the lowest, in percent of the lowest. "promise broken" counts replays in which
+it was above the race's own tolerance; the promise is that these are at most delta. The matrices are made by
+`benchmarks.race_matrices`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import io
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from sapo_kernels import PromptScores, Race
+from sapo_kernels._io import atomic_write
+from sapo_kernels.race import Contest
+
+MATRICES = Path(__file__).resolve().parent / "results" / "race_matrices.safetensors"
+RULES = ("race", "strict", "memory", "plain")
+# What the issue calls a wrong choice only if it costs more than this share of the loss.
+SHARE = 0.005
+
+
+@dataclass(frozen=True)
+class Replays:
+    """One rule on one matrix; shares are of the replays, regrets percent of the lowest loss.
+
+    near: prompts within half a percent of the best, itself included. saved: share of the cells not scored.
+    """
+
+    task: str
+    state: int
+    rule: str
+    prompts: int
+    examples: int
+    near: int
+    delta: float
+    replays: int
+    saved_p10: float
+    saved_p50: float
+    saved_p90: float
+    wrong: float
+    broken: float
+    over_half_percent: float
+    worst_regret: float
+    rounds: float
+
+
+def read_matrices(path: Path) -> dict[str, list[PromptScores]]:
+    """Full scores by task, in the order of the model's states, from a file or folder of `race_matrices`."""
+    from safetensors.torch import load_file
+
+    found: dict[str, list[PromptScores]] = {}
+    for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
+        tensors = load_file(file)
+        for name in sorted(tensors):
+            task, _, kind = name.rpartition("/")
+            if kind != "nll":
+                continue
+            nll, tokens = tensors[name].double(), tensors[f"{task}/tokens"].long()
+            tokens = tokens.expand(nll.shape[1:]).contiguous()
+            prompts = [f"prompt {k}" for k in range(nll.shape[1])]
+            found[task or file.stem] = [PromptScores(state, tokens, prompts) for state in nll]
+    if not found:
+        raise SystemExit(f"{path}: no matrices")
+    return found
+
+
+def replay(full: PromptScores, race: Race) -> Contest:
+    """The race over a matrix that is known in full, to its end."""
+    contest, losses = Contest(race, full.tokens.numpy(), full.prompts), full.nll.numpy().ravel()
+    while (cells := contest.wanted()) is not None:
+        contest.add(cells, losses[cells])
+    return contest
+
+
+def plain_rule(full: PromptScores, order: np.ndarray, step: int = 16) -> tuple[int, int, int]:
+    """(winner, cells, rounds) of the usual rule."""
+    values = (full.nll / full.tokens.sum(1, keepdim=True) * full.nll.shape[1]).numpy()[:, order]
+    size, live, cells, n = values.shape[1], np.arange(len(values)), 0, 0
+    while True:
+        before, n = n, min(n + step, size)
+        cells += len(live) * (n - before)
+        means = values[live, :n].mean(1)
+        leader = live[np.argmin(means)]
+        apart = values[live, :n] - values[leader, :n]
+        error = apart.std(1, ddof=1) * np.sqrt((1 - n / size) / n)
+        live = live[(apart.mean(1) <= 1.645 * error) | (live == leader)]
+        if len(live) == 1 or n == size:
+            return int(leader), cells, -(-n // step)
+
+
+def replays(task: str, states: list[PromptScores], state: int, rule: str, count: int, delta: float) -> Replays:
+    """`count` replays of a rule on one matrix."""
+    full = states[state]
+    loss, best = full.loss.numpy(), full.best
+    options = {
+        "race": {},
+        "strict": {"relative": 0.0},
+        "memory": {"memory": states[state - 1], "first": 12},
+        "plain": {},
+    }
+    saved, regret, rounds, broken = [], [], [], 0
+    for seed in range(count):
+        if rule == "plain":
+            winner, cells, turns = plain_rule(full, np.random.default_rng(seed).permutation(full.nll.shape[1]))
+        else:
+            contest = replay(full, Race(delta=delta, seed=seed, **options[rule]))
+            winner, cells, turns = contest.leader, contest.scored.sum(), len(contest.rounds)
+            broken += loss[winner] - loss[best] > contest.tolerance
+        saved.append(1 - cells / full.nll.numel())
+        regret.append(float(loss[winner] / loss[best] - 1))
+        rounds.append(turns)
+    p10, p50, p90 = (float(x) for x in np.quantile(saved, [0.1, 0.5, 0.9]))
+    return Replays(
+        task=task, state=state, rule=rule, prompts=len(loss), examples=full.nll.shape[1],
+        near=int((loss <= loss[best] * (1 + SHARE)).sum()), delta=delta, replays=count, saved_p10=p10, saved_p50=p50,
+        saved_p90=p90, wrong=float(np.mean(np.asarray(regret) > 0)), broken=broken / count,
+        over_half_percent=float(np.mean(np.asarray(regret) > SHARE)), worst_regret=100 * max(regret),
+        rounds=float(np.mean(rounds)),
+    )  # fmt: skip
+
+
+def _one(job) -> Replays:
+    return replays(*job)
+
+
+def all_replays(
+    matrices: dict[str, list[PromptScores]], rules, count: int, delta: float, workers: int = 1
+) -> Iterator[Replays]:
+    """Every rule on every matrix; `memory` needs a state before."""
+    jobs = [
+        (task, states, state, rule, count, delta)
+        for rule in rules
+        for task, states in matrices.items()
+        for state in range(rule == "memory", len(states))
+    ]
+    if workers == 1:
+        yield from map(_one, jobs)
+        return
+    with ProcessPoolExecutor(workers) as pool:
+        yield from pool.map(_one, jobs)
+
+
+def summary(rows: list[Replays]) -> str:
+    """One line a rule: the median over matrices of the median saving, and the worst of everything else."""
+    lines = [
+        "rule     matrices  saved p50   lowest p10  wrong  promise broken (worst)  over 0.5 % (worst)  worst regret"
+    ]
+    for rule in dict.fromkeys(row.rule for row in rows):
+        own = [row for row in rows if row.rule == rule]
+        broken = max(row.broken for row in own)
+        lines.append(
+            f"{rule:<8}{len(own):>9}{np.median([row.saved_p50 for row in own]):>11.1%}"
+            f"{min(row.saved_p10 for row in own):>13.1%}{np.mean([row.wrong for row in own]):>7.1%}"
+            f"{'-' if rule == 'plain' else f'{broken:.1%}':>24}{max(row.over_half_percent for row in own):>20.1%}"
+            f"{max(row.worst_regret for row in own):>12.2f} %"
+        )
+    return "\n".join(lines)
+
+
+def table(rows: list[Replays]) -> str:
+    """One line a matrix and rule."""
+    lines = [f"{'task':<26}state rule    near  saved p10   p50   p90  wrong broken >0.5 %  worst %  rounds"]
+    for row in rows:
+        lines.append(
+            f"{row.task[:25]:<26}{row.state:>5} {row.rule:<8}{row.near:>4}{row.saved_p10:>11.1%}{row.saved_p50:>6.1%}"
+            f"{row.saved_p90:>6.1%}{row.wrong:>7.1%}{row.broken:>7.1%}{row.over_half_percent:>7.1%}"
+            f"{row.worst_regret:>9.2f}{row.rounds:>8.1f}"
+        )
+    return "\n".join(lines)
+
+
+def write_rows(path: Path, rows: list[Replays]) -> None:
+    """All rows as CSV, with the day they were made."""
+    text, day = io.StringIO(), datetime.datetime.now(datetime.UTC).date().isoformat()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["date", *(field.name for field in fields(Replays))])
+    for row in rows:
+        writer.writerow([day, *(round(v, 5) if isinstance(v, float) else v for v in asdict(row).values())])
+    atomic_write(path, text.getvalue())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--matrices", type=Path, default=MATRICES, help="file or folder (default: the committed ones)")
+    parser.add_argument("--rules", nargs="*", default=RULES, choices=RULES)
+    parser.add_argument("--replays", type=int, default=1000)
+    parser.add_argument("--delta", type=float, default=0.05)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--csv", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    started, rows = time.perf_counter(), []
+    for row in all_replays(read_matrices(args.matrices), args.rules, args.replays, args.delta, args.workers):
+        rows.append(row)
+        print("\n".join(table([row]).splitlines()[len(rows) > 1 :]), flush=True)
+    print(f"\n{args.replays} replays each, delta {args.delta}, {time.perf_counter() - started:.0f} s\n{summary(rows)}")
+    if args.csv:
+        write_rows(args.csv, rows)
+
+
+if __name__ == "__main__":
+    main()
