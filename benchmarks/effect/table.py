@@ -1,0 +1,197 @@
+"""The tables of docs/effect.md and README.md, made from the committed rows and put between their markers."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from sapo_kernels._io import DataError, atomic_write, read_text
+from sapo_peft.tiny_base.corpus import known_wordings
+from sapo_peft.tiny_base.presets import PRESETS
+
+from . import design, rows
+from .statistics import Interval, bootstrap_mean, paired_difference, spearman
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = ("docs/effect.md", "README.md")
+_BLOCK = re.compile(r"(<!-- effect: (\w+) -->\n).*?(<!-- /effect -->)", re.DOTALL)
+
+Rows = list[dict[str, Any]]
+MEASURES = ("AP", "BWT", "FWT")
+
+
+def values(found: Rows, method: str, policy: str, metric: str, measure: str) -> dict[tuple[str, int], float]:
+    """{(order, seed): value} of one measure; in percent, but for the loss."""
+    scale = 1.0 if metric == "loss" else 100.0
+    picked = [row for row in found if row["method"] == method and row["policy"] == policy]
+    return {(row["order"], row["seed"]): scale * row[metric][measure] for row in picked}
+
+
+def policies_table(found: Rows, metric: str) -> list[str]:
+    """Means of every policy and, in brackets, the difference to the original prompt with its interval."""
+    digits = 2 if metric == "loss" else 1
+    lines = [
+        f"| method, policy | {' | '.join(f'{name} (- original)' for name in MEASURES)} |",
+        "|---|" + "---|" * len(MEASURES),
+    ]
+    for method in design.METHODS:
+        for policy in (*design.POLICIES, design.AGAIN):
+            cells = []
+            for measure in MEASURES:
+                mine = values(found, method, policy, metric, measure)
+                base = values(found, method, "original", metric, measure)
+                cell = f"{bootstrap_mean([mine[key] for key in sorted(mine)]).mean:.{digits}f}"
+                if policy != "original":
+                    cell += f" ({signed(paired_difference(mine, base), digits)})"
+                cells.append(cell)
+            lines.append(f"| {method}, {policy} | {' | '.join(cells)} |")
+    return lines
+
+
+def comparison_table(found: Rows, first: str, others: Sequence[str], metrics: Sequence[str]) -> list[str]:
+    """Differences of one policy to others with their intervals; those that leave 0 out are in bold."""
+    lines = [f"| metric, method | difference | {' | '.join(MEASURES)} |", "|---|---|" + "---|" * len(MEASURES)]
+    for metric in metrics:
+        for method in design.METHODS:
+            for other in others:
+                differences = [
+                    paired_difference(
+                        values(found, method, first, metric, measure), values(found, method, other, metric, measure)
+                    )
+                    for measure in MEASURES
+                ]
+                cells = [bold(difference, 2 if metric == "loss" else 1) for difference in differences]
+                lines.append(f"| {LABELS[metric]}, {method} | {first} - {other} | {' | '.join(cells)} |")
+    return lines
+
+
+LABELS = {"rougeL": "ROUGE-L", "exact_match": "exact match", "loss": "loss (nats; lower is better)"}
+
+
+def correlation_table(found: Rows) -> list[str]:
+    """Spearman of a prompt's loss before learning with what learning with it does, by task and seed."""
+    sides = (("forgetting", "forgetting"), ("others", "loss of the other tasks"), ("own", "own loss afterwards"))
+    lines = [
+        "| task | seed | prompts | loss before | forgetting | "
+        + " | ".join(f"rank correlation with {t}" for _, t in sides)
+        + " |",
+        "|---|---|---|---|---|" + "---|" * len(sides),
+    ]
+    groups = sorted({(row["task"], row["seed"]) for row in found})
+    every: dict[str, list[float]] = {name: [] for name, _ in sides}
+    for task, seed in groups:
+        group = [row for row in found if (row["task"], row["seed"]) == (task, seed)]
+        before = [row["pre"] for row in group]
+        cells = []
+        for name, _ in sides:
+            value = spearman(before, [row[name] for row in group])
+            every[name].append(value)
+            cells.append(f"{value:+.2f}")
+        spans = [f"{min(part):.2f} to {max(part):.2f}" for part in (before, [row["forgetting"] for row in group])]
+        lines.append(f"| {short(task)} | {seed} | {len(group)} | {' | '.join(spans)} | {' | '.join(cells)} |")
+    means = [f"{signed(bootstrap_mean(every[name]), 2)}" for name, _ in sides]
+    lines.append(f"| mean (interval over the {len(groups)} rows) | | | | | {' | '.join(means)} |")
+    return lines
+
+
+def choices_table(found: Rows) -> list[str]:
+    """Which prompts SAPO chose, whether the base knew them, and what looking cost."""
+    known = known_wordings(PRESETS["default"].seed)
+    lines = [
+        "| task | prompts that `sapo` trained on (times) | known to the base | of them known |",
+        "|---|---|---|---|",
+    ]
+    picked: dict[str, Counter] = {}
+    for row in found:
+        if row["policy"] == "sapo":
+            for task, index in zip(design.ORDERS[row["order"]], row["prompts"], strict=True):
+                picked.setdefault(task, Counter())[index] += 1
+    for task, counts in sorted(picked.items()):
+        total = sum(counts.values())
+        share = sum(times for index, times in counts.items() if index in known[task]) / total
+        shown = ", ".join(
+            f"{index} ({times})" for index, times in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+        )
+        lines.append(f"| {short(task)} | {shown} | {', '.join(map(str, sorted(known[task])))} | {100 * share:.0f} % |")
+    return lines
+
+
+def cost_table(found: Rows) -> list[str]:
+    """Seconds and tokens of scoring beside those of training."""
+    lines = [
+        "| policy | scoring / training, seconds | scoring / training, tokens computed | tokens without sharing |",
+        "|---|---|---|---|",
+    ]
+    for policy in ("sapo", design.AGAIN):
+        costs = [row["cost"] for row in found if row["policy"] == policy]
+        total = {name: math.fsum(cost[name] for cost in costs) for name in costs[0]}
+        seconds = total["score_seconds"] / total["train_seconds"]
+        computed = total["score_computed_tokens"] / total["train_tokens"]
+        dense = total["score_dense_tokens"] / total["train_tokens"]
+        lines.append(f"| {policy} | {seconds:.2f} | {computed:.2f} | {dense:.2f} |")
+    return lines
+
+
+def short(task: str) -> str:
+    """``task01_product_note_polarity`` -> ``product note polarity``."""
+    return task.partition("_")[2].replace("_", " ")
+
+
+def signed(interval: Interval, digits: int) -> str:
+    return f"{interval.mean:+.{digits}f} [{interval.low:+.{digits}f}, {interval.high:+.{digits}f}]"
+
+
+def bold(interval: Interval, digits: int) -> str:
+    text = signed(interval, digits)
+    return f"**{text}**" if interval.low > 0 or interval.high < 0 else text
+
+
+def _sequences(make: Callable[[Rows], list[str]]) -> Callable[[Path], list[str]]:
+    return lambda results: make(rows.load("sequences", results)["rows"])
+
+
+TABLES: dict[str, Callable[[Path], list[str]]] = {
+    "rouge": _sequences(lambda found: policies_table(found, "rougeL")),
+    "exact": _sequences(lambda found: policies_table(found, "exact_match")),
+    "loss": _sequences(lambda found: policies_table(found, "loss")),
+    "against": _sequences(
+        lambda found: comparison_table(found, "sapo", ("original", "random", "worst", "sample"), ("rougeL", "loss"))
+    ),
+    "short": _sequences(lambda found: comparison_table(found, "sapo", ("original", "random"), ("rougeL", "loss"))),
+    "again": _sequences(
+        lambda found: comparison_table(found, design.AGAIN, ("sapo",), ("rougeL", "exact_match", "loss"))
+    ),
+    "choices": _sequences(choices_table),
+    "cost": _sequences(cost_table),
+    "correlation": lambda results: correlation_table(rows.load("single", results)["rows"]),
+}
+
+
+def filled(text: str, results: Path = rows.RESULTS) -> str:
+    """`text` with every ``<!-- effect: NAME -->`` block filled from the rows."""
+
+    def fill(match: re.Match) -> str:
+        if match[2] not in TABLES:
+            raise DataError(f"effect: wanted a table ({', '.join(TABLES)}), got {match[2]}")
+        return match[1] + "\n".join(TABLES[match[2]](results)) + "\n" + match[3]
+
+    return _BLOCK.sub(fill, text)
+
+
+def outdated(write: bool, root: Path = ROOT, results: Path = rows.RESULTS) -> list[str]:
+    """The documents whose tables are not those of the rows; with `write` they are written."""
+    changed = []
+    for name in DOCUMENTS:
+        path = root / name
+        if not path.is_file():
+            continue
+        text = read_text(path)
+        if (new := filled(text, results)) != text:
+            changed.append(name)
+            if write:
+                atomic_write(path, new)
+    return changed
