@@ -64,6 +64,6 @@ PEERS = {
     "packed": Peer(packed, "the same, packed with a block-diagonal mask", sizes=(1024,), size_name="tokens"),
     "prefix_cache": Peer(prefix_cache, "keys and values of a shared prefix reused over a group's cells", sizes=(8, 32)),
     "lm_eval": Peer(lm_eval_harness, "lm-evaluation-harness HFLM.loglikelihood", ("lm_eval",), loop=True),
-    "trl_head": Peer(trl_fused_head, "TRL's fused log-probability head, sorted by length", ("trl",), sizes=(8,), loop=True),
+    "trl_head": Peer(trl_fused_head, "TRL's fused log-probability head, sorted", ("trl",), sizes=(8,), loop=True),
     "flex_trie": Peer(flex_trie, "our road with FlexAttention over the same trie", gpu=True),
 }  # fmt: skip
