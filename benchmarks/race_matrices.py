@@ -3,8 +3,8 @@
     python -m benchmarks.race_matrices --base DIR --out DIR [--data DIR ...] [--states 0 20 40 60]
 
 For each task: a fresh LoRA on the base, trained on the task with the prompt that has the lowest loss at the start, as
-SAPO does; all prompts are scored on the first examples at each state. Written as one safetensors file a task: "nll" and
-"tokens" [S, K, M]. Everything is seeded.
+SAPO does; all prompts are scored on the first examples at each state. Written as one safetensors file a task: "TASK/nll"
+[S, K, M] float32, nats, and "TASK/tokens" [K, M] int16. Everything is seeded. `--pack FILE` puts them all in one file.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def train(model, optimizer, rows: list[tuple[list[int], list[int]]], steps: rang
 
 
 def matrices(base: Path, task: Task, examples: int, states: list[int], most: int) -> dict[str, torch.Tensor]:
-    """{"nll", "tokens"}: [S, K, M] of one task at each state (in optimizer steps)."""
+    """The tensors of one task's file; states in optimizer steps."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -79,7 +79,10 @@ def matrices(base: Path, task: Task, examples: int, states: list[int], most: int
             f"{task.name[:12]:<12} state {at} step {state}: training loss {loss:.3f} ({trained:.0f} s), prompts "
             f"{scores.loss.min():.4f} to {scores.loss.max():.4f}, best {scores.best} ({scored:.0f} s)", flush=True,
         )  # fmt: skip
-    return {name: torch.stack([getattr(scores, name) for scores in found]) for name in ("nll", "tokens")}
+    return {
+        f"{task.name}/nll": torch.stack([scores.nll for scores in found]).float(),
+        f"{task.name}/tokens": found[0].tokens.short(),
+    }
 
 
 def main() -> None:
@@ -91,9 +94,10 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=250)
     parser.add_argument("--states", type=int, nargs="*", default=[0, 20, 40, 60])
     parser.add_argument("--max-source", type=int, default=256)
+    parser.add_argument("--pack", type=Path, help="write all tensors of --out into this file as well")
     args = parser.parse_args()
 
-    from safetensors.torch import save
+    from safetensors.torch import load_file, save
 
     folders = args.data
     if not folders:
@@ -106,6 +110,9 @@ def main() -> None:
             path = args.out / f"{task.name}.safetensors"
             if not path.exists():
                 atomic_write(path, save(matrices(args.base, task, args.examples, args.states, args.max_source)))
+    if args.pack:
+        files = sorted(args.out.glob("*.safetensors"))
+        atomic_write(args.pack, save({k: v for file in files for k, v in load_file(file).items()}))
 
 
 if __name__ == "__main__":

@@ -3,13 +3,13 @@
     python -m benchmarks.racing                                   # the committed matrices, 1,000 replays of each rule
     python -m benchmarks.racing --matrices DIR --replays 1000 --csv benchmarks/results/racing.csv
 
-A replay is a race over a matrix that is known in full, with another order of the examples: what it chose is compared with
-what scoring every cell chooses. Rules: `race` (the defaults), `strict` (no tolerance), `memory` (the state before as
-memory; first rounds of 12), and `plain`, the usual asymptotic rule: after every 16 examples, whoever is 1.645 standard
-errors behind the leader leaves, with no correction for the prompts or the rounds.
+A replay is a race over a matrix that is known in full, with another order of the examples: what it chose is compared
+with what scoring every cell chooses. Rules: `race` (the defaults), `strict` (no tolerance), `memory` (the state before
+as memory; first rounds of 12), and `plain`, the usual asymptotic rule: after every 16 examples, whoever is 1.645
+standard errors behind the leader leaves, with no correction for the prompts or the rounds.
 
-Regret is the loss of the prompt chosen above the lowest, in percent of the lowest. "promise broken" counts replays in which
-it was above the race's own tolerance; the promise is that these are at most delta. The matrices are made by
+Regret is the loss of the prompt chosen above the lowest, in percent of the lowest. "promise broken" counts replays in
+which it was above the race's own tolerance; the promise is that these are at most delta. The matrices are made by
 `benchmarks.race_matrices`.
 """
 
@@ -74,10 +74,9 @@ def read_matrices(path: Path) -> dict[str, list[PromptScores]]:
             task, _, kind = name.rpartition("/")
             if kind != "nll":
                 continue
-            nll, tokens = tensors[name].double(), tensors[f"{task}/tokens"].long()
-            tokens = tokens.expand(nll.shape[1:]).contiguous()
+            nll, tokens = tensors[name].double(), tensors[f"{task}/tokens"].long().contiguous()
             prompts = [f"prompt {k}" for k in range(nll.shape[1])]
-            found[task or file.stem] = [PromptScores(state, tokens, prompts) for state in nll]
+            found[task] = [PromptScores(state, tokens, prompts) for state in nll]
     if not found:
         raise SystemExit(f"{path}: no matrices")
     return found
@@ -111,18 +110,13 @@ def replays(task: str, states: list[PromptScores], state: int, rule: str, count:
     """`count` replays of a rule on one matrix."""
     full = states[state]
     loss, best = full.loss.numpy(), full.best
-    options = {
-        "race": {},
-        "strict": {"relative": 0.0},
-        "memory": {"memory": states[state - 1], "first": 12},
-        "plain": {},
-    }
+    options = {"strict": {"relative": 0.0}, "memory": {"memory": states[state - 1]}}.get(rule, {})
     saved, regret, rounds, broken = [], [], [], 0
     for seed in range(count):
         if rule == "plain":
             winner, cells, turns = plain_rule(full, np.random.default_rng(seed).permutation(full.nll.shape[1]))
         else:
-            contest = replay(full, Race(delta=delta, seed=seed, **options[rule]))
+            contest = replay(full, Race(delta=delta, seed=seed, **options))
             winner, cells, turns = contest.leader, contest.scored.sum(), len(contest.rounds)
             broken += loss[winner] - loss[best] > contest.tolerance
         saved.append(1 - cells / full.nll.numel())
@@ -161,16 +155,14 @@ def all_replays(
 
 def summary(rows: list[Replays]) -> str:
     """One line a rule: the median over matrices of the median saving, and the worst of everything else."""
-    lines = [
-        "rule     matrices  saved p50   lowest p10  wrong  promise broken (worst)  over 0.5 % (worst)  worst regret"
-    ]
+    lines = ["rule    matrices  saved p50  lowest p10  wrong  promise broken, worst  over 0.5 %, worst  worst regret"]
     for rule in dict.fromkeys(row.rule for row in rows):
         own = [row for row in rows if row.rule == rule]
         broken = max(row.broken for row in own)
         lines.append(
-            f"{rule:<8}{len(own):>9}{np.median([row.saved_p50 for row in own]):>11.1%}"
-            f"{min(row.saved_p10 for row in own):>13.1%}{np.mean([row.wrong for row in own]):>7.1%}"
-            f"{'-' if rule == 'plain' else f'{broken:.1%}':>24}{max(row.over_half_percent for row in own):>20.1%}"
+            f"{rule:<8}{len(own):>8}{np.median([row.saved_p50 for row in own]):>11.1%}"
+            f"{min(row.saved_p10 for row in own):>12.1%}{np.mean([row.wrong for row in own]):>7.1%}"
+            f"{'-' if rule == 'plain' else f'{broken:.1%}':>23}{max(row.over_half_percent for row in own):>19.1%}"
             f"{max(row.worst_regret for row in own):>12.2f} %"
         )
     return "\n".join(lines)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,9 @@ import torch
 from .prompt_scores import PromptScores
 from .race_bounds import WARM_UP, PairEvidence
 from .race_report import RaceReport
+
+# Examples of the first round without and with a memory.
+FIRST = (16, 12)
 
 
 @dataclass(frozen=True)
@@ -38,14 +42,16 @@ class Race:
         tolerance: nats per token that the winner may be above the best.
         relative: the same as a share of the winner's loss; the larger of the two counts. 0 with tolerance 0 decides
             between near ties too, for which most examples are needed.
-        first: examples of the first round.
+        first: examples of the first round; default 16, with a memory 12.
         growth: each round ends at this multiple of the examples of the one before; more rounds save cells and cost
             shared prefixes, which each round computes again.
         reach: see above; larger is safer and slower.
         seed: of the order of the examples. The same seed and losses give the same race.
-        memory: scores of the same prompts on the same examples under an earlier state of the model. Rows that it has
-            whole make the differences less noisy. Its winner is expected to win again and is compared with the others
-            at half of delta. A memory that predicts nothing costs examples, never the promise.
+        memory: scores of the same prompts on the same examples under an earlier state of the model, or several of them,
+            the newest last. A prompt that was once scored on every example has a whole row; the newest one takes part of
+            the noise out of the prompt's differences. The newest winner is expected to win again, and the others are
+            compared with it at half of delta. A race leaves few whole rows: keep the last scores of all cells, and give
+            ``memory=(all_cells, last_race)``. A memory that predicts nothing costs examples, never the promise.
 
     Raises:
         ValueError, TypeError: naming the option, what was wanted and what was got.
@@ -54,11 +60,11 @@ class Race:
     delta: float = 0.05
     tolerance: float = 0.0
     relative: float = 0.005
-    first: int = 16
+    first: int | None = None
     growth: float = 1.5
     reach: float = 1.5
     seed: int = 0
-    memory: PromptScores | None = None
+    memory: PromptScores | Sequence[PromptScores] | None = None
 
     def __post_init__(self):
         if not (_number(self.delta) and 0.0 < self.delta < 1.0):
@@ -69,12 +75,19 @@ class Race:
                 raise ValueError(f"{name}: wanted a number of at least {low:g} and below {high:g}, got {value!r}")
         if not (_number(self.growth) and 1.0 < self.growth < math.inf):
             raise ValueError(f"growth: wanted a number above 1, got {self.growth!r}")
-        if type(self.first) is not int or self.first <= WARM_UP:
+        if self.first is not None and (type(self.first) is not int or self.first <= WARM_UP):
             raise ValueError(f"first: wanted a whole number above {WARM_UP}, got {self.first!r}")
         if type(self.seed) is not int:
             raise ValueError(f"seed: wanted a whole number, got {self.seed!r}")
-        if self.memory is not None and not isinstance(self.memory, PromptScores):
-            raise TypeError(f"memory: wanted PromptScores or None, got {type(self.memory).__name__}")
+        memory = self.memory
+        if isinstance(memory, PromptScores):
+            memory = (memory,)
+        if not isinstance(memory, (tuple, list, type(None))) or not all(
+            isinstance(m, PromptScores) for m in memory or ()
+        ):
+            raise TypeError(f"memory: wanted PromptScores, several of them or None, got {type(memory).__name__}")
+        # Frozen, and no list of somebody else's.
+        object.__setattr__(self, "memory", tuple(memory or ()))
 
     def order(self, num_examples: int) -> list[int]:
         """The examples in the order in which they are scored: that of a hash, the same in every version and process."""
@@ -108,14 +121,36 @@ class Contest:
         self.scored = np.zeros(tokens.shape, dtype=bool)
         # The loss sum(nll) / sum(tokens) is the mean of these multiples of the cells, as all tokens are known ahead.
         self._weight = self.num_examples / tokens.sum(1, keepdims=True)
-        self._old, self._old_winner = _remembered(race.memory, tokens, prompts, self._weight, self.order)
+        self._old, self._old_winner = np.full(tokens.shape, np.nan), -1
+        for memory in race.memory:
+            self._remember(memory, prompts)
         self.removed = np.zeros(self.num_prompts, dtype=bool)  # shown to be worse
         self.broken = np.zeros(self.num_prompts, dtype=bool)  # a cell that is not finite
         self.waiting = np.zeros(self.num_prompts, dtype=bool)  # within the tolerance of the leader
         self.against = np.arange(self.num_prompts)
         self.left = np.zeros(self.num_prompts, dtype=np.int64)
-        self.leader, self.tolerance, self.size = -1, 0.0, min(race.first, self.num_examples)
+        first = race.first or FIRST[bool(race.memory)]
+        self.leader, self.tolerance, self.size = -1, 0.0, min(first, self.num_examples)
         self.rounds: list[int] = []
+
+    def _remember(self, memory: PromptScores, prompts: list[str]) -> None:
+        """Take over a memory's whole rows and its winner."""
+        if list(memory.prompts) != list(prompts):
+            raise ValueError("memory: wanted scores of the same prompts in the same order, got others")
+        if tuple(memory.nll.shape) != self.tokens.shape:
+            raise ValueError(f"memory: wanted scores {list(self.tokens.shape)}, got {list(memory.nll.shape)}")
+        old, count = memory.nll.double().cpu().numpy(), memory.tokens.cpu().numpy()
+        other = np.argwhere((count > 0) & (count != self.tokens))
+        if len(other):
+            k, m = other[0].tolist()
+            raise ValueError(
+                f"memory: prompt {k}, example {m}: wanted {self.tokens[k, m]} response tokens as in this job, got "
+                f"{count[k, m]}"
+            )
+        whole = ((count > 0) & np.isfinite(old)).all(1)
+        self._old[whole] = (old * self._weight)[whole][:, self.order]
+        if memory.loss.isfinite().any():
+            self._old_winner = memory.best
 
     @property
     def active(self) -> np.ndarray:
@@ -165,6 +200,9 @@ class Contest:
         done = counts[ready[0]] == self.num_examples
         losses = self._full_losses()[ready] if done else self._values(ready, counts[ready[0]]).mean(1)
         leader = int(ready[np.argmin(losses)])
+        if not done:
+            # The memory may know better than the few examples seen.
+            leader = int(ready[np.argmin(self._evidence(ready, leader, counts[leader]).estimate)])
         self.leader, self.against[leader], self.left[leader] = leader, leader, len(self.rounds)
         self.tolerance = max(self.race.tolerance, self.race.relative * float(losses.min()))
         others = np.flatnonzero(~(self.removed | self.broken))
@@ -176,7 +214,7 @@ class Contest:
                 worse, close = np.ones(len(group), dtype=bool), np.zeros(len(group), dtype=bool)
             else:
                 worse = evidence.log_capital(0.0) >= level
-                close = ~worse & (self.tolerance > 0.0) & (evidence.mean >= 0.0)
+                close = ~worse & (self.tolerance > 0.0) & (evidence.estimate >= 0.0)
                 close &= evidence.log_capital(-self.tolerance) >= level
             out = worse | close
             self.left[group] = np.where(out & ~self.waiting[group], len(self.rounds), self.left[group])
@@ -194,11 +232,9 @@ class Contest:
 
     def _evidence(self, prompts: np.ndarray, other: int, n: int, sign: float = 1.0) -> PairEvidence:
         """On the losses of `prompts` minus that of `other` (or the other way round), after n examples."""
-        control = None
-        if self._old is not None and np.isfinite(self._old[other, 0]):
-            control = sign * (self._old[prompts] - self._old[other])
-            # A prompt without a whole row in the memory has no control: one that is 0 changes nothing.
-            control = np.where(np.isfinite(control), control, 0.0)
+        control = sign * (self._old[prompts] - self._old[other])
+        # A prompt without a whole row in the memory has no control: one that is 0 changes nothing.
+        control = np.where(np.isfinite(control), control, 0.0) if np.isfinite(control).any() else None
         drawn = sign * (self._values(prompts, n) - self._values(np.asarray([other]), n))
         return PairEvidence(drawn, self.num_examples, self.tolerance, self.race.reach, control)
 
@@ -250,24 +286,3 @@ class Contest:
 
 def _number(value) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _remembered(memory: PromptScores | None, tokens: np.ndarray, prompts: list[str], weight, order):
-    """([K, M] old losses in the order drawn, NaN in rows that are not whole, or None; the old winner or -1)."""
-    if memory is None:
-        return None, -1
-    if list(memory.prompts) != list(prompts):
-        raise ValueError("memory: wanted scores of the same prompts in the same order, got others")
-    if tuple(memory.nll.shape) != tokens.shape:
-        raise ValueError(f"memory: wanted scores [{tokens.shape[0]}, {tokens.shape[1]}], got {list(memory.nll.shape)}")
-    old, count = memory.nll.double().cpu().numpy(), memory.tokens.cpu().numpy()
-    other = np.argwhere((count > 0) & (count != tokens))
-    if len(other):
-        k, m = other[0].tolist()
-        raise ValueError(
-            f"memory: prompt {k}, example {m}: wanted {tokens[k, m]} response tokens as in this job, got {count[k, m]}"
-        )
-    whole = ((count > 0) & np.isfinite(old)).all(1)
-    values = np.where(whole[:, None], old * weight, np.nan)[:, order]
-    winner = memory.best if np.isfinite(memory.loss.numpy()).any() else -1
-    return (values if whole.sum() >= 2 else None), winner

@@ -51,6 +51,9 @@ class PairEvidence:
         margin: nats per token; the stakes aim at showing ``D > 0`` and ``D > -margin``.
         reach: see above.
         control: [P, M] float64, in the same order, or None.
+
+    Attributes:
+        estimate: [P] of D: the mean of `drawn`, corrected by the control.
     """
 
     def __init__(
@@ -58,13 +61,13 @@ class PairEvidence:
     ):
         self.drawn, self.population = drawn, population
         self.complete = drawn.shape[1] == population
-        # Exactly 0 for equal rows, whatever the order of the sum.
-        self.mean = drawn.mean(1)
+        self.mean = self.estimate = drawn.mean(1)
         self._games: list[_Game] = []
         if drawn.shape[1] > WARM_UP and not self.complete:
             self._games.append(_Game(drawn, drawn, population, margin, reach))
             if control is not None:
-                self._games.append(_Game(_without_noise(drawn, control), drawn, population, margin, reach))
+                values, self.estimate = _without_noise(drawn, control)
+                self._games.append(_Game(values, drawn, population, margin, reach))
 
     def log_capital(self, theta: np.ndarray | float) -> np.ndarray:
         """[P] natural logarithm of the capital against ``D <= theta``; +-inf once all examples are seen."""
@@ -151,8 +154,8 @@ def _running(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return mean, np.maximum(highest - mean, mean - lowest), variance
 
 
-def _without_noise(drawn: np.ndarray, control: np.ndarray) -> np.ndarray:
-    """[P, n] ``d - b * (z - mean of the z left)``, where b was learned from the examples before."""
+def _without_noise(drawn: np.ndarray, control: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """([P, n] ``d - b * (z - mean of the z left)``, where b was learned from the examples before; [P] estimate of D)."""
     n, population = drawn.shape[1], control.shape[1]
     z = control - control.mean(1, keepdims=True)
     variance = (z * z).mean(1, keepdims=True)
@@ -163,5 +166,6 @@ def _without_noise(drawn: np.ndarray, control: np.ndarray) -> np.ndarray:
     both = np.cumsum(seen * (drawn - drawn[:, :1]), 1) - np.cumsum(seen, 1) * (centre - drawn[:, :1])
     squares = np.cumsum(seen * seen, 1)
     slope = (both + PRIOR_EXAMPLES * variance) / (squares + PRIOR_EXAMPLES * variance + _TINY)
+    estimate = drawn.mean(1) - slope[:, -1] * seen.mean(1)
     slope = np.concatenate([np.ones((len(drawn), 1)), slope[:, :-1]], 1)
-    return drawn - slope * (seen - left)
+    return drawn - slope * (seen - left), estimate

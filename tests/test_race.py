@@ -187,8 +187,11 @@ def test_memory_with_holes_is_used_where_it_is_whole():
     old, new = plausible(10, [0.0, 0.1, 0.2, 0.3]), plausible(11, [0.0, 0.1, 0.2, 0.3])
     new.tokens[:] = old.tokens
     raced = hold(old, sk.Race())
-    again = hold(new, sk.Race(memory=raced))
-    assert 0.0 <= float(new.loss[again.best] - new.loss.min()) <= 0.01
+    for memory in (raced, [old, raced]):
+        again = hold(new, sk.Race(memory=memory))
+        assert 0.0 <= float(new.loss[again.best] - new.loss.min()) <= 0.01
+    contest = Contest(sk.Race(memory=(old, raced)), new.tokens.numpy(), new.prompts)
+    assert np.isfinite(contest._old).all() and contest._old_winner == raced.best, "rows of the first, winner of the last"
     broken = matrix(torch.where(torch.eye(4, 250, dtype=torch.bool), NAN, old.nll), old.tokens)
     assert hold(new, sk.Race(memory=broken)).race.winner >= 0, "no row of it is finite"
 
@@ -211,11 +214,11 @@ BAD_OPTIONS = {
     "delta": [0, 1, 0.0, 1.5, -0.1, NAN, INF, True, "0.05", None],
     "tolerance": [-1e-9, NAN, INF, None, True, "0"],
     "relative": [-0.1, 1.0, NAN, None, True],
-    "first": [0, 4, -1, 16.0, True, None],
+    "first": [0, 4, -1, 16.0, True],
     "growth": [1, 1.0, 0.5, NAN, INF, None, True],
     "reach": [0.99, 0, NAN, INF, None, True],
     "seed": [1.0, None, True, "1"],
-    "memory": [0, "scores", {}],
+    "memory": [0, "scores", {}, [0], (None,)],
 }
 
 
