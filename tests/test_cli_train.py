@@ -212,10 +212,14 @@ def test_a_run_and_its_resumption(tmp_path, capsys, config, prompts):
     assert (out / "adapter_model.safetensors").read_bytes() == before
 
 
-def test_paraphrases_from_a_local_model_are_kept(tmp_path, capsys, prompts):
+def test_paraphrases_from_a_local_model_are_kept(tmp_path, capsys, prompts, monkeypatch):
     """A random model says nothing that passes: the run goes on with the prompts that are there, and says so."""
     from sapo_peft import tiny_model, tiny_tokenizer
+    from sapo_peft.paraphrase import LocalModelSource
 
+    # It never ends by itself; a shorter answer is as bad.
+    defaults = {**LocalModelSource.__init__.__kwdefaults__, "max_new_tokens": 24}
+    monkeypatch.setattr(LocalModelSource.__init__, "__kwdefaults__", defaults)
     folder = tmp_path / "model"
     tiny_model().save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
