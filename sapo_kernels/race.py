@@ -47,11 +47,12 @@ class Race:
             shared prefixes, which each round computes again.
         reach: see above; larger is safer and slower.
         seed: of the order of the examples. The same seed and losses give the same race.
-        memory: scores of the same prompts on the same examples under an earlier state of the model, or several of them,
-            the newest last. A prompt that was once scored on every example has a whole row; the newest one takes part of
-            the noise out of the prompt's differences. The newest winner is expected to win again, and the others are
-            compared with it at half of delta. A race leaves few whole rows: keep the last scores of all cells, and give
-            ``memory=(all_cells, last_race)``. A memory that predicts nothing costs examples, never the promise.
+        memory: scores of the same prompts on the same examples under an earlier state of the model, or several of
+            them, the newest last. A prompt that was once scored on every example has a whole row; the newest one takes
+            part of the noise out of the prompt's differences. The newest winner is expected to win again, and the
+            others are compared with it at half of delta. A race leaves few whole rows: keep the last scores of all
+            cells, and give ``memory=(all_cells, last_race)``. A memory that predicts nothing costs examples, never the
+            promise.
 
     Raises:
         ValueError, TypeError: naming the option, what was wanted and what was got.
@@ -79,15 +80,12 @@ class Race:
             raise ValueError(f"first: wanted a whole number above {WARM_UP}, got {self.first!r}")
         if type(self.seed) is not int:
             raise ValueError(f"seed: wanted a whole number, got {self.seed!r}")
-        memory = self.memory
-        if isinstance(memory, PromptScores):
-            memory = (memory,)
-        if not isinstance(memory, (tuple, list, type(None))) or not all(
-            isinstance(m, PromptScores) for m in memory or ()
-        ):
+        memory = () if self.memory is None else self.memory
+        memory = (memory,) if isinstance(memory, PromptScores) else memory
+        if not isinstance(memory, (tuple, list)) or not all(isinstance(one, PromptScores) for one in memory):
             raise TypeError(f"memory: wanted PromptScores, several of them or None, got {type(memory).__name__}")
         # Frozen, and no list of somebody else's.
-        object.__setattr__(self, "memory", tuple(memory or ()))
+        object.__setattr__(self, "memory", tuple(memory))
 
     def order(self, num_examples: int) -> list[int]:
         """The examples in the order in which they are scored: that of a hash, the same in every version and process."""

@@ -155,7 +155,7 @@ def _running(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _without_noise(drawn: np.ndarray, control: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """([P, n] ``d - b * (z - mean of the z left)``, where b was learned from the examples before; [P] estimate of D)."""
+    """([P, n] ``d - b * (z - mean of the z left)``, b learned from the examples before; [P] estimate of D)."""
     n, population = drawn.shape[1], control.shape[1]
     z = control - control.mean(1, keepdims=True)
     variance = (z * z).mean(1, keepdims=True)

@@ -191,7 +191,7 @@ def test_memory_with_holes_is_used_where_it_is_whole():
         again = hold(new, sk.Race(memory=memory))
         assert 0.0 <= float(new.loss[again.best] - new.loss.min()) <= 0.01
     contest = Contest(sk.Race(memory=(old, raced)), new.tokens.numpy(), new.prompts)
-    assert np.isfinite(contest._old).all() and contest._old_winner == raced.best, "rows of the first, winner of the last"
+    assert np.isfinite(contest._old).all() and contest._old_winner == raced.best
     broken = matrix(torch.where(torch.eye(4, 250, dtype=torch.bool), NAN, old.nll), old.tokens)
     assert hold(new, sk.Race(memory=broken)).race.winner >= 0, "no row of it is finite"
 
