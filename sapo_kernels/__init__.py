@@ -10,9 +10,11 @@ from .prompt_scores import PromptScores
 from .prompt_state import PromptState
 from .race import Race
 from .race_report import RaceReport
+from .ranks import RankError
 from .response_cache import ResponseCache
 from .reweight.api import reweight_
 from .score import score_prompts
+from .sharding import score_prompts_sharded
 from .tree_attention.api import tree_attention
 from .trie import TokenTrie, TriePass, plan_trie
 
@@ -21,6 +23,7 @@ __all__ = [
     "PromptState",
     "Race",
     "RaceReport",
+    "RankError",
     "ResponseCache",
     "TokenTrie",
     "TriePass",
@@ -29,6 +32,7 @@ __all__ = [
     "plan_trie",
     "reweight_",
     "score_prompts",
+    "score_prompts_sharded",
     "tree_attention",
 ]
 

@@ -97,7 +97,7 @@ class ResponseCache:
         part = ResponseCache(
             self.ids[inside], offsets, self.context_lengths[cells], self.prompts, self.num_examples, self.stats
         )
-        part.selected = np.asarray(cells)
+        part.selected = np.asarray(cells) if self.selected is None else self.selected[cells]
         return part
 
     def _nested(self, first, stop) -> list[list[list[int]]]:

@@ -152,12 +152,15 @@ class ScoringJob:
         scores.warn_nonfinite()
         return scores
 
+    def part(self, cells: np.ndarray, road: str) -> ScoringJob:
+        """A job of some of this one's cells."""
+        return ScoringJob(self.model, self.cache.select(cells), road, self.max_tokens, self.progress)
+
     def _hold(self, contest: Contest) -> tuple[int, bool, str | None]:
         """Score what a contest asks for, round by round; (computed tokens, padded, reason) as `measure` has them."""
         total, road, padded, reason = 0, self.impl, False, None
         while (cells := contest.wanted()) is not None:
-            part = ScoringJob(self.model, self.cache.select(cells), road, self.max_tokens, self.progress)
-            nll, computed, by_padded, why = part.measure()
+            nll, computed, by_padded, why = self.part(cells, road).measure()
             contest.add(cells, nll)
             total, padded, reason = total + computed, padded or by_padded, reason or why
             # One road for all rounds, and one line in the log about it.
