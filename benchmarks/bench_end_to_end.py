@@ -39,7 +39,7 @@ def test_every_peer_on_one_task(recorder, benchmark):
     cpu_only(recorder)
     tokenizer = load_tokenizer(recorder.data / "gpt2tokenizer")
     task = first_task(recorder.data)
-    examples, shape = (2, (2816, 128, 2)) if recorder.toy else (12, (50257, 512, 8))
+    examples, shape = (2, (2816, 128, 2)) if recorder.toy else (10, (50257, 512, 8))
     cache = build_cache(task, tokenizer, examples)
     case = make_case("end_to_end", task_name(task), model_of(*shape), cache, EVERYONE, rounds=3)
     recorder.run(benchmark, case)
@@ -55,5 +55,7 @@ def test_all_tasks(number, recorder, benchmark):
     tokenizer = load_tokenizer(recorder.data / "gpt2tokenizer")
     examples, shape = (1, (2816, 128, 2)) if recorder.toy else (6, (50257, 256, 4))
     cache = build_cache(tasks[number], tokenizer, examples)
-    peers = ["trainer_loop", "tuned_plain"]
-    recorder.run(benchmark, make_case("tasks", task_name(tasks[number]), model_of(*shape), cache, peers, rounds=2))
+    sizes = {"trainer_loop": (), "tuned_plain": (8, 32), "prefix_cache": (32,)}
+    model = model_of(*shape)
+    case = make_case("tasks", task_name(tasks[number]), model, cache, list(sizes), rounds=2, sizes=sizes)
+    recorder.run(benchmark, case)

@@ -87,31 +87,41 @@ def end_to_end(results: Path) -> list[str]:
     return lines[:-1]
 
 
+TASK_PEERS = {
+    "trainer_loop": "the published loop",
+    "tuned_plain": "tuned transformers",
+    "prefix_cache": "a prefix cache",
+}
+
+
+def task_ratios(results: Path) -> dict[str, tuple[float, dict[str, float], list[Row]]]:
+    """Task -> (dense / trie tokens, times each peer's p50, rows)."""
+    made = {}
+    for case, rows in cases_of("tasks", results).items():
+        by = summary(rows)
+        times = {peer: by[peer] / by["ours"] for peer in TASK_PEERS if peer in by}
+        made[case] = float(shape_value(rows[0], "dense/trie")), times, rows
+    return made
+
+
 def tasks(results: Path) -> list[str]:
-    """All tasks: token ratio, times the published loop, times the best plain peer; geometric means."""
-    found = cases_of("tasks", results)
+    """All tasks: token ratio, times the published loop, tuned transformers and a prefix cache; geometric means."""
+    found = task_ratios(results)
     if not found:
         return []
-    body, over_loop, over_plain = [], [], []
-    for case, rows in found.items():
-        by, (_, plain) = summary(rows), fastest([row for row in rows if row.provider != "trainer_loop"])
-        ratio = float(shape_value(rows[0], "dense/trie"))
-        over_loop.append(by.get("trainer_loop", math.nan) / by["ours"])
-        over_plain.append(plain / by["ours"])
-        body.append([case, f"{ratio:.2f}", f"{over_loop[-1]:.2f}", f"{over_plain[-1]:.2f}",
-                     f"{over_plain[-1] / ratio:.0%}"])  # fmt: skip
-    means = [statistics.geometric_mean(values) for values in (over_loop, over_plain)]
-    body.append(["geometric mean", "", *(f"{mean:.2f}" for mean in means), ""])
-    first = next(iter(found.values()))[0]
-    header = [
-        "task",
-        "dense / trie tokens",
-        "times faster than the published loop",
-        "than tuned transformers",
-        "of ratio",
-    ]
-    shape = re.sub(r" dense/trie=\S+", "", first.shape)
-    return table(header, body) + ["", f"{shape}, {first.dtype}; {where([r for rows in found.values() for r in rows])}"]
+    body = []
+    for case, (ratio, times, _) in found.items():
+        cells = [f"{times[peer]:.2f}" if peer in times else "-" for peer in TASK_PEERS]
+        body.append(
+            [case, f"{ratio:.2f}", *cells, f"{times['tuned_plain'] / ratio:.0%}" if "tuned_plain" in times else "-"]
+        )
+    columns = [[times[peer] for _, times, _ in found.values() if peer in times] for peer in TASK_PEERS]
+    means = [f"{statistics.geometric_mean(values):.2f}" if values else "-" for values in columns]
+    body.append(["geometric mean", "", *means, ""])
+    header = ["task", "dense / trie tokens", *(f"times {name}" for name in TASK_PEERS.values()), "tuned, of ratio"]
+    rows = [row for _, _, rows in found.values() for row in rows]
+    shape = re.sub(r" dense/trie=\S+", "", rows[0].shape)
+    return table(header, body) + ["", f"{shape}, {rows[0].dtype}; {where(rows)}"]
 
 
 def sweep_ratios(results: Path) -> list[tuple[str, float, float, str, float]]:
@@ -230,13 +240,10 @@ def replaced(text: str, results: Path = RESULTS) -> str:
 def made_plots(results: Path = RESULTS) -> dict[str, str]:
     """File name -> SVG text of every plot that there are rows for."""
     made = {}
-    groups = []
-    for case, rows in cases_of("tasks", results).items():
-        by, (_, plain) = summary(rows), fastest([row for row in rows if row.provider != "trainer_loop"])
-        loop = by["trainer_loop"] / by["ours"] if "trainer_loop" in by else None
-        groups.append((case, [loop, plain / by["ours"], float(shape_value(rows[0], "dense/trie"))]))
+    found = task_ratios(results)
+    groups = [(case, [*(times.get(p) for p in TASK_PEERS), ratio]) for case, (ratio, times, _) in found.items()]
     if groups:
-        names = ["over the published loop", "over tuned transformers", "dense / trie tokens"]
+        names = [*(f"over {name}" for name in TASK_PEERS.values()), "dense / trie tokens"]
         made["tasks.svg"] = plots.bars("Times faster, by task", names, groups, line=1.0)
     points = [(point, [gain, ratio]) for point, ratio, gain, _, _ in sweep_ratios(results)]
     if points:

@@ -171,7 +171,8 @@ def some_results(folder: Path) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     for name, loop, plain in (("task1", 8.0, 4.0), ("task2", 6.0, 1.5)):
         rows = [row(case=name, tokens=5), row(case=name, provider="trainer_loop", p50_s=loop, p80_s=9.0)]
-        rows += [row(case=name, provider=f"tuned_plain_{n}", p50_s=plain + i, p80_s=9.0) for i, n in enumerate((8, 32))]
+        others = {"tuned_plain_8": plain, "tuned_plain_32": plain + 1, "prefix_cache_32": 8.0}
+        rows += [row(case=name, provider=n, p50_s=t, p80_s=9.0) for n, t in others.items()]
         append_rows(folder / "tasks.csv", rows)
         append_rows(
             folder / "sweep.csv", [dataclasses.replace(r, op="sweep") for r in rows if r.provider != "trainer_loop"]
@@ -183,15 +184,17 @@ def test_tables_say_what_the_rows_say(tmp_path):
     results = some_results(tmp_path / "results")
     text = "a\n<!-- table: tasks -->\nold\n<!-- end of table -->\nb\n"
     made = tables.replaced(text, results)
-    assert "| task1 | 2.00 | 4.00 | 2.00 | 100% |" in made and "| task2 | 2.00 | 3.00 | 0.75 | 38% |" in made
-    assert "| geometric mean |  | 3.46 | 1.22 |  |" in made and "old" not in made and made.startswith("a\n")
+    assert (
+        "| task1 | 2.00 | 4.00 | 2.00 | 4.00 | 100% |" in made and "| task2 | 2.00 | 3.00 | 0.75 | 4.00 | 38% |" in made
+    )
+    assert "| geometric mean |  | 3.46 | 1.22 | 4.00 |  |" in made and "old" not in made and made.startswith("a\n")
     assert tables.replaced(made, results) == made
     assert "Slower than the fastest peer at: task2 (0.75x, tuned_plain)" in tables.made_table("sweep", results)
     # The newest run of a case is the one that counts, whole.
     later = dataclasses.replace(HERE, date="2026-02-02T00:00:00Z")
     newer = [row(case="task1", environment=later), row(case="task1", provider="trainer_loop", environment=later)]
     append_rows(results / "tasks.csv", [*newer, row(case="task1", provider="tuned_plain_8", environment=later)])
-    assert "| task1 | 2.00 | 1.00 | 1.00 | 50% |" in tables.replaced(text, results)
+    assert "| task1 | 2.00 | 1.00 | 1.00 | - | 50% |" in tables.replaced(text, results)
     for name in tables.TABLES:
         assert "No rows yet" in tables.made_table(name, tmp_path / "nothing")
     with pytest.raises(SystemExit, match="wanted one of"):
