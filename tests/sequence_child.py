@@ -15,10 +15,10 @@ TASKS = 5
 OPTIONS = {"policy": "sapo", "every_steps": 3, "max_steps": 10}
 
 
-def main() -> None:
+def run(folder, method: str) -> None:
     torch.set_num_threads(1)
-    run_small(sys.argv[1], tasks=small_tasks(TASKS), method=sys.argv[2], **OPTIONS)
+    run_small(folder, tasks=small_tasks(TASKS), method=method, **OPTIONS)
 
 
 if __name__ == "__main__":
-    main()
+    run(*sys.argv[1:])

@@ -48,9 +48,9 @@ def small_config(**options) -> SequenceConfig:
     return SequenceConfig(**{**defaults, **options})
 
 
-def run_small(output=None, count: int = 2, model=None, tasks=None, **options):
+def run_small(output=None, count: int = 2, model=None, tasks=None, order: str = "", **options):
     pair = model or model_and_tokenizer()
-    return run_sequence(pair, tasks or small_tasks(count), output, small_config(**options), progress=False)
+    return run_sequence(pair, tasks or small_tasks(count), output, small_config(**options), order=order, progress=False)
 
 
 def adapter_bytes(folder: Path) -> dict[str, str]:

@@ -48,12 +48,9 @@ def unbroken(tmp_path_factory):
 
     def of(method):
         if method not in made:
-            folder = tmp_path_factory.mktemp(method)
-            child = start(folder, method)
-            errors = finish(child)
-            assert child.returncode == 0, errors
-            started = (folder / ".lock").stat().st_mtime
-            made[method] = everything(folder), (folder / "run.json").stat().st_mtime - started
+            folder, began = tmp_path_factory.mktemp(method), time.monotonic()
+            sequence_child.run(folder, method)
+            made[method] = everything(folder), time.monotonic() - began
         return made[method]
 
     return of
@@ -107,8 +104,8 @@ class Stop(BaseException):
     """Not an `Exception`: nothing on the way may think that it has been dealt with."""
 
 
-def places(monkeypatch, count: int):
-    """Every write of a run raises `Stop` in turn: yields the number of the write that did not happen."""
+def counted_writes(monkeypatch) -> dict:
+    """Counts the writes of a run under "n"; the one whose number is under "stop" raises `Stop` instead."""
     written = {"n": 0, "stop": None}
 
     def counted(plain):
@@ -127,20 +124,20 @@ def places(monkeypatch, count: int):
     return written
 
 
-def test_stopped_before_each_write(tmp_path, monkeypatch):
-    written = places(monkeypatch, 0)
-    run_small(tmp_path / "whole", max_steps=2)
+@pytest.mark.parametrize("stride", [3, pytest.param(1, marks=pytest.mark.slow)])
+def test_stopped_before_a_write(tmp_path, monkeypatch, stride):
+    written = counted_writes(monkeypatch)
+    options = {"max_steps": 2, "generate": False, "tasks": small_tasks(2, train=2, test=1), "policy": "worst"}
+    run_small(tmp_path / "whole", **options)
     wanted, total = everything(tmp_path / "whole"), written["n"]
-    assert total > 12
-    folder = tmp_path / "run"
-    for place in range(1, total + 1):
-        if folder.exists():
-            shutil.rmtree(folder)
+    assert total > 15
+    for place in range(1, total + 1, stride):
+        folder = tmp_path / str(place)
         written.update(n=0, stop=place)
         with pytest.raises(Stop):
-            run_small(folder, max_steps=2)
+            run_small(folder, **options)
         written.update(n=0, stop=None)
-        run_small(folder, max_steps=2)
+        run_small(folder, **options)
         assert everything(folder) == wanted, f"write {place} of {total}"
 
 
