@@ -95,6 +95,25 @@ def test_a_card_that_is_made_anew_keeps_the_section(tmp_path):
     assert callback.prompts()["tasks"]["colours"]["prompt"] in (tmp_path / "README.md").read_text()
 
 
+def test_what_others_wrote_around_the_section_stays(tmp_path):
+    card = tmp_path / "README.md"
+    # Also with the line ends of Windows.
+    card.write_text(f"# Mine\n\nText.\n\n{CARD_TITLE}\r\n\nold\n\n    # yours\n\n### Framework\n\n- PEFT\n\n## X")
+    record = {"tasks": {"a": {"prompt": "Say it.\n# It"}}}
+    for _ in range(2):
+        write_beside_adapter(tmp_path, record)
+        text = card.read_bytes().decode()
+        assert text.startswith(f"# Mine\n\nText.\n\n{CARD_TITLE}\n\nChosen by"), text
+        assert text.endswith('Task "a":\n\n    Say it.\n    # It\n\n### Framework\n\n- PEFT\n\n## X\n'), text
+        assert "old" not in text and "yours" not in text
+    card.write_bytes(b"\xff\xfe no text")
+    write_beside_adapter(tmp_path, record)
+    assert card.read_bytes() == b"\xff\xfe no text" and json.loads((tmp_path / PROMPTS_FILE).read_text()) == record
+    card.write_text("")
+    write_beside_adapter(tmp_path, record)
+    assert card.read_text().startswith(CARD_TITLE)
+
+
 class Hub:
     """What would be uploaded: the card and the prompts as they are at that moment."""
 

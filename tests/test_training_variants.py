@@ -49,10 +49,9 @@ def test_bf16(tmp_path):
         runs.append((torch.tensor(losses), torch.stack([sums[0] / sums[1] for sums in measured])))
     (plain, scored), (rounded, scored_too) = runs
     assert plain[-4:].mean() < plain[:4].mean() - 2, "it learns"
-    # bfloat16 keeps 8 bits: a loss of 8 nats is known to about 0.03, and what is learnt from it differs a little.
-    assert (plain - rounded).abs().max() < 0.3, (plain, rounded)
-    assert not torch.equal(plain, rounded), "autocast was on"
-    assert (scored - scored_too).abs().max() < 0.3
+    # bfloat16 keeps 8 bits: a loss of 8 nats is known to about 0.03, and that much was found (0.036; scored 0.028).
+    assert 0 < (plain - rounded).abs().max() < 0.1, (plain, rounded)
+    assert (scored - scored_too).abs().max() < 0.1
 
 
 def test_weights_in_bf16(tmp_path):

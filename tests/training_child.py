@@ -1,7 +1,7 @@
 """A run that saves every few steps, for `test_training_resume`: started as a process, killed, and started again.
 
 ``python -m tests.training_child FOLDER MODE`` resumes from the newest whole checkpoint, if there is one, and writes
-``result.json`` at its end: the adapter's digest, the choices, and the step it began at.
+``result.json`` at its end: the adapter's digest, the choices, and the step it began at. ``steps.log`` has every step.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from sapo_kernels._io import write_json
 from sapo_peft import SapoConfig, last_good_checkpoint
 
-from .training_helpers import adapter_digest, choices, colours, curve, sapo_trainer
+from .training_helpers import AtSteps, adapter_digest, choices, colours, curve, sapo_trainer
 
 STEPS, SAVE = 24, 3
 
@@ -49,7 +49,10 @@ def main() -> None:
     torch.set_num_threads(1)
     trainer, callback = make(folder, mode)
     newest = last_good_checkpoint(folder)
-    trainer.train(resume_from_checkpoint=newest)
+    with open(folder / "steps.log", "a") as log:
+        log.write(f"begin {newest.split('-')[-1] if newest else 0}\n")
+        trainer.add_callback(AtSteps(lambda step: log.write(f"{step}\n") and log.flush()))
+        trainer.train(resume_from_checkpoint=newest)
     assert choices(callback)
     write_json(folder / "result.json", result(trainer, callback, int(newest.split("-")[-1]) if newest else 0))
 

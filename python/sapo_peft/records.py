@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from pathlib import Path
@@ -10,11 +11,14 @@ from typing import Any
 
 import torch
 
-from sapo_kernels._io import atomic_write, write_json
+from sapo_kernels._io import atomic_write, read_text, write_json
 
 from .choice import Choice
 from .rescoring import Scoring
 
+logger = logging.getLogger("sapo_peft")
+
+MAX_CARD_BYTES = 16 * 2**20
 PROMPTS_FILE = "sapo_prompts.json"
 CARD_TITLE = "## Prompt that this adapter was trained with"
 # JSON has no spelling for these.
@@ -81,8 +85,12 @@ def write_beside_adapter(folder: str | os.PathLike, record: dict[str, Any]) -> N
     card = folder / "README.md"
     if not card.is_file():
         return
-    text = card.read_text(encoding="utf-8")
-    before = text.partition(CARD_TITLE)[0].rstrip()
+    try:
+        before, after = _around_section(read_text(card, max_bytes=MAX_CARD_BYTES))
+    except (OSError, ValueError) as error:
+        # Somebody else's file is no reason for a save to fail.
+        logger.warning("the model card is left without the prompt: %s", error)
+        return
     lines = [
         CARD_TITLE,
         "",
@@ -92,4 +100,16 @@ def write_beside_adapter(folder: str | os.PathLike, record: dict[str, Any]) -> N
     for task, entry in record["tasks"].items():
         # Indented text is shown as it is, whatever stands in it.
         lines += [f"Task {excerpt_line(task)}:", "", *("    " + line for line in entry["prompt"].splitlines()), ""]
-    atomic_write(card, "\n".join([before, "", *lines]).rstrip() + "\n")
+    section = "\n".join(lines).rstrip()
+    atomic_write(card, "\n\n".join(part for part in (before, section, after) if part) + "\n")
+
+
+def _around_section(card: str) -> tuple[str, str]:
+    """What stands in front of the section of the prompts and behind it; everything in front where there is none."""
+    lines = card.split("\n")
+    start = next((i for i, line in enumerate(lines) if line.rstrip() == CARD_TITLE), None)
+    if start is None:
+        return card.rstrip(), ""
+    # Prompts are indented: the next heading is somebody else's.
+    stop = next((i for i in range(start + 1, len(lines)) if lines[i].startswith("#")), len(lines))
+    return "\n".join(lines[:start]).rstrip(), "\n".join(lines[stop:]).strip()

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,10 +52,9 @@ class Setup:
         self.rendering = hashed(*parts)
         caches = rescorer.caches.values() if rescorer else ()
         self.probe = hashed(*(array.tobytes() for c in caches for array in (c.ids, c.offsets, c.context_lengths)))
-        options = asdict(config)
         # A callable has no lasting name; `rendering` knows it by what it makes.
-        options["template"] = config.template if isinstance(config.template, str) else None
-        self.options = options
+        values = {field.name: getattr(config, field.name) for field in fields(config)}
+        self.options = {name: None if callable(value) else value for name, value in values.items()}
 
     def digests(self) -> dict[str, str]:
         """What the ranks of a run compare: 64 hexadecimal digits by name."""

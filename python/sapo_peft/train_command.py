@@ -38,7 +38,7 @@ _OPTIONS: tuple[tuple[str, Any, Any, str], ...] = (
     ("floor", float, 0.0, "share of probability spread evenly in soft mode (default 0)"),
     ("every-steps", int, None, "score again after that many steps"),
     ("each-epoch", bool, False, "score again at each epoch"),
-    ("drift", float, None, "score again when the loss is that many standard errors off the prediction"),
+    ("drift", float, None, "score again when the loss has left its course by that many standard errors (4)"),
     ("probe-examples", int, 64, "examples to score on (default 64)"),
     ("max-source", int, 1536, "longest context in tokens (default 1536)"),
     ("max-target", int, 128, "response tokens that are scored, the first ones (default 128)"),
