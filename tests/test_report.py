@@ -228,7 +228,7 @@ def test_one_pair_has_no_interval(tmp_path):
 
 def test_unfinished_runs_are_not_compared(tmp_path):
     _, text = page(small(tmp_path / "a"), small(tmp_path / "b", "original", done=1))
-    assert "1 run in progress: not compared" in text and "cannot be said" in text
+    assert "1 run not finished: not compared" in text and "cannot be said" in text
 
 
 def test_other_settings_are_said(tmp_path):

@@ -95,7 +95,7 @@ def comparison(group: Group, arm: Arm) -> Markup:
     if any(len(other.runs) > 1 for other in group.arms):
         notes.append("A bar is the mean over the finished runs of a policy, a ring is one run.")
     if unfinished:
-        notes.append(f"{plural(unfinished, 'run')} in progress: not compared, because AP, BWT and FWT need all tasks.")
+        notes.append(f"{plural(unfinished, 'run')} not finished: not compared, because AP, BWT and FWT need all tasks.")
     if not bars:
         notes.append("No AP, BWT or FWT is known yet.")
     content = f'<div class="charts">{"".join(bars)}</div>' if bars else ""

@@ -25,6 +25,7 @@ MAX_TASKS = 256
 MAX_PROMPTS = 4096
 MAX_SCORINGS = 100_000
 MAX_RUNS = 1000
+MAX_FOLDERS = 20_000
 # Names that stand in headings; prompts have no such limit.
 MAX_NAME = 300
 # One figure in two files: rounding of a sum in another order is all that may lie between them.
@@ -170,7 +171,9 @@ def find_runs(paths: Iterable[str | os.PathLike]) -> list[Path]:
 
 def _below(path: Path) -> list[Path]:
     runs = []
-    for folder, names, files in os.walk(path):
+    for number, (folder, names, files) in enumerate(os.walk(path)):
+        if number >= MAX_FOLDERS:
+            raise DataError(f"{path}: wanted at most {MAX_FOLDERS} folders to look for runs in, got more")
         # A run holds no other run, and what starts with a dot is being written.
         names[:] = [] if "run.json" in files else sorted(name for name in names if not name.startswith("."))
         if "run.json" in files:

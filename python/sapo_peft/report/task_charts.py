@@ -103,7 +103,9 @@ def _use_figure(task: Task, original: int | None) -> Markup:
         for name, _, stretches in rows
     )
     left = f" {plural(len(spans) - len(shown), 'prompt')} more were in use." if len(spans) > len(shown) else ""
-    return figure(span_chart(rows, label, title), f"At every scoring one prompt has all the weight: the bars.{left}")
+    return figure(
+        span_chart(rows, label, title), f"At every scoring one prompt has all the weight; the bars say which.{left}"
+    )
 
 
 def _over_time(
