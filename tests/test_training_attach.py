@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from datasets import Dataset
 from peft import PeftModel
 
 from sapo_kernels._io import read_json
@@ -55,10 +56,25 @@ MIXED = [*colours(2, "colours"), *colours(2, "other")]
         ({}, {"probe": {"colours": colours(2), "color": colours(2)}}, ValueError, "color"),
         ({"data": [*colours(2, "a")]}, {"pools": [pool_of(2, "a"), pool_of(2, "b")]}, ValueError,
          "task 'b': wanted at least one example"),
+        ({}, {"pools": None}, TypeError, "pools: wanted a PromptPool, a list of them or one by task, got NoneType"),
+        ({}, {"probe": "abc"}, TypeError, "probe: wanted a list of examples, or one by task, got str"),
+        ({}, {"probe": iter(colours(2))}, TypeError, "probe: wanted a list of examples, or one by task, got"),
+        ({}, {"probe": [1, 2]}, TypeError, "wanted a mapping with two texts, got int"),
+        ({}, {"probe": {"colours": "abc"}}, TypeError, "probe: task 'colours': wanted a list of examples, got str"),
+        ({}, {"config": {"every_steps": 2}}, TypeError, "config: wanted a SapoConfig, got dict"),
+        # What the collator would find after hours.
+        ({"data": [*colours(9), {"input": "a"}]}, {}, ValueError, "train_dataset: row 9: .*got .'input'"),
+        ({"data": [*colours(9), 3]}, {}, TypeError, "train_dataset: row 9: .*got int"),
+        ({"data": [*colours(9), {"input": "a", "target": " "}]}, {}, ValueError, "row 9: .*wanted a target"),
+        ({"data": Dataset.from_list([*colours(9), {"input": "a", "target": ""}])}, {}, ValueError,
+         "row 9: .*wanted a target"),
+        ({"data": Dataset.from_list([*colours(9), {"input": "a", "target": None}])}, {}, TypeError,
+         "row 9: .*wanted two strings"),
+        ({"data": Dataset.from_list(MIXED)}, {}, ValueError, "row 2: .*'task' among .* got 'other'"),
         ({}, {"pools": {1: pool_of()}}, TypeError, "names of tasks as strings, got int 1"),
         ({"eval_dataset": TOKENISED}, {}, ValueError, r"eval_dataset: wanted raw examples .* got \['attention_mask'"),
         ({"eval_dataset": {"x": colours(2), "y": TOKENISED}}, {}, ValueError, r"eval_dataset\['y'\]: wanted raw"),
-        ({"eval_dataset": MIXED}, {}, ValueError, r"eval_dataset: example: wanted a 'task' among .* got 'other'"),
+        ({"eval_dataset": MIXED}, {}, ValueError, r"eval_dataset: row 2: example: .* 'task' among .* 'other'"),
         ({"eval_dataset": [{"input": "a", "target": 1}]}, {}, TypeError, "wanted two strings"),
         ({}, {"config": SapoConfig(max_source=5)}, ValueError, "max_source"),
         ({}, {"config": SapoConfig(template="{prompt} alone")}, ValueError, "template: wanted {prompt} and {input}"),
@@ -111,6 +127,20 @@ def test_evaluation_datasets_that_are_fine(tmp_path, found):
     trainer, _ = sapo_trainer(tmp_path, eval_dataset=found)
     if isinstance(found, dict):
         assert {"eval_a_loss", "eval_b_loss"} <= set(trainer.evaluate())
+
+
+def test_datasets_whose_rows_are_made_when_they_are_read(tmp_path):
+    """A transform of the user's: the columns are not the rows. Other columns are nobody's business."""
+    raw = Dataset.from_list([{"text": f"{i}|red"} for i in range(6)])
+    made = raw.with_transform(
+        lambda batch: {"input": [t.split("|")[0] for t in batch["text"]],
+                       "target": [t.split("|")[1] for t in batch["text"]]}
+    )  # fmt: skip
+    plain = Dataset.from_list([{**row, "id": 3} for row in colours(6)])
+    for data in (made, plain):
+        trainer, callback = sapo_trainer(tmp_path, data=data, max_steps=1)
+        trainer.train()
+        assert len(callback.history) == 1
 
 
 def test_prompts_that_the_tokenizer_rules_out_are_said(tmp_path, caplog):

@@ -47,12 +47,15 @@ def steps_saved(folder) -> int:
     return max(found, default=0)
 
 
-def kill_within(child, folder, rng, until: float) -> bool:
-    """Kill the child a random while after it wrote something new; False if it ended before."""
+def kill_within(child, folder, rng, until: float, lines: int) -> bool:
+    """Kill the child a random while after it began or wrote something new; False if it ended before.
+
+    lines: of ``steps.log`` when it was started.
+    """
     before = steps_saved(folder)
     aim = before + training_child.SAVE * rng.randint(0, 2)
     while child.poll() is None and time.monotonic() < until:
-        if steps_saved(folder) >= max(aim, 1):
+        if lines_logged(folder) > lines and steps_saved(folder) >= max(aim, 1):
             # A step takes about 40 ms, a checkpoint about as long.
             time.sleep(rng.uniform(0.0, 0.12))
             break
@@ -64,13 +67,19 @@ def kill_within(child, folder, rng, until: float) -> bool:
     return True
 
 
+def lines_logged(folder) -> int:
+    log = folder / "steps.log"
+    return log.read_text().count("\n") if log.exists() else 0
+
+
 def killed_and_resumed(folder, mode: str, kills: int, seed: int) -> tuple[dict, int]:
     """The result of a run that is killed that often, as often as it lives long enough, and how often it was."""
     rng, done = random.Random(seed), 0
     while True:
+        lines = lines_logged(folder)
         child = start(folder, mode)
         try:
-            killed = done < kills and kill_within(child, folder, rng, time.monotonic() + DEADLINE)
+            killed = done < kills and kill_within(child, folder, rng, time.monotonic() + DEADLINE, lines)
             if killed:
                 done += 1
                 continue

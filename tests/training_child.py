@@ -51,6 +51,7 @@ def main() -> None:
     newest = last_good_checkpoint(folder)
     with open(folder / "steps.log", "a") as log:
         log.write(f"begin {newest.split('-')[-1] if newest else 0}\n")
+        log.flush()
         trainer.add_callback(AtSteps(lambda step: log.write(f"{step}\n") and log.flush()))
         trainer.train(resume_from_checkpoint=newest)
     assert choices(callback)

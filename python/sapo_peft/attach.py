@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from sapo_kernels.render import check_examples
 
 from . import _ranks
 from .callback import SapoCallback
@@ -20,6 +23,9 @@ from .run_state import Setup
 from .wrapping import wrap
 
 logger = logging.getLogger("sapo_peft")
+
+# Rows of a dataset that are looked at when attaching: a second or two.
+MOST_CHECKED = 200_000
 
 
 def attach_sapo(
@@ -59,7 +65,9 @@ def attach_sapo(
         ValueError, TypeError: naming the argument, what was wanted and what was got; the trainer is as it was.
     """
     started = time.perf_counter()
-    config = config or SapoConfig()
+    config = SapoConfig() if config is None else config
+    if not isinstance(config, SapoConfig):
+        raise TypeError(f"config: wanted a SapoConfig, got {type(config).__name__}")
     named = _by_task(pools)
     tokenizer = _tokenizer(trainer)
     _check_trainer(trainer)
@@ -68,7 +76,7 @@ def attach_sapo(
     choice = Choice(named, config.mode, config.seed)
     layout = {"max_source": config.max_source, "max_target": config.train_max_target, "template": config.template}
     training = SapoCollator(tokenizer, choice, carry=True, **layout)
-    _check_tasks(trainer.train_dataset, choice, "train_dataset")
+    _check_rows(trainer.train_dataset, choice, "train_dataset")
     _check_evaluation(getattr(trainer, "eval_dataset", None), choice)
     probes = _probes(trainer, choice, probe, config) if config.scores else {}
     rescorer = Rescorer(choice, probes, tokenizer, config) if config.scores else None
@@ -112,6 +120,8 @@ def _checked(task: str, pool: PromptPool, tokenizer: Any, trainer: Any) -> Promp
 def _by_task(pools) -> dict[str, PromptPool]:
     if isinstance(pools, PromptPool):
         pools = [pools]
+    if isinstance(pools, str) or not isinstance(pools, (Mapping, Sequence)):
+        raise TypeError(f"pools: wanted a PromptPool, a list of them or one by task, got {type(pools).__name__}")
     values = list(pools.values() if isinstance(pools, Mapping) else pools)
     if not values or not all(isinstance(pool, PromptPool) for pool in values):
         kinds = sorted({type(pool).__name__ for pool in values})
@@ -145,7 +155,7 @@ def _check_trainer(trainer: Any) -> None:
 
 def _check_dataset(dataset: Any, name: str) -> None:
     """It has examples, and they are texts."""
-    if dataset is None or not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+    if not _indexed(dataset):
         raise ValueError(f"trainer: wanted a {name} with a length, got {type(dataset).__name__}")
     if not len(dataset):
         raise ValueError(f"trainer: wanted a {name} with examples, got an empty one")
@@ -162,29 +172,42 @@ def _check_dataset(dataset: Any, name: str) -> None:
     named_example(first)
 
 
+def _indexed(found: Any) -> bool:
+    return hasattr(found, "__len__") and hasattr(found, "__getitem__")
+
+
 def _check_evaluation(found: Any, choice: Choice) -> None:
     """Each evaluation dataset that can be looked into: else the first evaluation would end the run."""
     named = {f"eval_dataset[{name!r}]": one for name, one in found.items()} if isinstance(found, dict) else {
         "eval_dataset": found}  # fmt: skip
     for name, dataset in named.items():
-        if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__") and len(dataset):
+        if _indexed(dataset) and len(dataset):
             _check_dataset(dataset, name)
-            _check_tasks(dataset, choice, name)
+            _check_rows(dataset, choice, name)
 
 
-def _check_tasks(dataset: Any, choice: Choice, name: str) -> None:
-    """Every task of the dataset where that costs little, else the first example's; the collator sees the others."""
-    if isinstance(dataset, (list, tuple)):
-        rows = dataset
-    elif "task" in (getattr(dataset, "column_names", None) or ()) and hasattr(dataset, "unique"):
-        rows = [{"task": task} for task in dataset.unique("task")]
-    else:
-        rows = [dataset[0]]
-    for row in rows:
+def _check_rows(dataset: Any, choice: Choice, name: str) -> None:
+    """Texts and tasks of the first `MOST_CHECKED` rows where rows cost little, else of the first one.
+
+    The collator would find a bad row too, in the middle of the run.
+    """
+    for i, row in enumerate(itertools.islice(_rows(dataset), MOST_CHECKED)):
         try:
             choice.task_of(row)
-        except ValueError as error:
-            raise ValueError(f"trainer: {name}: {error}") from None
+            check_examples([named_example(row)])
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"trainer: {name}: row {i}: {error}") from None
+
+
+def _rows(dataset: Any) -> Iterable[Any]:
+    if isinstance(dataset, (list, tuple)):
+        return dataset
+    # Of datasets of Hugging Face, whose columns are read in batches; a transform of the user's makes other rows.
+    if hasattr(dataset, "select_columns") and getattr(dataset, "format", {}).get("type") != "custom":
+        names = [name for name in dataset.column_names if name in {"task", *itertools.chain(*COLUMNS)}]
+        batches = dataset.select_columns(names).with_format(None).iter(1000)
+        return (dict(zip(batch, row, strict=True)) for batch in batches for row in zip(*batch.values(), strict=True))
+    return [dataset[0]]
 
 
 def _probes(trainer, choice: Choice, probe, config: SapoConfig) -> dict[str, list]:
@@ -193,7 +216,12 @@ def _probes(trainer, choice: Choice, probe, config: SapoConfig) -> dict[str, lis
         unknown = sorted(map(str, set(probe) - set(choice.tasks)))
         if unknown:
             raise ValueError(f"probe: wanted tasks among {choice.tasks[:20]}, got {unknown[:20]}")
+        for task, examples in probe.items():
+            if isinstance(examples, str) or not _indexed(examples):
+                raise TypeError(f"probe: task {task!r}: wanted a list of examples, got {type(examples).__name__}")
         probes = {task: list(probe.get(task, ())) for task in choice.tasks}
+    elif probe is not None and (isinstance(probe, str) or not _indexed(probe)):
+        raise TypeError(f"probe: wanted a list of examples, or one by task, got {type(probe).__name__}")
     else:
         probes = {task: [] for task in choice.tasks}
         source = trainer.train_dataset if probe is None else probe

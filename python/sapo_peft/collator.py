@@ -149,6 +149,8 @@ class SapoCollator:
 
 def named_example(feature: Mapping[str, Any]) -> Mapping[str, Any]:
     """The two texts of an example as "input" and "target"."""
+    if not isinstance(feature, Mapping):
+        raise TypeError(f"example: wanted a mapping with two texts, got {type(feature).__name__}")
     for names in COLUMNS:
         if all(name in feature for name in names):
             texts = [feature[name] for name in names]
