@@ -39,7 +39,7 @@ def test_a_run_its_report_and_going_on(tiny, sapo, tmp_path, monkeypatch):  # no
     lines = out.splitlines()
     assert lines[0].split()[:4] == ["task", "prompt", "loss", "original"] and max(map(len, lines[:3])) <= 100
     for number, name in ((1, "task02_odd_one_out"), (2, "task03_message_field")):
-        assert re.match(rf" +{number}(?: +\d+/21)(?: +\d+\.\d{{4}}){{2}}  {name}: ", lines[number]), lines[number]
+        assert re.match(rf" +{number}(?: +\d+/21)(?: +\d+\.\d{{4}}){{2}}  {name}$", lines[number]), lines[number]
     for metric in ("rougeL (0 to 100)", "exact_match (0 to 100)"):
         assert metric in out
     assert re.search(r"^before +[\d.]+ +[\d.]+$", out, re.MULTILINE) and "AP " in out and "BWT_last" in out

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from sapo_kernels._io import DataError
 from sapo_peft.sequence import load_adapters, orthogonality
 from sapo_peft.sequence.config import derived_seed
-from sapo_peft.sequence.methods import Adapters
+from sapo_peft.sequence.methods import WEIGHTS, Adapters
 from sapo_peft.sequence.training import train_task
 
 from .sequence_helpers import adapter_bytes, model_and_tokenizer, run_small, small_config, small_tasks
@@ -239,3 +239,11 @@ def test_policies_are_paired(tmp_path):
         run_small(folder, tasks=tasks, policy=policy, generate=False, max_steps=2)
         runs[policy] = adapter_bytes(folder)
     assert len({str(found) for found in runs.values()}) == 1, runs
+
+
+def test_recomputed_activations_give_the_same_adapter(tmp_path):
+    for name, options in (("plain", {}), ("again", {"gradient_checkpointing": True})):
+        run_small(tmp_path / name, count=1, policy="original", lora_dropout=0.0, generate=False, max_steps=2, **options)
+    one, other = (load_file(tmp_path / name / "tasks/01-colours1/adapter" / WEIGHTS) for name in ("plain", "again"))
+    assert one.keys() == other.keys() and any(bool(one[key].any()) for key in one if "lora_B" in key)
+    assert all(torch.allclose(one[key], other[key], atol=1e-6) for key in one)

@@ -235,3 +235,34 @@ def test_other_versions_are_said(tmp_path, finished, caplog):
     result = run_small(folder, max_steps=2)
     assert any("continued with other versions: torch" in warning for warning in result.run["warnings"])
     assert "was 1.0" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "file, content, word",
+    [
+        ("run.json", "{", "not valid JSON"),
+        ("run.json", '{"version": 2, "kind": "sequence"}', "version 1"),
+        ("run.json", '{"version": 1, "kind": "sequence"}', "wanted the entry 'config'"),
+        ("before.json", "[]", "before.json: wanted an object of version 1"),
+        ("before.json", None, "before.json: wanted the scores before training, got no file"),
+        ("tasks/01-colours1/scores.json", '{"version": 1}', "01-colours1: wanted the files of a finished task"),
+        ("tasks/01-colours1/scores.json", '{"version": 1, "chosen": 9, "prompts": [], "scorings": []}', "IndexError"),
+        ("tasks/01-colours1/scores.json", '{"version": 1, "chosen": "a", "prompts": [], "scorings": 3}', "TypeError"),
+        ("tasks/01-colours1/metrics.json", '{"version": 1, "row": [], "notes": []}', "finished task"),
+        ("tasks/01-colours1/train.json", '{"version": 1, "notes": []}', "got KeyError"),
+        ("tasks/01-colours1/train.json", None, "train.json"),
+        ("tasks/01-colours1/adapter/adapter_model.safetensors", "", "wanted the weights of an adapter"),
+    ],
+)
+def test_a_damaged_folder_is_refused_by_name(tmp_path, finished, file, content, word):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    run = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({**run, "status": "running"}))
+    if content is None:
+        (folder / file).unlink()
+    else:
+        (folder / file).write_text(content)
+    with pytest.raises((DataError, OSError)) as error:
+        run_small(folder, max_steps=2)
+    assert word in str(error.value)

@@ -9,7 +9,7 @@ import warnings
 from dataclasses import fields
 from typing import Any
 
-from ._terminal import log_on_stderr, plain, table, terminal_width
+from ._terminal import cut, log_on_stderr, plain, table, terminal_width
 from .sequence.config import EVALUATE, METHODS, POLICIES, SequenceConfig
 
 _EPILOG = """\
@@ -136,9 +136,10 @@ def _report(result: Any) -> None:
     for number, choice in enumerate(result.choices, 1):
         losses = (choice["loss"], choice["original_loss"])
         loss, original = ("-" if value is None else f"{value:.4f}" for value in losses)
-        rows.append((str(number), f"{choice['index']}/{choice['prompts']}", loss, original,
-                     f"{plain(choice['task'])}: {choice['prompt']}"))  # fmt: skip
-    print(table(("task", "prompt", "loss", "original", "name and prompt"), rows, width))
+        rows.append((str(number), f"{choice['index']}/{choice['prompts']}", loss, original, choice["task"]))
+    print(table(("task", "prompt", "loss", "original", "name"), rows, width), end="\n\n")
+    for number, choice in enumerate(result.choices, 1):
+        print(cut(f"task {number}: {choice['prompt']}", width))
     print(f"\n{result.table()}\n")
     cost = result.cost
     print(

@@ -62,6 +62,8 @@ class RunFolder:
         saved = read_json(file, max_bytes=MAX_RUN_BYTES)
         if not isinstance(saved, dict) or saved.get("version") != VERSION or saved.get("kind") != "sequence":
             raise DataError(f"{file}: wanted a sequence run of version {VERSION}, got {excerpt(saved)}")
+        for missing in sorted(set(run) - set(saved)):
+            raise DataError(f"{file}: wanted the entry {missing!r}, got none")
         for what, was, now in _differences(saved, run):
             raise DataError(
                 f"{self.path}: {what}: wanted {excerpt(was)}, as this run began with, got {excerpt(now)}; give the "

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from sapo_kernels._io import DataError, read_json
+from sapo_kernels._io import DataError, read_json, write_json
 
 from .config import SequenceConfig
 
-WEIGHTS = "adapter_model.safetensors"
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 class Adapters:
@@ -99,6 +99,12 @@ class Adapters:
         for file in list((folder / name).iterdir()):
             os.replace(file, folder / file.name)
         (folder / name).rmdir()
+        # PEFT writes the modules as a set, in another order in every process.
+        options = read_json(folder / CONFIG)
+        modules = options["target_modules"]
+        write_json(
+            folder / CONFIG, {**options, "target_modules": sorted(modules) if type(modules) is list else modules}
+        )
 
     def penalty(self) -> torch.Tensor | None:
         """``lambda_1 * orthogonality`` of the newest adapter, or None where there is nothing to be orthogonal to."""

@@ -25,23 +25,31 @@ class SequenceProgress:
         self.bar = None
         self.terminal = terminal and self.show
         self.first, self.started = done, time.monotonic()
+        # Seconds of a task, when the present one began, and how many are left with it.
+        self.per_task: float | None = None
+        self.marked, self.remaining = self.started, len(tasks)
 
     def phase(self, index: int, phase: str, total: int, unit: str) -> None:
         """Begin a phase of the `index`-th task (0: before training), of `total` steps or examples."""
         self.end()
         if not self.show:
             return
+        if phase == "train":
+            self.marked, self.remaining = time.monotonic(), len(self.tasks) - index + 1
+            if index - 1 > self.first:
+                self.per_task = (self.marked - self.started) / (index - 1 - self.first)
         name = cut(self.tasks[index - 1], 28) if index else "all tasks"
         head = f"{index}/{len(self.tasks)} {name}: {phase}"
         if not self.terminal:
-            print(f"sapo: {head}, {total} {unit}s{self._left(index)}", file=sys.stderr, flush=True)
+            left = f", {self._left()}" if self._left() else ""
+            print(f"sapo: {head}, {total} {unit}s{left}", file=sys.stderr, flush=True)
             return
         try:
             from tqdm import tqdm
         except ImportError:  # a nicety, not a need
             return
         self.bar = tqdm(total=total, desc=head, unit=unit, leave=False, dynamic_ncols=True)
-        self.bar.set_postfix_str(self._left(index).lstrip(", "), refresh=False)
+        self.bar.set_postfix_str(self._left(), refresh=False)
 
     def say(self, index: int, text: str) -> None:
         """One line about the `index`-th task."""
@@ -52,8 +60,8 @@ class SequenceProgress:
     def step(self, step: int, loss: float | None) -> None:
         """That many optimizer steps are done."""
         if self.bar is not None:
-            if loss is not None:
-                self.bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+            parts = [f"loss {loss:.4f}"] if loss is not None else []
+            self.bar.set_postfix_str(", ".join([*parts, *filter(None, [self._left()])]), refresh=False)
             self.bar.update(step - self.bar.n)
 
     def examples(self, count: int) -> None:
@@ -66,11 +74,10 @@ class SequenceProgress:
             self.bar.close()
             self.bar = None
 
-    def _left(self, index: int) -> str:
+    def _left(self) -> str:
         """The time left as text; nothing is known before a task is done."""
-        done = index - 1 - self.first
-        if done < 1:
+        if self.per_task is None:
             return ""
-        left = (time.monotonic() - self.started) / done * (len(self.tasks) - index + 1)
-        hours, rest = divmod(int(left), 3600)
-        return f", about {hours}:{rest // 60:02d}:{rest % 60:02d} left"
+        left = self.per_task * self.remaining - (time.monotonic() - self.marked)
+        hours, rest = divmod(int(max(left, 0.0)), 3600)
+        return f"about {hours}:{rest // 60:02d}:{rest % 60:02d} left"

@@ -108,11 +108,11 @@ class _Runner:
     def run_all(self) -> SequenceResult:
         try:
             finished = finished_tasks(self.folder.path, self.names) if self.folder.path else []
-            for index, path in finished:
-                self._take_over(index, path)
             self.progress = SequenceProgress(self.names, self.show, len(finished))
             if self.config.evaluate == "all":
-                self._evaluate_before()
+                self._evaluate_before(bool(finished))
+            for index, path in finished:
+                self._take_over(index, path)
             for index in range(len(finished) + 1, len(self.tasks) + 1):
                 self._task(index)
                 self._write_results()
@@ -129,17 +129,16 @@ class _Runner:
         return SequenceResult(self.run, self.names, document["metrics"], document["choices"], document["cost"],
                               self.folder.path)  # fmt: skip
 
-    def _evaluate_before(self) -> None:
+    def _evaluate_before(self, begun: bool) -> None:
         file = self.folder.path / "before.json" if self.folder.path else None
         if file is not None and file.exists():
-            self.before = read_json(file)
-            return
-        if self.done:
+            self.before = _read_document(file)
+        elif begun:
             raise DataError(f"{file}: wanted the scores before training, got no file though tasks are done")
-        row = self._evaluate(0, {j: 0 for j in range(len(self.tasks))})
-        self.before = _metrics_document(row)
-        self.folder.write("before.json", self.before)
-        self._warn(row.notes)
+        else:
+            self.before = _metrics_document(self._evaluate(0, {j: 0 for j in range(len(self.tasks))}))
+            self.folder.write("before.json", self.before)
+        self._warn(self.before["notes"])
 
     def _evaluate(self, index: int, prompts: dict[int, int]) -> Row:
         total = sum(len(self.tasks[j].test) for j in prompts)
@@ -157,7 +156,6 @@ class _Runner:
             self.progress.say(index, f"prompt {trained.chosen} of {len(task.pool.prompts)} (0 is the original)")
             row = self._evaluate(index, {j: self.chosen[j] for j in self._wanted(index)})
             documents = _documents(task, trained, row)
-            self._keep(index, documents)
             if staging is not None:
                 self.adapters.save(staging / "adapter")
                 if self.config.policy == "sapo":
@@ -166,7 +164,7 @@ class _Runner:
                     write_json(staging / "adapter" / PROMPTS_FILE, trained.record)
                 for name, document in documents.items():
                     write_json(staging / f"{name}.json", document)
-        self._warn([*trained.notes, *row.notes])
+        self._keep(index, documents)
 
     def _wanted(self, index: int) -> list[int]:
         """The tasks to evaluate after the `index`-th, counted from 0."""
@@ -175,14 +173,21 @@ class _Runner:
         return list(range(index)) if self.config.evaluate == "seen" else [index - 1]
 
     def _take_over(self, index: int, path: Path) -> None:
-        documents = {name: read_json(path / f"{name}.json") for name in ("scores", "metrics", "train", "data")}
-        self.adapters.load(index, path / "adapter")
-        self.chosen[index - 1] = documents["scores"]["chosen"]
-        self._keep(index, documents)
+        documents = {name: _read_document(path / f"{name}.json") for name in ("scores", "metrics", "train", "data")}
+        if self.run["status"] != "done":
+            self.adapters.load(index, path / "adapter")
+        try:
+            self.chosen[index - 1] = documents["scores"]["chosen"]
+            self._keep(index, documents)
+            self._document()
+        except (KeyError, TypeError, IndexError, AttributeError) as error:
+            got = f"{type(error).__name__} {excerpt(str(error))}"
+            raise DataError(f"{path}: wanted the files of a finished task, got {got} while reading them") from error
 
     def _keep(self, index: int, documents: dict[str, dict[str, Any]]) -> None:
         self.done.append(documents)
         self.choices.append(_choice(self.tasks[index - 1], documents["scores"]))
+        self._warn([*documents["train"]["notes"], *documents["metrics"]["notes"]])
 
     def _warn(self, notes: list[str]) -> None:
         new = [note for note in notes if note not in self.run["warnings"]]
@@ -209,7 +214,8 @@ def _documents(task: SequenceTask, trained: Trained, row: Row) -> dict[str, dict
         "metrics": _metrics_document(row),
         "train": {"version": VERSION, "losses": [[step, _number(loss)] for step, loss in trained.losses],
                   "penalties": [[step, _number(penalty)] for step, penalty in trained.penalties],
-                  "seconds": trained.seconds, "tokens": trained.tokens, "examples": trained.examples},
+                  "seconds": trained.seconds, "tokens": trained.tokens, "examples": trained.examples,
+                  "notes": trained.notes},
         "data": {"version": VERSION, "rows": dict(task.rows),
                  "used": {"train": len(task.train), "test": len(task.test)},
                  "notes": [*task.notes, *task.pool.notes()]},
@@ -217,7 +223,8 @@ def _documents(task: SequenceTask, trained: Trained, row: Row) -> dict[str, dict
 
 
 def _metrics_document(row: Row) -> dict[str, Any]:
-    return {"version": VERSION, "row": row.row, "examples": row.examples, "seconds": row.seconds}
+    return {"version": VERSION, "row": row.row, "examples": row.examples, "seconds": row.seconds,
+            "notes": row.notes}  # fmt: skip
 
 
 def _choice(task: SequenceTask, scores: dict[str, Any]) -> dict[str, Any]:
@@ -233,6 +240,13 @@ def _choice(task: SequenceTask, scores: dict[str, Any]) -> dict[str, Any]:
         "original_loss": losses[0],
         "prompts": len(prompts),
     }
+
+
+def _read_document(file: Path) -> dict[str, Any]:
+    document = read_json(file)
+    if not isinstance(document, dict) or document.get("version") != VERSION:
+        raise DataError(f"{file}: wanted an object of version {VERSION}, got {excerpt(document)}")
+    return document
 
 
 def _number(value: float) -> float | None:
