@@ -119,6 +119,7 @@ def test_killed_at_random_points(tmp_path, unbroken, mode):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("mode", MODES)
 def test_killed_at_twenty_random_points(tmp_path, unbroken, mode):
     done = 0
