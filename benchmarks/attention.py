@@ -106,13 +106,13 @@ def make_case(cells: Cells, name: str, heads=(8, 4, 64), dtype=torch.float32, de
         )  # fmt: skip
     needed = 4.0 * q_heads * width * float((trie.depth + 1).sum())
     name_of = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-    tolerance = 2e-5 if dtype == torch.float32 else _low_precision(wide, trie, check_apart, apart)
+    tolerance = 2e-5 if dtype == torch.float32 else _low_precision(check_apart, apart)
     return Case(
         "tree_attention", name, providers, check, tolerance, dtype=name_of[dtype], work=needed, formula=FORMULA,
         rounds=rounds, shape=f"T={len(trie)} dense={trie.dense_tokens} Hq={q_heads} Hkv={kv_heads} D={width}",
     )  # fmt: skip
 
 
-def _low_precision(wide, trie, check_apart, apart) -> float:
+def _low_precision(check_apart, apart) -> float:
     """Twice the error of PyTorch's own attention in that dtype on the same sequences, plus 1e-4."""
     return 2 * check_apart(F.scaled_dot_product_attention(*apart, is_causal=True)) + 1e-4

@@ -11,6 +11,8 @@ the trie divided by dense / trie tokens.
 from __future__ import annotations
 
 import argparse
+import copy
+import gc
 import statistics
 from pathlib import Path
 
@@ -49,9 +51,10 @@ class Agreement:
     def _oracle(self, model, cache, tolerance: float) -> tuple[torch.Tensor, float]:
         if not self.low:
             return alone(model, cache, self.sample), tolerance
-        import copy
-
         exact = alone(copy.deepcopy(model).float(), cache, self.sample)
+        gc.collect()
+        if model.device.type == "cuda":
+            torch.cuda.empty_cache()
         plain = alone(model, cache, self.sample)
         return exact, 2 * self._size((plain - exact) / self.counts[self.sample]) + 1e-3
 

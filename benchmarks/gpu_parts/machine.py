@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import torch
 
@@ -38,6 +39,8 @@ def build(job: Job) -> None:
     else:
         major, minor = torch.cuda.get_device_capability()
         command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+        if shutil.which("nvcc") is None and Path("/usr/local/cuda/bin/nvcc").exists():
+            os.environ["CUDA_HOME"] = "/usr/local/cuda"
         code, output = _run(job, command, job.left, SAPO_BUILD_CUDA="on", SAPO_CUDA_ARCHS=f"{major}{minor}")
         if code != 0:
             job.say(f"with the CUDA kernels: exit {code}: {_last(output)}; building without them")

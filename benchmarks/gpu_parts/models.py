@@ -70,7 +70,7 @@ def _kernels(job: Job, model, cache) -> None:
     counts = collections.Counter(event.name for event in events)
     times: dict[str, float] = collections.defaultdict(float)
     for event in events:
-        times[event.name] += event.device_time if cuda else event.self_cpu_time_total
+        times[event.name] += event.self_device_time_total if cuda else event.self_cpu_time_total
     layers = model.config.num_hidden_layers
     passes = len(cache.plan(16384 if cuda else 1024).passes)
     job.say(

@@ -14,15 +14,19 @@ _MASKS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 @functools.cache
 def _compiled():
+    import torch._dynamo
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+    # Past the limit it would fall back to writing the whole score matrix, without a word.
+    torch._dynamo.config.recompile_limit = 64
     return torch.compile(flex_attention, dynamic=True), create_block_mask
 
 
 def block_mask(plan, device: torch.device):
     """The pass's visibility as a BlockMask: key j is seen by query i iff ``j <= i < subtree_end[j]``."""
     _, create = _compiled()
-    carried, end = plan.carried, plan.to(device).subtree_end
+    # A tensor, because a number in the mask would compile it again for every pass.
+    carried, end = torch.tensor(plan.carried, device=device), plan.to(device).subtree_end
 
     def visible(batch, head, query, key):
         at = query + carried

@@ -21,15 +21,13 @@ def longest_first(cells) -> list[int]:
 
 def padded(cells, device):
     """Right-padded ids, attention mask and the mask of rows that predict a response token, each [B, L]."""
-    width = max(len(c) + len(r) - 1 for c, r in cells)
-    ids = torch.zeros(len(cells), width, dtype=torch.int64)
-    mask, rows = torch.zeros_like(ids), torch.zeros(len(cells), width, dtype=torch.bool)
-    for b, (context, response) in enumerate(cells):
-        length = len(context) + len(response) - 1
-        ids[b, :length] = torch.tensor(context + response[:-1])
-        mask[b, :length] = 1
-        rows[b, len(context) - 1 : length] = True
-    return ids.to(device), mask.to(device), rows.to(device)
+    contexts = torch.tensor([len(c) for c, _ in cells])[:, None]
+    lengths = torch.tensor([len(c) + len(r) - 1 for c, r in cells])[:, None]
+    width = int(lengths.max())
+    ids = torch.tensor([c + r[:-1] + [0] * (width - len(c) - len(r) + 1) for c, r in cells])
+    at = torch.arange(width)[None]
+    mask, rows = at < lengths, (at >= contexts - 1) & (at < lengths)
+    return ids.to(device), mask.long().to(device), rows.to(device)
 
 
 def targets_of(cells, device) -> torch.Tensor:
@@ -44,8 +42,10 @@ def row_logprob(logits, targets) -> torch.Tensor:
 
 def sums(logprob_rows, cells) -> torch.Tensor:
     """Split [total response tokens] log-probabilities into one negative sum a cell, [B] float64 on the CPU."""
-    parts = logprob_rows.double().split([len(r) for _, r in cells])
-    return torch.stack([-part.sum() for part in parts]).cpu()
+    counts = torch.tensor([len(r) for _, r in cells], device=logprob_rows.device)
+    cell = torch.arange(len(cells), device=counts.device).repeat_interleave(counts, output_size=len(logprob_rows))
+    made = torch.zeros(len(cells), dtype=torch.float64, device=counts.device)
+    return made.index_add_(0, cell, -logprob_rows.double()).cpu()
 
 
 @torch.no_grad()

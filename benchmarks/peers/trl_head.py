@@ -6,7 +6,7 @@ import contextlib
 
 import torch
 
-from .plain import cells_of, longest_first
+from .plain import cells_of, longest_first, padded
 
 
 @contextlib.contextmanager
@@ -35,14 +35,10 @@ def trl_fused_head(model, cache, batch_size: int = 8) -> torch.Tensor:
         for i in range(0, len(order), batch_size):
             chosen = order[i : i + batch_size]
             part = [cells[c] for c in chosen]
-            width = max(len(c) + len(r) for c, r in part)
-            ids = torch.zeros(len(part), width, dtype=torch.int64)
-            mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
-            for b, (context, response) in enumerate(part):
-                stop = len(context) + len(response)
-                ids[b, :stop] = torch.tensor(context + response)
-                mask[b, :stop] = 1
-                labels[b, len(context) : stop] = ids[b, len(context) : stop]
+            # One token more than is needed elsewhere: the head shifts the labels itself.
+            ids, mask, rows = padded([(c, [*r, 0]) for c, r in part], "cpu")
+            labels = torch.where(rows.roll(1, 1) & mask.bool(), ids, -100)
+            labels[:, 0] = -100
             given = {"input_ids": ids, "attention_mask": mask, "labels": labels}
             made = model(**{n: t.to(model.device) for n, t in given.items()}, fused_lm_head=True)
             out[chosen] = -made.log_probs.double().sum(1).cpu()
