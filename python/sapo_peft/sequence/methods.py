@@ -101,10 +101,9 @@ class Adapters:
         (folder / name).rmdir()
         # PEFT writes the modules as a set, in another order in every process.
         options = read_json(folder / CONFIG)
-        modules = options["target_modules"]
-        write_json(
-            folder / CONFIG, {**options, "target_modules": sorted(modules) if type(modules) is list else modules}
-        )
+        if isinstance(options["target_modules"], list):
+            options["target_modules"].sort()
+        write_json(folder / CONFIG, options)
 
     def penalty(self) -> torch.Tensor | None:
         """``lambda_1 * orthogonality`` of the newest adapter, or None where there is nothing to be orthogonal to."""
