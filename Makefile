@@ -1,6 +1,8 @@
 # `make demo` and `make test` work on a fresh machine: each makes the virtual environment first.
 PYTHON ?= python3
 VENV ?= .venv
+# The tests use one thread each; files are shared out among so many processes.
+WORKERS ?= 2
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
 READY = $(VENV)/.ready
 NATIVE = $(wildcard csrc/*.h csrc/*.cpp csrc/cuda/*.h csrc/cuda/*.cpp csrc/cuda/*.cu)
@@ -11,7 +13,7 @@ demo: $(READY)
 	$(VENV)/bin/sapo score --compare
 
 test: $(READY)
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

@@ -33,6 +33,8 @@ NATIVE_TESTS = (
 # These look at the checkout's files, not at the package.
 CHECKOUT_TESTS = ("test_readme.py", "test_build.py")
 MINUTE = 60.0
+# As in the Makefile.
+PYTEST = ("-m", "pytest", "-n", os.environ.get("WORKERS", "2"), "--dist", "loadfile")
 
 
 def run(*command: str | Path, cwd: Path, minutes: float, quiet: bool = False, **environment: str) -> str:
@@ -128,7 +130,7 @@ def main() -> None:
         run(*install, f"{plain}[train,dev]", cwd=folder, minutes=15, quiet=True)
         tests = [f"tests/{name}" for name in NATIVE_TESTS]
         print("without native modules", flush=True)
-        run(python, "-m", "pytest", *tests, cwd=outside, minutes=15)
+        run(python, *PYTEST, *tests, cwd=outside, minutes=15)
         without = digests(python, outside, loaded=False)
         run(*install, "--force-reinstall", "--no-deps", native, cwd=folder, minutes=5, quiet=True)
         with_native = digests(python, outside, loaded=True)
@@ -136,7 +138,7 @@ def main() -> None:
             raise RuntimeError(f"the compiled modules change results: {without} without, {with_native} with them")
         print(f"with and without native modules the same bits: {', '.join(without)}", flush=True)
         ignored = [f"--ignore=tests/{name}" for name in CHECKOUT_TESTS]
-        run(python, "-m", "pytest", *(tests if arguments.quick else ignored), cwd=outside, minutes=25)
+        run(python, *PYTEST, *(tests if arguments.quick else ignored), cwd=outside, minutes=25)
 
 
 if __name__ == "__main__":
