@@ -76,6 +76,20 @@ def test_rouge_l_is_the_packages_own_for_ascii():
         assert rouge_l(answer, target) == plain.score(target, answer)["rougeL"].fmeasure
 
 
+def test_a_missing_package_is_named_before_anything_is_done(monkeypatch, tmp_path):
+    import sys
+
+    from sapo_peft.sequence.metrics import _scorer
+
+    from .sequence_helpers import run_small
+
+    _scorer.cache_clear()
+    monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
+    with pytest.raises(ImportError, match="wanted the package rouge-score"):
+        run_small(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_exact_match_looks_past_white_space_only():
     assert exact_match(" a  b\n", "a b") == 1.0
     assert exact_match("A b", "a b") == 0.0 and exact_match("ab", "a b") == 0.0 and exact_match("", "a") == 0.0

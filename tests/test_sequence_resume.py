@@ -124,7 +124,7 @@ def counted_writes(monkeypatch) -> dict:
     return written
 
 
-@pytest.mark.parametrize("stride", [3, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stride", [5, pytest.param(1, marks=pytest.mark.slow)])
 def test_stopped_before_a_write(tmp_path, monkeypatch, stride):
     written = counted_writes(monkeypatch)
     options = {"max_steps": 2, "generate": False, "tasks": small_tasks(2, train=2, test=1), "policy": "worst"}

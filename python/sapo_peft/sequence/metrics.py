@@ -31,6 +31,17 @@ def _scorer(any_script: bool):
     return RougeScorer(["rougeL"], use_stemmer=False, tokenizer=_AnyScript() if any_script else None)
 
 
+def check_scorer() -> None:
+    """Find out before hours of training that rouge-score is missing.
+
+    Raises: `ImportError` naming the package.
+    """
+    try:
+        _scorer(False)
+    except ModuleNotFoundError as error:
+        raise ImportError(f"ROUGE-L: wanted the package rouge-score, got: {error}; pip install rouge-score") from error
+
+
 def rouge_l(answer: str, target: str) -> float:
     """ROUGE-L F1 of one answer, 0 to 1, by the package rouge-score without stemming.
 

@@ -23,6 +23,7 @@ from .config import SequenceConfig, derived_seed
 from .evaluate import Evaluator, Row
 from .folder import VERSION, RunFolder, finished_tasks, run_folder
 from .methods import Adapters
+from .metrics import check_scorer
 from .progress import SequenceProgress
 from .results import SequenceResult, result_document
 from .tasks import SequenceTask
@@ -65,6 +66,7 @@ def run_sequence(
         `SequenceResult`.
 
     Raises:
+        ImportError: a package that is needed is missing.
         ValueError (`DataError`): an argument or file, with what was wanted and got; the folder is of another run.
         RuntimeError: another process is at work in the folder.
 
@@ -74,6 +76,8 @@ def run_sequence(
     """
     config = config or SequenceConfig()
     tasks = _checked(tasks)
+    if config.generate:
+        check_scorer()
     with run_folder(output_dir) as folder:
         base, tok, called = _resolve(model, name, tokenizer, device, dtype)
         tasks = [replace(task, pool=task.pool.checked(tok)) for task in tasks]
