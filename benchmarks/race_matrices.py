@@ -3,7 +3,7 @@
     python -m benchmarks.race_matrices --base DIR --out DIR [--data DIR ...] [--states 0 20 40 60]
 
 For each task: a fresh LoRA on the base, trained on the task with the prompt that has the lowest loss at the start, as
-SAPO does; all prompts are scored on the first examples at each state. Written as one safetensors file a task: "TASK/nll"
+SAPO does; all prompts are scored on the first examples at each state. One safetensors file a task: "TASK/nll"
 [S, K, M] float32, nats, and "TASK/tokens" [K, M] int16. Everything is seeded. `--pack FILE` puts them all in one file.
 """
 

@@ -14,11 +14,16 @@ import numpy as np
 import torch
 
 from .prompt_scores import PromptScores
-from .race_bounds import WARM_UP, PairEvidence
+from .race_bounds import WARM_UP, Differences, Evidence
 from .race_report import RaceReport
 
 # Examples of the first round without and with a memory.
 FIRST = (16, 12)
+# Where delta goes, for each prompt that might be the best: to the bets against whoever leads, to those against every
+# other prompt alike, and to those against whoever leads after so many examples, without and with an old winner, who
+# takes the rest.
+LEADER, EVERYONE = 0.5, 0.2
+OPENINGS = ({8: 0.15, 16: 0.1, 32: 0.05}, {8: 0.075, 16: 0.05, 32: 0.025})
 
 
 @dataclass(frozen=True)
@@ -62,8 +67,8 @@ class Race:
     tolerance: float = 0.0
     relative: float = 0.005
     first: int | None = None
-    growth: float = 1.5
-    reach: float = 1.5
+    growth: float = 1.4
+    reach: float = 1.0
     seed: int = 0
     memory: PromptScores | Sequence[PromptScores] | None = None
 
@@ -130,6 +135,9 @@ class Contest:
         first = race.first or FIRST[bool(race.memory)]
         self.leader, self.tolerance, self.size = -1, 0.0, min(first, self.num_examples)
         self.rounds: list[int] = []
+        # [2, n] for each example the leader after the examples before and the one behind it, and who was in then.
+        self._leads, self._fields = np.zeros((2, 0), dtype=np.int64), []
+        self._aim = 0.0
 
     def _remember(self, memory: PromptScores, prompts: list[str]) -> None:
         """Take over a memory's whole rows and its winner."""
@@ -172,7 +180,9 @@ class Contest:
         self.nll.flat[cells] = nll
         self.scored.flat[cells] = True
         self.rounds.append(self.size)
+        self._fields.append((self._leads.shape[1], self.size, self.active))
         self._leave_broken()
+        self._lead()
         if self.active.any():
             self._judge()
         self._grow()
@@ -191,6 +201,19 @@ class Contest:
             self.removed[back], fresh = False, back
         self.waiting[:] = False if self.leader >= 0 and self.broken[self.leader] else self.waiting
 
+    def _lead(self) -> None:
+        """Who leads after each number of examples, among the fit ones that were in when the next was scored."""
+        if self.broken.any():  # they never led
+            self._leads = self._leads[:, :0]
+        for start, stop, field in self._fields:
+            members, done = np.flatnonzero(field & ~self.broken), self._leads.shape[1]
+            if stop <= max(start, done) or not len(members):
+                continue
+            values = self._values(members, stop)
+            sums = (np.cumsum(values, 1) - values)[:, done:]
+            rank = np.argsort(sums, axis=0, kind="stable")[[0, min(1, len(members) - 1)]]
+            self._leads = np.concatenate([self._leads, members[rank]], 1)
+
     def _judge(self) -> None:
         """Find the leader among those scored furthest, and compare everyone who is not out with it."""
         counts = self.scored.sum(1)
@@ -203,17 +226,22 @@ class Contest:
             leader = int(ready[np.argmin(self._evidence(ready, leader, counts[leader]).estimate)])
         self.leader, self.against[leader], self.left[leader] = leader, leader, len(self.rounds)
         self.tolerance = max(self.race.tolerance, self.race.relative * float(losses.min()))
+        if len(self.rounds) == 1:
+            # What the stakes aim at must not depend on the examples that are bet on.
+            aim = self._values(ready, min(WARM_UP, self.num_examples)).mean(1).min()
+            self._aim = max(self.race.tolerance, self.race.relative * float(aim))
         others = np.flatnonzero(~(self.removed | self.broken))
         others = others[others != leader]
         for n in np.unique(counts[others]).tolist():
             group = others[counts[others] == n]
-            evidence, level = self._evidence(group, leader, n), self._level(group, leader)
+            evidence = self._evidence(group, leader, n)
             if evidence.complete:  # the leader has the lowest loss of these, and the lowest index of equals
                 worse, close = np.ones(len(group), dtype=bool), np.zeros(len(group), dtype=bool)
             else:
-                worse = evidence.log_capital(0.0) >= level
+                capital = np.logaddexp(evidence.log_capital(0.0), self._against_leaders(group, n).log_capital(0.0))
+                worse = capital >= self._level
                 close = ~worse & (self.tolerance > 0.0) & (evidence.estimate >= 0.0)
-                close &= evidence.log_capital(-self.tolerance) >= level
+                close &= evidence.log_capital(-self.tolerance) >= self._level
             out = worse | close
             self.left[group] = np.where(out & ~self.waiting[group], len(self.rounds), self.left[group])
             self.against[group] = np.where(out, leader, self.against[group])
@@ -228,26 +256,56 @@ class Contest:
         """[P, n] what the first n examples bring to the losses of these prompts, in the order drawn."""
         return self.nll[np.ix_(prompts, self.order[:n])] * self._weight[prompts]
 
-    def _evidence(self, prompts: np.ndarray, other: int, n: int, sign: float = 1.0) -> PairEvidence:
-        """On the losses of `prompts` minus that of `other` (or the other way round), after n examples."""
-        control = sign * (self._old[prompts] - self._old[other])
+    @property
+    def _level(self) -> float:
+        """Log capital at which a belief is given up."""
+        return -math.log(self.race.delta)
+
+    def _evidence(self, prompts: np.ndarray, other: int, n: int) -> Evidence:
+        """On the losses of `prompts` minus that of `other` after n examples."""
+        control = self._old[prompts] - self._old[other]
         # A prompt without a whole row in the memory has no control: one that is 0 changes nothing.
         control = np.where(np.isfinite(control), control, 0.0) if np.isfinite(control).any() else None
-        drawn = sign * (self._values(prompts, n) - self._values(np.asarray([other]), n))
-        return PairEvidence(drawn, self.num_examples, self.tolerance, self.race.reach, control)
+        seen = Differences.with_one_rival(self._values(prompts, n) - self._values(np.asarray([other]), n), control)
+        return self._weighed(seen, prompts, other)
 
-    def _level(self, prompts: np.ndarray, other: np.ndarray | int) -> np.ndarray:
-        """[P] log capital at which each of `prompts` is worse than `other`.
+    def _weighed(self, seen: Differences, prompts: np.ndarray | int, other: np.ndarray | int) -> Evidence:
+        """The bets against the belief that `prompts` are better than `other`, with what delta leaves for each.
 
-        Only the best prompt can leave wrongly, whichever of the K - 1 others it is compared with: delta is spread over
-        these, half of it on the prompt that won before.
+        Only the best prompt can leave wrongly, whichever of the K - 1 others it is compared with: what is spread over
+        these adds up to delta. One that was likely to lead from what was known before a bet may have more of it.
         """
-        rivals = max(self.num_prompts - 1, 1)
-        share = np.full(np.broadcast(prompts, other).shape, 1.0 / rivals)
-        if self._old_winner >= 0:
-            expected = 0.5 / rivals + 0.5 * (np.asarray(other) == self._old_winner)
-            share = np.where(np.asarray(prompts) == self._old_winner, share, expected)
-        return -np.log(self.race.delta * share)
+        size = len(seen.value)
+        remembered = self._old_winner >= 0
+        openings = [(WARM_UP, np.full(size, EVERYONE / max(self.num_prompts - 1, 1)))]
+        extra = [(first, share, self._leads[:, first]) for first, share in OPENINGS[remembered].items()
+                 if first < self._leads.shape[1]]  # fmt: skip
+        if remembered:
+            left = 1.0 - LEADER - EVERYONE - sum(OPENINGS[True].values())
+            extra.append((WARM_UP, left, (self._old_winner, -1)))
+        for first, share, (lead, second) in extra:
+            rival = np.where(np.asarray(prompts) == lead, second, lead)
+            openings.append((first, np.where(np.broadcast_to(rival == other, size), share, 0.0)))
+        return Evidence(seen, self.num_examples, self._aim, self.race.reach, openings)
+
+    def _against_leaders(self, prompts: np.ndarray, n: int) -> Evidence:
+        """The bets against the belief that nobody is better than each of `prompts`, after n examples."""
+        lead, second = self._leads[:, :n]
+        own = prompts[:, None]
+        rival, at = np.where(own == lead, second, lead), np.arange(n)
+        values = self._values(np.arange(self.num_prompts), n)
+        before = np.cumsum(np.nan_to_num(values), 1) - np.nan_to_num(values)
+        old = self._old
+        control = left = variance = None
+        if np.isfinite(old).any():
+            old = old - old.mean(1, keepdims=True)
+            rest = -(np.cumsum(old, 1) - old)[:, :n] / (self.num_examples - at)
+            control, left = (np.nan_to_num(x[own, at] - x[rival, at]) for x in (old[:, :n], rest))
+            variance = ((old[prompts] - old[rival[:, -1]]) ** 2).mean(1, keepdims=True)
+            control, variance = np.where(np.isfinite(variance), control, 0.0), np.nan_to_num(variance)
+        value, before = values[own, at] - values[rival, at], before[own, at] - before[rival, at]
+        seen = Differences(value, before, control, left, variance)
+        return Evidence(seen, self.num_examples, self._aim, self.race.reach, [(WARM_UP, LEADER)])
 
     def report(self) -> RaceReport:
         """What came out; call it when `wanted` has said None."""
@@ -259,8 +317,9 @@ class Contest:
             lower[winner] = upper[winner] = 0.0
             for n in np.unique(counts[fit]).tolist():
                 group = fit[(np.minimum(counts, counts[winner])[fit] == n) & (fit != winner)]
-                low = self._evidence(group, winner, n).lower_bound(self._level(group, winner))
-                high = self._evidence(group, winner, n, -1.0).lower_bound(self._level(winner, group))
+                evidence = self._evidence(group, winner, n)
+                low = evidence.lower_bound(self._level)
+                high = self._weighed(evidence.seen.reversed(), winner, group).lower_bound(self._level)
                 lower[group], upper[group] = low, -high
             regret = max(0.0, float((-lower[fit[~self.removed[fit]]]).max()))
         reason = np.where(self.removed, "worse", "within tolerance")

@@ -18,8 +18,12 @@ sum over the unseen examples of what is missing to the floor, divided by M.
 
 A control ``z``, known for all M examples (the same difference under an earlier state of the model), takes part of the
 noise out: ``d - b * (z - mean of the z left)`` has the same mean over the examples left for every b that was chosen
-before. b is estimated on the way, so a control that predicts nothing is soon ignored. The capital is spread evenly over
+before. b is estimated on the way, so a control that predicts nothing is soon ignored. The capital is spread over
 several rules for the stakes, with and without the control: an average of fair games is a fair game.
+
+"Nobody is better than this prompt" is refuted with less: the bet on each example may be against another rival, the one
+that leads after the examples before, because every rival's difference is then bounded by the same belief. That needs
+no correction for the number of rivals.
 
 Sources: Waudby-Smith and Ramdas, "Estimating means of bounded random variables by betting" (2021) and "Confidence
 sequences for sampling without replacement" (2020).
@@ -28,6 +32,7 @@ sequences for sampling without replacement" (2020).
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -42,53 +47,98 @@ STEADY = (0.7, 0.35)
 _TINY = 1e-300
 
 
-class PairEvidence:
-    """What the first n of M examples say about P pairs of prompts.
+@dataclass(frozen=True)
+class Differences:
+    """P series of differences in the order drawn, nats per token, each between a prompt and its rivals.
 
-    Args:
-        drawn: [P, n] float64, differences in the order drawn, nats per token.
-        population: M.
-        margin: nats per token; the stakes aim at showing ``D > 0`` and ``D > -margin``.
-        reach: see above.
-        control: [P, M] float64, in the same order, or None.
+    value: [P, n], this prompt minus the rival it has on that example.
+    before: [P, n], sum of the differences from that same rival over the examples before.
+    control: [P, n] the difference in the memory, less its mean over all examples, and control_left, its mean over this
+        and the examples after; control_variance: [P, 1] over all examples. None without a memory.
 
-    Attributes:
-        estimate: [P] of D: the mean of `drawn`, corrected by the control.
+    With one rival throughout, see `with_one_rival`, the mean of the series is the difference of two losses.
     """
 
-    def __init__(
-        self, drawn: np.ndarray, population: int, margin: float, reach: float, control: np.ndarray | None = None
-    ):
-        self.drawn, self.population = drawn, population
-        self.complete = drawn.shape[1] == population
-        self.mean = self.estimate = drawn.mean(1)
-        self._games: list[_Game] = []
-        if drawn.shape[1] > WARM_UP and not self.complete:
-            self._games.append(_Game(drawn, drawn, population, margin, reach))
-            if control is not None:
-                values, self.estimate = _without_noise(drawn, control)
-                self._games.append(_Game(values, drawn, population, margin, reach))
+    value: np.ndarray
+    before: np.ndarray
+    control: np.ndarray | None = None
+    control_left: np.ndarray | None = None
+    control_variance: np.ndarray | None = None
+
+    @classmethod
+    def with_one_rival(cls, drawn: np.ndarray, control: np.ndarray | None = None) -> Differences:
+        """drawn: [P, n]. control: [P, M] in the same order, or None."""
+        before = np.cumsum(drawn, 1) - drawn
+        if control is None:
+            return cls(drawn, before)
+        n, population = drawn.shape[1], control.shape[1]
+        centred = control - control.mean(1, keepdims=True)
+        seen = centred[:, :n]
+        left = -(np.cumsum(seen, 1) - seen) / (population - np.arange(n))
+        return cls(drawn, before, seen, left, (centred * centred).mean(1, keepdims=True))
+
+    def reversed(self) -> Differences:
+        """The rivals minus the prompts."""
+        control = None if self.control is None else -self.control
+        left = None if self.control_left is None else -self.control_left
+        return Differences(-self.value, -self.before, control, left, self.control_variance)
+
+
+class Evidence:
+    """What the first n of M examples say about P prompts and their rivals.
+
+    Args:
+        seen: the differences.
+        population: M.
+        margin: nats per token; the stakes aim at showing ``D > 0`` and ``D > -margin``. Fixed beforehand.
+        reach: see above.
+        openings: (examples looked at before the first bet, share of the capital for it: a number or [P]). The shares of
+            one truth add up to 1 over everything that could refute it.
+
+    Attributes:
+        seen: as given.
+        mean: [P] of the differences seen.
+        estimate: the same, corrected by the control.
+    """
+
+    def __init__(self, seen: Differences, population: int, margin: float, reach: float, openings=((WARM_UP, 1.0),)):
+        n = seen.value.shape[1]
+        self.mean = self.estimate = seen.value.mean(1)
+        self.complete, self.seen = n == population, seen
+        self._games: list[tuple[np.ndarray, _Game]] = []
+        series = [seen.value]
+        if seen.control is not None:
+            slope = _slope(seen)
+            self.estimate = self.mean - slope[:, -1] * seen.control.mean(1)
+            # b for an example was learned from those before it.
+            slope = np.concatenate([np.ones((len(slope), 1)), slope[:, :-1]], 1)
+            series.append(seen.value - slope * (seen.control - seen.control_left))
+        for first, share in openings:
+            if n > first and not self.complete and np.any(share):
+                with np.errstate(divide="ignore"):
+                    share = np.log(np.broadcast_to(np.asarray(share, dtype=np.float64), self.mean.shape) / len(series))
+                self._games += [(share, _Game(v, seen.before, population, margin, reach, first)) for v in series]
 
     def log_capital(self, theta: np.ndarray | float) -> np.ndarray:
-        """[P] natural logarithm of the capital against ``D <= theta``; +-inf once all examples are seen."""
-        theta = np.broadcast_to(np.asarray(theta, dtype=np.float64), (len(self.drawn),))
+        """[P] natural logarithm of the capital against ``D <= theta``; +-inf once all examples are seen.
+
+        What was not bet with is not counted, so without bets this is -inf.
+        """
+        theta = np.broadcast_to(np.asarray(theta, dtype=np.float64), self.mean.shape)
         if self.complete:
             return np.where(self.mean > theta, math.inf, -math.inf)
         if not self._games:
-            return np.zeros(len(self.drawn))
-        logs = np.concatenate([game.log_capitals(theta) for game in self._games])
-        top = logs.max(0)
-        return np.log(np.exp(logs - top).mean(0)) + top
+            return np.full(len(theta), -math.inf)
+        return np.logaddexp.reduce([share + game.log_capital(theta) for share, game in self._games])
 
-    def lower_bound(self, level: np.ndarray | float) -> np.ndarray:
+    def lower_bound(self, level: float) -> np.ndarray:
         """[P] the largest theta below which all are refuted, ``log_capital(theta) >= level``; -inf if none is.
 
         The capital never grows with theta, so this is a bisection; it ends within 1e-9 of the width.
         """
         if self.complete:
             return self.mean.copy()
-        level = np.broadcast_to(np.asarray(level, dtype=np.float64), self.mean.shape)
-        width = np.maximum(np.abs(self.drawn - self.mean[:, None]).max(1, initial=0.0), _TINY)
+        width = np.maximum(np.abs(self.seen.value - self.mean[:, None]).max(1, initial=0.0), _TINY)
         high, low = self.mean + width, np.full_like(width, -math.inf)
         for step in 4.0 ** np.arange(1, 12):
             candidate = self.mean - step * width
@@ -96,49 +146,48 @@ class PairEvidence:
             low = np.where(found, candidate, low)
         known = np.isfinite(low)
         for _ in range(64):
+            if not known.any() or (high - low)[known].max() <= 1e-9 * width[known].max():
+                break
             middle = np.where(known, 0.5 * (np.where(known, low, 0.0) + high), 0.0)
             refuted = self.log_capital(middle) >= level
             low = np.where(known & refuted, middle, low)
             high = np.where(known & ~refuted, middle, high)
-            if not known.any() or (high - low)[known].max() <= 1e-9 * width[known].max():
-                break
         return low
 
 
 class _Game:
-    """One series of bets for P pairs: everything about them that does not depend on theta.
+    """One series of bets for P prompts: everything about them that does not depend on theta.
 
-    values: [P, n], what is bet on (`drawn`, or without part of its noise); the mean over the examples left is that of
-    the differences themselves.
+    values: [P, n], what is bet on: the differences, or these without part of their noise. Their mean over the examples
+    left is that of the differences. before: as in `Differences`. first: examples before the first bet.
     """
 
-    def __init__(self, values: np.ndarray, drawn: np.ndarray, population: int, margin: float, reach: float):
-        n = values.shape[1]
-        count = np.arange(WARM_UP, n)  # examples seen before each bet
-        left = population - count
-        mean, spread, variance = (part[:, WARM_UP - 1 : -1] for part in _running(values))
-        self.seen_sum = (np.cumsum(drawn, 1) - drawn)[:, WARM_UP:]
-        self.left, self.population = left, population
+    def __init__(self, values: np.ndarray, before: np.ndarray, population: int, margin: float, reach: float, first):
+        count = np.arange(first, values.shape[1])  # examples seen before each bet
+        self.left, self.population = population - count, population
+        mean, spread, variance = (part[:, first - 1 : -1] for part in _running(values))
+        self.before = before[:, first:]
         self.floor = mean - reach * spread
-        self.value = np.maximum(values[:, WARM_UP:], self.floor)
+        self.value = np.maximum(values[:, first:], self.floor)
         variance = variance * (1.0 + 1.0 / count)
         stakes = []
         for aim in (0.0, -margin):
             # The stake that lets the capital grow fastest against this aim, if the next is like those before.
-            gap = np.maximum(mean - (population * aim - self.seen_sum) / left, 0.0)
+            gap = np.maximum(mean - (population * aim - self.before) / self.left, 0.0)
             best = gap / (variance + gap * gap + _TINY)
             stakes += [best, 0.5 * best]
         for part in STEADY:
             stakes.append(part * np.sqrt(variance) / ((1.0 + part * part) * variance + _TINY))
         self.stakes = np.stack(stakes)
 
-    def log_capitals(self, theta: np.ndarray) -> np.ndarray:
-        """[rules, P], one capital for each rule of the stakes."""
-        expected = (self.population * theta[:, None] - self.seen_sum) / self.left
+    def log_capital(self, theta: np.ndarray) -> np.ndarray:
+        """[P] of the mean capital over the rules for the stakes."""
+        expected = (self.population * theta[:, None] - self.before) / self.left
         room = expected - self.floor
         with np.errstate(divide="ignore"):
             most = np.where(room > 0, MOST / np.maximum(room, _TINY), math.inf)
-        return np.log1p(np.minimum(self.stakes, most) * (self.value - expected)).sum(2)
+        logs = np.log1p(np.minimum(self.stakes, most) * (self.value - expected)).sum(2)
+        return np.logaddexp.reduce(logs) - math.log(len(logs))
 
 
 def _running(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -154,18 +203,10 @@ def _running(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return mean, np.maximum(highest - mean, mean - lowest), variance
 
 
-def _without_noise(drawn: np.ndarray, control: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """([P, n] ``d - b * (z - mean of the z left)``, b learned from the examples before; [P] estimate of D)."""
-    n, population = drawn.shape[1], control.shape[1]
-    z = control - control.mean(1, keepdims=True)
-    variance = (z * z).mean(1, keepdims=True)
-    seen = z[:, :n]
-    left = -(np.cumsum(seen, 1) - seen) / (population - np.arange(n))
-    count = np.arange(1, n + 1)
-    centre = np.cumsum(drawn, 1) / count
-    both = np.cumsum(seen * (drawn - drawn[:, :1]), 1) - np.cumsum(seen, 1) * (centre - drawn[:, :1])
-    squares = np.cumsum(seen * seen, 1)
-    slope = (both + PRIOR_EXAMPLES * variance) / (squares + PRIOR_EXAMPLES * variance + _TINY)
-    estimate = drawn.mean(1) - slope[:, -1] * seen.mean(1)
-    slope = np.concatenate([np.ones((len(drawn), 1)), slope[:, :-1]], 1)
-    return drawn - slope * (seen - left), estimate
+def _slope(seen: Differences) -> np.ndarray:
+    """[P, n] the slope b of the differences on the control, as the first 1, 2, ... examples have it."""
+    shifted, z = seen.value - seen.value[:, :1], seen.control
+    count = np.arange(1, z.shape[1] + 1)
+    both = np.cumsum(z * shifted, 1) - np.cumsum(z, 1) * np.cumsum(shifted, 1) / count
+    prior = PRIOR_EXAMPLES * seen.control_variance
+    return (both + prior) / (np.cumsum(z * z, 1) + prior + _TINY)

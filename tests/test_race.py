@@ -320,7 +320,7 @@ def test_a_race_that_scores_everything_gives_the_same_matrix(tiny_model, chat_to
 
 def test_the_padded_road_is_announced_once_a_race(tiny_model, chat_tokenizer, monkeypatch, caplog):
     monkeypatch.setattr("sapo_kernels.support.adapter_by_row", lambda model: "its layers say so")
-    scores = sk.score_prompts(tiny_model, PROMPTS, EXAMPLES, tokenizer=chat_tokenizer, race=sk.Race(relative=0.0))
+    scores = sk.score_prompts(tiny_model, PROMPTS, EXAMPLES, tokenizer=chat_tokenizer, race=sk.Race(delta=1e-9))
     assert len(scores.race.rounds) > 1 and scores.stats["road"] == "padded"
     assert [r.getMessage() for r in caplog.records] == ["scoring by the padded road: its layers say so"]
     assert scores.stats["reason"] == "its layers say so"

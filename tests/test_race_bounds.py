@@ -6,24 +6,35 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
-from sapo_kernels.race_bounds import MOST, PRIOR_EXAMPLES, STEADY, WARM_UP, PairEvidence
+from sapo_kernels import PromptScores
+from sapo_kernels.race import Contest, Race
+from sapo_kernels.race_bounds import MOST, PRIOR_EXAMPLES, STEADY, WARM_UP, Differences, Evidence
 
 SIZES = (16, 24, 36, 54, 81)
 
 
-def capital_by_hand(drawn, population, theta, margin, reach, control=None):
-    """The mean capital over the rules, one bet at a time, as the module's docstring describes it."""
+def pair(drawn, population, margin, reach, control=None) -> Evidence:
+    return Evidence(Differences.with_one_rival(drawn, control), population, margin, reach)
+
+
+def capital_by_hand(drawn, population, theta, margin, reach, control=None, before=None):
+    """The capital of each rule, one bet at a time, as the module's docstring describes it.
+
+    before[i]: sum of the first i differences from the rival of example i; with one rival those of `drawn`.
+    """
     values = list(drawn)
+    before = [sum(drawn[:i]) for i in range(len(drawn))] if before is None else before
     if control is not None:
         centre = sum(control) / population
         z = [x - centre for x in control]
         spread = sum(x * x for x in z) / population
         values = []
         for i, d in enumerate(drawn):
-            seen, before = z[:i], list(drawn[:i])
-            mean_d = sum(before) / i if i else 0.0
-            both = sum(a * (b - mean_d) for a, b in zip(seen, before, strict=True))
+            seen, earlier = z[:i], list(drawn[:i])
+            mean_d = sum(earlier) / i if i else 0.0
+            both = sum(a * (b - mean_d) for a, b in zip(seen, earlier, strict=True))
             top = both + PRIOR_EXAMPLES * spread
             slope = top / (sum(a * a for a in seen) + PRIOR_EXAMPLES * spread) if i else 1.0
             values.append(d - slope * (z[i] - sum(z[i:]) / (population - i)))
@@ -37,7 +48,7 @@ def capital_by_hand(drawn, population, theta, margin, reach, control=None):
             floor = mean - reach * max(abs(x - mean) for x in seen)
 
             def expected(level, i=i):
-                return (population * level - sum(drawn[:i])) / (population - i)
+                return (population * level - before[i]) / (population - i)
 
             if rule < 4:
                 gap = max(mean - expected((0.0, -margin)[rule // 2]), 0.0)
@@ -63,12 +74,53 @@ def test_capital_is_that_of_the_plain_bets(with_control, theta):
     control = rng.normal(0.1, 1.0, (5, population)) if with_control else None
     if with_control:
         control[:, :n] += drawn
-    got = PairEvidence(drawn, population, 0.1, 1.5, control).log_capital(theta)
+    got = pair(drawn, population, 0.1, 1.5, control).log_capital(theta)
     for p in range(5):
         capitals = capital_by_hand(drawn[p].tolist(), population, theta, 0.1, 1.5)
         if with_control:
             capitals += capital_by_hand(drawn[p].tolist(), population, theta, 0.1, 1.5, control[p].tolist())
         assert got[p] == pytest.approx(math.log(sum(capitals) / len(capitals)), abs=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_bets_against_whoever_leads(seed):
+    """Each example is bet on against the prompt that led after those before, or the next if that is oneself."""
+    rng = np.random.default_rng(seed)
+    losses = np.abs(rng.normal(2.0, 0.6, (5, 60)))
+    contest = Contest(Race(first=30), np.ones((5, 60), dtype=np.int64), list("abcde"))
+    cells = contest.wanted()
+    contest.add(cells, losses.ravel()[cells])
+    ordered = losses[:, contest.order[:30]]
+    got = contest._against_leaders(np.arange(5), 30).log_capital(0.0)
+    rivals = set()
+    for k in range(5):
+        drawn, before = [], []
+        for i in range(30):
+            rank = sorted(range(5), key=lambda j, i=i: (ordered[j, :i].sum(), j))
+            rival = rank[0] if rank[0] != k else rank[1]
+            rivals.add(rival)
+            drawn.append(ordered[k, i] - ordered[rival, i])
+            before.append(ordered[k, :i].sum() - ordered[rival, :i].sum())
+        capitals = capital_by_hand(drawn, 60, 0.0, contest._aim, 1.0, before=before)
+        assert got[k] == pytest.approx(math.log(0.5 * sum(capitals) / len(capitals)), abs=1e-9)
+    assert len(rivals) > 2
+
+
+def test_shares_of_one_truth_add_up_to_one():
+    """Whatever could refute that k is the best, over all rivals and openings, starts with a capital of 1 at most."""
+    losses = np.abs(np.random.default_rng(4).normal(2.0, 0.6, (6, 80)))
+    old = PromptScores(torch.from_numpy(losses), torch.ones(6, 80, dtype=torch.int64), list("abcdef"))
+    for memory in (None, old):
+        contest = Contest(Race(first=40, memory=memory), np.ones((6, 80), dtype=np.int64), list("abcdef"))
+        cells = contest.wanted()
+        contest.add(cells, losses.ravel()[cells])
+        for k in range(6):
+            total = sum(np.exp(share).sum() for share, _ in contest._against_leaders(np.array([k]), 40)._games)
+            for other in range(6):
+                if other != k:
+                    total += sum(np.exp(share).sum() for share, _ in contest._evidence(np.array([k]), other, 40)._games)
+            # The old winner has no use for what is laid on the old winner.
+            assert total == pytest.approx(0.85 if memory is not None and k == old.best else 1.0, abs=1e-12)
 
 
 def permuted(population: np.ndarray, times: int, seed: int) -> np.ndarray:
@@ -79,7 +131,7 @@ def crossings(orders: np.ndarray, theta: float, alpha: float, reach: float, cont
     """Share of the orders in which ``D <= theta`` is refuted after any of the rounds."""
     refuted = np.zeros(len(orders), dtype=bool)
     for n in SIZES:
-        evidence = PairEvidence(orders[:, :n], orders.shape[1], 0.1, reach, control)
+        evidence = pair(orders[:, :n], orders.shape[1], 0.1, reach, control)
         refuted |= evidence.log_capital(theta) >= -math.log(alpha)
     return float(refuted.mean())
 
@@ -108,20 +160,20 @@ def test_the_truth_is_seldom_refuted(name):
 
 def test_a_difference_of_one_deviation_is_found_early():
     population = np.random.default_rng(5).normal(1.0, 1.0, 250)
-    found = PairEvidence(permuted(population, 300, 2)[:, :36], 250, 0.1, 1.5).log_capital(0.0) >= math.log(400)
+    found = pair(permuted(population, 300, 2)[:, :36], 250, 0.1, 1.5).log_capital(0.0) >= math.log(400)
     assert found.mean() > 0.9
 
 
 def test_capital_never_grows_with_theta():
     drawn = permuted(np.random.default_rng(6).standard_t(2, 200), 50, 3)[:, :40]
-    evidence = PairEvidence(drawn, 200, 0.1, 1.0, permuted(np.random.default_rng(7).normal(size=200), 50, 4))
+    evidence = pair(drawn, 200, 0.1, 1.0, permuted(np.random.default_rng(7).normal(size=200), 50, 4))
     steps = np.stack([evidence.log_capital(theta) for theta in np.linspace(-5, 5, 201)])
     assert (np.diff(steps, axis=0) <= 1e-9).all()
 
 
 def test_lower_bound_is_where_the_capital_reaches_the_level():
     drawn = permuted(np.random.default_rng(8).normal(2.0, 1.0, 100), 20, 5)[:, :30]
-    evidence, level = PairEvidence(drawn, 100, 0.1, 1.5), math.log(40)
+    evidence, level = pair(drawn, 100, 0.1, 1.5), math.log(40)
     bound = evidence.lower_bound(level)
     assert np.isfinite(bound).all() and (bound < drawn.mean(1)).all()
     assert (evidence.log_capital(bound - 1e-6) >= level).all()
@@ -133,7 +185,7 @@ def test_bounds_cover_and_shrink():
     orders = permuted(population, 400, 6)
     widths = []
     for n in (16, 40, 100, 149):
-        bound = PairEvidence(orders[:, :n], 150, 0.1, 2.0).lower_bound(math.log(20))
+        bound = pair(orders[:, :n], 150, 0.1, 2.0).lower_bound(math.log(20))
         assert (bound > population.mean()).mean() <= 0.05
         widths.append(np.median(population.mean() - bound))
     assert widths == sorted(widths, reverse=True) and widths[-1] < 0.05 * widths[0]
@@ -141,28 +193,29 @@ def test_bounds_cover_and_shrink():
 
 def test_all_examples_leave_no_doubt():
     drawn = np.random.default_rng(10).normal(size=(3, 25))
-    evidence = PairEvidence(drawn, 25, 0.1, 1.5)
+    evidence = pair(drawn, 25, 0.1, 1.5)
     assert evidence.log_capital(evidence.mean).tolist() == [-math.inf] * 3
     assert evidence.log_capital(evidence.mean - 1e-12).tolist() == [math.inf] * 3
     assert evidence.lower_bound(99.0).tolist() == evidence.mean.tolist()
 
 
 def test_too_few_examples_say_nothing():
-    evidence = PairEvidence(np.ones((2, WARM_UP)), 100, 0.1, 1.5)
-    assert evidence.log_capital(0.0).tolist() == [0.0, 0.0] and evidence.lower_bound(1.0).tolist() == [-math.inf] * 2
+    evidence = pair(np.ones((2, WARM_UP)), 100, 0.1, 1.5)
+    assert evidence.log_capital(0.0).tolist() == [-math.inf] * 2
+    assert evidence.lower_bound(1.0).tolist() == [-math.inf] * 2
 
 
 def test_equal_prompts_are_never_told_apart():
-    evidence = PairEvidence(np.zeros((1, 60)), 250, 0.01, 1.5, np.zeros((1, 250)))
-    assert evidence.log_capital(0.0)[0] == 0.0
+    evidence = pair(np.zeros((1, 60)), 250, 0.01, 1.5, np.zeros((1, 250)))
+    assert abs(evidence.log_capital(0.0)[0]) < 1e-12
     assert evidence.log_capital(-0.01)[0] > math.log(400), "but they are shown to be within a tolerance"
 
 
 @pytest.mark.parametrize("scale", [1e-290, 1e-12, 1e12, 1e150])
 def test_any_unit_gives_the_same_capital(scale):
     drawn = np.random.default_rng(12).normal(0.5, 1.0, (4, 40))
-    one = PairEvidence(drawn, 200, 0.1, 1.5).log_capital(0.0)
-    other = PairEvidence(drawn * scale, 200, 0.1 * scale, 1.5).log_capital(0.0)
+    one = pair(drawn, 200, 0.1, 1.5).log_capital(0.0)
+    other = pair(drawn * scale, 200, 0.1 * scale, 1.5).log_capital(0.0)
     if scale > 1e-100:
         assert np.allclose(one, other, atol=1e-6)
     assert np.isfinite(other).all()
@@ -176,7 +229,7 @@ def test_a_control_that_predicts_narrows_and_one_that_does_not_hardly_hurts():
     drawn, good, junk = (both[row][orders] for row in range(3))
     level = math.log(100)
     plain, helped, hurt = (
-        np.median(population.mean() - PairEvidence(drawn[:, :36], 250, 0.1, 1.5, control).lower_bound(level))
+        np.median(population.mean() - pair(drawn[:, :36], 250, 0.1, 1.5, control).lower_bound(level))
         for control in (None, good, junk)
     )
     assert helped < 0.5 * plain and hurt < 1.3 * plain
@@ -194,9 +247,9 @@ def test_what_hides_beyond_the_reach_is_all_that_can_be_lost(name):
     population = np.random.default_rng(14).normal(0, 0.1, 120)
     population[:count] -= depth
     orders, n, alpha = permuted(population, 1000, 7), 24, 0.05
-    evidence = PairEvidence(orders[:, :n], 120, 0.1, 1.5)
+    evidence = pair(orders[:, :n], 120, 0.1, 1.5)
     bound = evidence.lower_bound(-math.log(alpha))
-    floor = evidence._games[0].floor  # [orders, bets]
+    floor = evidence._games[0][1].floor  # [orders, bets]
     tail = np.zeros(len(orders))
     for i in range(WARM_UP, n):
         missing = np.maximum(floor[:, i - WARM_UP, None] - orders[:, i:], 0.0).sum(1) / 120
