@@ -1,7 +1,8 @@
 """``python -m benchmarks.effect``: does training on the prompt that SAPO chooses help?
 
     python -m benchmarks.effect run single --work DIR                  # single-task runs under every prompt
-    python -m benchmarks.effect run sequences --work DIR --shard 0/2   # half of the sequence runs
+    python -m benchmarks.effect run sequences --work DIR               # sequences under every policy
+    python -m benchmarks.effect run sequences --work DIR --backwards   # a second process, from the other end
     python -m benchmarks.effect table            # write the tables of docs/effect.md and README.md from the rows
     python -m benchmarks.effect table --check    # exit status 1 if they are not up to date
 
@@ -11,7 +12,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 import time
 from pathlib import Path
@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     run = commands.add_parser("run", help="run what is missing")
     run.add_argument("kind", choices=RUNS)
     run.add_argument("--work", type=Path, required=True, help="folder with one file a finished run")
-    run.add_argument("--shard", default="0/1", help="I/N: every N-th run from the I-th on")
+    run.add_argument("--backwards", action="store_true", help="begin with the last run")
     run.add_argument("--minutes", type=float, default=24 * 60.0, help="begin no run after so long")
     run.add_argument("--threads", type=int, default=1)
     tables = commands.add_parser("table", help="write the tables in the documents")
@@ -40,17 +40,14 @@ def main(argv: list[str] | None = None) -> int:
         print("\n".join(f"{path}: {'not up to date' if args.check else 'written'}" for path in old) or "up to date")
         return int(args.check and bool(old))
 
-    shard = re.fullmatch(r"(\d{1,3})/(\d{1,3})", args.shard)
-    if not shard or not int(shard[1]) < int(shard[2]):
-        parser.error(f"--shard: wanted I/N with I below N, got {args.shard!r}")
     from . import runner
 
     torch.set_num_threads(args.threads)
     until = time.time() + 60 * args.minutes
     work = runner.run_singles if args.kind == "single" else runner.run_sequences
-    left = work(args.work, int(shard[1]), int(shard[2]), until)
+    left = work(args.work, args.backwards, until)
     count = rows.collect(args.work, args.kind, runner.made_by())
-    print(f"{count} rows of {args.kind} in {rows.RESULTS}; {left} runs of this shard left")
+    print(f"{count} rows of {args.kind} in {rows.RESULTS}; {left} runs left")
     return 0
 
 

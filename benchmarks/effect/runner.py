@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,12 +36,12 @@ def made_by() -> dict[str, Any]:
     }
 
 
-def run_sequences(work: Path, shard: int, shards: int, until: float) -> int:
-    """The sequence runs of one shard; returns how many are still missing when the time is up."""
+def run_sequences(work: Path, backwards: bool, until: float) -> int:
+    """All sequence runs that are missing; returns how many still are when the time is up."""
     base, tokenizer = load_tiny_base()
     mark, left = made_by(), 0
-    for number, run in enumerate(design.sequence_runs()):
-        if number % shards != shard or rows.done(work, "sequences", run.name, mark):
+    for run in _ordered(design.sequence_runs(), backwards):
+        if rows.done(work, "sequences", run.name, mark):
             continue
         if time.time() > until:
             left += 1
@@ -64,13 +65,13 @@ def sequence_row(base: Any, tokenizer: Any, run: design.Run) -> dict[str, Any]:
     return {**run._asdict(), **metrics, "prompts": [choice["index"] for choice in result.choices], "cost": cost}
 
 
-def run_singles(work: Path, shard: int, shards: int, until: float) -> int:
-    """The single-task runs of one shard, all prompts of a (task, seed) in one file."""
+def run_singles(work: Path, backwards: bool, until: float) -> int:
+    """All single-task runs that are missing, the prompts of a (task, seed) in one file."""
     base, tokenizer = load_tiny_base()
     mark, left, damage = made_by(), 0, None
-    for number, (task, seed) in enumerate(design.single_runs()):
+    for task, seed in _ordered(design.single_runs(), backwards):
         name = f"{task}_{seed}"
-        if number % shards != shard or rows.done(work, "single", name, mark):
+        if rows.done(work, "single", name, mark):
             continue
         if time.time() > until:
             left += 1
@@ -81,6 +82,11 @@ def run_singles(work: Path, shard: int, shards: int, until: float) -> int:
         rows.put(work, "single", name, mark, [_rounded(row) for row in found])
         print(f"{name}: {len(found)} prompts, {time.perf_counter() - started:.0f} s", flush=True)
     return left
+
+
+def _ordered(runs: Iterable[Any], backwards: bool) -> list[Any]:
+    """From the first or from the last, so that two processes meet in the middle."""
+    return list(runs)[:: -1 if backwards else 1]
 
 
 def _rounded(value: Any) -> Any:

@@ -31,7 +31,7 @@ class Preset:
 
 PRESETS = {
     # Ships with the package; about ten minutes on two cores.
-    "default": Preset(128, 4, 4, 352, 2048, steps=1600, batch=24, learning_rate=3e-3),
+    "default": Preset(128, 4, 4, 352, 2048, steps=3000, batch=24, learning_rate=3e-3),
     # Seconds; for tests of the script.
     "toy": Preset(32, 1, 2, 64, 384, steps=6, batch=4, learning_rate=3e-3, max_tokens=512),
     # For a GPU.
