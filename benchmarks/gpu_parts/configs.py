@@ -14,10 +14,21 @@ from ..timing import Case, Provider, run_case
 from ..workload import Cells
 from . import Job
 from .ops import TOY
+from .settle import settle
 
-# name: (q heads, kv heads, head_dim); (rows, vocabulary, hidden)
-ATTENTION = {"8B": (32, 8, 128), "0.6B": (16, 8, 128), "head 64": (8, 4, 64), "head 256": (16, 8, 256)}
-HEADS = {"8B 4k rows": (4096, 151936, 4096), "0.6B 4k rows": (4096, 151936, 1024), "8B 512 rows": (512, 151936, 4096)}
+IN_USE = " in use"
+
+# What is tried, the shapes that matter most first: (q heads, kv heads, head_dim) or (rows, vocabulary, hidden).
+SHAPES = (
+    ("tree_attention", "8B", (32, 8, 128)),
+    ("linear_logprob", "8B 4k rows", (4096, 151936, 4096)),
+    ("tree_attention", "0.6B", (16, 8, 128)),
+    ("linear_logprob", "0.6B 4k rows", (4096, 151936, 1024)),
+    ("tree_attention", "head 64", (8, 4, 64)),
+    ("linear_logprob", "8B 512 rows", (512, 151936, 4096)),
+    ("tree_attention", "head 256", (16, 8, 256)),
+)
+TOY_SHAPES = (("tree_attention", "toy", (4, 2, 16)), ("linear_logprob", "toy", (8, 300, 16)))
 
 
 def capability(device: str) -> int:
@@ -28,43 +39,29 @@ def capability(device: str) -> int:
     return 10 * major + minor
 
 
-def with_candidates(job: Job, case: Case, options: list[dict[str, int]]) -> Case:
-    """`case` with one provider for each configuration that runs; those tried when the time was over are left out."""
-    op, ours, kept = case.op, case.providers["ours"].run, {}
-    for number, chosen in enumerate(options):
-        name = candidates.label(chosen) + (" in use" if number == 0 else "")
-        if number and job.left <= 0:
-            job.say(f"{case.op}, {case.name}: no time for {name}")
-            continue
+def with_candidates(case: Case, options: list[dict[str, int]], calls: int) -> Case:
+    """`case` with one provider for each configuration instead of its own."""
+    op, ours = case.op, case.providers["ours"]
 
-        def run(chosen=chosen):
+    def provider(chosen: dict[str, int]) -> Provider:
+        def run():
             with candidates.in_use(op, chosen):
-                return ours()
+                return ours.run()
 
-        try:
-            error = case.check(run())
-        except Exception as failure:  # what the compiler or the device refuses is the finding
-            lines = str(failure).strip().splitlines() or ["no message"]
-            job.say(f"{case.op}, {case.name}: {name}: {type(failure).__name__}: {lines[0][:160]}")
-            continue
-        if not error <= case.tolerance:
-            raise RuntimeError(f"{case.op}, {case.name}: {name}: wanted within {case.tolerance}, got {error}")
-        kept[name] = Provider(run, calls=1 if job.toy else 5, tokens=case.providers["ours"].tokens)
-    case.providers, case.op = kept, f"{op} config"
+        return Provider(run, calls, ours.tokens)
+
+    names = [candidates.label(chosen) + ("" if number else IN_USE) for number, chosen in enumerate(options)]
+    case.providers = {name: provider(chosen) for name, chosen in zip(names, options, strict=True)}
+    case.op = f"{op} config"
     return case
 
 
 def sweep(job: Job) -> None:
     dtype = torch.float32 if job.toy else torch.bfloat16
-    part, impl = capability(job.device), "triton"
-    jobs = [("tree_attention", name, shape) for name, shape in ATTENTION.items()]
-    jobs += [("linear_logprob", name, shape) for name, shape in HEADS.items()]
-    # The shapes that matter most first, of both kernels.
-    jobs = sorted(jobs, key=lambda entry: list({**ATTENTION, **HEADS}).index(entry[1]) % len(ATTENTION))
-    if job.toy:
-        jobs = [("tree_attention", "toy", (4, 2, 16)), ("linear_logprob", "toy", (8, 300, 16))]
-    end, each = job.seconds, job.seconds / len(jobs)
-    for number, (op, name, shape) in enumerate(jobs):
+    part, impl, wrong = capability(job.device), "triton", []
+    shapes = TOY_SHAPES if job.toy else SHAPES
+    end, each = job.seconds, job.seconds / len(shapes)
+    for number, (op, name, shape) in enumerate(shapes):
         # Each shape has its share, so that the first does not take all of it for its candidates.
         job.seconds = min(end, (number + 1) * each)
         if job.left <= 0:
@@ -78,9 +75,13 @@ def sweep(job: Job) -> None:
             case = heads.make_case(name, *shape, dtype, job.device, 7, impl=impl)
             options = candidates.logprob(shape[2], dtype, part, job.toy)
         case.rounds = 1 if job.toy else 7
-        rows = run_case(with_candidates(job, case, options), job.device, job.deadline)
+        case = with_candidates(case, options, calls=1 if job.toy else 5)
+        wrong += settle(job, case, must=next(iter(case.providers)))
+        rows = run_case(case, job.device, job.deadline)
         job.emit(rows)
         best, now = min(rows, key=lambda row: row.p50_s), rows[0]
         gain = f"{now.p50_s / best.p50_s:.2f}x of the one in use"
         job.say(f"{op}, {name}: best {best.provider}, {best.p50_s * 1e3:.3g} ms ({gain})")
     job.seconds = end
+    if wrong:
+        raise RuntimeError(f"configurations with wrong output: {', '.join(wrong)}")

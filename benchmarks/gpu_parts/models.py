@@ -12,6 +12,7 @@ from ..end_to_end import make_case
 from ..timing import run_case
 from ..workload import Cells, build_cache, load_tasks, load_tokenizer, qwen3_published
 from . import Job
+from .settle import settle
 
 PROMPTS, EXAMPLES = 21, 250
 # On a GPU more cells fill it; the fastest size is the figure.
@@ -28,26 +29,7 @@ def _model(job: Job, name: str):
 def _compared(job: Job, name: str, model, cache, peers: list[str], rounds: int) -> None:
     """All peers on one job; one that fails is named and left out."""
     case = make_case("end_to_end", name, model, cache, peers, rounds, TOY_SIZES if job.toy else SIZES)
-    case.warm_up = None
-    for provider, column in list(case.providers.items()):
-        try:
-            error = (column.check or case.check)(column.run())  # also its warm-up
-        except Exception as failure:  # torch.OutOfMemoryError of a peer is a result
-            if provider == "ours":
-                raise
-            lines = str(failure).strip().splitlines() or ["no message"]
-            job.say(f"{name}: {provider} does not run: {type(failure).__name__}: {lines[0][:200]}")
-            del case.providers[provider]
-            continue
-        if not error <= case.tolerance:
-            if provider == "ours":
-                raise RuntimeError(f"{name}: ours: wanted within {case.tolerance:.3g} of the oracle, got {error:.3g}")
-            job.say(f"{name}: {provider} is {error:.3g} from the oracle, wanted {case.tolerance:.3g}; it is left out")
-            del case.providers[provider]
-        elif provider != "ours" and job.left <= 0:
-            del case.providers[provider]
-            job.say(f"{name}: no time for {provider}")
-    case.warm_up = lambda: None
+    settle(job, case)
     job.emit(run_case(case, job.device, job.deadline))
 
 

@@ -14,6 +14,7 @@ from ..bench_tree_attention import GPU_CASES as ATTENTION
 from ..timing import Case, Provider, run_case
 from ..workload import Cells
 from . import Job
+from .settle import settle
 
 # Calls in one timing: the device is waited for once, so a short kernel is not timed with the wait.
 CALLS = 10
@@ -21,23 +22,12 @@ TOY = Cells(2, 2, 4, 6, 1)
 
 
 def measure(job: Job, case: Case, calls: int = CALLS) -> None:
-    """Drop the providers that cannot run here, with a line; measure the others."""
-    for name, provider in list(case.providers.items()):
-        try:
-            provider.run()
-        except Exception as error:  # a peer that fails is a fact about the peer, not the end of the case
-            if name == "ours":
-                raise
-            job.say(f"{case.op}, {case.name}: {name} does not run: {type(error).__name__}: {_first_line(error)}")
-            del case.providers[name]
+    """Measure the providers that can take part."""
+    settle(job, case)
     for provider in case.providers.values():
         provider.calls = 1 if job.toy else calls
     case.rounds = 1 if job.toy else case.rounds
     job.emit(run_case(case, job.device, job.deadline))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or ["no message"])[0][:200]
 
 
 def _free() -> None:
