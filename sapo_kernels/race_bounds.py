@@ -12,9 +12,9 @@ ever reaches 1 / alpha with probability alpha at most (Ville's inequality), howe
 
 The capital must stay positive, and no sample can tell how low a difference may lie that nobody has seen. Hence the one
 assumption, the *reach*: differences below ``floor = mean - reach * (largest distance from it)``, both of the examples
-seen before, count as ``floor``. If no unseen difference lies below it, alpha holds exactly, for every M, number of
-examples and shape of the distribution. If some do, the conclusion is ``D > theta - tail``, where tail is the largest
-sum over the unseen examples of what is missing to the floor, divided by M.
+seen before the bet, count as ``floor``. If no unseen difference lies below it at any bet, alpha holds exactly, for
+every M, number of examples and shape of the distribution. If some do, the conclusion is ``D > theta - tail``, where
+tail is the largest sum over the unseen examples of what is missing to the floor, divided by M.
 
 A control ``z``, known for all M examples (the same difference under an earlier state of the model), takes part of the
 noise out: ``d - b * (z - mean of the z left)`` has the same mean over the examples left for every b that was chosen
@@ -129,7 +129,7 @@ class Evidence:
             return np.where(self.mean > theta, math.inf, -math.inf)
         if not self._games:
             return np.full(len(theta), -math.inf)
-        return np.logaddexp.reduce([share + game.log_capital(theta) for share, game in self._games])
+        return _log_sum(np.stack([share + game.log_capital(theta) for share, game in self._games]))
 
     def lower_bound(self, level: float) -> np.ndarray:
         """[P] the largest theta below which all are refuted, ``log_capital(theta) >= level``; -inf if none is.
@@ -187,7 +187,15 @@ class _Game:
         with np.errstate(divide="ignore"):
             most = np.where(room > 0, MOST / np.maximum(room, _TINY), math.inf)
         logs = np.log1p(np.minimum(self.stakes, most) * (self.value - expected)).sum(2)
-        return np.logaddexp.reduce(logs) - math.log(len(logs))
+        return _log_sum(logs) - math.log(len(logs))
+
+
+def _log_sum(logs: np.ndarray) -> np.ndarray:
+    """``log(exp(logs).sum(0))``; faster here than ``np.logaddexp.reduce``."""
+    top = logs.max(0)
+    top = np.where(np.isfinite(top), top, 0.0)
+    with np.errstate(divide="ignore"):
+        return np.log(np.exp(logs - top).sum(0)) + top
 
 
 def _running(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -1,0 +1,79 @@
+"""Replays over the committed loss matrices: the promise, what is saved, and the rule that races are compared with."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+
+from benchmarks import racing
+from benchmarks.racing import MATRICES, Replays, plain_rule, read_matrices, replays
+from sapo_kernels import Race
+
+from .test_race import plausible
+
+
+@pytest.fixture(scope="module")
+def matrices():
+    return read_matrices(MATRICES)
+
+
+def test_matrices_are_those_of_real_tasks(matrices):
+    assert len(matrices) >= 6 and MATRICES.stat().st_size < 1_500_000
+    for states in matrices.values():
+        assert len(states) >= 3
+        for full in states:
+            assert full.nll.shape == (21, 250) and full.nonfinite == [] and bool((full.tokens > 0).all())
+            assert float(full.loss.max() / full.loss.min()) > 1.005
+
+
+def together(rows: list[Replays]) -> tuple[float, float, float]:
+    """(median saving, share of replays that broke the promise, largest regret in percent) over all matrices."""
+    count = sum(row.replays for row in rows)
+    broken = sum(row.broken * row.replays for row in rows) / count
+    return float(np.median([row.saved_p50 for row in rows])), broken, max(row.worst_regret for row in rows)
+
+
+@pytest.mark.parametrize("count", [3, pytest.param(1000, marks=[pytest.mark.slow, pytest.mark.timeout(7200)])])
+def test_the_promise_holds_on_real_matrices(matrices, count):
+    rows = {rule: list(racing.all_replays(matrices, [rule], count, 0.05)) for rule in ("race", "memory")}
+    for rule, least in (("race", 0.55), ("memory", 0.85)):
+        saved, broken, _ = together(rows[rule])
+        assert saved > least, f"{rule} saves {saved:.1%}"
+        noise = 3 * math.sqrt(0.05 * 0.95 / sum(row.replays for row in rows[rule]))
+        assert broken <= 0.05 + noise, f"{rule} broke its promise in {broken:.1%} of the replays"
+
+
+def test_the_plain_rule_by_hand():
+    full = plausible(0, [0.0, 0.4, 3.0])
+    values = (full.nll / full.tokens.sum(1, keepdim=True) * 250).numpy()
+    order = np.asarray(Race(seed=5).order(250))
+    winner, cells, rounds = plain_rule(full, order)
+    live, wanted, n = [0, 1, 2], 0, 0
+    while len(live) > 1 and n < 250:
+        step = min(16, 250 - n)
+        wanted, n = wanted + step * len(live), n + step
+        leader = min(live, key=lambda k: values[k, order[:n]].mean())
+        for k in list(live):
+            apart = values[k, order[:n]] - values[leader, order[:n]]
+            if k != leader and apart.mean() > 1.645 * apart.std(ddof=1) * math.sqrt((1 - n / 250) / n):
+                live.remove(k)
+    assert (winner, cells, rounds) == (leader, wanted, -(-n // 16))
+
+
+def test_rows_say_what_happened(tmp_path):
+    states = [plausible(1, [0.0, 0.001, 0.5]), plausible(1, [0.0, 0.002, 0.6])]
+    rows = [replays("a task", states, 1, rule, 5, 0.05) for rule in ("race", "strict", "memory", "plain")]
+    for row in rows:
+        assert 0 < row.saved_p10 <= row.saved_p50 <= row.saved_p90 < 1 and row.near == 2 and row.replays == 5
+        assert row.worst_regret >= 0 and 0 <= row.over_half_percent <= row.wrong <= 1
+    assert rows[1].wrong == 0 and rows[1].saved_p50 < rows[0].saved_p50, "a strict race decides near ties too"
+    racing.write_rows(tmp_path / "rows.csv", rows)
+    with open(tmp_path / "rows.csv", newline="") as file:
+        read = list(csv.DictReader(file))
+    assert [row["rule"] for row in read] == ["race", "strict", "memory", "plain"]
+    assert set(read[0]) == {"date", *(field.name for field in dataclasses.fields(Replays))}
+    assert len(racing.table(rows).splitlines()) == 5 and len(racing.summary(rows).splitlines()) == 5
