@@ -13,6 +13,7 @@ import pytest
 
 from sapo_peft.bundled import BUNDLED_DIR
 from sapo_peft.cli import build_parser, main
+from sapo_peft.prompt_pool import PoolPrompt
 from sapo_peft.train_command import _OPTIONS, _options
 
 from .training_helpers import environment
@@ -135,6 +136,7 @@ def test_no_file_and_no_text_is_one_line(tmp_path, capsys):
         (["--data", "{out}/none"], "none"),
         (["--paraphrase-with", "http://127.0.0.1:1/v1"], "--paraphrase-model: wanted"),
         (["--model", "{out}/none"], "--model"),
+        (["--output", "{out}/prompts.json"], "prompts.json: wanted a folder, got a file"),
     ],
 )
 def test_bad_values_are_refused_before_anything_is_made(tmp_path, capsys, prompts, words, wanted, monkeypatch):
@@ -229,6 +231,27 @@ def test_paraphrases_from_a_local_model_are_kept(tmp_path, capsys, prompts, monk
     assert main(["train", *words]) == 0
     assert capsys.readouterr().err.count("0 of the 1 paraphrases asked for are there") == 1
     assert (out / "sapo_pool.json").is_file() and (out / "sapo_prompts.json").is_file()
+
+
+def test_a_resumed_run_keeps_the_paraphrases_it_began_with(tmp_path, capsys, config, prompts, monkeypatch):
+    """Fewer had come than were asked for: asking for the rest would make another pool, which cannot be resumed."""
+    pytest.importorskip("openai", reason="openai is not installed")
+    monkeypatch.setenv("OPENAI_API_KEY", "k")
+
+    def gather(pool, source, wanted, store):
+        assert wanted == 5 and not store.exists(), "asked once"
+        pool = pool.extended([PoolPrompt("Which is it: positive, negative or mixed?", "asked")])
+        pool.save(store)
+        return pool
+
+    monkeypatch.setattr("sapo_peft.paraphrase.gather", gather)
+    words = ["train", "--data", DATA, "--prompts", prompts, "--output", str(tmp_path / "out"), "--config", config]
+    words += ["--paraphrase-with", "http://127.0.0.1:1/v1", "--paraphrase-model", "m", "--paraphrases", "5"]
+    assert main(words) == 0
+    assert main([*words, "--max-steps", "6", "--resume"]) == 0
+    assert capsys.readouterr().out.count("trained with prompt") == 2
+    record = json.loads((tmp_path / "out" / "sapo_prompts.json").read_text())
+    assert record["tasks"][TASK]["prompts"] == 3 and (tmp_path / "out" / "checkpoint-6").is_dir()
 
 
 def test_doctor(capsys):

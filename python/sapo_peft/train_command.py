@@ -136,6 +136,8 @@ def _checkpoint(output: Path, resume: bool) -> str | None:
     """The checkpoint to go on from; None for a new run, which must not mix its checkpoints with those of another."""
     from .checkpoints import checkpoints_in, last_good_checkpoint
 
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"--output {output}: wanted a folder, got a file")
     found = checkpoints_in(output)
     if not resume:
         if found:
@@ -212,10 +214,18 @@ def _read_config(path: str) -> dict[str, Any]:
     return options
 
 
-def _paraphrased(pool, options: dict[str, Any], output: Path):
-    """The pool with paraphrases, kept in the output folder so that nothing is asked twice."""
-    from .paraphrase import EndpointSource, LocalModelSource, gather
+def _paraphrased(pool, options: dict[str, Any], output: Path, resumed: str | None):
+    """The pool with paraphrases, kept in the output folder so that nothing is asked twice.
 
+    A run that goes on has those that it began with, also if fewer had come than were asked for.
+    """
+    from .paraphrase import EndpointSource, LocalModelSource, gather
+    from .paraphrase.source import resumed_from
+
+    if resumed:
+        if not (output / STORE).exists():
+            raise ValueError(f"--paraphrase-with: wanted {STORE} in {output}, of the run that goes on, got none")
+        return resumed_from(pool, output / STORE)
     where, known = options["paraphrase-with"], set(pool.notes())
     if "://" in where:
         source = EndpointSource(where, options["paraphrase-model"])
@@ -245,7 +255,7 @@ def _train(pool, examples: list[dict[str, str]], config, options: dict[str, Any]
     if options["paraphrase-with"]:
         # One asks; the others wait for it (`ddp_timeout`, half an hour, at most) and read what it has written.
         with arguments.main_process_first(local=False):
-            pool = _paraphrased(pool, options, output) if main else PromptPool.read(output / STORE)
+            pool = _paraphrased(pool, options, output, resumed) if main else PromptPool.read(output / STORE)
     model, tokenizer = load(options["model"], None, options["dtype"], options["device"], options["tokenizer"])
     modules = options["target-modules"]
     lora = LoraConfig(

@@ -105,7 +105,7 @@ def gather(
     if before + wanted > MAX_PROMPTS:
         raise ValueError(f"wanted: a pool holds at most {MAX_PROMPTS} prompts, got {before} and {wanted} more")
     if store is not None:
-        pool = _resumed(pool, Path(store), before + wanted)
+        pool = resumed_from(pool, Path(store), before + wanted)
     have = len(pool.prompts) - before
     if have:
         _log.info("%d paraphrases from an earlier run are in %s", have, store)
@@ -177,8 +177,11 @@ def _grown(pool: PromptPool, answer: Answer, size: int) -> PromptPool:
     return pool
 
 
-def _resumed(pool: PromptPool, store: Path, size: int) -> PromptPool:
-    """`pool` with what an earlier run left in `store`; the store's prompts pass the pool's rules like any other."""
+def resumed_from(pool: PromptPool, store: Path, size: int = MAX_PROMPTS) -> PromptPool:
+    """`pool` with what an earlier run left in `store`, up to `size` prompts.
+
+    The store's prompts pass the pool's rules like any other.
+    """
     if not store.exists():
         folder = store.resolve().parent
         if not folder.is_dir() or not os.access(folder, os.W_OK):
