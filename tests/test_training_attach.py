@@ -62,6 +62,8 @@ MIXED = [*colours(2, "colours"), *colours(2, "other")]
         ({}, {"probe": [1, 2]}, TypeError, "wanted a mapping with two texts, got int"),
         ({}, {"probe": {"colours": "abc"}}, TypeError, "probe: task 'colours': wanted a list of examples, got str"),
         ({}, {"config": {"every_steps": 2}}, TypeError, "config: wanted a SapoConfig, got dict"),
+        ({"logging_strategy": "no"}, {"config": SapoConfig(drift=4.0)}, ValueError, "wanted a logging_strategy, got"),
+        ({"accelerator_config": {"dispatch_batches": True}}, {}, ValueError, "dispatch_batches=True cannot"),
         # What the collator would find after hours.
         ({"data": [*colours(9), {"input": "a"}]}, {}, ValueError, "train_dataset: row 9: .*got .'input'"),
         ({"data": [*colours(9), 3]}, {}, TypeError, "train_dataset: row 9: .*got int"),

@@ -70,7 +70,7 @@ def attach_sapo(
         raise TypeError(f"config: wanted a SapoConfig, got {type(config).__name__}")
     named = _by_task(pools)
     tokenizer = _tokenizer(trainer)
-    _check_trainer(trainer)
+    _check_trainer(trainer, config)
     _check_dataset(trainer.train_dataset, "train_dataset")
     named = {task: _checked(task, pool, tokenizer, trainer) for task, pool in named.items()}
     choice = Choice(named, config.mode, config.seed)
@@ -135,7 +135,7 @@ def _by_task(pools) -> dict[str, PromptPool]:
     return named
 
 
-def _check_trainer(trainer: Any) -> None:
+def _check_trainer(trainer: Any, config: SapoConfig) -> None:
     args = trainer.args
     for option in ("packing", "padding_free"):
         if getattr(args, option, False):
@@ -145,6 +145,13 @@ def _check_trainer(trainer: Any) -> None:
     # Of TRL; None means: on the completion if there is one.
     if getattr(args, "completion_only_loss", None) is False:
         raise ValueError("trainer: completion_only_loss=False asks for a loss on the prompt too; wanted it on or unset")
+    if getattr(getattr(args, "accelerator_config", None), "dispatch_batches", None):
+        # A rank would be sent its rows of the tensors, but not of what they are rendered again from.
+        raise ValueError(
+            "trainer: accelerator_config: dispatch_batches=True cannot be combined with SAPO; wanted it off"
+        )
+    if config.drift is not None and getattr(args, "logging_strategy", None) == "no":
+        raise ValueError("config: drift is seen in the losses that are logged; wanted a logging_strategy, got 'no'")
     for name in ("get_batch_samples", "get_train_dataloader", "save_model", "training_step", "create_model_card",
                  "is_world_process_zero"):  # fmt: skip
         if not callable(getattr(trainer, name, None)):

@@ -75,7 +75,10 @@ class Setup:
             ValueError: naming what the run was begun with and what it has now.
         """
         if kept.get("version") != STATE_VERSION:
-            raise ValueError(f"checkpoint: sapo state: wanted version {STATE_VERSION}, got {kept.get('version')!r}")
+            raise ValueError(
+                f"checkpoint: sapo state: wanted version {STATE_VERSION}, got {kept.get('version')!r}; "
+                "resume with the sapo_peft that wrote it or start a new run"
+            )
         begun = kept["setup"]
         again = "resume with the same or start a new run"
         if begun["pools"] != self.pools:
