@@ -28,7 +28,8 @@ GRACE = 2.0
 _connected: dict[tuple[int, ...], tuple[object, Ranks]] = {}
 # Ranks that failed: gloo may still be reading their buffers.
 _abandoned: list[Ranks] = []
-_attempts: dict[tuple[int, ...], int] = {}
+# How often ranks have connected in this default group; another one has another store.
+_attempts: dict[tuple[int, ...], tuple[object, int]] = {}
 
 
 class RankError(RuntimeError):
@@ -86,7 +87,9 @@ class Ranks:
 
         The rendezvous does not say who is missing, so everybody signs in first.
         """
-        attempt = _attempts[self.members] = _attempts.get(self.members, 0) + 1
+        world, attempt = _attempts.get(self.members, (None, 0))
+        attempt = attempt + 1 if world is dist.group.WORLD else 1
+        _attempts[self.members] = (dist.group.WORLD, attempt)
         store = dist.PrefixStore(f"sapo_kernels/{self.members}/{attempt}", dist.distributed_c10d._get_default_store())
         deadline = time.monotonic() + self.timeout
         store.set(f"{self.rank}", "here")
