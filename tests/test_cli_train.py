@@ -250,8 +250,8 @@ def test_a_resumed_run_keeps_the_paraphrases_it_began_with(tmp_path, capsys, con
     assert main(words) == 0
     assert main([*words, "--max-steps", "6", "--resume"]) == 0
     assert capsys.readouterr().out.count("trained with prompt") == 2
-    record = json.loads((tmp_path / "out" / "sapo_prompts.json").read_text())
-    assert record["tasks"][TASK]["prompts"] == 3 and (tmp_path / "out" / "checkpoint-6").is_dir()
+    (entry,) = json.loads((tmp_path / "out" / "sapo_prompts.json").read_text())["tasks"].values()
+    assert entry["prompts"] == 3 and (tmp_path / "out" / "checkpoint-6").is_dir()
 
 
 def test_doctor(capsys):
