@@ -10,7 +10,7 @@ NATIVE = $(wildcard csrc/*.h csrc/*.cpp csrc/cuda/*.h csrc/cuda/*.cpp csrc/cuda/
 .PHONY: demo test lint bench aot native clean
 
 demo: $(READY)
-	$(VENV)/bin/sapo score --compare
+	$(VENV)/bin/sapo demo
 
 test: $(READY)
 	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile
