@@ -119,8 +119,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--toy", action="store_true", help="toy size on the CPU, Triton in its interpreter")
     parser.add_argument("--together", action="store_true", help="all parts in this process (for tests of the suite)")
     options = parser.parse_args(argv)
-    if not options.minutes > 0:
-        parser.error("--minutes: wanted a positive number")
+    if not 0 < options.minutes < 1e6:
+        parser.error(f"--minutes: wanted a positive number, got {options.minutes}")
+    if options.data and not (options.data / "SUPERNI" / "instructions.json").is_file():
+        parser.error(f"--data: wanted a folder with SUPERNI/instructions.json, got {options.data}")
     options.out = options.out.resolve()
     if (options.out / "rows.csv").exists() or (options.out / "rows").exists():
         parser.error(f"--out: wanted a folder without earlier rows, got {options.out}")

@@ -24,8 +24,8 @@ def test_every_measuring_part_starts(tmp_path, capsys, monkeypatch):
     pytest.importorskip("triton")
     own = gpu_parts.PARTS["in_place"]
     monkeypatch.setitem(gpu_parts.PARTS, "in_place", gpu_parts.Part("ops", "no_such_function", own.share, own.about))
-    code = gpu_suite.main(["--toy", "--together", "--out", str(tmp_path / "out"), "--only", *MEASURING])
     out = tmp_path / "out"
+    code = gpu_suite.main(["--toy", "--together", "--minutes", "60", "--out", str(out), "--only", *MEASURING])
     logs = {path.stem: path.read_text() for path in (out / "logs").glob("*.log")}
     assert set(logs) == {"in_place"} and "no_such_function" in logs["in_place"], logs
     assert code == 1, "a failed part shows in the exit status"
@@ -78,8 +78,10 @@ def test_the_suite_ends_in_time(tmp_path, monkeypatch, capsys):
     assert code == 1 and time.monotonic() - started < 14
     printed = capsys.readouterr().out
     assert printed.count("ended after") >= 1 and (tmp_path / "summary.md").exists()
-    with pytest.raises(SystemExit):
-        gpu_suite.main(["--minutes", "0", "--out", str(tmp_path / "x")])
+    for wrong in (["--minutes", "0"], ["--minutes", "nan"], ["--minutes", "inf"], ["--data", str(tmp_path)]):
+        with pytest.raises(SystemExit):
+            gpu_suite.main([*wrong, "--out", str(tmp_path / "x")])
+    assert not (tmp_path / "x").exists()
 
 
 def test_candidates_begin_with_what_is_in_use_and_put_it_back():
