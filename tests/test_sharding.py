@@ -25,6 +25,8 @@ needs_gloo = pytest.mark.skipif(
     not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
     reason="this PyTorch was built without gloo",
 )
+# All worlds start in one fixture, which may take its time on a busy machine.
+pytestmark = pytest.mark.timeout(1200)
 TIMEOUT = 4.0
 KINDS, PHASES = ("kill", "stop", "raise", "late"), ("first", "start", "forward", "idle", "results")
 
@@ -109,6 +111,7 @@ def test_any_number_of_ranks_gives_the_same_bits_and_the_same_choice(few):
 
 @needs_gloo
 @pytest.mark.slow
+@pytest.mark.timeout(4000)
 def test_five_hundred_random_jobs(tmp_path):
     case = {"name": "random", "scene": "random", "world": 4, "seeds": [1000, 1500], "deadline": 3000}
     check_random(worlds(tmp_path, [case], deadline=3600)["random"], 500)
@@ -171,6 +174,7 @@ def test_a_lost_rank_is_named_by_the_others(few, case):
 
 @needs_gloo
 @pytest.mark.slow
+@pytest.mark.timeout(4000)
 def test_sixty_ways_to_lose_a_rank(tmp_path):
     found = worlds(tmp_path, MANY, deadline=3600)
     assert len(found) == 60
