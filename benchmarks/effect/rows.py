@@ -40,6 +40,7 @@ def collect(work: Path, kind: str, made_by: dict[str, Any], results: Path = RESU
         return 0
     lines = ",\n".join(json.dumps(row, allow_nan=False) for row in rows)
     head = json.dumps({"version": VERSION, "made_by": made_by}, indent=1)[:-2]
+    results.mkdir(parents=True, exist_ok=True)
     atomic_write(results / f"{kind}.json", f'{head},\n "rows": [\n{lines}\n]\n}}\n')
     return len(rows)
 

@@ -14,9 +14,10 @@ import torch
 from sapo_kernels._io import read_json
 from sapo_peft.sequence import SequenceConfig, run_sequence
 from sapo_peft.tiny_base import load_tiny_base, tiny_base_folder
+from sapo_peft.tiny_base.tasks import sequence_tasks
 
 from . import design, rows
-from .single import Damage, run_task, sequence_tasks
+from .single import Damage, run_task
 
 
 def made_by() -> dict[str, Any]:

@@ -14,18 +14,17 @@ from __future__ import annotations
 
 import copy
 import math
-import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 import sapo_kernels as sk
-from sapo_peft.bundled import BUNDLED_DIR
 from sapo_peft.bundled._common import Draw
-from sapo_peft.sequence import SequenceTask, read_tasks
-from sapo_peft.tiny_base.corpus import SEQUENCE, TASTE_ROWS
+from sapo_peft.sequence import SequenceTask
+from sapo_peft.tiny_base.corpus import SEQUENCE
 from sapo_peft.tiny_base.skills import SKILLS
+from sapo_peft.tiny_base.tasks import sequence_tasks
 
 
 @dataclass(frozen=True)
@@ -42,20 +41,6 @@ class SingleConfig:
     lora_r: int = 8
     lora_alpha: int = 32
     max_grad_norm: float = 1.0
-
-
-def sequence_tasks(names: tuple[str, ...], seed: int, test_examples: int) -> list[SequenceTask]:
-    """The tasks with the training rows in an order drawn by the seed, without those the base has met.
-
-    The answer-format line is left out: it is not paraphrased and names the task whatever the instruction says.
-    """
-    found = []
-    for task in read_tasks(BUNDLED_DIR, names):
-        train = list(task.train[:-TASTE_ROWS])
-        random.Random(f"{seed}/{task.name}").shuffle(train)
-        pool = replace(task.pool, suffix="")
-        found.append(SequenceTask.build(task.name, train, list(task.test[:test_examples]), pool))
-    return found
 
 
 class Damage:

@@ -72,29 +72,61 @@ def comparison_table(found: Rows, first: str, others: Sequence[str], metrics: Se
 LABELS = {"rougeL": "ROUGE-L", "exact_match": "exact match", "loss": "loss (nats; lower is better)"}
 
 
+SIDES = (("forgetting", "forgetting"), ("others", "loss of the other tasks"), ("own", "own loss afterwards"))
+
+
+def by_task_and_seed(found: Rows) -> dict[tuple[str, int], Rows]:
+    """The single-task rows in groups, in order."""
+    groups: dict[tuple[str, int], Rows] = {}
+    for row in sorted(found, key=lambda row: (row["task"], row["seed"], row["prompt"])):
+        groups.setdefault((row["task"], row["seed"]), []).append(row)
+    return groups
+
+
+def correlations(groups: dict[tuple[str, int], Rows], side: str) -> list[float]:
+    """Spearman of the loss before learning with one thing afterwards, a value a group."""
+    return [spearman([row["pre"] for row in group], [row[side] for row in group]) for group in groups.values()]
+
+
 def correlation_table(found: Rows) -> list[str]:
     """Spearman of a prompt's loss before learning with what learning with it does, by task and seed."""
-    sides = (("forgetting", "forgetting"), ("others", "loss of the other tasks"), ("own", "own loss afterwards"))
-    lines = [
-        "| task | seed | prompts | loss before | forgetting | "
-        + " | ".join(f"rank correlation with {t}" for _, t in sides)
-        + " |",
-        "|---|---|---|---|---|" + "---|" * len(sides),
-    ]
-    groups = sorted({(row["task"], row["seed"]) for row in found})
-    every: dict[str, list[float]] = {name: [] for name, _ in sides}
-    for task, seed in groups:
-        group = [row for row in found if (row["task"], row["seed"]) == (task, seed)]
-        before = [row["pre"] for row in group]
-        cells = []
-        for name, _ in sides:
-            value = spearman(before, [row[name] for row in group])
-            every[name].append(value)
-            cells.append(f"{value:+.2f}")
-        spans = [f"{min(part):.2f} to {max(part):.2f}" for part in (before, [row["forgetting"] for row in group])]
+    groups = by_task_and_seed(found)
+    known = known_wordings(PRESETS["default"].seed)
+    unmet = {key: [row for row in group if row["prompt"] not in known[key[0]]] for key, group in groups.items()}
+    names = " | ".join(f"rank correlation with {text}" for _, text in SIDES)
+    lines = [f"| task | seed | prompts | loss before | forgetting | {names} |", "|---|---|---|---|---|---|---|---|"]
+    columns = [correlations(groups, side) for side, _ in SIDES]
+    for place, ((task, seed), group) in enumerate(groups.items()):
+        spans = []
+        for name in ("pre", "forgetting"):
+            part = [row[name] for row in group]
+            spans.append(f"{min(part):.2f} to {max(part):.2f}")
+        cells = [f"{column[place]:+.2f}" for column in columns]
         lines.append(f"| {short(task)} | {seed} | {len(group)} | {' | '.join(spans)} | {' | '.join(cells)} |")
-    means = [f"{signed(bootstrap_mean(every[name]), 2)}" for name, _ in sides]
-    lines.append(f"| mean (interval over the {len(groups)} rows) | | | | | {' | '.join(means)} |")
+    for what, which in (("all prompts", groups), ("wordings that the base had not met", unmet)):
+        means = [bold(bootstrap_mean(correlations(which, side)), 2) for side, _ in SIDES]
+        lines.append(f"| mean, {what} | | | | | {' | '.join(means)} |")
+    return lines
+
+
+def single_choice_table(found: Rows) -> list[str]:
+    """What training on the prompt of the lowest loss did, less what the others did, nats per token."""
+    groups = by_task_and_seed(found)
+    lines = [f"| lowest loss before learning, less | {' | '.join(text for _, text in SIDES)} |", "|---|---|---|---|"]
+    rivals: tuple[tuple[str, Callable[[list[float]], float]], ...] = (
+        ("the original prompt", lambda values: values[0]),
+        ("the mean of the 20 paraphrases", lambda values: math.fsum(values[1:]) / len(values[1:])),
+        ("the best prompt in hindsight", min),
+    )
+    for name, rival in rivals:
+        cells = []
+        for side, _ in SIDES:
+            differences = []
+            for group in groups.values():
+                chosen = min(group, key=lambda row: (row["pre"], row["prompt"]))
+                differences.append(chosen[side] - rival([row[side] for row in group]))
+            cells.append(bold(bootstrap_mean(differences), 2))
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 
 
@@ -168,6 +200,7 @@ TABLES: dict[str, Callable[[Path], list[str]]] = {
     "choices": _sequences(choices_table),
     "cost": _sequences(cost_table),
     "correlation": lambda results: correlation_table(rows.load("single", results)["rows"]),
+    "hindsight": lambda results: single_choice_table(rows.load("single", results)["rows"]),
 }
 
 

@@ -17,6 +17,7 @@ from typing import NoReturn
 # A new subcommand is one file and one entry here. The modules import torch only when they run.
 COMMANDS = (
     "score_command", "train_command", "sequence_command", "report_command", "paraphrase_command", "doctor_command",
+    "demo_command",
 )  # fmt: skip
 # Errors whose message is written for people; any other type is named in front of its message.
 _SPEAKING = (ValueError, RuntimeError, NotImplementedError, ImportError)
