@@ -126,7 +126,7 @@ def replays(task: str, states: list[PromptScores], state: int, rule: str, count:
     return Replays(
         task=task, state=state, rule=rule, prompts=len(loss), examples=full.nll.shape[1],
         near=int((loss <= loss[best] * (1 + SHARE)).sum()), delta=delta, replays=count, saved_p10=p10, saved_p50=p50,
-        saved_p90=p90, wrong=float(np.mean(np.asarray(regret) > 0)), broken=broken / count,
+        saved_p90=p90, wrong=float(np.mean(np.asarray(regret) > 0)), broken=float(broken) / count,
         over_half_percent=float(np.mean(np.asarray(regret) > SHARE)), worst_regret=100 * max(regret),
         rounds=float(np.mean(rounds)),
     )  # fmt: skip

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ._io import DataError, excerpt, read_json, write_json
-from .race_report import RaceReport
+from .race_report import RaceReport, read_nats
 
 logger = logging.getLogger("sapo_kernels")
 SCHEMA = "sapo_kernels.PromptScores/1"
@@ -206,17 +206,7 @@ def _plain(nll: float, tokens: int) -> float | str | None:
 def _loss(value: Any, counts: list[list[int]], k: int, m: int) -> float | None:
     """A cell's loss; null stands for NaN in a cell that was not scored, and nowhere else."""
     scored = k >= len(counts) or m >= len(counts[k]) or counts[k][m] > 0
-    return math.nan if value is None and not scored else _nats(value)
-
-
-def _nats(value: Any) -> float | None:
-    """A number or one of the strings that stand for the numbers JSON does not have; None for anything else."""
-    if type(value) not in (int, float) and value not in ("nan", "inf", "-inf"):
-        return None
-    try:
-        return float(value)
-    except OverflowError:
-        return None
+    return math.nan if value is None and not scored else read_nats(value)
 
 
 def _count(value: Any) -> int | None:

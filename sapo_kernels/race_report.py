@@ -68,11 +68,11 @@ class RaceReport:
             left=_list(data, "left", lambda v: _whole(v, 1, last), num_prompts),
             reason=_list(data, "reason", lambda v: v if v in REASONS else None, num_prompts),
             against=_list(data, "against", lambda v: v if type(v) is int and v in prompts else None, num_prompts),
-            lower=_list(data, "lower", _nats, num_prompts),
-            upper=_list(data, "upper", _nats, num_prompts),
-            regret=_one(data, "regret", _nats),
-            tolerance=_one(data, "tolerance", _nats),
-            delta=_one(data, "delta", _nats),
+            lower=_list(data, "lower", read_nats, num_prompts),
+            upper=_list(data, "upper", read_nats, num_prompts),
+            regret=_one(data, "regret", read_nats),
+            tolerance=_one(data, "tolerance", read_nats),
+            delta=_one(data, "delta", read_nats),
             rounds=_list(data, "rounds", _whole, None),
             cells=_one(data, "cells", _whole),
             total=_one(data, "total", lambda v: _whole(v, 1)),
@@ -95,7 +95,8 @@ def _whole(value: Any, low: int = 0, high: int = 2**63 - 1) -> int | None:
     return value if type(value) is int and low <= value <= high else None
 
 
-def _nats(value: Any) -> float | None:
+def read_nats(value: Any) -> float | None:
+    """A number or one of the strings that stand for the numbers JSON does not have; None for anything else."""
     if type(value) not in (int, float) and value not in ("nan", "inf", "-inf"):
         return None
     try:

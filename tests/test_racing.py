@@ -65,7 +65,7 @@ def test_the_plain_rule_by_hand():
 
 
 def test_rows_say_what_happened(tmp_path):
-    states = [plausible(1, [0.0, 0.001, 0.5]), plausible(1, [0.0, 0.002, 0.6])]
+    states = [plausible(1, [0.0, 0.002, 0.5], noise=0.01), plausible(1, [0.0, 0.003, 0.6], noise=0.01)]
     rows = [replays("a task", states, 1, rule, 5, 0.05) for rule in ("race", "strict", "memory", "plain")]
     for row in rows:
         assert 0 < row.saved_p10 <= row.saved_p50 <= row.saved_p90 < 1 and row.near == 2 and row.replays == 5
