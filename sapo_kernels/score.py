@@ -111,6 +111,9 @@ def check_choices(impl: str, max_tokens: int | None) -> None:
 class ScoringJob:
     """The cells of one cache and how to score them on one model: one call of `score_prompts`."""
 
+    # Another part of the same job, or another rank, says in the log what there is to say.
+    quiet = False
+
     def __init__(self, model, cache: ResponseCache, impl: str, max_tokens: int | None, progress: bool | None):
         self.model, self.inner = support.unwrap(model)
         self.cache, self.impl, self.progress = cache, impl, progress
@@ -149,7 +152,8 @@ class ScoringJob:
             },
             race=report,
         )
-        scores.warn_nonfinite()
+        if not self.quiet:
+            scores.warn_nonfinite()
         return scores
 
     def part(self, cells: np.ndarray, road: str) -> ScoringJob:
@@ -179,7 +183,7 @@ class ScoringJob:
             reason = self._tree_closed(verdict)
             if reason is not None and self.impl not in ("auto", "padded"):
                 raise RuntimeError(f"impl={self.impl!r}: {reason}")
-            if reason is not None and self.impl == "auto":
+            if reason is not None and self.impl == "auto" and not self.quiet:
                 logger.warning("scoring by the padded road: %s", reason)
             padded = reason is not None or self.impl == "padded"
             nll, computed = self._padded(verdict) if padded else self._tree(verdict)

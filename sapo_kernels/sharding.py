@@ -147,6 +147,7 @@ class ShardedJob(ScoringJob):
         self.world = len(ranks.members) if ranks else 1
         self.own = ranks.members.index(ranks.rank) if ranks else 0
         self.shards = _shards(cache, shards, self.max_tokens)
+        self.quiet, self._told = self.own > 0, False
 
     def part(self, cells: np.ndarray, road: str) -> ShardedJob:
         return ShardedJob(self.model, self.cache.select(cells), road, self.max_tokens, self.ranks, self.count)
@@ -155,7 +156,7 @@ class ShardedJob(ScoringJob):
         # In turn: shards are about as large as each other.
         dealt = [self.shards[place :: self.world] for place in range(self.world)]
         with self._beating() if self.ranks else contextlib.nullcontext():
-            found = [ScoringJob(self.model, c, self.impl, self.max_tokens, False).measure() for _, c in dealt[self.own]]
+            found = [self._shard(cache) for _, cache in dealt[self.own]]
         # What a rank sends of a shard: the bits of its cells' float64 sums, computed tokens, whether padded.
         own = [torch.zeros(0, dtype=torch.int64)]
         for nll, computed, padded, _ in found:
@@ -168,6 +169,13 @@ class ShardedJob(ScoringJob):
                 total[cells] = sent[:-2].clone().view(torch.float64)
                 computed, padded = computed + int(sent[-2]), padded or bool(sent[-1])
         return total.numpy(), computed, padded, next((reason for *_, reason in found if reason), None)
+
+    def _shard(self, cache: ResponseCache) -> tuple[np.ndarray, int, bool, str | None]:
+        job = ScoringJob(self.model, cache, self.impl, self.max_tokens, False)
+        job.quiet = self.quiet or self._told
+        found = job.measure()
+        self._told = self._told or found[-1] is not None
+        return found
 
     @contextlib.contextmanager
     def _beating(self):

@@ -227,6 +227,15 @@ def test_one_process_alone_needs_no_group():
     assert raced.race is not None and torch.equal(raced.nll.isnan(), raced.tokens == 0)
 
 
+def test_the_log_says_things_once(caplog):
+    model = tiny()
+    model.get_input_embeddings().weight.data[:] = float("nan")
+    with caplog.at_level("WARNING", "sapo_kernels"):
+        scores = sk.score_prompts_sharded(model, cache_of(1, 2, 6), shards=4)
+    assert scores.nonfinite == [0, 1] and scores.stats["road"] == "padded" and scores.stats["reason"]
+    assert [m.split(":")[0] for m in caplog.messages] == ["scoring by the padded road", "prompt 0", "prompt 1"]
+
+
 def test_cells_are_named_as_the_caller_numbers_them():
     cache = cache_of(2, 3, 4)
     cache.ids[cache.offsets[7]] = 200
