@@ -25,7 +25,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 # Not the packages themselves: what is imported must be what was installed. Tests compile some of csrc/ for themselves.
-COPIED = ("tests", "benchmarks", "csrc", "examples", "pyproject.toml")
+COPIED = ("tests", "benchmarks", "csrc", "examples", "docs", "README.md", "pyproject.toml")
 NATIVE_TESTS = (
     "test_accumulate.py", "test_reweight.py", "test_reweight_calls.py", "test_prompt_state.py", "test_planner.py",
     "test_trie.py", "test_score.py", "test_native.py", "test_native_attacks.py",
