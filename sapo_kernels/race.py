@@ -70,7 +70,7 @@ class Race:
     tolerance: float = 0.0
     relative: float = 0.005
     first: int | None = None
-    growth: float = 1.4
+    growth: float = 1.3
     reach: float = 1.0
     seed: int = 0
     memory: PromptScores | Sequence[PromptScores] | None = None

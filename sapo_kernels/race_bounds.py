@@ -174,8 +174,7 @@ class _Game:
         for aim in (0.0, -margin):
             # The stake that lets the capital grow fastest against this aim, if the next is like those before.
             gap = np.maximum(mean - (population * aim - self.before) / self.left, 0.0)
-            best = gap / (variance + gap * gap + _TINY)
-            stakes += [best, 0.5 * best]
+            stakes.append(gap / (variance + gap * gap + _TINY))
         for part in STEADY:
             stakes.append(part * np.sqrt(variance) / ((1.0 + part * part) * variance + _TINY))
         self.stakes = np.stack(stakes)
