@@ -160,6 +160,19 @@ def test_peers_agree_with_ours_and_leave_the_model_alone(name, last, jobs):
     assert "forward" not in vars(model) and model.config._attn_implementation == "sdpa" and not model.training
 
 
+@pytest.mark.parametrize("name", ["tuned_plain", "packed", "prefix_cache"])
+def test_tuned_peers_without_masks_in_logits_to_keep(name, jobs, monkeypatch):
+    """As in transformers 5.17."""
+    from transformers import modeling_utils
+
+    monkeypatch.delattr(modeling_utils, "slice_logits_to_keep", raising=False)
+    model, made = jobs
+    cache, ours = made[False]
+    got = PEERS[name].run(model, cache)
+    assert float((got - ours.nll.flatten()).abs().max()) < 1e-4 * float(ours.tokens.max())
+    assert not model.get_output_embeddings()._forward_pre_hooks
+
+
 def test_ours_agrees_with_each_sequence_alone(jobs):
     model, made = jobs
     for cache, ours in made.values():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .plain import cells_of, longest_first, row_logprob, sums, targets_of
+from .plain import cells_of, logits_of_rows, longest_first, row_logprob, sums, targets_of
 
 
 @torch.no_grad()
@@ -26,8 +26,8 @@ def packed(model, cache, tokens: int = 1024) -> torch.Tensor:
         ids = torch.tensor([[t for c, r in part for t in c + r[:-1]]], device=model.device)
         positions = torch.cat([torch.arange(_length(cell)) for cell in part])[None].to(model.device)
         rows = torch.cat([torch.arange(_length((c, r))) >= len(c) - 1 for c, r in part])[None].to(model.device)
-        logits = model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=rows).logits
-        out[chosen] = sums(row_logprob(logits.view(-1, logits.shape[-1]), targets_of(part, ids.device)), part)
+        logits = logits_of_rows(model, rows, input_ids=ids, position_ids=positions, use_cache=False)
+        out[chosen] = sums(row_logprob(logits, targets_of(part, ids.device)), part)
     return out
 
 

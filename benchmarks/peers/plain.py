@@ -40,6 +40,24 @@ def row_logprob(logits, targets) -> torch.Tensor:
     return torch.log_softmax(logits.float(), -1).gather(-1, targets[:, None])[:, 0]
 
 
+def logits_of_rows(model, rows, **inputs) -> torch.Tensor:
+    """[R, V] logits of the marked rows [B, L]: `logits_to_keep` with a mask.
+
+    Versions of transformers that know no mask there get the same by a hook in front of the head, which costs as much.
+    """
+    from transformers import modeling_utils
+
+    if hasattr(modeling_utils, "slice_logits_to_keep"):
+        output = model(**inputs, logits_to_keep=rows)
+    else:
+        hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, given: (given[0][rows], *given[1:]))
+        try:
+            output = model(**inputs)
+        finally:
+            hook.remove()
+    return output.logits.view(-1, output.logits.shape[-1])
+
+
 def sums(logprob_rows, cells) -> torch.Tensor:
     """Split [total response tokens] log-probabilities into one negative sum a cell, [B] float64 on the CPU."""
     counts = torch.tensor([len(r) for _, r in cells], device=logprob_rows.device)
@@ -83,6 +101,6 @@ def tuned_plain(model, cache, batch_size: int = 8) -> torch.Tensor:
         chosen = order[i : i + batch_size]
         part = [cells[c] for c in chosen]
         ids, mask, rows = padded(part, model.device)
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=rows).logits
-        out[chosen] = sums(row_logprob(logits.view(-1, logits.shape[-1]), targets_of(part, ids.device)), part)
+        logits = logits_of_rows(model, rows, input_ids=ids, attention_mask=mask, use_cache=False)
+        out[chosen] = sums(row_logprob(logits, targets_of(part, ids.device)), part)
     return out

@@ -12,7 +12,7 @@ import copy
 import numpy as np
 import torch
 
-from .plain import cells_of, longest_first, padded, row_logprob, sums, targets_of
+from .plain import cells_of, logits_of_rows, longest_first, padded, row_logprob, sums, targets_of
 
 
 @torch.no_grad()
@@ -45,8 +45,8 @@ def _score(model, cells, group, held, shared: int, batch_size: int, out) -> None
             mask = torch.cat([mask.new_ones(len(part), shared), mask], 1)
             positions = torch.arange(shared, shared + ids.shape[1], device=ids.device)[None].expand(len(part), -1)
             options = {"use_cache": True, "past_key_values": copies, "position_ids": positions}
-        logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=rows, **options).logits
-        out[chosen] = sums(row_logprob(logits.view(-1, logits.shape[-1]), targets_of(part, ids.device)), part)
+        logits = logits_of_rows(model, rows, input_ids=ids, attention_mask=mask, **options)
+        out[chosen] = sums(row_logprob(logits, targets_of(part, ids.device)), part)
 
 
 def _groups(cells, prompts: int, examples: int, by: str) -> list[tuple[list[int], int]]:
