@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from benchmarks import candidates, gpu_parts, gpu_suite
+from benchmarks.gpu_parts import machine
 from benchmarks.rows import read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -100,6 +101,14 @@ def test_candidates_begin_with_what_is_in_use_and_put_it_back():
         assert attention.config(1, 2, 3) == {"BLOCK_M": 1}
         raise ZeroDivisionError
     assert attention.config is own
+
+
+def test_the_files_with_gpu_tests_are_found():
+    files = machine.gpu_test_files()
+    assert {f"tests/test_{op}.py" for op in ("tree_attention", "linear_logprob", "accumulate", "reweight")} <= set(
+        files
+    )
+    assert "tests/test_readme.py" not in files
 
 
 @pytest.mark.slow
