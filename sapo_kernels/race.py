@@ -297,7 +297,8 @@ class Contest:
         own = prompts[:, None]
         rival, at = np.where(own == lead, second, lead), np.arange(n)
         values = self._values(np.arange(self.num_prompts), n)
-        before = np.cumsum(np.nan_to_num(values), 1) - np.nan_to_num(values)
+        known = np.where(np.isfinite(values), values, 0.0)
+        before = np.cumsum(known, 1) - known
         old = self._old
         control = left = variance = None
         if np.isfinite(old).any():
