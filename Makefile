@@ -7,7 +7,7 @@ PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
 READY = $(VENV)/.ready
 NATIVE = $(wildcard csrc/*.h csrc/*.cpp csrc/cuda/*.h csrc/cuda/*.cpp csrc/cuda/*.cu)
 
-.PHONY: demo test lint bench aot native clean
+.PHONY: demo test lint bench bench-gpu aot native clean
 
 demo: $(READY)
 	$(VENV)/bin/sapo demo
@@ -30,7 +30,11 @@ native: $(READY)
 	$(VENV)/bin/python -m tests.installed
 
 bench: $(READY)
-	$(VENV)/bin/python -m benchmarks.end_to_end
+	$(VENV)/bin/python -m benchmarks $(if $(DATA),--data $(DATA))
+	$(VENV)/bin/python -m benchmarks.tables --write
+
+bench-gpu:
+	$(PYTHON) -m benchmarks.gpu_suite --minutes 9 --out $(or $(OUT),gpu-results)
 
 # torch first and by its pin: a later package must not choose another build of it. The marker is written last, so an
 # interrupted installation is done again; a change in csrc/ compiles the native modules again.

@@ -23,6 +23,8 @@ def run(name: str, *words: str, folder) -> str:
     command = [sys.executable, str(EXAMPLES / name), *words]
     # No proxy, no hub: any attempt to reach one fails at once instead of waiting.
     nowhere = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "NO_PROXY": ""}
+    # Two threads wait for each other where other tests run beside them, and shares of the time say nothing then.
+    nowhere["OMP_NUM_THREADS"] = "1"
     done = subprocess.run(
         command, env={**environment(), **nowhere}, cwd=folder, capture_output=True, text=True, timeout=DEADLINE
     )
