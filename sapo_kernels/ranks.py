@@ -224,13 +224,12 @@ class Ranks:
         wake[0] = FAILED
         sent = []
         for rank in self.others:
-            if rank == about:
-                continue
             for message, group in ((alarm, self._alarms), (wake, self._beats)):
                 with contextlib.suppress(RuntimeError):
                     work = self._send(rank, message, group)
                     self._kept.append((message, work))
-                    sent += [work] if group is self._alarms else []
+                    # The one that it is about is told too, if it should wake up; nobody waits for that.
+                    sent += [work] if group is self._alarms and rank != about else []
         deadline = time.monotonic() + GRACE
         for work in sent:
             with contextlib.suppress(RuntimeError):
