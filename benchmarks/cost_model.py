@@ -3,6 +3,7 @@
     python -m benchmarks.cost_model                             # the tables of docs/scaling.md: predictions, unmeasured
     python -m benchmarks.cost_model --matmul 620e12 --copy 2.6e12   # with ceilings that were measured somewhere
     python -m benchmarks.cost_model --check                     # against small cases measured on this CPU
+    python -m torch.distributed.run --standalone --nproc_per_node=2 -m benchmarks.cost_model --ranks
 
 Formulas, for U trie tokens, R response rows, P = sum of (depth + 1) over the tokens, and a model of L layers, width D,
 Hq query and Hkv key heads of size d, MLP width I, vocabulary V:
@@ -19,9 +20,11 @@ import argparse
 import math
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from sapo_kernels import ResponseCache, plan_trie, score_prompts, score_prompts_sharded
 from sapo_kernels.ranks import MESSAGE
@@ -279,10 +282,37 @@ def check(rounds: int) -> list[str]:
     return [threads, "", *table(header, rows), "", f"geometric mean of measured / predicted: {mean:.2f}"]
 
 
+def by_ranks(rounds: int) -> list[str]:
+    """One job by rank 0 alone and by all ranks of the launcher; the bits are compared before a time is printed."""
+    dist.init_process_group("gloo")
+    torch.set_num_threads(1)
+    groups = [dist.new_group([0]), dist.group.WORLD]
+    model, cache = qwen3_shaped(8192, 256, 4), Cells(21, 40).cache(8192)
+    lines = []
+    for shards in (1, 4, 12, 24):
+        times, found = [], []
+        for group in groups:
+            dist.barrier()
+            if dist.get_rank(group) < 0:
+                continue
+            # The others wait in the next barrier meanwhile.
+            call = partial(score_prompts_sharded, model, cache, group=group, shards=shards)
+            times.append(measured(call, rounds))
+            found.append(call())
+        if dist.get_rank() == 0:
+            assert torch.equal(found[0].nll, found[1].nll), "the bits depend on the number of ranks"
+            tokens = found[0].stats["trie_tokens"]
+            lines.append([f"{shards}", f"{tokens}", *map(seconds, times), f"{times[0] / times[1]:.2f}"])
+    world = dist.get_world_size()
+    dist.destroy_process_group()
+    return table(["shards", "tokens", "1 rank", f"{world} ranks", "times as fast"], lines) if lines else []
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="measure small cases on this CPU instead")
-    parser.add_argument("--rounds", type=int, default=3, help="of --check (default: %(default)s)")
+    parser.add_argument("--ranks", action="store_true", help="measure one job by 1 and by all ranks of the launcher")
+    parser.add_argument("--rounds", type=int, default=3, help="of --check and --ranks (default: %(default)s)")
     parser.add_argument("--matmul", type=float, help="operations a second of one device (default: 600e12, assumed)")
     parser.add_argument("--copy", type=float, help="bytes a second of its memory (default: 2.5e12, assumed)")
     parser.add_argument("--link", type=float, default=350e9, help="bytes a second inside a node (default: %(default)g)")
@@ -292,6 +322,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--prompts", type=int, default=21)
     parser.add_argument("--examples", type=int, default=250)
     options = parser.parse_args(argv)
+    if options.ranks:
+        print("\n".join(by_ranks(options.rounds)), flush=True)
+        return 0
     if options.check:
         print("\n".join(check(options.rounds)))
         return 0

@@ -143,6 +143,12 @@ class ShardedJob(ScoringJob):
     def __init__(self, model, cache: ResponseCache, impl: str, max_tokens, ranks: Ranks | None, shards: int | None):
         super().__init__(model, cache, impl, max_tokens, False)
         self.ranks, self.count = ranks, shards
+        reason = unshareable(self.model)
+        if reason:
+            raise ValueError(
+                f"model: {reason}; wanted one that each rank holds whole, or one sharded by FSDP2 alone; score_prompts "
+                "runs all cells on every rank"
+            )
         self.gathers = gathers_in_forward(self.model)
         self.world = len(ranks.members) if ranks else 1
         self.own = ranks.members.index(ranks.rank) if ranks else 0
@@ -250,26 +256,26 @@ def _shards(cache: ResponseCache, count: int | None, max_tokens: int) -> list[tu
     return cuts.shards[count]
 
 
-def gathers_in_forward(model: nn.Module) -> bool:
-    """Whether each forward of `model` needs all ranks, because FSDP2 gathers its weights there.
+def unshareable(model: nn.Module) -> str | None:
+    """Why ranks may not score different cells: something of the model is spread over them, and not by FSDP2 alone."""
+    for name, module in model.named_modules():
+        if type(module).__name__ == "FullyShardedDataParallel":
+            return f"{name or type(model).__name__!r} is spread over ranks"
+    gathered = gathers_in_forward(model)
+    for name, parameter in model.named_parameters():
+        divided = sum(map(_divides, getattr(parameter, "placements", ())))
+        if hasattr(parameter, "ds_id") or divided > 1 or (divided and not gathered):
+            return f"{name!r} is spread over ranks"
+    return None
 
-    Raises:
-        ValueError: its weights are spread over ranks in another way; then ranks may not score different cells.
-    """
-    spread = [(name, p) for name, p in model.named_parameters() if hasattr(p, "placements") or hasattr(p, "ds_id")]
-    other = [name for name, module in model.named_modules() if type(module).__name__ == "FullyShardedDataParallel"]
-    if not spread and not other:
+
+def gathers_in_forward(model: nn.Module) -> bool:
+    """Whether each forward of `model` needs all ranks, because FSDP2 gathers its weights there."""
+    if not any(hasattr(parameter, "placements") for parameter in model.parameters()):
         return False
     from torch.distributed.fsdp import FSDPModule
 
-    gathered = any(isinstance(module, FSDPModule) for module in model.modules())
-    other += [name for name, p in spread if not gathered or sum(map(_divides, getattr(p, "placements", ()))) > 1]
-    if other:
-        raise ValueError(
-            f"model: {other[0] or type(model).__name__!r} is spread over ranks; wanted a model that each rank holds "
-            "whole, or one sharded by FSDP2 alone; score_prompts runs all cells on every rank"
-        )
-    return True
+    return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def _divides(placement) -> bool:

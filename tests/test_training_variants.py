@@ -132,12 +132,13 @@ if rank:
     # What rounding does on another device, exaggerated: only rank 0's numbers may count.
     score = callback.rescorer.score
     import sapo_kernels as sk
-    plain = sk.score_prompts
+    shared_out = sk.score_prompts_sharded
     def other(*args, **kwargs):
-        scores = plain(*args, **kwargs)
+        scores = shared_out(*args, **kwargs)
+        assert scores.stats["world"] == 2
         scores.nll.mul_(torch.arange(4.0, 0.0, -1.0, dtype=scores.nll.dtype)[:, None])
         return scores
-    sk.score_prompts = other
+    sk.score_prompts_sharded = other
 seen = []
 step = trainer.training_step
 def training_step(model, inputs, *rest):

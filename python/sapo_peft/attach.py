@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sapo_kernels.render import check_examples
+from sapo_kernels.sharding import DEFAULT_TIMEOUT
 
 from . import _ranks
 from .callback import SapoCallback
@@ -79,7 +80,8 @@ def attach_sapo(
     _check_rows(trainer.train_dataset, choice, "train_dataset")
     _check_evaluation(getattr(trainer, "eval_dataset", None), choice)
     probes = _probes(trainer, choice, probe, config) if config.scores else {}
-    rescorer = Rescorer(choice, probes, tokenizer, config) if config.scores else None
+    patience = float(getattr(trainer.args, "ddp_timeout", 0) or DEFAULT_TIMEOUT)
+    rescorer = Rescorer(choice, probes, tokenizer, config, patience) if config.scores else None
     setup = Setup(choice, training, rescorer, config)
     _ranks.check_same(setup.digests(), trainer.args.device)
 

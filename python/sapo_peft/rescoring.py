@@ -10,7 +10,9 @@ from typing import Any
 import torch
 
 import sapo_kernels as sk
+from sapo_kernels.sharding import DEFAULT_TIMEOUT, unshareable
 
+from ._ranks import several
 from .choice import Choice
 from .config import SapoConfig
 
@@ -41,10 +43,14 @@ class Rescorer:
         choice: the pools and their state.
         probes: for each task the examples to score on.
         tokenizer, config: as in `attach_sapo`.
+        patience: seconds after which a rank that the others wait for is given up.
     """
 
-    def __init__(self, choice: Choice, probes: Mapping[str, Sequence], tokenizer: Any, config: SapoConfig):
-        self.choice, self.config = choice, config
+    def __init__(
+        self, choice: Choice, probes: Mapping[str, Sequence], tokenizer: Any, config: SapoConfig,
+        patience: float = DEFAULT_TIMEOUT,
+    ):  # fmt: skip
+        self.choice, self.config, self.patience = choice, config, patience
         self.caches = {
             task: sk.ResponseCache.build(
                 tokenizer, pool.prompts, probes[task], config.template, suffix=pool.suffix, text_word=pool.text_word,
@@ -52,6 +58,12 @@ class Rescorer:
             )
             for task, pool in choice.pools.items()
         }  # fmt: skip
+
+    def _scores(self, model: Any, cache: sk.ResponseCache) -> sk.PromptScores:
+        """Shared out where there are several ranks and each may score cells of its own, else all cells on each."""
+        if several() and unshareable(model) is None:
+            return sk.score_prompts_sharded(model, cache, max_tokens=self.config.max_tokens, timeout=self.patience)
+        return sk.score_prompts(model, cache, max_tokens=self.config.max_tokens, progress=False)
 
     def score(self, model: Any, step: int, reason: str, agree=None) -> Scoring:
         """Score all pools and settle the choice.
@@ -63,7 +75,7 @@ class Rescorer:
         sums = torch.zeros(2, state.num_pools, state.num_prompts, dtype=torch.float64)
         scored = []
         for p, cache in enumerate(self.caches.values()):
-            scores = sk.score_prompts(model, cache, max_tokens=config.max_tokens, progress=False)
+            scores = self._scores(model, cache)
             sums[0, p, : cache.num_prompts], sums[1, p, : cache.num_prompts] = scores.nll.sum(1), scores.tokens.sum(1)
             scored.append(scores)
         if agree is not None:
