@@ -90,7 +90,9 @@ def score_prompts_sharded(
             raise ValueError(f"shards: wanted a whole number of at least 1, got {shards!r}")
         cache = prompts
         if not isinstance(prompts, ResponseCache):
-            cache = ResponseCache.build(layout.pop("tokenizer", None), prompts, examples or [], **layout)
+            cache = ResponseCache.build(
+                layout.pop("tokenizer", None), prompts, [] if examples is None else examples, **layout
+            )
         elif examples is not None or layout:
             raise ValueError(f"examples, {', '.join(layout) or 'layout'}: wanted none beside a ResponseCache")
         if race is not None and not isinstance(race, Race):
