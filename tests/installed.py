@@ -1,11 +1,11 @@
 """Install the package as users do, into a clean environment outside the checkout, and test what is installed there.
 
-    python -m tests.installed [--quick] [--wheels FOLDER]
+    python -m tests.installed [--quick | --whole] [--wheels FOLDER]
 
 1. ``pip wheel . --no-deps`` with and without native modules, from a copy of the tracked files.
 2. A clean virtual environment with the wheel *without* native modules: the tests of what they would do.
-3. The same environment with the wheel that has them: the whole suite, run outside the checkout (--quick: the tests of
-   step 2 only).
+3. The same environment with the wheel that has them, outside the checkout: the tests of step 2 and of what an
+   installation can lose (files beside the code, entry points, imports). --quick: of step 2 only; --whole: every test.
 4. The digests of both must be equal: nothing that is compiled changes a bit.
 
 Exits with 1 and says which part failed.
@@ -29,6 +29,12 @@ COPIED = ("tests", "benchmarks", "csrc", "examples", "docs", "README.md", "pypro
 NATIVE_TESTS = (
     "test_accumulate.py", "test_reweight.py", "test_reweight_calls.py", "test_prompt_state.py", "test_planner.py",
     "test_trie.py", "test_score.py", "test_native.py", "test_native_attacks.py",
+)  # fmt: skip
+# What an installation can lose: commands, examples, data and a model that ship, pages made of templates, both packages.
+INSTALLED_TESTS = (
+    "test_bundled_data.py", "test_cli.py", "test_cli_loading.py", "test_cli_sequence.py", "test_cli_train.py",
+    "test_demo.py", "test_examples.py", "test_imports.py", "test_ops.py", "test_race.py", "test_report.py",
+    "test_tiny.py", "test_tiny_base.py", "test_training.py",
 )  # fmt: skip
 # These look at the checkout's files, not at the package.
 CHECKOUT_TESTS = ("test_readme.py", "test_build.py")
@@ -93,7 +99,9 @@ def digests(python: Path, folder: Path, loaded: bool) -> dict[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="not the whole suite, only the tests of the native parts")
+    how_much = parser.add_mutually_exclusive_group()
+    how_much.add_argument("--quick", action="store_true", help="only the tests of the native parts")
+    how_much.add_argument("--whole", action="store_true", help="every test")
     parser.add_argument("--wheels", type=Path, metavar="FOLDER", help="keep the wheels there")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="sapo-installed-") as scratch:
@@ -137,8 +145,11 @@ def main() -> None:
         if without != with_native:
             raise RuntimeError(f"the compiled modules change results: {without} without, {with_native} with them")
         print(f"with and without native modules the same bits: {', '.join(without)}", flush=True)
-        ignored = [f"--ignore=tests/{name}" for name in CHECKOUT_TESTS]
-        run(python, *PYTEST, *(tests if arguments.quick else ignored), cwd=outside, minutes=25)
+        if arguments.whole:
+            tests = [f"--ignore=tests/{name}" for name in CHECKOUT_TESTS]
+        elif not arguments.quick:
+            tests += [f"tests/{name}" for name in INSTALLED_TESTS]
+        run(python, *PYTEST, *tests, cwd=outside, minutes=25)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ object, by name what each rank found: its exit code and "result", or "error", "k
 
 from __future__ import annotations
 
+import datetime
+import faulthandler
 import hashlib
 import json
 import os
@@ -28,6 +30,8 @@ from .oracles import random_cells, small_qwen3
 
 # A whole world may take this long; a hang is an error of its own.
 DEADLINE = 120.0
+# A rank that waits for the others to begin says so before that.
+BEGIN = datetime.timedelta(seconds=90)
 
 
 def cache_of(seed: int, prompts: int = 4, examples: int = 5, **options) -> sk.ResponseCache:
@@ -225,16 +229,17 @@ def scene_wrapped(case, rank: int) -> dict:
 
 def child(case: dict, rank: int, folder: str) -> None:
     """One rank; writes its file and leaves without running the parent's exits."""
+    path = Path(folder, f"{case['name']}.{rank}.json")
+    faulthandler.register(signal.SIGUSR1, path.with_suffix(".stack").open("w"))
     try:
-        store = dist.TCPStore("127.0.0.1", case["port"], is_master=False)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=case["world"])
+        store = dist.TCPStore("127.0.0.1", case["port"], is_master=False, timeout=BEGIN)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=case["world"], timeout=BEGIN)
         found = {"result": globals()[f"scene_{case['scene']}"](case, rank)}
     except BaseException as error:
         found = {
             "error": str(error), "kind": type(error).__name__, "rank": getattr(error, "rank", None), "at": time.time(),
             "trace": traceback.format_exc()[-3000:],
         }  # fmt: skip
-    path = Path(folder, f"{case['name']}.{rank}.json")
     path.with_suffix(".part").write_text(json.dumps(found))
     path.with_suffix(".part").rename(path)
     if "result" in found:
@@ -243,11 +248,30 @@ def child(case: dict, rank: int, folder: str) -> None:
     os._exit(0 if "result" in found else 1)
 
 
+def keep_store() -> tuple[int, int]:
+    """(process, port) of a store that outlives every rank, as torchrun's agent holds it.
+
+    In a process of its own: its server is a thread, and a rank forked beside a running thread inherits whatever that
+    thread has locked.
+    """
+    read, write = os.pipe()
+    parent, keeper = os.getpid(), os.fork()
+    if not keeper:
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        os.write(write, str(store.port).encode())
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(0)
+    os.close(write)
+    port = int(os.read(read, 16))
+    os.close(read)
+    return keeper, port
+
+
 def run(case: dict, folder: str) -> list[dict]:
     """Fork the ranks of a world, wait for all but a rank that is to be lost, and end what is left of them."""
-    # Here, as torchrun's agent holds it: it outlives every rank.
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    case = {**case, "folder": folder, "port": store.port}
+    keeper, port = keep_store()
+    case = {**case, "folder": folder, "port": port}
     children = {}
     for rank in range(case["world"]):
         children[rank] = os.fork()
@@ -262,10 +286,16 @@ def run(case: dict, folder: str) -> list[dict]:
                 codes[rank] = os.waitstatus_to_exitcode(status)
                 waiting.discard(rank)
         time.sleep(0.01)
+    if waiting - {lost}:
+        for rank in waiting:  # where it hangs
+            os.kill(children[rank], signal.SIGUSR1)
+        time.sleep(0.5)
     for rank in waiting:
         os.kill(children[rank], signal.SIGKILL)
         os.waitpid(children[rank], 0)
         codes[rank] = "hung"
+    os.kill(keeper, signal.SIGKILL)
+    os.waitpid(keeper, 0)
     event = Path(folder, f"{case['name']}.event")
     began = float(event.read_text()) if event.exists() else None
     made = []
@@ -274,7 +304,8 @@ def run(case: dict, folder: str) -> list[dict]:
         found = json.loads(path.read_text()) if path.exists() else {}
         if began is not None and "at" in found:
             found["after"] = found["at"] - began
-        made.append({**found, "exit": codes[rank]})
+        stack = path.with_suffix(".stack")
+        made.append({**found, "exit": codes[rank], "stack": stack.read_text() if stack.exists() else ""})
     return made
 
 
@@ -284,6 +315,9 @@ def main() -> None:
     # Once, before the forks: everything that is imported on the way takes seconds.
     sk.score_prompts(tiny(), cache_of(0), progress=False)
     gathers_in_forward(tiny())
+    threads = os.listdir("/proc/self/task") if os.path.isdir("/proc/self/task") else [""]
+    if len(threads) != 1:
+        raise RuntimeError(f"wanted one thread before the forks, got {len(threads)}")
     with tempfile.TemporaryDirectory() as folder:
         found = {case["name"]: run(case, folder) for case in json.loads(spec)}
     Path(out).write_text(json.dumps(found))

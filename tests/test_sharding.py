@@ -153,7 +153,7 @@ def check_lost(case: dict, ranks: list[dict]) -> None:
     for rank, found in enumerate(ranks):
         if rank == culprit:
             own = {"kill": -9, "stop": "hung", "late": "hung"}
-            assert found["exit"] == own.get(kind, 1) and "result" not in found
+            assert found["exit"] == own.get(kind, 1) and "result" not in found, ranks
             continue
         assert found["exit"] == 1 and found["kind"] == "RankError" and found["rank"] == culprit, (rank, found)
         assert found["error"].startswith(f"rank {culprit} ")
