@@ -12,6 +12,8 @@ from .workload import build_cache, load_tasks, load_tokenizer, qwen3_shaped
 
 EVERYONE = [name for name, peer in PEERS.items() if not peer.gpu and name != "padded_loop"]
 FIRST = "task141"
+# Tokens of all sequences of a task, which decide how many examples are taken of it.
+TOKENS = 6000
 
 
 @functools.cache
@@ -39,9 +41,9 @@ def test_every_peer_on_one_task(recorder, benchmark):
     cpu_only(recorder)
     tokenizer = load_tokenizer(recorder.data / "gpt2tokenizer")
     task = first_task(recorder.data)
-    examples, shape = (2, (2816, 128, 2)) if recorder.toy else (10, (50257, 512, 8))
+    examples, shape = (2, (2816, 128, 2)) if recorder.toy else (int(10 * min(recorder.scale, 2)), (50257, 512, 8))
     cache = build_cache(task, tokenizer, examples)
-    case = make_case("end_to_end", task_name(task), model_of(*shape), cache, EVERYONE, rounds=3)
+    case = make_case("end_to_end", task_name(task), model_of(*shape), cache, EVERYONE, rounds=2)
     recorder.run(benchmark, case)
 
 
@@ -53,8 +55,11 @@ def test_all_tasks(number, recorder, benchmark):
     if number >= len(tasks) or (recorder.toy and number > 0):
         pytest.skip("no such task in this folder")
     tokenizer = load_tokenizer(recorder.data / "gpt2tokenizer")
-    examples, shape = (1, (2816, 128, 2)) if recorder.toy else (6, (50257, 256, 4))
+    examples, shape = (1, (2816, 128, 2)) if recorder.toy else (2, (50257, 256, 4))
     cache = build_cache(tasks[number], tokenizer, examples)
+    affordable = int(TOKENS * recorder.scale * examples / cache.offsets[-1])
+    if not recorder.toy and affordable > examples:
+        cache = build_cache(tasks[number], tokenizer, min(affordable, 32))
     sizes = {"trainer_loop": (), "tuned_plain": (8, 32), "prefix_cache": (32,)}
     model = model_of(*shape)
     case = make_case("tasks", task_name(tasks[number]), model, cache, list(sizes), rounds=2, sizes=sizes)

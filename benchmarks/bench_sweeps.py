@@ -10,10 +10,10 @@ from .bench_end_to_end import cpu_only, model_of
 from .end_to_end import make_case
 from .workload import Cells
 
-BASE, VOCABULARY, HIDDEN, LAYERS = Cells(), 50257, 256, 4
+BASE, VOCABULARY, HIDDEN, LAYERS = Cells(prompts=8, examples=4), 50257, 256, 4
 AXES = {
     "K": [("prompts", n) for n in (1, 4, 16, 64)],
-    "M": [("examples", n) for n in (1, 8, 32)],
+    "M": [("examples", n) for n in (1, 4, 16, 64)],
     "prompt": [("prompt", n) for n in (15, 45, 240)],
     "input": [("input", n) for n in (15, 70, 320)],
     "response": [("response", n) for n in (1, 4, 32)],
@@ -34,7 +34,8 @@ def test_sweep(axis, field, value, recorder, benchmark):
     cpu_only(recorder)
     if recorder.toy and value != AXES[axis][0][1]:
         pytest.skip("toy size: the first value of each axis only")
-    cells = Cells(2, 2, 6, 8, 2) if recorder.toy else BASE
+    usual = dataclasses.replace(BASE, examples=round(BASE.examples * min(recorder.scale, 4)))
+    cells = Cells(2, 2, 6, 8, 2) if recorder.toy else usual
     vocabulary, hidden, layers = (300, 128, 1) if recorder.toy else (VOCABULARY, HIDDEN, LAYERS)
     if field == "vocabulary":
         vocabulary = 300 if recorder.toy else value

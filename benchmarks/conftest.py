@@ -19,6 +19,7 @@ def pytest_addoption(parser):
     parser.addoption("--bench-out", type=Path, default=None, help="folder for the CSV files (default: none is written)")
     parser.addoption("--bench-data", type=Path, default=None, help="folder with SUPERNI/ and paraphrases.json")
     parser.addoption("--bench-device", choices=("cpu", "cuda"), default="cpu")
+    parser.addoption("--bench-scale", type=float, default=1.0, help="times as many examples as usual")
     parser.addoption("--bench-seconds", type=float, default=600.0, help="no case begins after that")
 
 
@@ -31,6 +32,7 @@ class Recorder:
     data: Path
     out: Path | None
     deadline: float
+    scale: float = 1.0
     rows: list[Row] = field(default_factory=list)
 
     def run(self, benchmark, case: Case) -> list[Row]:
@@ -83,6 +85,7 @@ def recorder(request) -> Recorder:
         data=data_folder(option("--bench-data")),
         out=option("--bench-out"),
         deadline=time.monotonic() + option("--bench-seconds"),
+        scale=option("--bench-scale"),
     )
     request.config.stash[RECORDER] = made
     return made

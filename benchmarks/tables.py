@@ -58,6 +58,11 @@ def shape_value(row: Row, name: str) -> str:
     return found[1] if found else "-"
 
 
+def _job(shape: str) -> str:
+    """A row's shape without the token ratio, which is another one in every case."""
+    return re.sub(r" dense/trie=\S+", "", shape)
+
+
 def fastest(rows: list[Row]) -> tuple[str, float]:
     """(name, p50 seconds) of the fastest peer of a case."""
     by = {name: value for name, value in summary(rows).items() if name in PEERS}
@@ -110,17 +115,17 @@ def tasks(results: Path) -> list[str]:
     if not found:
         return []
     body = []
-    for case, (ratio, times, _) in found.items():
+    for case, (ratio, times, rows) in found.items():
         cells = [f"{times[peer]:.2f}" if peer in times else "-" for peer in TASK_PEERS]
-        body.append(
-            [case, f"{ratio:.2f}", *cells, f"{times['tuned_plain'] / ratio:.0%}" if "tuned_plain" in times else "-"]
-        )
+        of_ratio = f"{times['tuned_plain'] / ratio:.0%}" if "tuned_plain" in times else "-"
+        body.append([case, shape_value(rows[0], "M"), f"{ratio:.2f}", *cells, of_ratio])
     columns = [[times[peer] for _, times, _ in found.values() if peer in times] for peer in TASK_PEERS]
     means = [f"{statistics.geometric_mean(values):.2f}" if values else "-" for values in columns]
-    body.append(["geometric mean", "", *means, ""])
-    header = ["task", "dense / trie tokens", *(f"times {name}" for name in TASK_PEERS.values()), "tuned, of ratio"]
+    body.append(["geometric mean", "", "", *means, ""])
+    peers = [f"times {name}" for name in TASK_PEERS.values()]
+    header = ["task", "examples", "dense / trie tokens", *peers, "tuned, of ratio"]
     rows = [row for _, _, rows in found.values() for row in rows]
-    shape = re.sub(r" dense/trie=\S+", "", rows[0].shape)
+    shape = re.sub(r" M=\S+", "", _job(rows[0].shape))
     return table(header, body) + ["", f"{shape}, {rows[0].dtype}; {where(rows)}"]
 
 
@@ -142,7 +147,9 @@ def sweep(results: Path) -> list[str]:
     body = [[point, f"{ratio:.2f}", seconds(ours), name, f"{gain:.2f}"] for point, ratio, gain, name, ours in found]
     lost = [f"{point} ({gain:.2f}x, {name})" for point, _, gain, name, _ in found if gain < 1]
     lines = table(["changed", "dense / trie tokens", "ours, p50", "fastest peer", "times faster than it"], body)
-    return [*lines, "", f"Slower than the fastest peer at: {', '.join(lost) if lost else 'no point of this sweep'}."]
+    usual = next((rows[0] for case, rows in cases_of("sweep", results).items() if case == "layout=first"), None)
+    told = [f"Unless a line says otherwise: {_job(usual.shape)}, {usual.dtype}; {where([usual])}", ""] if usual else []
+    return [*lines, "", *told, f"Slower than the fastest peer at: {', '.join(lost) if lost else 'no point of it'}."]
 
 
 def operators(results: Path) -> list[str]:
