@@ -79,14 +79,18 @@ def atomic_write(path: str | os.PathLike, data: bytes | str) -> None:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
             raise
-        try:
-            os.fsync(directory_fd)
-        except OSError as error:
-            # Some file systems cannot flush a directory at all; that is not a failure of this write.
-            if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-                raise
+        flush(directory_fd)
     finally:
         os.close(directory_fd)
+
+
+def flush(fd: int) -> None:
+    """`os.fsync` of a file or directory; that a file system cannot flush directories at all is no failure."""
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
 
 
 def write_json(path: str | os.PathLike, obj: Any) -> None:

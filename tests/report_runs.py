@@ -11,6 +11,7 @@ from pathlib import Path
 
 from sapo_kernels._io import write_json
 from sapo_peft.sequence import sequence_metrics
+from sapo_peft.sequence.folder import task_folder
 
 TASKS = ["task1310_amazonreview_rating_classification", "task195_sentiment140", "sort_numbers", "task360_spolin"]
 POLICIES = ("sapo", "original", "random", "worst", "sample")
@@ -73,7 +74,7 @@ def make_run(
     for number, task in enumerate(tasks[:done], 1):
         texts = [ORIGINAL.replace("review", "text") if number > 1 else ORIGINAL]
         texts += [" ".join(draw.choices(WORDS, k=draw.randint(8, 40))).capitalize() + "." for _ in range(prompts - 1)]
-        spot = folder / "tasks" / f"{number:02d}-{task}"
+        spot = folder / "tasks" / task_folder(number, task)
         (spot / "adapter").mkdir(parents=True)
         records = []
         quality = [draw.uniform(0.6, 1.6) for _ in texts]

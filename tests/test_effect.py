@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.effect import design, rows, table
 from benchmarks.effect.__main__ import main
-from benchmarks.effect.statistics import bootstrap_mean, paired_difference, ranks, spearman
+from benchmarks.effect.statistics import bootstrap_mean, paired_difference, ranks, spearman, student_mean
 from sapo_kernels._io import DataError, read_json
 from sapo_peft.tiny_base import tiny_base_folder
 
@@ -69,9 +69,24 @@ def test_a_table_by_hand():
         for order in design.ORDERS
         for policy, value in (("sapo", 0.5), ("original", 0.25))
     ]
-    lines = table.comparison_table(found, "sapo", ("original",), ("rougeL", "loss"))
+    lines = table.comparison_table(found, [("sapo", "original")], ("rougeL", "loss"))
     assert lines[2] == "| ROUGE-L, lora-inc | sapo - original | " + " | ".join(["**+25.0 [+25.0, +25.0]**"] * 3) + " |"
     assert lines[-1].count("**+0.25 [+0.25, +0.25]**") == 3
+
+
+def test_the_interval_of_students_distribution_by_hand():
+    # Deviation 1, three values: 4.303 / sqrt(3).
+    assert student_mean([1.0, 2.0, 3.0]) == pytest.approx((2.0, 2.0 - 2.48434, 2.0 + 2.48434), abs=1e-5)
+    for few in ([1.0], [0.0] * 12):
+        with pytest.raises(ValueError, match="wanted 2 to 11"):
+            student_mean(few)
+
+
+def test_seeds_as_the_unit_by_hand():
+    a = {("a", 1): 3.0, ("b", 1): 5.0, ("a", 2): 1.0, ("b", 2): 1.0, ("a", 3): 9.0}
+    b = {("a", 1): 1.0, ("b", 1): 1.0, ("a", 2): 0.0, ("b", 2): 0.0, ("a", 9): 9.0}
+    # 2 and 4 of seed 1 are one value, 3; 1 of seed 2: 2 +- 12.706 * sqrt(2) / sqrt(2).
+    assert table.by_seed(a, b) == pytest.approx((2.0, -10.706, 14.706))
 
 
 def single(prompt, pre, forgetting):

@@ -161,6 +161,30 @@ def test_loss_of_the_targets_is_a_measure(tmp_path):
     assert "above 0 is forgetting" in text and "below 0" not in text
 
 
+@pytest.mark.parametrize(("policy", "chosen", "told"), [
+    ("sapo", (0, 0, 0), "0 of 2"), ("sapo", (0, 1, 0), "1 of 2"), ("sample", (0, 0, 0), None)])  # fmt: skip
+def test_tasks_on_another_prompt_are_counted_with_their_switches(tmp_path, policy, chosen, told):
+    run = small(tmp_path / "run", policy)
+    results = read(run / "results.json")
+    for number, choice in enumerate(results["choices"]):
+        [path] = run.glob(f"tasks/{number + 1:02d}-*/scores.json")
+        scores = read(path)
+        for scoring, index in zip(scores["scorings"], chosen if not number else (0, 0, 0), strict=True):
+            scoring["chosen"] = index
+        cli_helpers.put(path, scores)
+        choice |= {"index": 0, "prompt": scores["prompts"][0]}
+    cli_helpers.put(run / "results.json", results)
+    _, text = page(run)
+    label = "Tasks trained on another prompt than the original"
+    assert f"{label} {told}" in text if told else label not in text
+
+
+def test_whatever_a_sequence_may_hold_has_room(tmp_path):
+    name = "t" * 300
+    _, text = page(small(tmp_path / "run", tasks=[name], prompts=5000, scorings=1))
+    assert "all 5\u202f000 prompts" in text
+
+
 # Comparison
 
 

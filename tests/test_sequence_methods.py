@@ -178,6 +178,12 @@ def test_merging_all_adapters_gives_the_logits_of_running_them_together():
         assert float((merged(input_ids=ids).logits - together).abs().max()) <= 1e-4
 
 
+def test_all_linear_layers_get_every_tasks_adapter():
+    adapters, _, kept = trained("lora-inc", count=2, target_modules="all-linear", max_steps=1)
+    assert kept[0].keys() == kept[1].keys() and {key.split(".")[-3] for key in kept[1]} == {
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}  # fmt: skip
+
+
 @pytest.mark.parametrize("method", ["lora-inc", "seq-lora"])
 def test_a_finished_run_is_loaded_onto_a_base_model(tmp_path, method):
     result = run_small(tmp_path, method=method)
@@ -194,14 +200,24 @@ def test_a_finished_run_is_loaded_onto_a_base_model(tmp_path, method):
     assert float(scores.loss[0]) == result.matrix("loss")[2][0]
 
 
+def test_a_model_that_is_not_the_runs_is_said(tmp_path, caplog):
+    run_small(tmp_path, count=1, max_steps=1, generate=False)
+    load_adapters(model_and_tokenizer()[0], tmp_path)
+    assert "base model" not in caplog.text
+    load_adapters(model_and_tokenizer(seed=1)[0], tmp_path)
+    assert "the base model is not the one that the run began with" in caplog.text
+
+
 def test_weights_that_do_not_fit_are_refused(tmp_path):
     run_small(tmp_path)
-    file = next(tmp_path.glob("tasks/01*/adapter/*.safetensors"))
+    file = next(tmp_path.glob("tasks/02*/adapter/*.safetensors"))
     tensors = load_file(file)
     key = sorted(tensors)[0]
     save_file({**tensors, key: tensors[key][:1].clone()}, file)
+    model, _ = model_and_tokenizer()
     with pytest.raises(DataError, match="wanted shape"):
-        load_adapters(model_and_tokenizer()[0], tmp_path)
+        load_adapters(model, tmp_path)
+    assert not hasattr(model, "peft_config") and not any("lora" in name for name, _ in model.named_modules())
     save_file({k: v for k, v in tensors.items() if k != key}, file)
     with pytest.raises(DataError, match="got None"):
         load_adapters(model_and_tokenizer()[0], tmp_path)
@@ -243,7 +259,13 @@ def test_policies_are_paired(tmp_path):
 
 def test_recomputed_activations_give_the_same_adapter(tmp_path):
     for name, options in (("plain", {}), ("again", {"gradient_checkpointing": True})):
-        run_small(tmp_path / name, count=1, policy="original", lora_dropout=0.0, generate=False, max_steps=2, **options)
+        pair = model_and_tokenizer()
+        run_small(
+            tmp_path / name, model=pair, policy="original", lora_dropout=0.0, generate=False, max_steps=2, **options
+        )
+        # The trainer of each task switches recomputation on and puts a hook on the embeddings.
+        assert not any(getattr(module, "gradient_checkpointing", False) for module in pair[0].modules())
+        assert not any(module._forward_hooks for module in pair[0].modules())
     one, other = (load_file(tmp_path / name / "tasks/01-colours1/adapter" / WEIGHTS) for name in ("plain", "again"))
     assert one.keys() == other.keys() and any(bool(one[key].any()) for key in one if "lora_B" in key)
     assert all(torch.allclose(one[key], other[key], atol=1e-6) for key in one)

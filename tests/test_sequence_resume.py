@@ -19,6 +19,7 @@ from sapo_peft.sequence import runner as runner_module
 from sapo_peft.sequence.folder import RunFolder
 
 from . import sequence_child
+from .oracles import THINKING, byte_tokenizer, small_qwen3
 from .sequence_helpers import everything, model_and_tokenizer, run_small, small_tasks
 from .training_helpers import environment
 
@@ -177,9 +178,10 @@ def test_a_complete_run_is_returned_without_training(tmp_path, monkeypatch):
         ({"learning_rate": 0.5}, "learning_rate"),
         ({"target_modules": ("q_proj",)}, "target_modules"),
         ({"tasks": small_tasks(2)[::-1]}, "tasks: wanted"),
-        ({"tasks": small_tasks(2, train=9)}, "data: wanted"),
-        ({"tasks": small_tasks(2, prompts=2)}, "data: wanted"),
-        ({"model": model_and_tokenizer(seed=1)}, "data: wanted"),
+        ({"tasks": small_tasks(2, train=9)}, "data, task colours1: wanted"),
+        ({"tasks": small_tasks(2, prompts=2)}, "data, task colours1: wanted"),
+        ({"model": model_and_tokenizer(seed=1)}, "data, base: wanted"),
+        ({"model": (small_qwen3(), byte_tokenizer(chat_template=THINKING))}, "data, tokens: wanted"),
     ],
 )
 def test_another_run_in_the_same_folder_is_refused(tmp_path, finished, change, word):
@@ -245,7 +247,14 @@ def test_other_versions_are_said(tmp_path, finished, caplog):
         ("run.json", "{", "not valid JSON"),
         ("run.json", '{"version": 2, "kind": "sequence"}', "version 1"),
         ("run.json", '{"version": 1, "kind": "sequence"}', "wanted the entry 'config'"),
+        ("run.json", {"config": 3}, "'config': wanted dict, got 3"),
+        ("run.json", {"versions": []}, "'versions': wanted dict"),
+        ("run.json", {"warnings": "none"}, "'warnings': wanted list, got 'none'"),
+        ("run.json", {"warnings": [3]}, "'warnings': wanted texts"),
         ("before.json", "[]", "before.json: wanted an object of version 1"),
+        ("before.json", {"notes": None}, "before.json: wanted the scores before training, got TypeError"),
+        ("before.json", {"row": {"loss": [0.5]}}, "loss: wanted rows of 2 numbers or null, got [0.5]"),
+        ("before.json", {"row": {"loss": ["a", 1]}}, "loss: wanted rows of 2 numbers or null, got ['a', 1]"),
         ("before.json", None, "before.json: wanted the scores before training, got no file"),
         ("tasks/01-colours1/scores.json", '{"version": 1}', "01-colours1: wanted the files of a finished task"),
         ("tasks/01-colours1/scores.json", '{"version": 1, "chosen": 9, "prompts": [], "scorings": []}', "IndexError"),
@@ -263,6 +272,8 @@ def test_a_damaged_folder_is_refused_by_name(tmp_path, finished, file, content, 
     (folder / "run.json").write_text(json.dumps({**run, "status": "running"}))
     if content is None:
         (folder / file).unlink()
+    elif isinstance(content, dict):
+        (folder / file).write_text(json.dumps({**json.loads((folder / file).read_text()), **content}))
     else:
         (folder / file).write_text(content)
     with pytest.raises((DataError, OSError)) as error:

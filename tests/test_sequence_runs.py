@@ -61,6 +61,8 @@ def test_the_folder_holds_what_the_readers_expect(finished):
         prompts = read_json(files / "adapter" / "sapo_prompts.json")
         assert prompts["tasks"][name]["prompt"] == choice["prompt"]
         assert {"adapter_config.json", "adapter_model.safetensors"} <= {p.name for p in (files / "adapter").iterdir()}
+        # Whoever may read the scores may read the adapter.
+        assert len({p.stat().st_mode for p in [files / "scores.json", *(files / "adapter").iterdir()]}) == 1
     cost = results["cost"]
     assert cost["overhead_fraction"] == cost["score_seconds"] / cost["train_seconds"] > 0
     assert cost["score_dense_tokens"] > cost["score_computed_tokens"] > 0 and cost["train_tokens"] > 300
@@ -184,6 +186,33 @@ def test_greedy_answers_equal_one_at_a_time_without_cache_or_padding():
         assert found[m] == ids[len(context) :], m
 
 
+def test_greedy_sets_aside_what_the_models_own_configuration_says():
+    model, tokenizer = model_and_tokenizer()
+    contexts = [tokenizer(text)["input_ids"] for text in ("a", "red xx7")]
+
+    def answers():
+        return list(greedy(model, contexts, 12, [258], 256, batch_size=2))
+
+    plain, banned = answers(), answers()[0][1][0][0]
+    own = model.generation_config
+    for name, value in (("repetition_penalty", 5.0), ("suppress_tokens", [banned]), ("min_new_tokens", 12)):
+        setattr(own, name, value)
+    assert answers() == plain and model.generation_config is own and own.repetition_penalty == 5.0
+
+
+@pytest.mark.parametrize("target", ["e", "im", "|", "ok"])
+@pytest.mark.parametrize("gap", ["", " "])
+def test_the_end_of_an_answer_does_not_depend_on_a_target(target, gap):
+    """Short targets stand in what closes a turn, which is not the end-of-sequence token here."""
+    from .oracles import CHATML, byte_tokenizer
+
+    tokenizer = byte_tokenizer(chat_template=CHATML.replace("<|im_end|>", f"{gap}<|im_end|>"))
+    tokenizer.eos_token = "<|endoftext|>"
+    row = {"input": "a", "target": target}
+    evaluator = Evaluator([SequenceTask.build("t", [row], [row], small_task(1).pool)], tokenizer, small_config())
+    assert evaluator.closing(0) == ([256, 258], "")
+
+
 @pytest.mark.parametrize("chat", [True, False])
 def test_an_answer_ends_where_the_turn_ends(chat):
     """A model that has learned one answer by heart gives it, no more and no less."""
@@ -242,6 +271,52 @@ def test_a_penalty_is_reported_beside_the_loss():
         assert all(1.0 < loss < 20.0 for _, loss in found.losses)
 
 
+def test_drift_is_told_the_loss_without_the_penalty(monkeypatch):
+    seen = []
+    monkeypatch.setattr("sapo_peft.drift.Drift.seen", lambda self, excess: seen.append(excess))
+    for weight in (0.0, 50.0):
+        model, tokenizer = model_and_tokenizer()
+        adapters = Adapters(model, small_config(method="o-lora", lambda_1=weight, drift=2.0, logging_steps=1))
+        adapters.add(1, 1)
+        adapters.add(2, 2)
+        train_task(adapters, tokenizer, small_task(2, train=2), 2, adapters.config)
+    # The first step of both starts from the same weights.
+    assert len(seen) == 2 and seen[0] == seen[1]
+
+
+def test_scorings_that_are_not_recorded_are_said(monkeypatch):
+    monkeypatch.setattr("sapo_peft.callback.MOST_HISTORY", 1)
+    result = run_small(None, count=1, every_steps=2, generate=False)
+    assert "task colours1: the first 1 of 2 scorings are not recorded" in result.run["warnings"]
+
+
+def test_rows_of_later_tasks_are_checked_before_anything_is_done(tmp_path):
+    good, bad = small_task(1), small_task(2)
+    for split in ("train", "test"):
+        rows = {"train": list(bad.train), "test": list(bad.test)}
+        rows[split][1] = {"input": "\ud800", "target": "red"}
+        task = SequenceTask.build("bad", rows["train"], rows["test"], bad.pool)
+        with pytest.raises(DataError, match=f"task 'bad': {split}: example 1: 'input': wanted text, got a lone surr"):
+            run_small(tmp_path / split, tasks=[good, task], evaluate="last")
+        assert [path.name for path in (tmp_path / split).iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize("modules, method, word", [
+    (("q_proj", "typo_proj"), "lora-inc", "wanted names of modules of Qwen3ForCausalLM, got 'typo_proj'"),
+    (("",), "lora-inc", "got ''"),
+    (("q_proj", "embed_tokens"), "o-lora", "wanted LoRA on linear layers only, got Embedding"),
+    (("q_proj", "input_layernorm"), "lora-inc", "Target module Qwen3RMSNorm"),
+])  # fmt: skip
+def test_modules_that_cannot_be_adapted_are_refused_and_the_model_is_left_as_it_was(modules, method, word):
+    pair = model_and_tokenizer()
+    before = [name for name, _ in pair[0].named_modules()], [p.requires_grad for p in pair[0].parameters()]
+    with pytest.raises(ValueError) as error:
+        run_small(None, model=pair, count=1, target_modules=modules, method=method, evaluate="last", max_steps=1)
+    assert word in str(error.value)
+    assert ([name for name, _ in pair[0].named_modules()], [p.requires_grad for p in pair[0].parameters()]) == before
+    assert not hasattr(pair[0], "peft_config")
+
+
 @pytest.mark.parametrize(
     "options, word",
     [
@@ -257,10 +332,12 @@ def test_a_penalty_is_reported_beside_the_loss():
         ({"learning_rate": -1e-4}, "learning_rate"),
         ({"warmup": 1.5}, "warmup"),
         ({"lora_dropout": 1.0}, "lora_dropout"),
+        ({"warmup": 1.0}, "warmup: wanted less than 1"),
         ({"lambda_1": "1"}, "lambda_1"),
         ({"seed": -1}, "seed"),
         ({"seed": 1.0}, "seed"),
         ({"target_modules": []}, "target_modules"),
+        ({"target_modules": "q_proj"}, "target_modules: wanted 'all-linear' or a list"),
         ({"generate": False}, "at least one of them"),
         ({"generate": 1}, "generate: wanted True or False"),
         ({"policy": "worst", "each_epoch": True}, "policy sapo only"),
@@ -281,5 +358,9 @@ def test_models_and_tasks_of_another_kind_are_refused():
         run_sequence("./nowhere", [task], None)
     with pytest.raises(TypeError, match="at least one SequenceTask"):
         run_sequence("tiny", [], None)
+    with pytest.raises(DataError, match="order: wanted a text of at most 300"):
+        run_sequence("tiny", [task], None, order="x" * 301)
+    with pytest.raises(DataError, match="tasks: wanted at most 256, got 257"):
+        run_sequence("tiny", [task] * 257, None)
     with pytest.raises(DataError, match="'colours1' twice"):
         run_sequence("tiny", [task, task], None)

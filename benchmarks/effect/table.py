@@ -14,7 +14,7 @@ from sapo_peft.tiny_base.corpus import known_wordings
 from sapo_peft.tiny_base.presets import PRESETS
 
 from . import design, rows
-from .statistics import Interval, bootstrap_mean, paired_difference, spearman
+from .statistics import Interval, bootstrap_mean, differences, group_means, paired_difference, spearman, student_mean
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = ("docs/effect.md", "README.md")
@@ -52,21 +52,29 @@ def policies_table(found: Rows, metric: str) -> list[str]:
     return lines
 
 
-def comparison_table(found: Rows, first: str, others: Sequence[str], metrics: Sequence[str]) -> list[str]:
-    """Differences of one policy to others with their intervals; those that leave 0 out are in bold."""
+def comparison_table(
+    found: Rows,
+    pairs: Sequence[tuple[str, str]],
+    metrics: Sequence[str],
+    interval: Callable[[dict, dict], Interval] = paired_difference,
+) -> list[str]:
+    """Differences of one policy to another with their intervals; those that leave 0 out are in bold."""
     lines = [f"| metric, method | difference | {' | '.join(MEASURES)} |", "|---|---|" + "---|" * len(MEASURES)]
     for metric in metrics:
         for method in design.METHODS:
-            for other in others:
-                differences = [
-                    paired_difference(
-                        values(found, method, first, metric, measure), values(found, method, other, metric, measure)
-                    )
+            for first, other in pairs:
+                found_here = [
+                    interval(*(values(found, method, policy, metric, measure) for policy in (first, other)))
                     for measure in MEASURES
                 ]
-                cells = [bold(difference, 2 if metric == "loss" else 1) for difference in differences]
+                cells = [bold(difference, 2 if metric == "loss" else 1) for difference in found_here]
                 lines.append(f"| {LABELS[metric]}, {method} | {first} - {other} | {' | '.join(cells)} |")
     return lines
+
+
+def by_seed(a: dict, b: dict) -> Interval:
+    """Mean of the differences with the seeds as the unit: the orders of a seed are averaged first."""
+    return student_mean(group_means(differences(a, b), 1))
 
 
 LABELS = {"rougeL": "ROUGE-L", "exact_match": "exact match", "loss": "loss (nats; lower is better)"}
@@ -83,9 +91,9 @@ def by_task_and_seed(found: Rows) -> dict[tuple[str, int], Rows]:
     return groups
 
 
-def correlations(groups: dict[tuple[str, int], Rows], side: str) -> list[float]:
+def correlations(groups: dict[tuple[str, int], Rows], side: str) -> dict[tuple[str, int], float]:
     """Spearman of the loss before learning with one thing afterwards, a value a group."""
-    return [spearman([row["pre"] for row in group], [row[side] for row in group]) for group in groups.values()]
+    return {key: spearman([row["pre"] for row in group], [row[side] for row in group]) for key, group in groups.items()}
 
 
 def correlation_table(found: Rows) -> list[str]:
@@ -96,16 +104,20 @@ def correlation_table(found: Rows) -> list[str]:
     names = " | ".join(f"rank correlation with {text}" for _, text in SIDES)
     lines = [f"| task | seed | prompts | loss before | forgetting | {names} |", "|---|---|---|---|---|---|---|---|"]
     columns = [correlations(groups, side) for side, _ in SIDES]
-    for place, ((task, seed), group) in enumerate(groups.items()):
+    for (task, seed), group in groups.items():
         spans = []
         for name in ("pre", "forgetting"):
             part = [row[name] for row in group]
             spans.append(f"{min(part):.2f} to {max(part):.2f}")
-        cells = [f"{column[place]:+.2f}" for column in columns]
+        cells = [f"{column[task, seed]:+.2f}" for column in columns]
         lines.append(f"| {short(task)} | {seed} | {len(group)} | {' | '.join(spans)} | {' | '.join(cells)} |")
     for what, which in (("all prompts", groups), ("wordings that the base had not met", unmet)):
-        means = [bold(bootstrap_mean(correlations(which, side)), 2) for side, _ in SIDES]
+        by_side = [correlations(which, side) for side, _ in SIDES]
+        means = [bold(bootstrap_mean(list(column.values())), 2) for column in by_side]
         lines.append(f"| mean, {what} | | | | | {' | '.join(means)} |")
+        if len({task for task, _ in which}) > 1:
+            means = [bold(student_mean(group_means(column, 0)), 2) for column in by_side]
+            lines.append(f"| the same, interval over tasks | | | | | {' | '.join(means)} |")
     return lines
 
 
@@ -191,11 +203,23 @@ TABLES: dict[str, Callable[[Path], list[str]]] = {
     "exact": _sequences(lambda found: policies_table(found, "exact_match")),
     "loss": _sequences(lambda found: policies_table(found, "loss")),
     "against": _sequences(
-        lambda found: comparison_table(found, "sapo", ("original", "random", "worst", "sample"), ("rougeL", "loss"))
+        lambda found: comparison_table(
+            found, [("sapo", other) for other in ("original", "random", "worst", "sample")], ("rougeL", "loss")
+        )
     ),
-    "short": _sequences(lambda found: comparison_table(found, "sapo", ("original", "random"), ("rougeL", "loss"))),
+    "short": _sequences(
+        lambda found: comparison_table(found, [("sapo", "original"), ("sapo", "random")], ("rougeL", "loss"))
+    ),
     "again": _sequences(
-        lambda found: comparison_table(found, design.AGAIN, ("sapo",), ("rougeL", "exact_match", "loss"))
+        lambda found: comparison_table(found, [(design.AGAIN, "sapo")], ("rougeL", "exact_match", "loss"))
+    ),
+    "seeds": _sequences(
+        lambda found: comparison_table(
+            found,
+            [("sapo", "original"), ("sapo", "random"), (design.AGAIN, "sapo")],
+            ("rougeL", "exact_match", "loss"),
+            by_seed,
+        )
     ),
     "choices": _sequences(choices_table),
     "cost": _sequences(cost_table),

@@ -40,6 +40,15 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def spare_threads(name: str) -> None:
+    """One thread for the models that ship with the package, unless ``OMP_NUM_THREADS`` is set.
+
+    Their matrices are small: a second thread gains little, and on a busy machine the two wait for each other.
+    """
+    if name in ("tiny", "tiny-base") and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+
+
 def load(name: str, adapter: str | None, dtype: str, device: str, tokenizer: str | None = None) -> tuple[Any, Any]:
     """(model in eval mode on its device, tokenizer).
 

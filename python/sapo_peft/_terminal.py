@@ -9,6 +9,11 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+# Help of the option --model, of several commands.
+MODEL_HELP = (
+    "folder or hub name of a causal LM, 'tiny' (random weights, the default) or 'tiny-base' (a trained one of a "
+    "million parameters that ships with the package)"
+)
 _SHORT = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +40,12 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Run both policies, print what they did and where the report is."""
+    from ._loading import spare_threads
     from .report import write_report
     from .sequence import SequenceConfig, run_sequence
     from .tiny_base.tasks import sequence_tasks
 
-    if "OMP_NUM_THREADS" not in os.environ:
-        import torch
-
-        # A model this small gains nothing from more threads and loses much where they wait for each other.
-        torch.set_num_threads(1)
+    spare_threads("tiny-base")
     tasks = sequence_tasks(TASKS, args.seed)
     folders, results = [], {}
     for policy in POLICIES:

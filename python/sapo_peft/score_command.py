@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ._terminal import log_on_stderr, plain, terminal_width
+from ._terminal import MODEL_HELP, log_on_stderr, plain, terminal_width
 
 if TYPE_CHECKING:
     from sapo_kernels import PromptScores, ResponseCache
@@ -46,7 +46,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "--model",
         default="tiny",
         metavar="DIR_OR_ID",
-        help="folder or hub name of a causal LM, or 'tiny' (default)",
+        help=MODEL_HELP,
     )
     add("--adapter", metavar="DIR_OR_ID", help="PEFT adapter to score with")
     add("--tokenizer", metavar="DIR_OR_ID", help="tokenizer, if it does not lie beside the model")
@@ -105,11 +105,9 @@ def run(args: argparse.Namespace) -> int:
     for prompts, examples in jobs:
         _note(args, *prompts.notes(), *examples.notes())
 
-    from ._loading import load
+    from ._loading import load, spare_threads
 
-    if args.model == "tiny" and "OMP_NUM_THREADS" not in os.environ:
-        # Its matrices are small: a second thread gains little, and on a busy machine the two wait for each other.
-        torch.set_num_threads(1)
+    spare_threads(args.model)
     model, tokenizer = load(args.model, args.adapter, args.dtype, args.device, args.tokenizer)
     total = _Times()
     with log_on_stderr("sapo_kernels", args.quiet):

@@ -9,7 +9,7 @@ import warnings
 from dataclasses import fields
 from typing import Any
 
-from ._terminal import cut, log_on_stderr, plain, table, terminal_width
+from ._terminal import MODEL_HELP, cut, log_on_stderr, plain, table, terminal_width
 from .sequence.config import EVALUATE, METHODS, POLICIES, SequenceConfig
 
 _EPILOG = """\
@@ -59,7 +59,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )  # fmt: skip
     add = parser.add_argument
-    add("--model", default="tiny", help="folder or hub name of a causal LM, or 'tiny' (default)")
+    add("--model", default="tiny", help=MODEL_HELP)
     add("--tokenizer", help="tokenizer, if it does not lie beside the model")
     add("--data", metavar="DIR", help="folder of task folders (default: the bundled tasks)")
     add(
@@ -94,8 +94,10 @@ def run(args: argparse.Namespace) -> int:
     options = {name: getattr(args, name) for name in _DEFAULTS if name != "target_modules"}
     config = SequenceConfig(**options, target_modules=modules if modules == "all-linear" else tuple(modules.split(",")))
     tasks, order = _tasks(args)
+    from ._loading import spare_threads
     from .sequence.runner import run_sequence
 
+    spare_threads(args.model)
     with log_on_stderr("sapo_peft", args.quiet), log_on_stderr("sapo_kernels", args.quiet), warnings.catch_warnings():
         # Of the libraries about each other.
         warnings.simplefilter("ignore", FutureWarning)

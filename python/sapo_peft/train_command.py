@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ._terminal import log_on_stderr, plain
+from ._terminal import MODEL_HELP, log_on_stderr, plain
 
 MAX_CONFIG_BYTES = 2**20
 # The pool with its paraphrases, in the output folder.
@@ -23,7 +23,7 @@ With several processes: torchrun --nproc-per-node N -m sapo_peft.cli train ...
 """
 # Long name, type, default, help. One list for the command line and the YAML file.
 _OPTIONS: tuple[tuple[str, Any, Any, str], ...] = (
-    ("model", str, "tiny", "folder or hub name of a causal LM, or 'tiny' (default)"),
+    ("model", str, "tiny", MODEL_HELP),
     ("tokenizer", str, None, "tokenizer, if it does not lie beside the model"),
     ("data", str, None, "examples: .json, .jsonl, .csv, .tsv or a task folder"),
     ("prompts", str, None, "prompts: JSON, one per line in a .txt file, a folder, or a saved pool"),

@@ -21,8 +21,9 @@ from .run_data import Run
 POLICIES = ("sapo", "original", "random", "worst", "sample")
 RESAMPLES = 10_000
 LEVEL = 0.95
-# Percentile intervals of fewer pairs are known to be too narrow.
-FEW = 5
+# Percentile intervals of fewer pairs are too narrow: of five normal differences they hold the mean in 86 % of all
+# cases, of ten in 91 %, instead of 95 %.
+FEW = 10
 # Settings that are no difference between arms.
 IDENTITY = frozenset({"policy", "seed"})
 

@@ -14,20 +14,18 @@ from typing import Any
 
 from sapo_kernels._io import DataError, excerpt
 
+from ..data import MAX_PROMPTS
 from ..sequence.folder import task_folder
 from ..sequence.metrics import sequence_metrics
+from ..sequence.tasks import MAX_NAME, MAX_TASKS
 from ._node import Node
 from .measures import MEASURES
 
 VERSION = 1
 MAX_BYTES = 64 * 2**20
-MAX_TASKS = 256
-MAX_PROMPTS = 4096
 MAX_SCORINGS = 100_000
 MAX_RUNS = 1000
 MAX_FOLDERS = 20_000
-# Names that stand in headings; prompts have no such limit.
-MAX_NAME = 300
 # One figure in two files: rounding of a sum in another order is all that may lie between them.
 SAME = 1e-9
 

@@ -49,8 +49,9 @@ def sections(run: Run) -> list[tuple[str, str, Markup]]:
 def cards(run: Run) -> Markup:
     """Headline numbers of a run."""
     shown = [("Tasks finished", f"{run.done} <small>of {len(run.tasks)}</small>")]
-    if run.choices:
-        other = sum(choice.prompt != choice.original for choice in run.choices.values())
+    # With policy sample every task is trained on all of its prompts.
+    if run.choices and run.policy != "sample":
+        other = sum(_left_the_original(run, choice) for choice in run.choices.values())
         shown.append(
             ("Tasks trained on another prompt than the original", f"{other} <small>of {len(run.choices)}</small>")
         )
@@ -67,6 +68,13 @@ def cards(run: Run) -> Markup:
     if fraction is not None:
         shown.append(("Scoring, share of training time", f"{percent(fraction)} <small>%</small>"))
     return Markup(f'<dl class="cards">{"".join(f"<div><dt>{k}</dt><dd>{v}</dd></div>" for k, v in shown)}</dl>')
+
+
+def _left_the_original(run: Run, choice: Choice) -> bool:
+    """Whether the task was trained on another prompt than the original, at the end or before a switch."""
+    task = run.folders[run.tasks.index(choice.task)]
+    used = [task.prompts.texts[scoring.chosen] for scoring in task.prompts.scorings] if task and task.prompts else []
+    return any(prompt != choice.original for prompt in [*used, choice.prompt])
 
 
 def chosen_prompts(run: Run) -> Markup:

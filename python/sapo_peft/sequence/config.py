@@ -30,7 +30,7 @@ class SequenceConfig:
         batch_size, gradient_accumulation: examples per batch, batches per step.
         learning_rate, warmup: peak, then cosine to zero; the warm-up is a share of the steps.
         weight_decay, max_grad_norm: of the trainer.
-        lora_r, lora_alpha, lora_dropout, target_modules: of each adapter; "all-linear" or module names.
+        lora_r, lora_alpha, lora_dropout, target_modules: of each adapter; "all-linear" or a list of names.
         lambda_1: weight of the orthogonality, for "o-lora".
         max_source, max_target: longest context and response in tokens.
         max_new_tokens: longest answer; None: the longest target among the task's test examples.
@@ -105,16 +105,19 @@ class SequenceConfig:
             _number("drift", self.drift, math.inf)
         if self.epochs <= 0:
             raise ValueError(f"epochs: wanted more than 0, got {self.epochs!r}")
-        if self.lora_dropout == 1.0:
-            raise ValueError("lora_dropout: wanted less than 1, got 1.0")
+        for name in ("lora_dropout", "warmup"):
+            # The trainer reads a warm-up of 1 as one step.
+            if getattr(self, name) == 1.0:
+                raise ValueError(f"{name}: wanted less than 1, got 1.0")
         if type(self.seed) is not int or not 0 <= self.seed < 2**63:
             raise ValueError(f"seed: wanted a whole number from 0 to 2**63 - 1, got {self.seed!r}")
         if not (self.generate or self.eval_loss):
             raise ValueError("generate, eval_loss: wanted at least one of them, got neither")
         modules = self.target_modules
-        if not isinstance(modules, str):
+        # PEFT would read another string as a regular expression.
+        if modules != "all-linear":
             if not isinstance(modules, (tuple, list)) or not modules or not all(isinstance(m, str) for m in modules):
-                raise ValueError(f"target_modules: wanted all-linear or module names, got {modules!r}")
+                raise ValueError(f"target_modules: wanted 'all-linear' or a list of module names, got {modules!r}")
             object.__setattr__(self, "target_modules", tuple(modules))
         if self.policy != "sapo" and (self.every_steps or self.each_epoch or self.drift is not None):
             raise ValueError(

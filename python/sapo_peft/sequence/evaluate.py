@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,9 @@ from .metrics import exact_match, rouge_l
 from .tasks import SequenceTask
 
 logger = logging.getLogger("sapo_peft")
+
+# Stands for an answer where only what follows one is of interest; no template has it in its own text.
+_ANSWER = "zqxjk"
 
 
 @dataclass
@@ -96,7 +100,8 @@ class Evaluator:
         answers = [""] * len(contexts)
         for rows, ids in greedy(model, contexts, most, stops, self._pad(), self.config.eval_batch_size):
             for m, answer in zip(rows, ids, strict=True):
-                text = self.tokenizer.decode(answer, skip_special_tokens=True)
+                # Spaces before punctuation are part of the targets, so they are of the answers.
+                text = self.tokenizer.decode(answer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
                 answers[m] = text.partition(closing)[0] if closing else text
             if tick is not None:
                 tick(len(rows))
@@ -110,10 +115,11 @@ class Evaluator:
         """
         if task not in self._closings:
             tokenizer, pool = self.tokenizer, self.tasks[task].pool
-            example = self.tasks[task].test[0]
+            # Not a target of the task: one of few letters may stand in the closing itself.
+            example = {"input": self.tasks[task].test[0]["input"], "target": _ANSWER}
             rendered = Renderer(tokenizer, None, pool.suffix, pool.text_word).render(pool.prompts[0], example)
-            closing = rendered.response.rpartition(example["target"].strip())[2]
-            first = next((one for one in special_tokens(tokenizer) if closing.startswith(one)), None)
+            closing = rendered.response.rpartition(_ANSWER)[2].lstrip()
+            first = max((one for one in special_tokens(tokenizer) if closing.startswith(one)), key=len, default=None)
             stops = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(first) if first else None} - {None}
             self._closings[task] = sorted(stops), "" if first else closing.strip()
         return self._closings[task]
@@ -129,7 +135,8 @@ def greedy(
     """Greedy continuations, in batches of similar length: yields (indices into `contexts`, their answers' ids).
 
     Padding stands on the left under a mask, keys and values are cached, a batch ends when all its rows have. Answers
-    end before the first of `stops`.
+    end before the first of `stops`. What the model's own ``generation_config`` says (a repetition penalty, tokens that
+    are suppressed) is set aside: each token is the most likely one.
     """
     from transformers import GenerationConfig
 
@@ -148,9 +155,22 @@ def greedy(
         for i, m in enumerate(rows):
             ids[i, width - len(contexts[m]) :] = torch.tensor(contexts[m])
             mask[i, width - len(contexts[m]) :] = 1
-        with torch.no_grad():
+        with torch.no_grad(), _plain_generation(model):
             made = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=options)
         yield rows, [_until(answer, stops) for answer in made[:, width:].tolist()]
+
+
+@contextmanager
+def _plain_generation(model: Any) -> Iterator[None]:
+    """`generate` fills in from the model's ``generation_config`` whatever it is not told: meanwhile that is empty."""
+    from transformers import GenerationConfig
+
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    kept, base.generation_config = base.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        base.generation_config = kept
 
 
 def _until(ids: list[int], stops: Sequence[int]) -> list[int]:

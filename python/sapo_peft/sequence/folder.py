@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import os
 import re
 import shutil
@@ -12,11 +13,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from sapo_kernels._io import DataError, excerpt, read_json, write_json
+from sapo_kernels._io import DataError, excerpt, flush, read_json, write_json
 
 VERSION = 1
 MAX_RUN_BYTES = 64 * 2**20
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
+# Of the entries of run.json.
+_KINDS = {"config": dict, "tasks": list, "data": dict, "versions": dict, "warnings": list, "status": str}
 
 
 def task_folder(index: int, name: str) -> str:
@@ -36,6 +39,38 @@ def finished_tasks(run_dir: Path, names: Sequence[str]) -> list[tuple[int, Path]
     if any(there[count:]):
         raise DataError(f"{folders[count]}: wanted this task as later ones are done, got no folder")
     return list(enumerate(folders[:count], 1))
+
+
+def read_run(file: Path) -> dict[str, Any]:
+    """A ``run.json``, as far as a run that goes on builds on it.
+
+    Raises:
+        DataError: it is of no sequence run of this version, or an entry is of another kind.
+    """
+    saved = read_json(file, max_bytes=MAX_RUN_BYTES)
+    if not isinstance(saved, dict) or saved.get("version") != VERSION or saved.get("kind") != "sequence":
+        raise DataError(f"{file}: wanted a sequence run of version {VERSION}, got {excerpt(saved)}")
+    for name, kind in _KINDS.items():
+        if name not in saved:
+            raise DataError(f"{file}: wanted the entry {name!r}, got none")
+        if not isinstance(saved[name], kind):
+            raise DataError(f"{file}: {name!r}: wanted {kind.__name__}, got {excerpt(saved[name])}")
+    for name in ("tasks", "warnings"):
+        if not all(isinstance(text, str) for text in saved[name]):
+            raise DataError(f"{file}: {name!r}: wanted texts, got {excerpt(saved[name])}")
+    return saved
+
+
+def fingerprint(model: Any) -> str:
+    """Of shapes, dtypes and a few values of every weight: another base model is told, cheaply."""
+    import torch
+
+    found = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        found.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        few = parameter.detach().flatten()[:64].to("cpu", torch.float32)
+        found.update(few.contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:16]
 
 
 class RunFolder:
@@ -59,9 +94,7 @@ class RunFolder:
                 raise DataError(f"{self.path}: wanted an empty folder or one of a run, got {excerpt(other[0])} in it")
             write_json(file, run)
             return None
-        saved = read_json(file, max_bytes=MAX_RUN_BYTES)
-        if not isinstance(saved, dict) or saved.get("version") != VERSION or saved.get("kind") != "sequence":
-            raise DataError(f"{file}: wanted a sequence run of version {VERSION}, got {excerpt(saved)}")
+        saved = read_run(file)
         for missing in sorted(set(run) - set(saved)):
             raise DataError(f"{file}: wanted the entry {missing!r}, got none")
         for what, was, now in _differences(saved, run):
@@ -136,24 +169,21 @@ def flush_tree(folder: Path) -> None:
 def _flush(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
-    except OSError as error:
-        # Some file systems cannot flush a directory.
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
+        flush(handle)
     finally:
         os.close(handle)
 
 
 def _differences(saved: dict[str, Any], run: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     """(option, its value in the earlier start, its value now) of everything that decides the results."""
-    was, now = saved.get("config"), run["config"]
-    if not isinstance(was, dict):
-        yield "config", was, now
-        return
+    was, now = saved["config"], run["config"]
     for name in sorted({*was, *now}):
         if was.get(name) != now.get(name):
             yield name, was.get(name), now.get(name)
-    for name in ("tasks", "order", "model", "data"):
+    for name in ("tasks", "order", "model"):
         if saved.get(name) != run[name]:
             yield name, saved.get(name), run[name]
+    for name in sorted({*saved["data"], *run["data"]}):
+        was, now = saved["data"].get(name), run["data"].get(name)
+        if was != now:
+            yield f"data, {name}", was, now

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sapo_kernels._io import DataError, read_json, write_json
+from sapo_kernels._io import DataError, excerpt, read_json, write_json
 
 from .config import SequenceConfig
+
+logger = logging.getLogger("sapo_peft")
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -31,8 +35,10 @@ class Adapters:
             )
         self.base, self.model, self.config = base, base, config
         self.names: list[str] = []
+        _check_modules(base, config.target_modules)
         self._flags = [(parameter, parameter.requires_grad) for parameter in base.parameters()]
         self._training = base.training
+        self._recomputes = _recomputes(base)
         # The trainer sets tokens to the tokenizer's, and switches the cache off.
         self._kept = [
             (config, name, getattr(config, name))
@@ -60,8 +66,14 @@ class Adapters:
                 else:
                     from peft import get_peft_model
 
-                    self.model = get_peft_model(self.base, self._lora(), adapter_name=name)
+                    try:
+                        self.model = get_peft_model(self.base, self._lora(), adapter_name=name)
+                    except BaseException:
+                        _unwrap(self.base)
+                        raise
             self.names.append(name)
+            if self.config.method == "o-lora":
+                orthogonality(self.model, name, [])  # now, not when the second task is reached
         self.activate()
 
     def activate(self) -> None:
@@ -104,6 +116,8 @@ class Adapters:
         if isinstance(options["target_modules"], list):
             options["target_modules"].sort()
         write_json(folder / CONFIG, options)
+        # safetensors writes for the owner alone, whatever the umask says.
+        os.chmod(folder / WEIGHTS, stat.S_IMODE(os.stat(folder / CONFIG).st_mode))
 
     def penalty(self) -> torch.Tensor | None:
         """``lambda_1 * orthogonality`` of the newest adapter, or None where there is nothing to be orthogonal to."""
@@ -111,8 +125,19 @@ class Adapters:
             return None
         return self.config.lambda_1 * orthogonality(self.model, self.names[-1], self.names[:-1])
 
+    def settle(self) -> None:
+        """Undo what a trainer that recomputes activations leaves on the base model, or the next one adds to it."""
+        if self._recomputes or not _recomputes(self.base):
+            return
+        # A hook on the embeddings; the trainer of the next task would add another and lose hold of this one.
+        if getattr(self.base, "_require_grads_hook", None) is not None:
+            self.base.disable_input_require_grads()
+        disable = getattr(self.base, "activation_checkpointing_disable", None)
+        (disable or self.base.gradient_checkpointing_disable)()
+
     def remove(self) -> None:
         """Take the adapters off; the base model is as it was."""
+        self.settle()
         if self.names:
             self.model.unload()
             self.names, self.model = [], self.base
@@ -131,6 +156,29 @@ class Adapters:
             r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, task_type="CAUSAL_LM",
             target_modules=modules if isinstance(modules, str) else list(modules),
         )  # fmt: skip
+
+
+def _check_modules(base: Any, modules: str | Sequence[str]) -> None:
+    """PEFT passes over a name that is nowhere as long as another one is somewhere."""
+    for name in () if isinstance(modules, str) else modules:
+        if not any(path and (path == name or path.endswith(f".{name}")) for path, _ in base.named_modules()):
+            raise ValueError(f"target_modules: wanted names of modules of {type(base).__name__}, got {excerpt(name)}")
+
+
+def _unwrap(base: Any) -> None:
+    """Take off what `get_peft_model` had put on before it failed."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for path, module in [*base.named_modules()]:
+        if isinstance(module, BaseTunerLayer):
+            parent, _, last = path.rpartition(".")
+            setattr(base.get_submodule(parent), last, module.get_base_layer())
+    if hasattr(base, "peft_config"):
+        del base.peft_config
+
+
+def _recomputes(base: Any) -> bool:
+    return any(getattr(module, "gradient_checkpointing", False) for module in base.modules())
 
 
 def orthogonality(model: Any, new: str, old: Sequence[str]) -> torch.Tensor:
@@ -177,23 +225,32 @@ def load_adapters(model: Any, run_dir: str | os.PathLike) -> Any:
     """A `PeftModel` with the adapters of a sequence run on `model`, all active and frozen.
 
     Args:
-        model: the base model that the run began with.
+        model: the base model that the run began with; the log warns about one whose weights are other ones.
         run_dir: its folder; of a run that is not done the tasks that are.
 
     Raises:
-        DataError: no task is done, or an adapter does not fit the model.
+        DataError: the folder is of no such run, no task is done, or an adapter does not fit the model, which is then as
+            it was.
     """
-    from .folder import finished_tasks
+    from .folder import fingerprint, finished_tasks, read_run
 
     run_dir = Path(run_dir)
-    saved = read_json(run_dir / "run.json")
-    options = dict(saved["config"])
-    adapters = Adapters(model, SequenceConfig(**options))
+    saved = read_run(run_dir / "run.json")
+    try:
+        config = SequenceConfig(**saved["config"])
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{run_dir / 'run.json'}: 'config': wanted the options of a run, got: {error}") from error
     done = finished_tasks(run_dir, saved["tasks"])
     if not done:
         raise DataError(f"{run_dir}: wanted a run with a finished task, got none")
-    wanted = done[-1:] if options["method"] == "seq-lora" else done
-    for index, folder in wanted:
-        adapters.load(index, folder / "adapter")
+    adapters = Adapters(model, config)
+    if fingerprint(model) != saved["data"].get("base"):
+        logger.warning("%s: the base model is not the one that the run began with, or has another dtype", run_dir)
+    try:
+        for index, folder in done[-1:] if config.method == "seq-lora" else done:
+            adapters.load(index, folder / "adapter")
+    except BaseException:
+        adapters.remove()
+        raise
     adapters.model.base_model.set_adapter(adapters.order, inference_mode=True)
     return adapters.model.eval()

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sapo_kernels._io import DataError, excerpt
+
 from .metrics import sequence_metrics
 
 VERSION = 1
@@ -57,6 +59,9 @@ def result_document(
     metrics = {}
     for metric in found:
         matrix = [row["row"].get(metric, [None] * count) if row else [None] * count for row in rows]
+        for row in matrix:
+            if len(row) != count or not all(value is None or type(value) in (int, float) for value in row):
+                raise DataError(f"{metric}: wanted rows of {count} numbers or null, got {excerpt(row)}")
         matrix += [[None] * count] * (count + 1 - len(matrix))
         metrics[metric] = {"R": matrix, **sequence_metrics(matrix)}
     scorings = [scoring for one in done for scoring in one["scores"]["scorings"]]

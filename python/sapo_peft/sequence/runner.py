@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from importlib import metadata
@@ -15,18 +16,18 @@ from typing import Any
 import torch
 
 from sapo_kernels._io import DataError, excerpt, read_json, write_json
-from sapo_kernels.render import Renderer
+from sapo_kernels.render import Renderer, check_examples
 from sapo_kernels.response_cache import CellBuilder
 
 from ..records import PROMPTS_FILE, write_beside_adapter
 from .config import SequenceConfig, derived_seed
 from .evaluate import Evaluator, Row
-from .folder import VERSION, RunFolder, finished_tasks, run_folder
+from .folder import VERSION, RunFolder, fingerprint, finished_tasks, run_folder
 from .methods import Adapters
 from .metrics import check_scorer
 from .progress import SequenceProgress
 from .results import SequenceResult, result_document
-from .tasks import SequenceTask
+from .tasks import MAX_NAME, MAX_TASKS, SequenceTask
 from .training import Trained, steps_of, train_task
 
 logger = logging.getLogger("sapo_peft")
@@ -78,12 +79,14 @@ def run_sequence(
     tasks = _checked(tasks)
     if config.generate:
         check_scorer()
+    if not isinstance(order, str) or len(order) > MAX_NAME:
+        raise DataError(f"order: wanted a text of at most {MAX_NAME} characters, got {excerpt(order)}")
     with run_folder(output_dir) as folder:
         base, tok, called = _resolve(model, name, tokenizer, device, dtype)
         tasks = [replace(task, pool=task.pool.checked(tok)) for task in tasks]
         tasks = [task.used(config.train_examples, config.test_examples) for task in tasks]
-        _check_lengths(tasks, tok, config)
-        run = _run_document(tasks, config, order, called, base)
+        tokens = _check_texts(tasks, tok, config)
+        run = _run_document(tasks, config, order, called, {"base": fingerprint(base), "tokens": tokens})
         saved = folder.started(run)
         if saved is None:
             for warning in run["warnings"]:
@@ -137,12 +140,15 @@ class _Runner:
         file = self.folder.path / "before.json" if self.folder.path else None
         if file is not None and file.exists():
             self.before = _read_document(file)
+            with _readable(file, "the scores before training"):
+                self._document()
+                self._warn(self.before["notes"])
         elif begun:
             raise DataError(f"{file}: wanted the scores before training, got no file though tasks are done")
         else:
             self.before = _metrics_document(self._evaluate(0, {j: 0 for j in range(len(self.tasks))}))
             self.folder.write("before.json", self.before)
-        self._warn(self.before["notes"])
+            self._warn(self.before["notes"])
 
     def _evaluate(self, index: int, prompts: dict[int, int]) -> Row:
         total = sum(len(self.tasks[j].test) for j in prompts)
@@ -180,13 +186,10 @@ class _Runner:
         documents = {name: _read_document(path / f"{name}.json") for name in ("scores", "metrics", "train", "data")}
         if self.run["status"] != "done":
             self.adapters.load(index, path / "adapter")
-        try:
+        with _readable(path, "the files of a finished task"):
             self.chosen[index - 1] = documents["scores"]["chosen"]
             self._keep(index, documents)
             self._document()
-        except (KeyError, TypeError, IndexError, AttributeError) as error:
-            got = f"{type(error).__name__} {excerpt(str(error))}"
-            raise DataError(f"{path}: wanted the files of a finished task, got {got} while reading them") from error
 
     def _keep(self, index: int, documents: dict[str, dict[str, Any]]) -> None:
         self.done.append(documents)
@@ -253,6 +256,16 @@ def _read_document(file: Path) -> dict[str, Any]:
     return document
 
 
+@contextmanager
+def _readable(path: Path, wanted: str) -> Iterator[None]:
+    """Files that this program wrote whole, unless somebody changed them."""
+    try:
+        yield
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
+        got = f"{type(error).__name__} {excerpt(str(error))}"
+        raise DataError(f"{path}: wanted {wanted}, got {got} while reading them") from error
+
+
 def _number(value: float) -> float | None:
     return value if value - value == 0.0 else None
 
@@ -261,6 +274,8 @@ def _checked(tasks: Sequence[SequenceTask]) -> list[SequenceTask]:
     tasks = list(tasks)
     if not tasks or not all(isinstance(task, SequenceTask) for task in tasks):
         raise TypeError(f"tasks: wanted at least one SequenceTask, got {excerpt(tasks)}")
+    if len(tasks) > MAX_TASKS:
+        raise DataError(f"tasks: wanted at most {MAX_TASKS}, got {len(tasks)}")
     names = [task.name for task in tasks]
     for index, name in enumerate(names):
         if name in names[:index]:
@@ -280,20 +295,35 @@ def _resolve(model: Model, name: str | None, tokenizer: str | None, device: str,
     return *pair, name or getattr(pair[0], "name_or_path", "") or type(pair[0]).__name__
 
 
-def _check_lengths(tasks: list[SequenceTask], tokenizer: Any, config: SequenceConfig) -> None:
-    """Find out now, not when a later task is reached, that a prompt does not fit."""
+def _check_texts(tasks: list[SequenceTask], tokenizer: Any, config: SequenceConfig) -> str:
+    """Find out now, not when a later task is reached, that a row is none or a prompt does not fit.
+
+    Returns a fingerprint of the tokens of every prompt with the first row: of the tokenizer, its template, the layout.
+    """
+    found = hashlib.sha256()
     for task in tasks:
         pool = task.pool
         try:
+            for split, rows in (("train", task.train), ("test", task.test)):
+                _check_rows(rows, split)
             renderer = Renderer(tokenizer, None, pool.suffix, pool.text_word)
             limits = config.max_source, config.max_target
-            CellBuilder(renderer, pool.prompts, task.train[:1], *limits, warn=False).cells()
+            for context, response in CellBuilder(renderer, pool.prompts, task.train[:1], *limits, warn=False).cells():
+                found.update(b"%d %d " % (len(context), len(response)) + context.tobytes() + response.tobytes())
         except ValueError as error:
             raise DataError(f"task {excerpt(task.name)}: {error}") from error
+    return found.hexdigest()[:16]
+
+
+def _check_rows(rows: Sequence[Mapping[str, str]], split: str) -> None:
+    try:
+        check_examples(rows)
+    except ValueError as error:
+        raise DataError(f"{split}: {error}") from error
 
 
 def _run_document(
-    tasks: list[SequenceTask], config: SequenceConfig, order: str, name: str, base: Any
+    tasks: list[SequenceTask], config: SequenceConfig, order: str, name: str, marks: dict[str, str]
 ) -> dict[str, Any]:
     notes = [f"task {task.name}: {note}" for task in tasks for note in (*task.notes, *task.pool.notes())]
     return {
@@ -307,7 +337,7 @@ def _run_document(
         "seed": config.seed,
         "model": name,
         "config": config.as_dict(),
-        "data": {"base": _fingerprint(base), **{f"task {task.name}": task.digest() for task in tasks}},
+        "data": {**marks, **{f"task {task.name}": task.digest() for task in tasks}},
         "versions": {name: metadata.version(name) for name in ("sapo-kernels", "torch", "transformers", "peft")},
         "started": _now(),
         "finished": None,
@@ -325,16 +355,6 @@ def _continued(saved: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
             logger.warning("%s", note)
             saved = {**saved, "warnings": [*saved["warnings"], note]}
     return saved
-
-
-def _fingerprint(model: Any) -> str:
-    """Of shapes, dtypes and a few values of every weight: another base model is told, cheaply."""
-    found = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        found.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        few = parameter.detach().flatten()[:64].to("cpu", torch.float32)
-        found.update(few.contiguous().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()[:16]
 
 
 def _now() -> str:

@@ -17,7 +17,9 @@ from ..data import DATA_FOLDERS, Examples, TaskNameError, examples_from_rows, re
 from ..prompt_pool import PromptPool, is_pool_file
 
 MAX_ORDER_BYTES = 2**20
-MAX_TASKS = 1000
+# What the report of a run has room for.
+MAX_TASKS = 256
+MAX_NAME = 300
 _STAGE = re.compile(r"(\d{1,4})-.+", re.DOTALL)
 
 
@@ -55,8 +57,8 @@ class SequenceTask:
 
         Raises: `DataError` naming the split, the row and the field; `TypeError` for a pool or rows of another kind.
         """
-        if not isinstance(name, str) or not name.strip() or len(name) > 1000 or not name.isprintable():
-            raise DataError(f"task: wanted a printable name of 1 to 1000 characters, got {excerpt(name)}")
+        if not isinstance(name, str) or not name.strip() or len(name) > MAX_NAME or not name.isprintable():
+            raise DataError(f"task: wanted a printable name of 1 to {MAX_NAME} characters, got {excerpt(name)}")
         if not isinstance(pool, PromptPool):
             raise TypeError(f"task {excerpt(name)}: pool: wanted a PromptPool, got {type(pool).__name__}")
         columns = (input_column, target_column)

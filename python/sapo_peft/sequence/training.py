@@ -55,7 +55,6 @@ class _TaskTrainer(Trainer):
         # Of every batch: the step, its share in the step's loss, and in the penalty.
         self.parts: list[tuple[int, torch.Tensor, torch.Tensor | None]] = []
         self.tokens: list[torch.Tensor] = []
-        self._logged = 0
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         self.tokens.append(inputs["attention_mask"].sum())
@@ -72,13 +71,10 @@ class _TaskTrainer(Trainer):
             loss = loss + (penalty / steps if scaled else penalty)
         return (loss, outputs) if return_outputs else loss
 
-    def log(self, logs, *args, **options):
-        # The loss alone: what a re-scoring predicts has no penalty in it.
-        if "loss" in logs and len(self.parts) > self._logged:
-            new, self._logged = self.parts[self._logged :], len(self.parts)
-            steps = len({step for step, *_ in new})
-            logs = {**logs, "loss": float(torch.stack([loss for _, loss, _ in new]).double().sum()) / steps}
-        super().log(logs, *args, **options)
+    def training_step(self, *args, **options):
+        # The loss alone, for logs and for drift: what a re-scoring predicts has no penalty in it.
+        super().training_step(*args, **options)
+        return self.parts[-1][1]
 
 
 class _Settled(TrainerCallback):
@@ -167,6 +163,7 @@ def train_task(
         started = time.perf_counter()
         with _quiet():
             trainer.train()
+        adapters.settle()
         found.seconds = time.perf_counter() - started - callback.score_seconds
     found.scorings += [scoring_record(scoring, task.pool.task) for scoring in callback.history]
     found.score_seconds = math.fsum(scoring["seconds"] for scoring in found.scorings)
@@ -174,6 +171,8 @@ def train_task(
     found.tokens = int(torch.stack(trainer.tokens).sum()) if trainer.tokens else 0
     found.losses, found.penalties = _windows(trainer.parts, config.logging_steps)
     found.record = prompt_record(callback.choice, callback.history[-1] if callback.history else None)
+    if lost := callback.scorings - len(callback.history):
+        found.notes.append(f"task {task.name}: the first {lost} of {callback.scorings} scorings are not recorded")
     if not all(math.isfinite(loss) for _, loss in found.losses):
         found.notes.append(f"task {task.name}: the training loss is not finite; lower the learning rate")
     return found
@@ -242,7 +241,7 @@ def _trainer(
         learning_rate=config.learning_rate, lr_scheduler_type="cosine", warmup_steps=config.warmup,
         weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm, logging_steps=config.logging_steps,
         save_strategy="no", report_to=[], disable_tqdm=True, seed=seed, data_seed=seed, bf16=config.bf16,
-        use_cpu=cpu, remove_unused_columns=False,
+        use_cpu=cpu, remove_unused_columns=False, logging_nan_inf_filter=False,
         **({"gradient_checkpointing": True} if config.gradient_checkpointing else {}),
     )  # fmt: skip
     # Several visible GPUs would make the trainer copy the model to all of them for every batch.

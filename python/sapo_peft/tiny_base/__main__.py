@@ -10,6 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from .._terminal import plain
 from .presets import PRESETS
 from .store import make_base, tiny_base_folder
 
@@ -24,7 +25,10 @@ def main(argv: list[str] | None = None) -> int:
         print(line, file=sys.stderr, flush=True)
 
     if args.out is not None:
-        args.out.mkdir(parents=True)
+        try:
+            args.out.mkdir(parents=True)
+        except OSError as error:
+            parser.error(f"--out {plain(str(args.out))}: wanted a new folder, got: {error.strerror}")
         make_base(PRESETS[args.preset], args.out, say)
         print(args.out)
     else:
