@@ -115,6 +115,7 @@ def test_a_frozen_adapter_beside_the_one_that_trains(tmp_path):
 CHILD = """
 import json, sys, torch
 torch.set_num_threads(1)
+from sapo_kernels import Race
 from sapo_peft import SapoConfig, attach_sapo
 from tests.training_helpers import adapter_digest, choices, colours, curve, plain_trainer, pool_of, sapo_trainer
 
@@ -123,12 +124,16 @@ try:
     attach_sapo(refused, pool_of(4, head="Now: " * refused.args.process_index))
 except ValueError as error:
     refused = str(error)
-config = SapoConfig(mode=sys.argv[2], temperature=0.5, every_steps=2, drift=0.5, drift_cooldown=1, probe_examples=2)
+race = Race(first=6, relative=0.02) if sys.argv[2] == "race" else None
+config = SapoConfig(
+    mode="hard" if race else sys.argv[2], temperature=0.5, every_steps=2, drift=0.5, drift_cooldown=1,
+    probe_examples=20 if race else 2, race=race,
+)
 trainer, callback = sapo_trainer(
     sys.argv[1], pool_of(4), config, data=colours(32), save_strategy="steps", save_steps=3, learning_rate=5e-2
 )
 rank = trainer.args.process_index
-if rank:
+if rank and not race:
     # What rounding does on another device, exaggerated: only rank 0's numbers may count.
     score = callback.rescorer.score
     import sapo_kernels as sk
@@ -147,7 +152,8 @@ def training_step(model, inputs, *rest):
 trainer.training_step = training_step
 trainer.train()
 decode = trainer.processing_class.decode
-made = {"choices": choices(callback), "reasons": [s.reason for s in callback.history],
+made = {"choices": choices(callback), "saved": [s.cells_saved for s in callback.history],
+        "memory": callback.state().get("memory"), "reasons": [s.reason for s in callback.history],
         "refused": refused, "world": trainer.args.world_size, "texts": [decode(ids) for ids in seen],
         "steps": trainer.state.global_step, "losses": [loss for _, loss, _ in curve(trainer)],
         "adapter": adapter_digest(trainer.accelerator.unwrap_model(trainer.model))}
@@ -155,7 +161,7 @@ open(f"{sys.argv[1]}/rank{rank}.json", "w").write(json.dumps(made))
 """
 
 
-@pytest.mark.parametrize("mode", ["hard", pytest.param("soft", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mode", ["hard", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("soft", "race"))])
 def test_two_processes_choose_the_same(tmp_path, mode):
     """DDP over gloo; the second process measures something else, and still follows the first."""
     if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
@@ -169,8 +175,9 @@ def test_two_processes_choose_the_same(tmp_path, mode):
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
     assert first["world"] == 2 and first["steps"] == second["steps"] == 6
     assert first["refused"] == "rank 1: wanted the pools and template and probe of rank 0, got others"
-    for name in ("refused", "choices", "reasons", "adapter", "losses"):
+    for name in ("refused", "choices", "reasons", "adapter", "losses", "saved", "memory"):
         assert first[name] == second[name], name
     assert [step for step, _ in first["choices"]][:3] == [0, 2, 4]
     assert first["texts"] != second["texts"], "each has its own examples"
+    assert (first["memory"] is not None and max(first["saved"]) > 0.1) if mode == "race" else not first["memory"]
     assert (tmp_path / "checkpoint-6" / "sapo_prompts.json").is_file()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from sapo_kernels.race import Race
 from sapo_kernels.render import Template
 
 MODES = ("hard", "soft")
@@ -35,6 +36,11 @@ class SapoConfig:
         max_tokens: new tokens per forward when scoring, see `score_prompts`.
         template: layout of a cell, see `sapo_kernels.render.Renderer`.
         seed: of the draws in mode "soft".
+        race: a `sapo_kernels.Race` without a memory: score in rounds, and only what is needed to find the best prompt;
+            None: every cell. In mode "hard" with decay 0. What is chosen is the race's winner. The loss of a prompt
+            that left early is an estimate from the examples that it shares with those that beat it, and so are the
+            losses that are logged and written beside the adapter. A run keeps its own memory: the last scores of every
+            cell, which its first scoring makes if the schedule holds four more scorings, and the last race.
 
     Raises:
         ValueError: naming the option, what was wanted and what was got.
@@ -56,6 +62,7 @@ class SapoConfig:
     max_tokens: int | None = None
     template: Template = None
     seed: int = 0
+    race: Race | None = None
 
     def __post_init__(self):
         if self.mode not in MODES:
@@ -75,6 +82,23 @@ class SapoConfig:
         for name in ("every_steps", "max_tokens", "train_max_target"):
             if getattr(self, name) is not None:
                 _check_count(name, getattr(self, name))
+        if self.race is not None:
+            self._check_race()
+
+    def _check_race(self) -> None:
+        if not isinstance(self.race, Race):
+            raise ValueError(f"race: wanted a sapo_kernels.Race or None, got {self.race!r}")
+        if self.race.memory:
+            raise ValueError(f"race: wanted one without a memory, as a run keeps its own, got {len(self.race.memory)}")
+        if self.mode != "hard":
+            raise ValueError(
+                f"race: wanted mode 'hard', got {self.mode!r}: draws go by the loss of every prompt, and a race "
+                "measures no more than which is the lowest"
+            )
+        if self.decay:
+            raise ValueError(
+                f"race: wanted decay 0, got {self.decay!r}: earlier losses in the mean could overturn the race's winner"
+            )
 
     @property
     def scores(self) -> bool:

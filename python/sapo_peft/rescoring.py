@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,9 @@ from sapo_kernels.sharding import DEFAULT_TIMEOUT, unshareable
 from ._ranks import several
 from .choice import Choice
 from .config import SapoConfig
+from .racing import Races
+
+logger = logging.getLogger("sapo_peft")
 
 
 @dataclass
@@ -22,7 +26,8 @@ class Scoring:
     """One scoring of all pools: step, why, seconds, what changed, and every prompt's mean loss by task (nats/token).
 
     tokens: by task the response tokens that each loss is over. dense_tokens, computed_tokens: what separate forwards
-    would compute, and what was computed.
+    would compute, and what was computed. cells_saved: share of the cells that races left out, None without a race;
+    after a race losses are those of `PromptScores.loss`, which are estimates for prompts that left early.
     """
 
     step: int
@@ -34,6 +39,7 @@ class Scoring:
     tokens: dict[str, list[int]] = field(default_factory=dict)
     dense_tokens: int = 0
     computed_tokens: int = 0
+    cells_saved: float | None = None
 
 
 class Rescorer:
@@ -58,30 +64,58 @@ class Rescorer:
             )
             for task, pool in choice.pools.items()
         }  # fmt: skip
+        self.races = Races(config.race, self.caches)
+        self._told = False
 
-    def _scores(self, model: Any, cache: sk.ResponseCache) -> sk.PromptScores:
+    def _scores(self, model: Any, cache: sk.ResponseCache, race: sk.Race | None) -> sk.PromptScores:
         """Shared out where there are several ranks and each may score cells of its own, else all cells on each."""
-        if several() and unshareable(model) is None:
-            return sk.score_prompts_sharded(model, cache, max_tokens=self.config.max_tokens, timeout=self.patience)
-        return sk.score_prompts(model, cache, max_tokens=self.config.max_tokens, progress=False)
+        options: dict[str, Any] = {"max_tokens": self.config.max_tokens}
+        closed = unshareable(model) if several() else None
+        if several() and closed is None:
+            return sk.score_prompts_sharded(model, cache, timeout=self.patience, race=race, **options)
+        if closed and race is not None:
+            # Ranks that each judge by their own rounding may want different rounds, and then wait for ever.
+            if not self._told:
+                logger.warning("no race, every cell is scored: the ranks cannot share it out: %s", closed)
+            self._told, race = True, None
+        return sk.score_prompts(model, cache, progress=False, race=race, **options)
 
-    def score(self, model: Any, step: int, reason: str, agree=None) -> Scoring:
+    def score(self, model: Any, step: int, reason: str, agree=None, more: int = 0) -> Scoring:
         """Score all pools and settle the choice.
 
-        `agree` maps float64 tensors, the [2, P, K] losses and counts first, to those of all ranks (rank 0's).
+        `agree` maps float64 tensors, the [2, P, K] losses and counts first, to those of all ranks (rank 0's). `more`:
+        scorings that are planned after this one.
+
+        Each prompt enters the state with its loss and the response tokens that it was scored on. After a race the loss
+        is `PromptScores.loss`, that of the prompt it was last compared with plus their difference on the examples that
+        both have, since means over different examples cannot be compared; and only the winner may be selected, which
+        need not have the lowest of these estimates.
         """
         started = time.perf_counter()
         state, config = self.choice.state, self.config
         sums = torch.zeros(2, state.num_pools, state.num_prompts, dtype=torch.float64)
         scored = []
-        for p, cache in enumerate(self.caches.values()):
-            scores = self._scores(model, cache)
-            sums[0, p, : cache.num_prompts], sums[1, p, : cache.num_prompts] = scores.nll.sum(1), scores.tokens.sum(1)
+        may = state.live.double()
+        for p, (task, cache) in enumerate(self.caches.items()):
+            scores = self._scores(model, cache, self.races.next(task, step, more))
+            self.races.seen(task, scores)
+            tokens = scores.tokens.sum(1)
+            nll = scores.nll.sum(1) if scores.race is None else scores.loss * tokens
+            sums[0, p, : cache.num_prompts], sums[1, p, : cache.num_prompts] = nll, tokens
+            if scores.race is not None and scores.race.winner >= 0:
+                may[p] = 0.0
+                may[p, scores.race.winner] = 1.0
             scored.append(scores)
         if agree is not None:
             sums = agree(sums)
+            may = agree(may) if config.race is not None else may
         temperature = config.temperature if config.mode == "soft" else 0.0
-        sk.reweight_(state, sums[0], sums[1].long(), config.decay, temperature, config.floor)
+        live = state.live.clone()
+        state.live.copy_(may > 0)
+        try:
+            sk.reweight_(state, sums[0], sums[1].long(), config.decay, temperature, config.floor)
+        finally:
+            state.live.copy_(live)
         switches = self.choice.settle()
         tasks = self.choice.tasks
         return Scoring(
@@ -94,4 +128,10 @@ class Rescorer:
             tokens={t: one.tokens.sum(1).tolist() for t, one in zip(tasks, scored, strict=True)},
             dense_tokens=sum(one.stats["dense_tokens"] for one in scored),
             computed_tokens=sum(one.stats["trie_tokens"] for one in scored),
+            cells_saved=None if config.race is None else _saved(scored),
         )
+
+
+def _saved(scored: Sequence[sk.PromptScores]) -> float:
+    """Share of all cells that were not scored."""
+    return 1.0 - sum(int(one.scored.sum()) for one in scored) / sum(one.scored.numel() for one in scored)

@@ -55,6 +55,9 @@ class Setup:
         # A callable has no lasting name; `rendering` knows it by what it makes.
         values = {field.name: getattr(config, field.name) for field in fields(config)}
         self.options = {name: None if callable(value) else value for name, value in values.items()}
+        if config.race is not None:
+            names = [field.name for field in fields(config.race) if field.name != "memory"]
+            self.options["race"] = {name: getattr(config.race, name) for name in names}
 
     def digests(self) -> dict[str, str]:
         """What the ranks of a run compare: 64 hexadecimal digits by name."""
@@ -108,6 +111,7 @@ class Setup:
 def state_of(callback: SapoCallback) -> dict[str, Any]:
     """Everything that a resumed run needs to choose as this one would."""
     choice, drift, trained = callback.choice, callback.drift, callback.trained
+    memory = callback.rescorer.races.record() if callback.rescorer else {}
     return {
         "version": STATE_VERSION,
         # The rows of everything below; the trainer sorts the keys of dictionaries.
@@ -122,6 +126,7 @@ def state_of(callback: SapoCallback) -> dict[str, Any]:
         "drift": {name: list(getattr(drift, name)) for name in ("first", "newest", "squares")},
         "trained": numbers({**vars(trained), "loss": float(trained.loss)}),
         "history": list(callback._records),
+        **({"memory": memory} if memory else {}),
     }
 
 
@@ -132,6 +137,8 @@ def restore(callback: SapoCallback, kept: Mapping[str, Any]) -> None:
         ValueError: see `Setup.check`.
     """
     callback.setup.check(kept)
+    if callback.rescorer:
+        callback.rescorer.races.restore(kept.get("memory", {}))
     choice = callback.choice
     choice.state.load_state_dict(_tensors(kept, choice))
     choice.chosen.copy_(torch.tensor(kept["chosen"]))
@@ -166,7 +173,10 @@ def kept_in(checkpoint: str | os.PathLike) -> Mapping[str, Any] | None:
 
 
 def scoring_record(scoring: Scoring) -> dict[str, Any]:
-    return numbers(asdict(scoring))
+    record = asdict(scoring)
+    if scoring.cells_saved is None:
+        del record["cells_saved"]
+    return numbers(record)
 
 
 def scoring_from(record: Mapping[str, Any]) -> Scoring:

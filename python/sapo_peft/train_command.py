@@ -39,6 +39,7 @@ _OPTIONS: tuple[tuple[str, Any, Any, str], ...] = (
     ("every-steps", int, None, "score again after that many steps"),
     ("each-epoch", bool, False, "score again at each epoch"),
     ("drift", float, None, "score again when the loss has left its course by that many standard errors (4)"),
+    ("race", bool, False, "score only the cells that it takes to find the best prompt (hard mode)"),
     ("probe-examples", int, 64, "examples to score on (default 64)"),
     ("max-source", int, 1536, "longest context in tokens (default 1536)"),
     ("max-target", int, 128, "response tokens that are scored, the first ones (default 128)"),
@@ -110,13 +111,16 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--prompts: wanted a file with at least the original instruction, got none")
     if options["paraphrase-with"] and "://" in options["paraphrase-with"] and options["paraphrase-model"] is None:
         raise ValueError("--paraphrase-model: wanted the model's name at that endpoint, got none")
+    from sapo_kernels import Race
+
     from .config import SapoConfig
     from .data import read_examples
     from .prompt_pool import PromptPool
 
     names = ("mode", "temperature", "floor", "every-steps", "each-epoch", "drift", "probe-examples", "max-source",
              "max-target", "train-max-target", "max-tokens", "seed")  # fmt: skip
-    config = SapoConfig(**{name.replace("-", "_"): options[name] for name in names})
+    race = Race() if options["race"] else None
+    config = SapoConfig(race=race, **{name.replace("-", "_"): options[name] for name in names})
     pool = PromptPool.read(options["prompts"], options["task"])
     examples = read_examples(options["data"], task=options["task"] or pool.task, limit=options["examples"])
     output = Path(options["output"])
