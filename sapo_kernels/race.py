@@ -16,9 +16,10 @@ import torch
 from .prompt_scores import PromptScores
 from .race_bounds import WARM_UP, Differences, Evidence
 from .race_report import RaceReport
+from .race_strata import strata, without_strata
 
 # Examples of the first round without and with a memory.
-FIRST = (16, 12)
+FIRST = (12, 8)
 # Where delta goes, for each prompt that might be the best: to the bets against whoever leads, to those against every
 # other prompt alike, and to those against whoever leads after so many examples, without and with an old winner, who
 # takes the rest.
@@ -31,10 +32,11 @@ class Race:
     """How to look for the best of K prompts without scoring all K * M cells; for `score_prompts(..., race=Race())`.
 
     Round after round all prompts that are still in are scored on the next examples of a random order. After each, they
-    are compared with the one that has the lowest loss so far, pair by pair on the examples that both have. A prompt
-    whose loss is shown to be higher leaves for good. One that is shown to be no more than the tolerance better waits;
-    it comes back if the prompt that it was compared with loses the lead. The race ends when one prompt is left: at the
-    latest after all examples, where it has chosen what scoring every cell chooses (lowest loss, then lowest index).
+    are compared with the one that has the lowest loss so far, pair by pair on the examples that both have; what
+    examples with the same response, or with one of like length, have in common is no noise. A prompt whose loss is
+    shown to be higher leaves for good. One that is shown to be no more than the tolerance better waits; it comes back
+    if the prompt that it was compared with loses the lead. The race ends when one prompt is left: at the latest after
+    all examples, where it has chosen what scoring every cell chooses (lowest loss, then lowest index).
 
     What is promised: with probability at least ``1 - delta`` over the random order, the winner's loss over all M
     examples (`reduce("token")`) is at most the tolerance above the lowest. This holds at any number of rounds, for any
@@ -50,7 +52,7 @@ class Race:
         tolerance: nats per token that the winner may be above the best.
         relative: the same as a share of the winner's loss; the larger of the two counts. 0 with tolerance 0 decides
             between near ties too, for which most examples are needed.
-        first: examples of the first round; default 16, with a memory 12.
+        first: examples of the first round; default 12, with a memory 8.
         growth: each round ends at this multiple of the examples of the one before; more rounds save cells and cost
             shared prefixes, which each round computes again.
         reach: see above; larger is safer and slower.
@@ -70,7 +72,7 @@ class Race:
     tolerance: float = 0.0
     relative: float = 0.005
     first: int | None = None
-    growth: float = 1.3
+    growth: float = 1.2
     reach: float = 1.0
     seed: int = 0
     memory: PromptScores | Sequence[PromptScores] | None = None
@@ -111,6 +113,7 @@ class Contest:
         race: the options.
         tokens: [K, M] int64, response tokens of every cell, also of those never scored.
         prompts: K strings, compared with the memory's.
+        responses: [M] equal numbers for equal responses; default: the lengths.
 
     Use::
 
@@ -119,7 +122,7 @@ class Contest:
         contest.report()
     """
 
-    def __init__(self, race: Race, tokens: np.ndarray, prompts: list[str]):
+    def __init__(self, race: Race, tokens: np.ndarray, prompts: list[str], responses: np.ndarray | None = None):
         self.race, self.tokens = race, tokens
         self.num_prompts, self.num_examples = tokens.shape
         self.order = np.asarray(race.order(self.num_examples))
@@ -127,6 +130,8 @@ class Contest:
         self.scored = np.zeros(tokens.shape, dtype=bool)
         # The loss sum(nll) / sum(tokens) is the mean of these multiples of the cells, as all tokens are known ahead.
         self._weight = self.num_examples / tokens.sum(1, keepdims=True)
+        lengths = tokens.mean(0)
+        self._stratum = strata(lengths if responses is None else responses, lengths)[self.order]
         self._old, self._old_winner = np.full(tokens.shape, np.nan), -1
         for memory in race.memory:
             self._remember(memory, prompts)
@@ -212,7 +217,7 @@ class Contest:
             members, done = np.flatnonzero(field & ~self.broken), self._leads.shape[1]
             if stop <= max(start, done) or not len(members):
                 continue
-            values = self._values(members, stop)
+            values = without_strata(self._values(members, stop), self._stratum)[0]
             sums = (np.cumsum(values, 1) - values)[:, done:]
             rank = np.argsort(sums, axis=0, kind="stable")[[0, min(1, len(members) - 1)]]
             self._leads = np.concatenate([self._leads, members[rank]], 1)
@@ -225,7 +230,7 @@ class Contest:
         losses = self._full_losses()[ready] if done else self._values(ready, counts[ready[0]]).mean(1)
         leader = int(ready[np.argmin(losses)])
         if not done:
-            # The memory may know better than the few examples seen.
+            # The strata and the memory may know better than the few examples seen.
             leader = int(ready[np.argmin(self._evidence(ready, leader, counts[leader]).estimate)])
         self.leader, self.against[leader], self.left[leader] = leader, leader, len(self.rounds)
         self.tolerance = max(self.race.tolerance, self.race.relative * float(losses.min()))
@@ -289,7 +294,7 @@ class Contest:
         for first, share, (lead, second) in extra:
             rival = np.where(np.asarray(prompts) == lead, second, lead)
             openings.append((first, np.where(np.broadcast_to(rival == other, size), share, 0.0)))
-        return Evidence(seen, self.num_examples, self._aim, self.race.reach, openings)
+        return Evidence(seen, self.num_examples, self._aim, self.race.reach, openings, self._stratum)
 
     def _against_leaders(self, prompts: np.ndarray, n: int) -> Evidence:
         """The bets against the belief that nobody is better than each of `prompts`, after n examples."""
@@ -309,7 +314,7 @@ class Contest:
             control, variance = np.where(np.isfinite(variance), control, 0.0), np.nan_to_num(variance)
         value, before = values[own, at] - values[rival, at], before[own, at] - before[rival, at]
         seen = Differences(value, before, control, left, variance)
-        return Evidence(seen, self.num_examples, self._aim, self.race.reach, [(WARM_UP, LEADER)])
+        return Evidence(seen, self.num_examples, self._aim, self.race.reach, [(WARM_UP, LEADER)], self._stratum)
 
     def report(self) -> RaceReport:
         """What came out; call it when `wanted` has said None."""

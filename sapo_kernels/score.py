@@ -18,6 +18,7 @@ from .probe import Verdict, verdict_for
 from .progress import Progress
 from .prompt_scores import PromptScores
 from .race import Contest, Race
+from .race_strata import responses_of
 from .render import Template
 from .response_cache import ResponseCache
 
@@ -134,7 +135,7 @@ class ScoringJob:
             nll, computed, padded, reason = self.measure()
             report = None
         else:
-            contest = Contest(race, tokens, self.cache.prompts)
+            contest = Contest(race, tokens, self.cache.prompts, responses_of(self.cache))
             computed, padded, reason = self._hold(contest)
             nll, tokens, report = contest.nll, np.where(contest.scored, tokens, 0), contest.report()
         scores = PromptScores(
