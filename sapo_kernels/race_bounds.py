@@ -19,8 +19,9 @@ tail is the largest sum over the unseen examples of what is missing to the floor
 Examples fall into *strata*, known beforehand: equal responses, or responses of like length. From each difference the
 mean of its stratum, as the examples before have it, is taken, and the mean of the same over all examples left is added:
 that leaves the mean over the examples left as it was, and takes out the noise that a stratum's examples share. The bets
-are on what is left; mean, distance and variance above are about what the strata let one expect. A stratum that says
-nothing costs a little variance, never the promise (`sapo_kernels.race_strata`).
+are on what is left. In the floor, the mean is what the strata let one expect of the examples left; the distance is that
+of the differences as they are. A stratum that says nothing costs a little variance, never the promise
+(`sapo_kernels.race_strata`).
 
 A control ``z``, known for all M examples (the same difference under an earlier state of the model), takes part of the
 noise out: ``d - b * (z - mean of the z left)`` has the same mean over the examples left for every b that was chosen
@@ -185,7 +186,7 @@ class _Game:
         population = len(stratum)
         count = np.arange(first, values.shape[1])  # examples seen before each bet
         self.left, self.population = population - count, population
-        even, mean, spread, variance = (part[:, first:] for part in without_strata(values, stratum))
+        even, mean, variance, spread = (part[:, first:] for part in without_strata(values, stratum))
         self.before = before[:, first:]
         self.floor = mean - reach * spread
         self.value = np.maximum(even, self.floor)

@@ -52,8 +52,9 @@ def without_strata(values: np.ndarray, stratum: np.ndarray) -> tuple[np.ndarray,
         stratum: [M] in the same order.
 
     Returns:
-        [P, n] each: these values; then, from the values before each: the mean expected of those left, the largest
-        distance from what the strata let one expect, and the variance about that.
+        [P, n] each: these values; then, from the values before each: the mean expected of those left, the variance
+        about what the strata let one expect, and the largest distance of a value from their mean, whatever its stratum:
+        few values of a stratum say too little about how far the next may lie.
     """
     n, total = values.shape[1], len(stratum)
     seen, member = np.arange(n), stratum[:, None] == np.arange(stratum.max() + 1)
@@ -72,9 +73,9 @@ def without_strata(values: np.ndarray, stratum: np.ndarray) -> tuple[np.ndarray,
     variance = np.maximum(variance, 0.0) / np.maximum(seen, 1) * (1.0 + strata_seen / np.maximum(seen, 1))
     spread = np.zeros_like(values)
     for sign in (1.0, -1.0):
-        top = np.maximum.accumulate(np.where(member[:n], sign * split, -np.inf), 1)
-        spread[:, 1:] = np.maximum(spread[:, 1:], (top[:, :-1] - sign * expected[:, 1:]).max(2))
-    return even, ahead + shift, spread, variance
+        top = np.maximum.accumulate(sign * (values - shift), 1)[:, :-1]
+        spread[:, 1:] = np.maximum(spread[:, 1:], top - sign * mean[:, 1:, 0])
+    return even, ahead + shift, variance, spread
 
 
 def expected_means(values: np.ndarray, stratum: np.ndarray) -> np.ndarray:
