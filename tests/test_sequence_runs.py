@@ -301,6 +301,12 @@ def test_rows_of_later_tasks_are_checked_before_anything_is_done(tmp_path):
         assert [path.name for path in (tmp_path / split).iterdir()] == [".lock"]
 
 
+def test_a_misspelt_module_leaves_no_run_behind(tmp_path):
+    with pytest.raises(ValueError, match="wanted names of modules"):
+        run_small(tmp_path, count=1, target_modules=("q_prj",))
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
 @pytest.mark.parametrize("modules, method, word", [
     (("q_proj", "typo_proj"), "lora-inc", "wanted names of modules of Qwen3ForCausalLM, got 'typo_proj'"),
     (("",), "lora-inc", "got ''"),

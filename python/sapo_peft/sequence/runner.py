@@ -86,6 +86,8 @@ def run_sequence(
         tasks = [replace(task, pool=task.pool.checked(tok)) for task in tasks]
         tasks = [task.used(config.train_examples, config.test_examples) for task in tasks]
         tokens = _check_texts(tasks, tok, config)
+        adapters = Adapters(base, config)
+        # What is refused up to here leaves no run behind that another option would not fit.
         run = _run_document(tasks, config, order, called, {"base": fingerprint(base), "tokens": tokens})
         saved = folder.started(run)
         if saved is None:
@@ -93,16 +95,18 @@ def run_sequence(
                 logger.warning("%s", warning)
         else:
             run = _continued(saved, run)
-        return _Runner(base, tok, tasks, folder, config, run, progress).run_all()
+        return _Runner(adapters, tok, tasks, folder, config, run, progress).run_all()
 
 
 class _Runner:
     """One start of a run."""
 
-    def __init__(self, base, tokenizer, tasks, folder: RunFolder, config: SequenceConfig, run: dict, progress):
+    def __init__(
+        self, adapters: Adapters, tokenizer, tasks, folder: RunFolder, config: SequenceConfig, run: dict, progress
+    ):
         self.tokenizer, self.tasks, self.folder, self.config, self.run = tokenizer, tasks, folder, config, run
         self.names = [task.name for task in tasks]
-        self.adapters = Adapters(base, config)
+        self.adapters = adapters
         self.evaluator = Evaluator(tasks, tokenizer, config)
         # The prompt that stands for each task now.
         self.chosen = [0] * len(tasks)
