@@ -64,7 +64,8 @@ class Agreement:
     def error_of_cells(self, nll: torch.Tensor) -> float:
         """[K * M] nats: the distance from the oracle, or from ours if that is larger, per token."""
         far = self._size((nll[self.sample] - self.exact) / self.counts[self.sample])
-        return max(far, self._size((nll - self.ours.nll.flatten()) / self.counts))
+        # Not `max`, which passes a NaN over.
+        return float(torch.tensor([far, self._size((nll - self.ours.nll.flatten()) / self.counts)]).max())
 
     def error_of_means(self, losses: torch.Tensor, batch_size: int = 8) -> float:
         """[K] nats per token as `Trainer.evaluate` means them."""

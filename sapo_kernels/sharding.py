@@ -298,6 +298,7 @@ def _race_parts(race: Race | None) -> list:
     parts: list = [repr([getattr(race, f.name) for f in fields(race) if f.name != "memory"])]
     for old in race.memory:
         parts += [old.nll.double().cpu().contiguous().numpy().view(np.uint8).data, repr(old.tokens.tolist())]
+        parts.append(repr(old.race and old.race.to_dict()))
     return parts
 
 

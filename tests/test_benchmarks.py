@@ -198,16 +198,17 @@ def test_tables_say_what_the_rows_say(tmp_path):
     text = "a\n<!-- table: tasks -->\nold\n<!-- end of table -->\nb\n"
     made = tables.replaced(text, results)
     assert (
-        "| task1 | 2.00 | 4.00 | 2.00 | 4.00 | 100% |" in made and "| task2 | 2.00 | 3.00 | 0.75 | 4.00 | 38% |" in made
+        "| task1 | - | 2.00 | 4.00 | 2.00 | 4.00 | 100% |" in made
+        and "| task2 | - | 2.00 | 3.00 | 0.75 | 4.00 | 38% |" in made
     )
-    assert "| geometric mean |  | 3.46 | 1.22 | 4.00 |  |" in made and "old" not in made and made.startswith("a\n")
+    assert "| geometric mean |  |  | 3.46 | 1.22 | 4.00 |  |" in made and "old" not in made and made.startswith("a\n")
     assert tables.replaced(made, results) == made
     assert "Slower than the fastest peer at: task2 (0.75x, tuned_plain)" in tables.made_table("sweep", results)
     # The newest run of a case is the one that counts, whole.
     later = dataclasses.replace(HERE, date="2026-02-02T00:00:00Z")
     newer = [row(case="task1", environment=later), row(case="task1", provider="trainer_loop", environment=later)]
     append_rows(results / "tasks.csv", [*newer, row(case="task1", provider="tuned_plain_8", environment=later)])
-    assert "| task1 | 2.00 | 1.00 | 1.00 | - | 50% |" in tables.replaced(text, results)
+    assert "| task1 | - | 2.00 | 1.00 | 1.00 | - | 50% |" in tables.replaced(text, results)
     for name in tables.TABLES:
         assert "No rows yet" in tables.made_table(name, tmp_path / "nothing")
     with pytest.raises(SystemExit, match="wanted one of"):
@@ -262,3 +263,21 @@ def test_the_command_runs_a_file_and_writes_its_rows(tmp_path):
     refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert refused.returncode == 2 and "do not belong among the results" in refused.stderr
     assert time.monotonic() - started < 60
+
+
+def test_a_nan_anywhere_is_an_error():
+    """Python's `max` keeps whichever number comes first when the other is NaN."""
+    from benchmarks import attention
+    from benchmarks.end_to_end import Agreement
+
+    model, cache = small_qwen3(300), Cells(6, 8, 6, 8, 2).cache(300)
+    check = Agreement(model, cache)
+    nll = check.ours.nll.flatten().clone()
+    assert check.error_of_cells(nll) <= check.tolerance
+    nll[next(c for c in range(len(nll)) if c not in check.sample)] = math.nan
+    assert math.isnan(check.error_of_cells(nll))
+    case = attention.make_case(Cells(2, 3, 6, 8, 1), "small", (4, 2, 16), flex="off")
+    apart, ours = case.providers["sdpa_sequences"], case.providers["ours"].run().clone()
+    assert math.isnan(apart.check(torch.full_like(apart.run(), math.nan)))
+    ours[-1] = math.nan
+    assert math.isnan(case.check(ours))
