@@ -7,7 +7,7 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from benchmarks.effect import design, rows, table
+from benchmarks.effect import again, design, rows, table
 from benchmarks.effect.__main__ import main
 from benchmarks.effect.statistics import bootstrap_mean, paired_difference, ranks, spearman, student_mean
 from sapo_kernels._io import DataError, read_json
@@ -128,7 +128,7 @@ def test_documents_agree_with_the_rows():
 
 
 def test_a_changed_row_is_noticed(tmp_path):
-    for kind in ("single", "sequences"):
+    for kind in ("single", "sequences", "again"):
         (tmp_path / f"{kind}.json").write_text((rows.RESULTS / f"{kind}.json").read_text())
     document = json.loads((tmp_path / "sequences.json").read_text())
     changed = next(one for one in document["rows"] if one["policy"] == "sapo")
@@ -153,6 +153,33 @@ def test_rows_are_of_this_design_and_of_the_base_that_ships():
         assert made_by["base"] == base and made_by["sequence"] == design.SEQUENCE_OPTIONS
         assert made_by["single"] == asdict(design.SINGLE) and made_by["again"] == design.AGAIN_OPTIONS
         assert made_by["orders"] == {name: list(tasks) for name, tasks in design.ORDERS.items()}
+
+
+def test_what_scoring_again_changed_is_counted_by_pairs_and_tasks():
+    found = again.differences(rows.RESULTS, "again16", None)
+    repeated = {
+        (one["order"], one["seed"]): one["AP"] for one in rows.load("again")["rows"] if one["variant"] == "again16"
+    }
+    reported = [one for one in rows.load("sequences")["rows"] if one["method"] == "lora-inc"]
+    # The runs that record their choices are the reported ones, run again.
+    assert repeated == {
+        (one["order"], one["seed"]): pytest.approx(one["rougeL"]["AP"], abs=2e-5)
+        for one in reported if one["policy"] == design.AGAIN
+    }  # fmt: skip
+    assert len(found["AP"]) == 10 and len(found["own kept"]) + len(found["own switched"]) == 30
+    assert len(found["later kept"]) + len(found["later switched"]) == 20
+    once = {(one["order"], one["seed"]): one for one in reported if one["policy"] == "sapo"}
+    first = once["a", 101]
+    more = next(
+        one
+        for one in rows.load("again")["rows"]
+        if (one["variant"], one["order"], one["seed"]) == ("again16", "a", 101)
+    )
+    assert found["AP"][0] == pytest.approx(100 * (more["AP"] - first["rougeL"]["AP"]))
+    assert more["chosen"][0] == [16, 6, 17, 17]
+    own = more["loss"][1][0] - first["loss"]["R"][1][0]
+    later = (more["loss"][3][0] - more["loss"][1][0]) - (first["loss"]["R"][3][0] - first["loss"]["R"][1][0])
+    assert found["own switched"][0] == pytest.approx(own) and found["later switched"][0] == pytest.approx(later)
 
 
 def test_an_unknown_table_is_an_error():

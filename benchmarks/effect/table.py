@@ -13,7 +13,7 @@ from sapo_kernels._io import DataError, atomic_write, read_text
 from sapo_peft.tiny_base.corpus import known_wordings
 from sapo_peft.tiny_base.presets import PRESETS
 
-from . import design, rows
+from . import again, design, rows
 from .statistics import Interval, bootstrap_mean, differences, group_means, paired_difference, spearman, student_mean
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -213,6 +213,7 @@ TABLES: dict[str, Callable[[Path], list[str]]] = {
     "again": _sequences(
         lambda found: comparison_table(found, [(design.AGAIN, "sapo")], ("rougeL", "exact_match", "loss"))
     ),
+    "why": lambda results: again.table(results),
     "seeds": _sequences(
         lambda found: comparison_table(
             found,
