@@ -11,6 +11,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+import signal
 import sys
 from pathlib import Path
 
@@ -18,6 +19,9 @@ import pytest
 
 # The tensors here are small: a second thread gains nothing and waits for the first on a busy machine.
 torch.set_num_threads(1)
+# A shell starts what runs in the background with Ctrl-C ignored, and the processes of a test inherit that.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).resolve().parents[1]
 # The sources of this checkout, whether or not the package is installed.
 sys.path[:0] = [str(ROOT), str(ROOT / "python")]

@@ -19,7 +19,7 @@ from sapo_peft.train_command import _OPTIONS, _options
 from .training_helpers import environment
 
 # Seconds until a child process must have ended.
-DEADLINE = 120
+DEADLINE = 300
 TASK = "task01_product_note_polarity"
 DATA = str(BUNDLED_DIR / "SUPERNI" / TASK)
 SMALL = """
