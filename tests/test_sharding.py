@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
@@ -14,7 +15,7 @@ import torch
 
 import sapo_kernels as sk
 from sapo_kernels.ranks import ranks_of
-from sapo_kernels.sharding import cut
+from sapo_kernels.sharding import _digest, _race_parts, cut
 
 from .conftest import ROOT
 from .oracles import flatten, random_cells, small_qwen3
@@ -225,6 +226,19 @@ def test_one_process_alone_needs_no_group():
     raced = sk.score_prompts_sharded(model, many, shards=2, race=race)
     assert raced.best == sk.score_prompts(model, many, race=race, progress=False).best
     assert raced.race is not None and torch.equal(raced.nll.isnan(), raced.tokens == 0)
+
+
+def test_ranks_that_remember_another_race_are_told_apart():
+    """Equal losses of the same cells, from races that ended otherwise: the next race begins otherwise too."""
+    job = tiny(), cache_of(4, 4, 16)
+    old = sk.score_prompts_sharded(*job, race=sk.Race(first=5, relative=0.1))
+    other = dataclasses.replace(old.race, winner=(old.race.winner + 1) % 4)
+
+    def remembered(report) -> bytes:
+        return _digest(*_race_parts(sk.Race(memory=dataclasses.replace(old, race=report))))
+
+    assert old.race is not None and remembered(old.race) == remembered(dataclasses.replace(old.race))
+    assert len({remembered(report) for report in (old.race, other, None)}) == 3
 
 
 def test_the_log_says_things_once(caplog):
