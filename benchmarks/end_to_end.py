@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
+import math
 import statistics
 from pathlib import Path
 
@@ -35,15 +36,20 @@ ORACLE_CELLS = 24
 class Agreement:
     """The check of one job: a few cells against each sequence alone, all cells against ours.
 
-    An error is in nats per response token. In fp32 it is the largest over the cells, in low precision their root mean
-    square; there the oracle is the same model in fp32, and the tolerance is twice the error that plain transformers
-    makes on those cells in that precision (plus 1e-3).
+    In fp32 an error is the largest over the cells, in nats per response token. In low precision the oracle is the same
+    model in fp32, and the error of a cell is in nats per square root of its response tokens: rounding differs from
+    token to token, so cells of all lengths err alike by that measure. Their root mean square counts, and the largest
+    divided by what the largest of so many normal errors is at most; the tolerance is twice the root mean square that
+    plain transformers reaches on the oracle's cells in that precision (plus 1e-3).
     """
 
     def __init__(self, model, cache, tolerance: float = TOLERANCE):
-        self.counts = torch.from_numpy(cache.response_lengths)
         self.low = model.dtype in (torch.bfloat16, torch.float16)
-        cells = len(self.counts)
+        counts = torch.from_numpy(cache.response_lengths).double()
+        self.unit = counts.sqrt() if self.low else counts
+        # Of a mean over tokens, as if one cell of usual length had it.
+        self.unit_of_means = float(counts.mean().sqrt()) if self.low else 1.0
+        cells = len(counts)
         self.sample = sorted(set(torch.linspace(0, cells - 1, min(cells, ORACLE_CELLS)).long().tolist()))
         self.exact, self.tolerance = self._oracle(model, cache, tolerance)
         self.ours = sk.score_prompts(model, cache, progress=False)
@@ -56,20 +62,24 @@ class Agreement:
         if model.device.type == "cuda":
             torch.cuda.empty_cache()
         plain = alone(model, cache, self.sample)
-        return exact, 2 * self._size((plain - exact) / self.counts[self.sample]) + 1e-3
+        return exact, 2 * float(((plain - exact) / self.unit[self.sample]).square().mean().sqrt()) + 1e-3
 
-    def _size(self, differences: torch.Tensor) -> float:
-        return float(differences.square().mean().sqrt() if self.low else differences.abs().max())
+    def _size(self, differences: torch.Tensor) -> torch.Tensor:
+        largest = differences.abs().max()
+        if not self.low:
+            return largest
+        usual = differences.square().mean().sqrt()
+        # Not Python's `max`, which passes a NaN over.
+        return torch.maximum(usual, largest / math.sqrt(2 * math.log(2 * len(differences))))
 
     def error_of_cells(self, nll: torch.Tensor) -> float:
-        """[K * M] nats: the distance from the oracle, or from ours if that is larger, per token."""
-        far = self._size((nll[self.sample] - self.exact) / self.counts[self.sample])
-        # Not `max`, which passes a NaN over.
-        return float(torch.tensor([far, self._size((nll - self.ours.nll.flatten()) / self.counts)]).max())
+        """[K * M] nats: the distance from the oracle, or from ours if that is larger."""
+        far = self._size((nll[self.sample] - self.exact) / self.unit[self.sample])
+        return float(torch.maximum(far, self._size((nll - self.ours.nll.flatten()) / self.unit)))
 
     def error_of_means(self, losses: torch.Tensor, batch_size: int = 8) -> float:
         """[K] nats per token as `Trainer.evaluate` means them."""
-        return float((losses - self.ours.reduce("batch", batch_size)).abs().max())
+        return float((losses - self.ours.reduce("batch", batch_size)).abs().max()) * self.unit_of_means
 
 
 def needed_work(model, trie) -> float:

@@ -281,3 +281,32 @@ def test_a_nan_anywhere_is_an_error():
     assert math.isnan(apart.check(torch.full_like(apart.run(), math.nan)))
     ours[-1] = math.nan
     assert math.isnan(case.check(ours))
+
+
+def test_one_wrong_cell_among_many_ends_the_case():
+    """Also in low precision, where a root mean square alone would let it pass; rows and tokens likewise."""
+    from benchmarks import attention, heads
+    from benchmarks.end_to_end import Agreement
+
+    def refuse(case: Case, name: str, place, by: float) -> None:
+        run_case(case)
+        wrong = case.providers[name].run().clone()
+        wrong[place] += by
+        case.providers[name].run = lambda: wrong
+        with pytest.raises(Disagreement, match=f"{name}: wanted within"):
+            run_case(case)
+
+    cache = Cells(12, 20, 4, 5, 2).cache(300)
+    check = Agreement(small_qwen3(300).bfloat16(), cache)
+    nll = check.ours.nll.flatten().clone()
+    assert check.error_of_cells(nll) <= check.tolerance
+    nll[3] += 6 * check.tolerance * math.sqrt(cache.response_lengths[3])
+    assert check.error_of_cells(nll) > check.tolerance
+    for dtype in (torch.float32, torch.bfloat16):
+        case = heads.make_case("rows", 100, 300, 16, dtype, rounds=1)
+        refuse(case, "ours", 1, 3 * case.tolerance)
+        cells = Cells(4, 6, 6, 8, 1)
+        case = attention.make_case(cells, "tokens", (4, 2, 16), dtype, rounds=1, flex="off")
+        refuse(case, "sdpa_sequences", (1, 3, 0, 5), 3 * case.tolerance)
+        case = attention.make_case(cells, "tokens", (4, 2, 16), dtype, rounds=1, flex="off")
+        refuse(case, "ours", (int(case.shape.split("T=")[1].split()[0]) // 2, 3, 5), 3 * case.tolerance)

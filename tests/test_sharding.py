@@ -229,7 +229,7 @@ def test_one_process_alone_needs_no_group():
 
 
 def test_ranks_that_remember_another_race_are_told_apart():
-    """Equal losses of the same cells, from races that ended otherwise: the next race begins otherwise too."""
+    """What a race said of itself is part of a memory, as the losses that it left are."""
     job = tiny(), cache_of(4, 4, 16)
     old = sk.score_prompts_sharded(*job, race=sk.Race(first=5, relative=0.1))
     other = dataclasses.replace(old.race, winner=(old.race.winner + 1) % 4)
