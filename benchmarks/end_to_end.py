@@ -31,6 +31,9 @@ from .workload import build_cache, data_folder, load_tasks, load_tokenizer, qwen
 TOLERANCE = 1e-4
 FORMULA = "2*layer weights*trie tokens + 2*D*V*rows + 4*layers*heads*head_dim*sum(depth+1)"
 ORACLE_CELLS = 24
+# Bytes that logits of every row may take on a CPU: themselves, their log-softmax and one more copy, in fp32. On a GPU a
+# size that does not fit is a finding.
+ROOM = 4 * 2**30
 
 
 class Agreement:
@@ -94,10 +97,19 @@ def needed_work(model, trie) -> float:
     return 2.0 * layers * len(trie) + 2.0 * head * len(trie.row_token) + attention
 
 
+def affordable(peer, sizes: tuple[int, ...], model, cache) -> tuple[int, ...] | None:
+    """Those of a peer's batch sizes for which a CPU has the `ROOM`; None if it has room for none of them."""
+    if not sizes or not peer.loop or model.device.type != "cpu":
+        return sizes
+    longest = max(len(ids) for row in cache.contexts for ids in row) + int(max(cache.response_lengths))
+    fitting = tuple(size for size in sizes if 3 * 4 * size * longest * model.config.vocab_size <= ROOM)
+    return fitting or None
+
+
 def make_case(
     op: str, name: str, model, cache, peers: list[str], rounds: int, sizes=None, loop_rounds=1, **options
 ) -> Case:
-    """`score_prompts` and the named peers on one job; peers whose packages are missing are left out.
+    """`score_prompts` and the named peers on one job; what is not installed or has no room is left out.
 
     sizes: by peer, instead of its own. loop_rounds: turns that peers which loop take part in. options: for ours.
     """
@@ -108,26 +120,26 @@ def make_case(
     def ours():
         return sk.score_prompts(model, cache, progress=False, **options).nll.flatten()
 
-    providers = {"ours": Provider(ours, tokens=len(trie))}
+    providers, runs = {"ours": Provider(ours, tokens=len(trie))}, []
     for peer_name in peers:
         peer = PEERS[peer_name]
-        if peer.missing():
+        chosen = affordable(peer, (sizes or {}).get(peer_name, peer.sizes), model, cache)
+        if peer.missing() or chosen is None:
             continue
         own_check = check.error_of_means if peer.gives == "batch8" else None
-        for suffix, run in peer.variants((sizes or {}).get(peer_name)).items():
+        for suffix, run in peer.variants(chosen).items():
+            runs.append(run)
             providers[peer_name + suffix] = Provider(
                 lambda run=run: run(model, cache), tokens=trie.dense_tokens, check=own_check,
-                rounds=loop_rounds if peer.loop else None,
+                rounds=loop_rounds if peer.loop else None, peer=peer_name,
             )  # fmt: skip
     small = sk.ResponseCache.from_token_ids(
         [row[:2] for row in cache.contexts[:2]], [r[:2] for r in cache.responses[:2]]
     )
 
     def warm_up():  # ours was run whole for the check
-        for peer_name in peers:
-            if not PEERS[peer_name].missing():
-                for run in PEERS[peer_name].variants((sizes or {}).get(peer_name)).values():
-                    run(model, small)
+        for run in runs:
+            run(model, small)
 
     config = model.config
     shape = (

@@ -1,7 +1,8 @@
 """Providers of one case in turns: every output checked, every call timed, memory read once.
 
 A turn runs every provider once, each time beginning with another one, so that what else happens on the machine hits
-all of them. An output that the check refuses ends the case: no time of it is worth keeping.
+all of them. Of the sizes of one peer the fastest goes on after the first turn, with those that come near it. An output
+that the check refuses ends the case: no time of it is worth keeping.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class Provider:
     """One column of a table.
 
     run: computes the output. calls: how many calls one timing covers. tokens: what goes through it. rounds: turns it
-    takes part in at most, for a slow one (None: all).
+    takes part in at most, for a slow one (None: all). peer: the name of the peer that this is one size of, if it is.
     check: overrides the case's check, for a provider that gives something else (a mean where others give cells).
     """
 
@@ -40,6 +41,11 @@ class Provider:
     rounds: int | None = None
     check: Callable[[object], float] | None = None
     note: str = ""
+    peer: str = ""
+
+
+# A size that takes this many times as long as its peer's fastest in the first turn is not timed again.
+SLOWER = 1.1
 
 
 @dataclass
@@ -79,13 +85,15 @@ class Turns:
             for name, provider in self.case.providers.items():
                 self._check(name, provider, provider.run())
 
-    def turn(self) -> None:
-        """Every provider once, timed and checked."""
+    def turn(self, deadline: float | None = None) -> None:
+        """Every provider once, timed and checked; past the deadline none begins any more, but for the very first."""
         names = list(self.case.providers)
         first = self.count % len(names)
         for name in names[first:] + names[:first]:
             provider = self.case.providers[name]
-            if provider.rounds is not None and self.count >= provider.rounds:
+            if (provider.rounds is not None and self.count >= provider.rounds) or self._slower(provider, name):
+                continue
+            if self.seconds and deadline is not None and time.monotonic() > deadline:
                 continue
             read = contextlib.nullcontext() if self.count else _peak_memory(self.device)
             synchronise(self.device)
@@ -102,6 +110,13 @@ class Turns:
             self.seconds.setdefault(name, []).append(took)
         self.count += 1
 
+    def _slower(self, provider: Provider, name: str) -> bool:
+        if not (self.count and provider.peer):
+            return False
+        sizes = [other for other, of in self.case.providers.items() if of.peer == provider.peer]
+        first = {size: self.seconds[size][0] for size in sizes if size in self.seconds}
+        return name in first and first[name] > SLOWER * min(first.values())
+
     def _check(self, name: str, provider: Provider, output: object) -> None:
         error = float((provider.check or self.case.check)(output))
         if not error <= self.case.tolerance:
@@ -112,10 +127,12 @@ class Turns:
         self.error[name] = max(error, self.error.get(name, 0.0))
 
     def rows(self, where: Environment | None = None) -> list[Row]:
-        """A row for each provider."""
+        """A row for each provider that was timed."""
         where, case = where or environment(self.device), self.case
         rows = []
         for name, provider in case.providers.items():
+            if name not in self.seconds:
+                continue
             p20, p50, p80 = quantiles(self.seconds[name])
             rows.append(
                 Row(
@@ -134,7 +151,7 @@ def run_case(case: Case, device: str = "cpu", deadline: float | None = None) -> 
     turns = Turns(case, device)
     turns.warm_up()
     for _ in range(case.rounds):
-        turns.turn()
+        turns.turn(deadline)
         if deadline is not None and time.monotonic() > deadline:
             break
     return turns.rows()

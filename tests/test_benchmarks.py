@@ -119,6 +119,53 @@ def test_times_follow_agreement_and_turns_rotate():
     assert quantiles([2.0]) == (2.0, 2.0, 2.0)
 
 
+def test_of_a_peers_sizes_the_fastest_goes_on():
+    def takes(seconds: float, peer: str = "") -> Provider:
+        return Provider(lambda: time.sleep(seconds) or 0.0, peer=peer)
+
+    providers = {"ours": takes(0.08), "p_8": takes(0.02, "p"), "p_32": takes(0.25, "p"), "q_8": takes(0.04, "q")}
+    rows = run_case(Case("op", "case", providers, float, 0.5, rounds=3))
+    assert {row.provider: row.rounds for row in rows} == {"ours": 3, "p_8": 3, "p_32": 1, "q_8": 3}
+    rows = run_case(Case("op", "case", providers, float, 0.5, rounds=3), deadline=time.monotonic())
+    assert {row.provider: row.rounds for row in rows} == {"ours": 1}, "past the deadline nothing more begins"
+
+
+def test_what_a_peer_builds_once_is_not_timed(monkeypatch):
+    from benchmarks import end_to_end
+
+    built = []
+
+    def prepare(model, batch_size):
+        built.append(batch_size)
+        return {"scorer": PEERS["tuned_plain"].run}
+
+    def run(model, cache, batch_size, scorer):
+        return scorer(model, cache, batch_size)
+
+    peer = dataclasses.replace(PEERS["lm_eval"], run=run, prepare=prepare, needs=(), sizes=(2, 8))
+    monkeypatch.setitem(end_to_end.PEERS, "lm_eval", peer)
+    case = end_to_end.make_case("op", "case", small_qwen3(), Cells(2, 3, 6, 8, 2).cache(200), ["lm_eval"], 2)
+    assert case.providers.keys() == {"ours", "lm_eval_2", "lm_eval_8"} and not built
+    case.warm_up()
+    assert built == [2, 8]
+    run_case(case)
+    assert built == [2, 8]
+
+
+def test_sizes_that_a_cpu_has_no_room_for_are_left_out():
+    from benchmarks.end_to_end import affordable
+
+    model, cache = small_qwen3(), Cells(1, 2, 50, 100, 2).cache(200)
+    found = {}
+    for vocabulary in (50257, 256000, 10**7):
+        model.config.vocab_size = vocabulary
+        found[vocabulary] = affordable(PEERS["trl_head"], (8, 32), model, cache)
+        assert affordable(PEERS["tuned_plain"], (8, 32), model, cache) == (8, 32), "response rows only"
+        assert affordable(PEERS["trainer_loop"], (), model, cache) == ()
+    # By hand, with some 180 tokens: 3 * 4 * 180 bytes a row of the batch and entry of the vocabulary.
+    assert found == {50257: (8, 32), 256000: (8,), 10**7: None}
+
+
 def test_peak_memory_sees_what_a_provider_holds():
     def hungry():
         return torch.ones(1 << 24).sum()  # 64 MiB

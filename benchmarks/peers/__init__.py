@@ -6,12 +6,13 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from .flex import flex_trie
-from .lm_eval import lm_eval_harness
+from .lm_eval import lm_eval_harness, scorer
 from .packed import packed
 from .plain import alone, padded_loop, tuned_plain
 from .prefix import prefix_cache
@@ -26,7 +27,8 @@ class Peer:
     """One peer: what runs it, what it needs, which sizes are tried (the fastest is the figure), what it gives.
 
     gives: "cells" or "batch8", the published score. loop: it projects every row on a CPU, so it takes part in one turn
-    only. gpu: only there is it what people would use.
+    only. gpu: only there is it what people would use. prepare: gives further arguments of `run`, from the model and
+    the size; what is built there is built once, at the first call, which is never timed.
     """
 
     run: Callable
@@ -38,6 +40,7 @@ class Peer:
     loop: bool = False
     gpu: bool = False
     options: dict = field(default_factory=dict)
+    prepare: Callable[..., dict] | None = None
 
     def missing(self) -> str:
         """The packages it needs that are not installed; empty if it can run."""
@@ -46,12 +49,15 @@ class Peer:
     def variants(self, sizes: tuple[int, ...] | None = None) -> dict[str, Callable]:
         """Suffix and callable of every size, its own by default: ``{"_8": run, "_32": run}``; no sizes, no suffix."""
         sizes = self.sizes if sizes is None else sizes
-        if not sizes:
-            return {"": lambda model, cache: self.run(model, cache, **self.options)}
-        return {
-            f"_{size}": lambda model, cache, size=size: self.run(model, cache, **{self.size_name: size}, **self.options)
-            for size in sizes
-        }
+        chosen = {f"_{size}": {self.size_name: size} for size in sizes} or {"": {}}
+        return {suffix: self._bound({**size, **self.options}) for suffix, size in chosen.items()}
+
+    def _bound(self, options: dict) -> Callable:
+        @functools.lru_cache(maxsize=1)
+        def prepared(model) -> dict:
+            return self.prepare(model, **options) if self.prepare else {}
+
+        return lambda model, cache: self.run(model, cache, **options, **prepared(model))
 
 
 PEERS = {
@@ -61,9 +67,14 @@ PEERS = {
     ),
     "padded_loop": Peer(padded_loop, "batches of 8 in order, right padding, logits of every position", loop=True),
     "tuned_plain": Peer(tuned_plain, "sorted by length, logits_to_keep mask of the response rows", sizes=(8, 32)),
-    "packed": Peer(packed, "the same, packed with a block-diagonal mask", sizes=(1024,), size_name="tokens"),
+    "packed": Peer(
+        packed, "the same, packed with a block-diagonal mask", sizes=(1024, 4096), size_name="tokens"
+    ),
     "prefix_cache": Peer(prefix_cache, "keys and values of a shared prefix reused over a group's cells", sizes=(8, 32)),
-    "lm_eval": Peer(lm_eval_harness, "lm-evaluation-harness HFLM.loglikelihood", ("lm_eval",), loop=True),
-    "trl_head": Peer(trl_fused_head, "TRL's fused log-probability head, sorted", ("trl",), sizes=(8,), loop=True),
+    "lm_eval": Peer(
+        lm_eval_harness, "lm-evaluation-harness HFLM.loglikelihood", ("lm_eval",), sizes=(8, 32), loop=True,
+        prepare=scorer,
+    ),
+    "trl_head": Peer(trl_fused_head, "TRL's fused log-probability head, sorted", ("trl",), sizes=(8, 32), loop=True),
     "flex_trie": Peer(flex_trie, "our road with FlexAttention over the same trie", gpu=True),
 }  # fmt: skip
