@@ -34,11 +34,12 @@ def oracle(q, k, v, trie: TokenTrie) -> torch.Tensor:
         if not len(new):
             continue
         done[new] = True
-        key, value = (t[path].double().repeat_interleave(groups, 1).transpose(0, 1) for t in (k, v))
         at = torch.from_numpy(np.searchsorted(path, new)).to(q.device)
+        path = torch.from_numpy(path).to(q.device)
+        key, value = (t[path].double().repeat_interleave(groups, 1).transpose(0, 1) for t in (k, v))
         hidden = torch.arange(len(path), device=q.device)[None] > at[:, None]
-        logits = q[new].double().transpose(0, 1) @ key.transpose(1, 2) * q.shape[2] ** -0.5
-        out[new] = (torch.softmax(logits.masked_fill(hidden, -torch.inf), -1) @ value).transpose(0, 1)
+        logits = q[path[at]].double().transpose(0, 1) @ key.transpose(1, 2) * q.shape[2] ** -0.5
+        out[path[at]] = (torch.softmax(logits.masked_fill(hidden, -torch.inf), -1) @ value).transpose(0, 1)
     return out
 
 

@@ -7,7 +7,7 @@
 Needs this checkout, torch, triton, transformers and pytest, and downloads nothing: models are random and drawn on the
 device. Every part runs in a process of its own with its share of the time that is left; one that fails or hangs is
 ended and named, and the others go on. DIR/rows.csv and DIR/summary.md grow as parts are done; DIR/logs holds what each
-printed.
+printed. The exit status is 1 if a part failed, was ended or had no time; what is skipped for want of a tool says so.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
-from sapo_kernels._io import atomic_write
+from sapo_kernels._io import atomic_write, read_text
 
-from .gpu_parts import PARTS, Job, run_part
+from .gpu_parts import NO_TIME, PARTS, Job, run_part
 from .rows import ROOT, Row, read_rows, to_csv
 from .suite_summary import summary
 
@@ -36,7 +36,7 @@ CLOSING_SECONDS = 5.0
 
 @dataclass
 class Outcome:
-    """How a part ended: "passed", "failed (why)", "ended after N s" or "no time left"."""
+    """How a part ended: as `run_part` has it, "failed (why)" or "ended after N s"."""
 
     name: str
     status: str
@@ -86,11 +86,19 @@ def part_command(name: str, options, seconds: float) -> list[str]:
 def run_here(name: str, options, seconds: float) -> str:
     """The part in this process, for tests: a failure is caught, a hang is not."""
     try:
-        run_part(Job("cpu" if options.toy else "cuda", options.toy, seconds, options.out, name, options.data))
+        return run_part(Job("cpu" if options.toy else "cuda", options.toy, seconds, options.out, name, options.data))
     except Exception as error:  # a part's failure is its status
         (options.out / "logs" / f"{name}.log").write_text(traceback.format_exc(), encoding="utf-8")
         return f"failed ({type(error).__name__}; logs/{name}.log)"
-    return "passed"
+
+
+def run_part_apart(name: str, options, seconds: float, limit: float) -> str:
+    """The part in a process of its own, ended after `limit`."""
+    status = run_apart(part_command(name, options, seconds), options.out / "logs" / f"{name}.log", limit)
+    said = options.out / "status" / f"{name}.txt"
+    if status != "passed":
+        return status
+    return read_text(said) if said.exists() else f"failed (it ended without a status; logs/{name}.log)"
 
 
 def collected(out: Path) -> list[Row]:
@@ -138,17 +146,16 @@ def main(argv: list[str] | None = None) -> int:
         waiting = waiting[1:]
         begun = time.monotonic()
         if left < 5:
-            status = "no time left"
+            status = NO_TIME
         elif options.together:
             status = run_here(name, options, seconds)
         else:
-            limit = min(left, seconds + GRACE_SECONDS)
-            status = run_apart(part_command(name, options, seconds), options.out / "logs" / f"{name}.log", limit)
+            status = run_part_apart(name, options, seconds, min(left, seconds + GRACE_SECONDS))
         outcomes.append(Outcome(name, status, time.monotonic() - begun))
         print(f"{name:<16} {status} ({outcomes[-1].seconds:.0f} s)", flush=True)
         write_results(options.out, outcomes, started)
     print(f"{options.out / 'summary.md'}: {time.monotonic() - started:.0f} s")
-    return 1 if any(outcome.status.startswith(("failed", "ended")) for outcome in outcomes) else 0
+    return 1 if any(outcome.status.startswith(("failed", "ended", "not run")) for outcome in outcomes) else 0
 
 
 if __name__ == "__main__":

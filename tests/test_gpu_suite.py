@@ -85,6 +85,44 @@ def test_the_suite_ends_in_time(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize("compiler", [None, "/bin/true", "/bin/false"], ids=["no nvcc", "nvcc", "nvcc that fails"])
+def test_a_part_that_could_not_do_its_job_does_not_pass(compiler, tmp_path, monkeypatch):
+    """Skipped for a tool that the machine does not have, failed for one that does not do."""
+    monkeypatch.setattr(machine.shutil, "which", lambda name, path=None: compiler if name == "nvcc" else None)
+    monkeypatch.setattr(machine, "lacking", lambda: [])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+
+    def run(job, command, seconds, **environment):
+        return int(environment.get("SAPO_BUILD_CUDA") == "on" and compiler == "/bin/false"), "the end\n"
+
+    monkeypatch.setattr(machine, "_run", run)
+    code = gpu_suite.main(["--together", "--out", str(tmp_path), "--only", "build", "tests", "sanitizer"])
+    summary = (tmp_path / "summary.md").read_text()
+    build = {
+        None: "skipped: the CUDA kernels, for nvcc is not installed", "/bin/true": "passed |",
+        "/bin/false": "failed (RuntimeError",
+    }  # fmt: skip
+    assert f"| build | {build[compiler]}" in summary and code == (compiler == "/bin/false")
+    assert "| sanitizer | skipped: compute-sanitizer is not installed |" in summary
+    assert "| tests | skipped: no test ran (the end) |" in summary
+
+
+def test_what_had_no_time_does_not_pass(tmp_path, monkeypatch):
+    assert gpu_suite.main(["--toy", "--minutes", "0.15", "--out", str(tmp_path), "--only", "ceilings", "configs"]) == 1
+    summary = (tmp_path / "summary.md").read_text()
+    assert "| ceilings | not run: no time left | 0 |" in summary and "| configs | not run: no time left |" in summary
+    job = gpu_parts.Job("cpu", True, 0.0, tmp_path, "configs")
+    assert gpu_parts.run_part(job) == "not run: no time left" and len(job.missed) == 2
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "configs.csv").touch()
+    assert gpu_parts.run_part(gpu_parts.Job("cpu", True, 0.0, tmp_path, "configs")).startswith(
+        "passed in part: no time"
+    )
+    # One that ends well and says nothing has not passed either.
+    monkeypatch.setattr(gpu_suite, "part_command", lambda *_: [sys.executable, "-c", "pass"])
+    assert gpu_suite.main(["--toy", "--out", str(tmp_path / "x"), "--only", "ceilings"]) == 1
+
+
 def test_candidates_begin_with_what_is_in_use_and_put_it_back():
     pytest.importorskip("triton")
     from sapo_kernels.linear_logprob import triton as heads

@@ -11,7 +11,15 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from sapo_kernels._io import atomic_write
+
 from ..rows import Row, append_rows
+
+NO_TIME = "not run: no time left"
+
+
+class Skipped(Exception):
+    """A part cannot do its job on this machine, through no fault of the project's: the message says what is lacking."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +50,8 @@ PARTS = {
 class Job:
     """What a part is given: where to measure, how long, where to write.
 
-    seconds: the part should be done by then; it is ended some time later. lines: what it says in the summary.
+    seconds: the part should be done by then; it is ended some time later. lines: what it says in the summary. missed:
+    what it had no time for.
     """
 
     device: str
@@ -53,6 +62,7 @@ class Job:
     data: Path | None = None
     started: float = field(default_factory=time.monotonic)
     lines: list[str] = field(default_factory=list)
+    missed: list[str] = field(default_factory=list)
 
     @property
     def left(self) -> float:
@@ -72,15 +82,30 @@ class Job:
 
     def say(self, line: str) -> None:
         """A line for the summary."""
-        from sapo_kernels._io import atomic_write
-
         self.lines.append(line)
         print(line, flush=True)
         (self.out / "notes").mkdir(parents=True, exist_ok=True)
         atomic_write(self.out / "notes" / f"{self.name}.txt", "\n".join(self.lines) + "\n")
 
+    def miss(self, what: str) -> None:
+        """The same for something that there was no time for."""
+        self.missed.append(what)
+        self.say(f"no time for {what}")
 
-def run_part(job: Job) -> None:
-    """Run the part that `job` names, in this process."""
-    part = PARTS[job.name]
-    getattr(importlib.import_module(f"{__name__}.{part.module}"), part.function)(job)
+
+def run_part(job: Job) -> str:
+    """Run the part that `job` names, in this process, and give its status, which also goes to ``OUT/status/NAME.txt``.
+
+    "passed"; "passed in part: no time for N things"; "skipped: WHY"; "not run: no time left" if it measured nothing.
+    """
+    part, status = PARTS[job.name], "passed"
+    try:
+        getattr(importlib.import_module(f"{__name__}.{part.module}"), part.function)(job)
+    except Skipped as why:
+        status = f"skipped: {why}"
+    if status == "passed" and job.missed:
+        measured = (job.out / "rows" / f"{job.name}.csv").exists()
+        status = f"passed in part: no time for {len(job.missed)} things" if measured else NO_TIME
+    (job.out / "status").mkdir(parents=True, exist_ok=True)
+    atomic_write(job.out / "status" / f"{job.name}.txt", status)
+    return status

@@ -10,11 +10,11 @@ from __future__ import annotations
 import torch
 
 from .. import attention, candidates, heads
-from ..timing import Case, Provider, run_case
+from ..timing import Case, Provider
 from ..workload import Cells
 from . import Job
 from .ops import TOY
-from .settle import settle
+from .settle import measured, settle
 
 IN_USE = " in use"
 
@@ -65,7 +65,7 @@ def sweep(job: Job) -> None:
         # Each shape has its share, so that the first does not take all of it for its candidates.
         job.seconds = min(end, (number + 1) * each)
         if job.left <= 0:
-            job.say(f"no time for {op}, {name}")
+            job.miss(f"{op}, {name}")
             continue
         if op == "tree_attention":
             cells = TOY if job.toy else Cells(21, 8, 100, 80)
@@ -77,7 +77,7 @@ def sweep(job: Job) -> None:
         case.rounds = 1 if job.toy else 7
         case = with_candidates(case, options, calls=1 if job.toy else 5)
         wrong += settle(job, case, must=next(iter(case.providers)))
-        rows = run_case(case, job.device, job.deadline)
+        rows = measured(job, case)
         job.emit(rows)
         best, now = min(rows, key=lambda row: row.p50_s), rows[0]
         gain = f"{now.p50_s / best.p50_s:.2f}x of the one in use"

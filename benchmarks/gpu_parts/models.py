@@ -9,15 +9,18 @@ import torch
 import sapo_kernels as sk
 
 from ..end_to_end import make_case
-from ..timing import run_case
+from ..peers import PEERS
 from ..workload import Cells, build_cache, load_tasks, load_tokenizer, qwen3_published
 from . import Job
-from .settle import settle
+from .settle import measured, settle
 
 PROMPTS, EXAMPLES = 21, 250
 # On a GPU more cells fill it; the fastest size is the figure.
-SIZES = {"tuned_plain": (32, 128), "packed": (4096,), "prefix_cache": (32, 128), "trl_head": (32,)}
-TOY_SIZES = {"tuned_plain": (4,), "packed": (64,), "prefix_cache": (4,), "trl_head": (4,)}
+SIZES = {
+    **dict.fromkeys(("tuned_plain", "prefix_cache", "lm_eval", "trl_head"), (32, 128)),
+    "packed": (4096, 8192),
+}
+TOY_SIZES = {**dict.fromkeys(SIZES, (4,)), "packed": (64,)}
 SMALL_PEERS = ["tuned_plain", "flex_trie", "prefix_cache", "packed", "trainer_loop", "lm_eval", "trl_head"]
 LARGE_PEERS = ["tuned_plain", "flex_trie", "prefix_cache", "trainer_loop"]
 
@@ -28,16 +31,19 @@ def _model(job: Job, name: str):
 
 def _compared(job: Job, name: str, model, cache, peers: list[str], rounds: int) -> None:
     """All peers on one job; one that fails is named and left out."""
+    for peer in peers:
+        if PEERS[peer].missing():
+            job.say(f"{name}: {peer}: not installed: {PEERS[peer].missing()}")
     case = make_case("end_to_end", name, model, cache, peers, rounds, TOY_SIZES if job.toy else SIZES)
     settle(job, case)
-    job.emit(run_case(case, job.device, job.deadline))
+    job.emit(measured(job, case))
 
 
 def _whole(job: Job, name: str, model, cache) -> None:
     """Ours alone at K=21, M=250, checked against the oracle's cells."""
     case = make_case("end_to_end", f"{name} K={PROMPTS} M={EXAMPLES}", model, cache, [], 1)
     case.warm_up = lambda: None
-    job.emit(run_case(case, job.device, job.deadline))
+    job.emit(measured(job, case))
 
 
 def _kernels(job: Job, model, cache) -> None:
@@ -79,7 +85,7 @@ def small(job: Job) -> None:
     tokenizer = load_tokenizer(job.data / "gpt2tokenizer")
     for task in load_tasks(job.data):
         if job.left <= 0:
-            return job.say(f"no time for {task.name} and the tasks after it")
+            return job.miss(f"{task.name} and the tasks after it")
         cache = build_cache(task, tokenizer, 2 if job.toy else EXAMPLES)
         _compared(job, f"0.6B {task.name[:20]}", model, cache, ["tuned_plain"], 1)
 
@@ -93,4 +99,4 @@ def large(job: Job) -> None:
     if job.left > 0.25 * job.seconds or job.toy:
         _whole(job, "8B SuperNI lengths", model, _cells(job, EXAMPLES).cache(vocabulary))
     else:
-        job.say(f"no time for M={EXAMPLES}")
+        job.miss(f"M={EXAMPLES}")

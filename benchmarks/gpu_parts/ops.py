@@ -11,10 +11,10 @@ import sapo_kernels as sk
 from .. import attention, heads, in_place, reweight
 from ..bench_linear_logprob import GPU_CASES as HEADS
 from ..bench_tree_attention import GPU_CASES as ATTENTION
-from ..timing import Case, Provider, run_case
+from ..timing import Case, Provider
 from ..workload import Cells
 from . import Job
-from .settle import settle
+from .settle import measured, settle
 
 # Calls in one timing: the device is waited for once, so a short kernel is not timed with the wait.
 CALLS = 10
@@ -27,7 +27,7 @@ def measure(job: Job, case: Case, calls: int = CALLS) -> None:
     for provider in case.providers.values():
         provider.calls = 1 if job.toy else calls
     case.rounds = 1 if job.toy else case.rounds
-    job.emit(run_case(case, job.device, job.deadline))
+    job.emit(measured(job, case))
 
 
 def _free() -> None:
@@ -39,7 +39,7 @@ def _free() -> None:
 def tree_attention(job: Job) -> None:
     for name, (cells, shape) in ATTENTION.items():
         if job.left <= 0:
-            return job.say(f"no time for {name}")
+            return job.miss(f"{name} and what comes after it")
         if job.toy:
             case = attention.make_case(TOY, name, (4, 2, 16), torch.float32, "cpu", impl="triton", flex="eager")
         else:
@@ -56,7 +56,7 @@ def linear_logprob(job: Job) -> None:
         job.say(f"{name}: {why}")
     for name, shape in HEADS.items():
         if job.left <= 0:
-            return job.say(f"no time for {name}")
+            return job.miss(f"{name} and what comes after it")
         if job.toy:
             case = heads.make_case(name, 8, 300, 16, torch.float32, "cpu", impl="triton")
         else:
