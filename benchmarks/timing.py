@@ -1,8 +1,8 @@
 """Providers of one case in turns: every output checked, every call timed, memory read once.
 
 A turn runs every provider once, each time beginning with another one, so that what else happens on the machine hits
-all of them. Of the sizes of one peer the fastest goes on after the first turn, with those that come near it. An output
-that the check refuses ends the case: no time of it is worth keeping.
+all of them. Of the sizes of one peer only the fastest goes on after the first turn. An output that the check refuses
+ends the case: no time of it is worth keeping.
 """
 
 from __future__ import annotations
@@ -42,10 +42,6 @@ class Provider:
     check: Callable[[object], float] | None = None
     note: str = ""
     peer: str = ""
-
-
-# A size that takes this many times as long as its peer's fastest in the first turn is not timed again.
-SLOWER = 1.1
 
 
 @dataclass
@@ -115,7 +111,7 @@ class Turns:
             return False
         sizes = [other for other, of in self.case.providers.items() if of.peer == provider.peer]
         first = {size: self.seconds[size][0] for size in sizes if size in self.seconds}
-        return name in first and first[name] > SLOWER * min(first.values())
+        return name in first and first[name] > min(first.values())
 
     def _check(self, name: str, provider: Provider, output: object) -> None:
         error = float((provider.check or self.case.check)(output))
