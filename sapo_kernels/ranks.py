@@ -17,7 +17,8 @@ from collections import deque
 import torch
 import torch.distributed as dist
 
-WORKING, IDLE, FAILED = 1, 0, 2
+# ASKING: a gathering of the model's weights failed, and whoever is there may say so.
+WORKING, IDLE, FAILED, ASKING = 1, 0, 2, 3
 # int64 in the message of a round: a status and what the job puts behind it.
 MESSAGE = 16
 # int64 in an alarm: the rank that it is about, then text.
@@ -63,6 +64,28 @@ def ranks_of(group, timeout: float) -> Ranks | None:
         _connected[members] = (dist.group.WORLD, ranks)
     ranks.timeout = float(timeout)
     return ranks
+
+
+@contextlib.contextmanager
+def patience(groups, seconds: float):
+    """Collectives of these process groups over gloo fail after `seconds` in the block, not after the groups' own time.
+
+    What goes over NCCL keeps its own: there a collective that is late ends the process.
+    """
+    held = []
+    for group in groups:
+        # Neither has a public name; without them the groups' own time holds.
+        with contextlib.suppress(AttributeError, RuntimeError):
+            backend = group._get_backend(torch.device("cpu"))
+            if isinstance(backend, dist.ProcessGroupGloo):
+                own = backend.options._timeout
+                backend._set_default_timeout(datetime.timedelta(seconds=seconds))
+                held.append((backend, own))
+    try:
+        yield
+    finally:
+        for backend, own in reversed(held):
+            backend._set_default_timeout(own)
 
 
 class Ranks:
@@ -141,7 +164,7 @@ class Ranks:
         message, received, sent = self._rounds.popleft()
         found = self._wait(received)
         for rank in self.others:
-            if found[rank][0] == FAILED:
+            if found[rank][0] in (FAILED, ASKING):
                 self._lost(rank, None, None)
         # A rank whose message of this round is here has asked for ours.
         self._finish(sent)
@@ -195,20 +218,39 @@ class Ranks:
         raise RankError(about, reason) from error
 
     def name_lost(self, error: Exception) -> None:
-        """Raise the `RankError` for a rank that is gone, if one is; `error`: what made the caller ask."""
-        wake = torch.zeros(MESSAGE, dtype=torch.int64)
-        wake[0] = FAILED
+        """Raise the `RankError` for the rank that a collective of the model failed for, if one is gone or silent.
+
+        Only if `error` is a collective's: one rank's own trouble is no reason to ask for others, who cannot answer.
+        Ranks run in step here, so whoever is alive has failed in the same gathering and asks too, or waits for the next
+        round; the one that is not heard of is the one that was waited for.
+        """
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            return
+        asked = torch.zeros(MESSAGE, dtype=torch.int64)
+        asked[0] = ASKING
+        answers = {}
         for rank in self.others:
             try:
-                self._kept.append((wake, self._send(rank, wake, self._beats)))
+                self._kept.append((asked, self._send(rank, asked, self._beats)))
+                answers[rank] = self._receive(rank, MESSAGE, self._beats)
             except RuntimeError:
+                self._lost(rank, None, error)
+        deadline = time.monotonic() + GRACE
+        for rank, (work, buffer) in answers.items():
+            try:
+                work.wait(datetime.timedelta(seconds=max(deadline - time.monotonic(), 0.001)))
+            except RuntimeError:
+                silent = time.monotonic() >= deadline - 0.01 * GRACE
+                self._lost(rank, self.timeout if silent else None, error)
+            if buffer[0] == FAILED:
                 self._lost(rank, None, error)
 
     def _said_by(self, rank: int) -> tuple[int, str]:
         """(the rank to blame, why) as a rank that failed put it before it went; if it did not, it was killed."""
         work, buffer = self._alarm_of[rank]
         try:
-            work.wait(datetime.timedelta(seconds=GRACE))
+            # Whoever asks who is lost takes a `GRACE` before it can say.
+            work.wait(datetime.timedelta(seconds=2 * GRACE))
         except RuntimeError:
             return rank, "is gone: it closed its connection without a word (killed, or its process ended)"
         about, text = int(buffer[0]), bytes(buffer[1:].view(torch.uint8).tolist())

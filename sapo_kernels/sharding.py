@@ -21,7 +21,7 @@ from torch import nn
 from .guard import compilation_off, scoring_mode
 from .prompt_scores import PromptScores
 from .race import Race
-from .ranks import IDLE, WORKING, RankError, Ranks, ranks_of
+from .ranks import IDLE, WORKING, RankError, Ranks, patience, ranks_of
 from .response_cache import ResponseCache
 from .score import ScoringJob, check_choices
 from .trie import TokenTrie, plan_trie
@@ -199,26 +199,40 @@ class ShardedJob(ScoringJob):
             while ranks.posted > lead:
                 ranks.take()
 
-        # In front of FSDP's own hook, which gathers.
-        handle = self.model.register_forward_pre_hook(sign, prepend=True)
-        try:
+        with self._gathering():
+            # In front of FSDP's own hook, which gathers.
+            handle = self.model.register_forward_pre_hook(sign, prepend=True)
+            try:
+                yield
+            finally:
+                handle.remove()
+            while True:
+                ranks.post(IDLE)
+                while ranks.posted:
+                    statuses = ranks.take()[:, 0]
+                if not (statuses == WORKING).any():
+                    return
+                if self.gathers:
+                    ids = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+                    with scoring_mode(self.model), compilation_off():
+                        self.model(input_ids=ids, use_cache=False)
+
+    @contextlib.contextmanager
+    def _gathering(self):
+        """Forwards that gather weights wait for a rank no longer than the ranks' own messages do, and name it.
+
+        Gathering with a rank that is gone or stopped fails in the forward, and does not say with which.
+        """
+        if not self.gathers:
             yield
-        except RuntimeError as error:
-            # Gathering with a rank that is gone fails in the forward, and does not say with which.
-            if self.gathers and not isinstance(error, RankError):
-                ranks.name_lost(error)
-            raise
-        finally:
-            handle.remove()
-        while True:
-            ranks.post(IDLE)
-            while ranks.posted:
-                statuses = ranks.take()[:, 0]
-            if not (statuses == WORKING).any():
-                return
-            if self.gathers:
-                with scoring_mode(self.model), compilation_off():
-                    self.model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=self.device), use_cache=False)
+            return
+        with patience(gathering_groups(self.model), self.ranks.timeout):
+            try:
+                yield
+            except RuntimeError as error:
+                if not isinstance(error, RankError):
+                    self.ranks.name_lost(error)
+                raise
 
     def check_alike(self, race: Race | None) -> None:
         """The first round: every rank must hold the same job."""
@@ -278,6 +292,12 @@ def gathers_in_forward(model: nn.Module) -> bool:
     from torch.distributed.fsdp import FSDPModule
 
     return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def gathering_groups(model: nn.Module) -> list:
+    """The process groups that FSDP2 gathers weights in."""
+    meshes = {parameter.device_mesh for parameter in model.parameters() if hasattr(parameter, "device_mesh")}
+    return list({id(group): group for mesh in meshes for group in mesh.get_all_groups()}.values())
 
 
 def _divides(placement) -> bool:

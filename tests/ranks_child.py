@@ -113,6 +113,8 @@ def scene_lost(case, rank: int) -> dict:
     if case.get("fsdp"):
         from torch.distributed.fsdp import fully_shard
 
+        for layer in model.model.layers:
+            fully_shard(layer)
         fully_shard(model)
     options = {"max_tokens": 20, "shards": 12}
     event = Path(case["folder"], f"{case['name']}.event")
@@ -137,7 +139,9 @@ def scene_lost(case, rank: int) -> dict:
         act()
     if mine and phase == "forward":
         count = iter(range(100))
-        model.register_forward_pre_hook(lambda *_: act() if next(count) == 2 else None)
+        # Sharded: in the middle of a forward, where the others wait for it to gather the layer's weights.
+        place = model.model.layers[0] if case.get("fsdp") else model
+        place.register_forward_pre_hook(lambda *_: act() if next(count) == 2 else None, prepend=bool(case.get("fsdp")))
     if mine and phase == "idle":
         plain_post = Ranks.post
         Ranks.post = lambda self, status, payload=None: act() if status == 0 else plain_post(self, status, payload)
@@ -191,6 +195,7 @@ def scene_sharded(case, rank: int) -> dict:
             found[name].append(digest(bits(scores)))
     found["kinds"] = sorted({type(p.data).__name__ for p in model.parameters()})
     found["training"] = any(m.training for m in model.modules())
+    found["timeout"] = mesh.get_group()._get_backend(torch.device("cpu")).options._timeout.total_seconds()
     tensor_parallel = tiny()
     weight = tensor_parallel.model.layers[0].mlp.up_proj.weight
     tensor_parallel.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(distribute_tensor(weight, mesh, [Shard(0)]))

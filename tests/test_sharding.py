@@ -19,7 +19,7 @@ from sapo_kernels.sharding import _digest, _race_parts, cut
 
 from .conftest import ROOT
 from .oracles import flatten, random_cells, small_qwen3
-from .ranks_child import cache_of, tiny
+from .ranks_child import BEGIN, cache_of, tiny
 from .tolerances import TOLERANCES
 
 needs_gloo = pytest.mark.skipif(
@@ -40,12 +40,20 @@ def lost(kind: str, phase: str, world: int, culprit: int, **more) -> dict:
 
 FEW = [
     lost("kill", "forward", 3, 0), lost("kill", "results", 3, 2), lost("kill", "forward", 2, 1, fsdp=True),
-    lost("stop", "forward", 3, 1), lost("raise", "forward", 3, 0), lost("raise", "start", 2, 1, fsdp=True),
+    lost("stop", "forward", 3, 1), lost("stop", "forward", 3, 0, fsdp=True),
+    lost("raise", "forward", 3, 0), lost("raise", "start", 2, 1, fsdp=True),
     lost("interrupt", "forward", 2, 1), lost("late", "first", 2, 1),
 ]  # fmt: skip
 MANY = [
     lost(kind, phase, world, (i * 7) % world)
     for i, (kind, phase, world) in enumerate(itertools.product(KINDS, PHASES, (2, 3, 4)))
+]
+# In the middle of a forward that gathers weights, each rank of each world.
+GATHERING = [
+    lost(kind, "forward", world, culprit, fsdp=True)
+    for kind in ("kill", "stop", "raise")
+    for world in (2, 3, 4)
+    for culprit in range(world)
 ]
 
 
@@ -145,6 +153,7 @@ def test_a_model_sharded_by_fsdp2_gives_the_bits_of_the_whole_one(few, name):
     ranks = results(few[name])
     for result in ranks:
         assert "DTensor" in result["kinds"] and not result["training"]
+        assert result["timeout"] == BEGIN.total_seconds(), "the group's own again"
         assert result["sharded"] == result["whole"] == ranks[0]["whole"]
         assert "spread over ranks" in result["refused"] and "up_proj.weight" in result["refused"]
 
@@ -180,6 +189,16 @@ def test_sixty_ways_to_lose_a_rank(tmp_path):
     found = worlds(tmp_path, MANY, deadline=3600)
     assert len(found) == 60
     for case in MANY:
+        check_lost(case, found[case["name"]])
+
+
+@needs_gloo
+@pytest.mark.slow
+@pytest.mark.timeout(4000)
+def test_ways_to_lose_a_rank_while_weights_are_gathered(tmp_path):
+    found = worlds(tmp_path, GATHERING, deadline=3600)
+    assert len(found) == 27
+    for case in GATHERING:
         check_lost(case, found[case["name"]])
 
 
