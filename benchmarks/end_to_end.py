@@ -15,7 +15,6 @@ import copy
 import gc
 import math
 import statistics
-import time
 from pathlib import Path
 
 import torch
@@ -35,8 +34,6 @@ ORACLE_CELLS = 24
 # Bytes that logits of every row may take on a CPU: themselves, their log-softmax and one more copy, in fp32. On a GPU a
 # size that does not fit is a finding.
 ROOM = 4 * 2**30
-# A size that takes so many times as long as its peer's fastest on so many cells, or a few more, is not run whole.
-SLOWER, FEW_CELLS = 1.1, 32
 
 
 class Agreement:
@@ -109,28 +106,6 @@ def affordable(peer, sizes: tuple[int, ...], model, cache) -> tuple[int, ...] | 
     return fitting or None
 
 
-def _part(cache, prompts: int, examples: int):
-    """The first cells of a cache, as a cache of their own."""
-    parts = ([row[:examples] for row in rows[:prompts]] for rows in (cache.contexts, cache.responses))
-    return sk.ResponseCache.from_token_ids(*parts)
-
-
-def give_up_slow_sizes(providers: dict[str, Provider], runs: dict, model, few) -> None:
-    """Take out the sizes of a peer that are slower on a few cells than another; that one's note says so."""
-    times: dict[str, dict[str, float]] = {}
-    for name, run in runs.items():
-        if sum(of.peer == providers[name].peer for of in providers.values()) > 1:
-            began = time.perf_counter()
-            run(model, few)
-            times.setdefault(providers[name].peer, {})[name] = time.perf_counter() - began
-    for took in times.values():
-        best = min(took, key=took.get)
-        slow = {name: seconds / took[best] for name, seconds in took.items() if seconds > SLOWER * took[best]}
-        for name, ratio in slow.items():
-            providers[best].note = f"{name} took {ratio:.2f} times as long on {len(few.lengths)} cells"
-            del providers[name]
-
-
 def make_case(
     op: str, name: str, model, cache, peers: list[str], rounds: int, sizes=None, loop_rounds=1, **options
 ) -> Case:
@@ -145,7 +120,7 @@ def make_case(
     def ours():
         return sk.score_prompts(model, cache, progress=False, **options).nll.flatten()
 
-    providers, runs = {"ours": Provider(ours, tokens=len(trie))}, {}
+    providers, runs = {"ours": Provider(ours, tokens=len(trie))}, []
     for peer_name in peers:
         peer = PEERS[peer_name]
         chosen = affordable(peer, (sizes or {}).get(peer_name, peer.sizes), model, cache)
@@ -153,18 +128,19 @@ def make_case(
             continue
         own_check = check.error_of_means if peer.gives == "batch8" else None
         for suffix, run in peer.variants(chosen).items():
-            runs[peer_name + suffix] = run
+            runs.append(run)
             providers[peer_name + suffix] = Provider(
                 lambda run=run: run(model, cache), tokens=trie.dense_tokens, check=own_check,
                 rounds=loop_rounds if peer.loop else None, peer=peer_name,
             )  # fmt: skip
 
+    small = sk.ResponseCache.from_token_ids(
+        [row[:2] for row in cache.contexts[:2]], [r[:2] for r in cache.responses[:2]]
+    )
+
     def warm_up():  # ours was run whole for the check
-        small, few = _part(cache, 2, 2), -(-FEW_CELLS // cache.num_prompts)
-        for run in runs.values():
+        for run in runs:
             run(model, small)
-        if 4 * few <= cache.num_examples:
-            give_up_slow_sizes(providers, runs, model, _part(cache, cache.num_prompts, few))
 
     config = model.config
     shape = (

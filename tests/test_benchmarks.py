@@ -130,23 +130,6 @@ def test_of_a_peers_sizes_the_fastest_goes_on():
     assert {row.provider: row.rounds for row in rows} == {"ours": 1}, "past the deadline nothing more begins"
 
 
-def test_a_size_that_loses_on_a_few_cells_is_not_run_whole(monkeypatch):
-    from benchmarks import end_to_end
-
-    def run(model, cache, batch_size):
-        cells = len(cache.lengths)
-        ran.append((batch_size, cells))
-        time.sleep(0.3 if batch_size == 8 and cells > 4 else 0.0)
-        return own.run(model, cache, 64)
-
-    ran, own = [], PEERS["tuned_plain"]
-    monkeypatch.setitem(end_to_end.PEERS, "tuned_plain", dataclasses.replace(own, run=run))
-    case = end_to_end.make_case("op", "case", small_qwen3(), Cells(16, 8, 4, 4, 1).cache(200), ["tuned_plain"], 1)
-    rows = run_case(case)
-    assert [row.provider for row in rows] == ["ours", "tuned_plain_32"] and "tuned_plain_8 took " in rows[1].note
-    assert ran == [(8, 4), (32, 4), (8, 32), (32, 32), (32, 128)]
-
-
 def test_what_a_peer_builds_once_is_not_timed(monkeypatch):
     from benchmarks import end_to_end
 

@@ -185,20 +185,11 @@ def test_a_lost_rank_is_named_by_the_others(few, case):
 @needs_gloo
 @pytest.mark.slow
 @pytest.mark.timeout(4000)
-def test_sixty_ways_to_lose_a_rank(tmp_path):
-    found = worlds(tmp_path, MANY, deadline=3600)
-    assert len(found) == 60
-    for case in MANY:
-        check_lost(case, found[case["name"]])
-
-
-@needs_gloo
-@pytest.mark.slow
-@pytest.mark.timeout(4000)
-def test_ways_to_lose_a_rank_while_weights_are_gathered(tmp_path):
-    found = worlds(tmp_path, GATHERING, deadline=3600)
-    assert len(found) == 27
-    for case in GATHERING:
+@pytest.mark.parametrize(("cases", "count"), [(MANY, 60), (GATHERING, 27)], ids=["sixty", "while_weights_are_gathered"])
+def test_ways_to_lose_a_rank(cases, count, tmp_path):
+    found = worlds(tmp_path, cases, deadline=3600)
+    assert len(found) == count
+    for case in cases:
         check_lost(case, found[case["name"]])
 
 
