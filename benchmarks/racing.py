@@ -5,7 +5,7 @@
 
 A replay is a race over a matrix that is known in full, with another order of the examples: what it chose is compared
 with what scoring every cell chooses. Rules: `race` (the defaults), `strict` (no tolerance), `memory` (the state before
-as memory; first rounds of 8), and `plain`, the usual asymptotic rule: after every 16 examples, whoever is 1.645
+as memory), and `plain`, the usual asymptotic rule: after every 16 examples, whoever is 1.645
 standard errors behind the leader leaves, with no correction for the prompts or the rounds.
 
 Regret is the loss of the prompt chosen above the lowest, in percent of the lowest. "promise broken" counts replays in

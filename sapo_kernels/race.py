@@ -14,16 +14,14 @@ import numpy as np
 import torch
 
 from .prompt_scores import PromptScores
-from .race_bounds import WARM_UP, Differences, Evidence
+from .race_bounds import WARM_UP, Evidence, log_mean
 from .race_report import RaceReport
 from .race_strata import strata, without_strata
 
-# Examples of the first round without and with a memory.
-FIRST = (12, 8)
 # Where delta goes, for each prompt that might be the best: to the bets against whoever leads, to those against every
-# other prompt alike, and to those against whoever leads after so many examples, without and with an old winner, who
-# takes the rest.
-LEADER, EVERYONE = 0.5, 0.2
+# other prompt alike, and to those against whoever leads after so many examples; with an old winner, who takes the rest,
+# less to each.
+LEADER, EVERYONE = (0.6, 0.4), (0.1, 0.15)
 OPENINGS = ({8: 0.15, 16: 0.1, 32: 0.05}, {8: 0.075, 16: 0.05, 32: 0.025})
 
 
@@ -41,8 +39,8 @@ class Race:
     What is promised: with probability at least ``1 - delta`` over the random order, the winner's loss over all M
     examples (`reduce("token")`) is at most the tolerance above the lowest. This holds at any number of rounds, for any
     K and M, and for losses of any distribution, on one condition: among the differences between the best prompt and
-    another, none that is still to come lies further below the mean of those before it than `reach` times the furthest
-    of these (either way). Ordinary differences break that a little, most of all while few have been seen, and what it
+    another, none that is still to come lies further below the mean of those before it than `reach` times the lowest of
+    these. Ordinary differences break that a little, most of all while few have been seen, and what it
     can cost is bounded by how far they lie below (`sapo_kernels.race_bounds` has the argument). What no race can
     promise is a prompt that is best because of a few examples that nobody has scored yet. `benchmarks.racing` counts
     how often the promise was broken on real matrices.
@@ -52,15 +50,15 @@ class Race:
         tolerance: nats per token that the winner may be above the best.
         relative: the same as a share of the winner's loss; the larger of the two counts. 0 with tolerance 0 decides
             between near ties too, for which most examples are needed.
-        first: examples of the first round; default 12, with a memory 8.
+        first: examples of the first round.
         growth: each round ends at this multiple of the examples of the one before; more rounds save cells and cost
             shared prefixes, which each round computes again.
         reach: see above; larger is safer and slower.
         seed: of the order of the examples. The same seed and losses give the same race.
         memory: scores of the same prompts on the same examples under an earlier state of the model, or several of
             them, the newest last. A prompt that was once scored on every example has a whole row; the newest one takes
-            part of the noise out of the prompt's differences. The newest winner is expected to win again, and the
-            others are compared with it at half of delta. A race leaves few whole rows: keep the last scores of all
+            part of the noise out of the prompt's differences. The newest winner is expected to win again, and a
+            part of delta is kept for it. A race leaves few whole rows: keep the last scores of all
             cells, and give ``memory=(all_cells, last_race)``. A memory that predicts nothing costs examples, never the
             promise.
 
@@ -71,8 +69,8 @@ class Race:
     delta: float = 0.05
     tolerance: float = 0.0
     relative: float = 0.005
-    first: int | None = None
-    growth: float = 1.2
+    first: int = 8
+    growth: float = 1.15
     reach: float = 1.0
     seed: int = 0
     memory: PromptScores | Sequence[PromptScores] | None = None
@@ -86,7 +84,7 @@ class Race:
                 raise ValueError(f"{name}: wanted a number of at least {low:g} and below {high:g}, got {value!r}")
         if not (_number(self.growth) and 1.0 < self.growth < math.inf):
             raise ValueError(f"growth: wanted a number above 1, got {self.growth!r}")
-        if self.first is not None and (type(self.first) is not int or self.first <= WARM_UP):
+        if type(self.first) is not int or self.first <= WARM_UP:
             raise ValueError(f"first: wanted a whole number above {WARM_UP}, got {self.first!r}")
         if type(self.seed) is not int:
             raise ValueError(f"seed: wanted a whole number, got {self.seed!r}")
@@ -140,12 +138,14 @@ class Contest:
         self.waiting = np.zeros(self.num_prompts, dtype=bool)  # within the tolerance of the leader
         self.against = np.arange(self.num_prompts)
         self.left = np.zeros(self.num_prompts, dtype=np.int64)
-        first = race.first or FIRST[bool(race.memory)]
-        self.leader, self.tolerance, self.size = -1, 0.0, min(first, self.num_examples)
+        self.leader, self.tolerance, self.size = -1, 0.0, min(race.first, self.num_examples)
         self.rounds: list[int] = []
         # [2, n] for each example the leader after the examples before and the one behind it, and who was in then.
         self._leads, self._fields = np.zeros((2, 0), dtype=np.int64), []
         self._aim = 0.0
+        # [rules, K, M] what the bets against whoever led added to each prompt's log capital; NaN: not yet worked out.
+        rules = 2 if self._control(np.arange(self.num_prompts), 0) is None else 4
+        self._growth = np.full((rules, *tokens.shape), np.nan)
 
     def _remember(self, memory: PromptScores, prompts: list[str]) -> None:
         """Take over a memory's whole rows and its winner."""
@@ -213,6 +213,7 @@ class Contest:
         """Who leads after each number of examples, among the fit ones that were in when the next was scored."""
         if self.broken.any():  # they never led
             self._leads = self._leads[:, :0]
+            self._growth[:] = np.nan
         for start, stop, field in self._fields:
             members, done = np.flatnonzero(field & ~self.broken), self._leads.shape[1]
             if stop <= max(start, done) or not len(members):
@@ -242,14 +243,14 @@ class Contest:
         others = others[others != leader]
         for n in np.unique(counts[others]).tolist():
             group = others[counts[others] == n]
-            evidence = self._evidence(group, leader, n)
+            evidence = self._evidence(group, leader, n, self._shares(group, leader))
             if evidence.complete:  # the leader has the lowest loss of these, and the lowest index of equals
                 worse, close = np.ones(len(group), dtype=bool), np.zeros(len(group), dtype=bool)
             else:
-                capital = np.logaddexp(evidence.log_capital(0.0), self._against_leaders(group, n).log_capital(0.0))
+                capital = self._against_leaders(group, n)
                 worse = capital >= self._level
-                close = ~worse & (self.tolerance > 0.0) & (evidence.estimate >= 0.0)
-                close &= evidence.log_capital(-self.tolerance) >= self._level
+                capital = np.logaddexp(capital, evidence.log_capital(-self.tolerance))
+                close = ~worse & (evidence.estimate >= 0.0) & (capital >= self._level)
             out = worse | close
             self.left[group] = np.where(out & ~self.waiting[group], len(self.rounds), self.left[group])
             self.against[group] = np.where(out, leader, self.against[group])
@@ -269,69 +270,77 @@ class Contest:
         """Log capital at which a belief is given up."""
         return -math.log(self.race.delta)
 
-    def _evidence(self, prompts: np.ndarray, other: int, n: int) -> Evidence:
-        """On the losses of `prompts` minus that of `other` after n examples."""
-        control = self._old[prompts] - self._old[other]
-        # A prompt without a whole row in the memory has no control: one that is 0 changes nothing.
-        control = np.where(np.isfinite(control), control, 0.0) if np.isfinite(control).any() else None
-        seen = Differences.with_one_rival(self._values(prompts, n) - self._values(np.asarray([other]), n), control)
-        return self._weighed(seen, prompts, other)
-
-    def _weighed(self, seen: Differences, prompts: np.ndarray | int, other: np.ndarray | int) -> Evidence:
-        """The bets against the belief that `prompts` are better than `other`, with what delta leaves for each.
-
-        Only the best prompt can leave wrongly, whichever of the K - 1 others it is compared with: what is spread over
-        these adds up to delta. One that was likely to lead from what was known before a bet may have more of it.
+    def _control(self, prompts: np.ndarray, other: np.ndarray | int) -> np.ndarray | None:
+        """[P, M] what the memory says of the losses of `prompts` minus that of `other`; 0, which changes nothing, for a
+        prompt without a whole row. None without a memory of any.
         """
-        size = len(seen.value)
+        if not np.isfinite(self._old).any():
+            return None
+        control = self._old[prompts] - self._old[other]
+        return np.where(np.isfinite(control), control, 0.0)
+
+    def _evidence(self, prompts: np.ndarray, other: int, n: int, openings=((WARM_UP, 1.0),), sign=1.0) -> Evidence:
+        """On the losses of `prompts` minus that of `other` after n examples; with sign -1 the reverse."""
+        drawn = sign * (self._values(prompts, n) - self._values(np.asarray([other]), n))
+        control = self._control(prompts, other)
+        control = None if control is None else sign * control
+        return Evidence(drawn, self.num_examples, self._aim, self.race.reach, openings, self._stratum, control)
+
+    def _shares(self, prompts: np.ndarray, other: int) -> list[tuple[int, np.ndarray]]:
+        """What delta leaves for the bets against the belief that each of `prompts` is better than `other`.
+
+        Only the best prompt can leave wrongly, and only if the winner lies more than the tolerance above it. Then the bets
+        against all such winners, at the tolerance, and those against whoever led, at 0, are fair, and delta is what they
+        start with together. A rival that was likely to win from what was known before a bet may have more of it.
+        """
         remembered = self._old_winner >= 0
-        openings = [(WARM_UP, np.full(size, EVERYONE / max(self.num_prompts - 1, 1)))]
+        found = [(WARM_UP, np.full(len(prompts), EVERYONE[remembered] / max(self.num_prompts - 1, 1)))]
         extra = [(first, share, self._leads[:, first]) for first, share in OPENINGS[remembered].items()
                  if first < self._leads.shape[1]]  # fmt: skip
         if remembered:
-            left = 1.0 - LEADER - EVERYONE - sum(OPENINGS[True].values())
-            extra.append((WARM_UP, left, (self._old_winner, -1)))
+            share = 1.0 - LEADER[True] - EVERYONE[True] - sum(OPENINGS[True].values())
+            extra.append((WARM_UP, share, (self._old_winner, -1)))
         for first, share, (lead, second) in extra:
-            rival = np.where(np.asarray(prompts) == lead, second, lead)
-            openings.append((first, np.where(np.broadcast_to(rival == other, size), share, 0.0)))
-        return Evidence(seen, self.num_examples, self._aim, self.race.reach, openings, self._stratum)
+            found.append((first, np.where(np.where(prompts == lead, second, lead) == other, share, 0.0)))
+        return found
 
-    def _against_leaders(self, prompts: np.ndarray, n: int) -> Evidence:
-        """The bets against the belief that nobody is better than each of `prompts`, after n examples."""
+    def _against_leaders(self, prompts: np.ndarray, n: int) -> np.ndarray:
+        """[P] log capital of the bets against the belief that nobody is better than each of `prompts`, n < M examples.
+
+        Each example is bet on against the prompt that led before it, or the second if that is oneself.
+        """
         lead, second = self._leads[:, :n]
-        own = prompts[:, None]
-        rival, at = np.where(own == lead, second, lead), np.arange(n)
-        values = self._values(np.arange(self.num_prompts), n)
-        known = np.where(np.isfinite(values), values, 0.0)
-        before = np.cumsum(known, 1) - known
-        old = self._old
-        control = left = variance = None
-        if np.isfinite(old).any():
-            old = old - old.mean(1, keepdims=True)
-            rest = -(np.cumsum(old, 1) - old)[:, :n] / (self.num_examples - at)
-            control, left = (np.nan_to_num(x[own, at] - x[rival, at]) for x in (old[:, :n], rest))
-            variance = ((old[prompts] - old[rival[:, -1]]) ** 2).mean(1, keepdims=True)
-            control, variance = np.where(np.isfinite(variance), control, 0.0), np.nan_to_num(variance)
-        value, before = values[own, at] - values[rival, at], before[own, at] - before[rival, at]
-        seen = Differences(value, before, control, left, variance)
-        return Evidence(seen, self.num_examples, self._aim, self.race.reach, [(WARM_UP, LEADER)], self._stratum)
+        rivals = np.where(prompts[:, None] == lead, second, lead)
+        for rival in np.unique(rivals).tolist():
+            # A prompt's bets stay what they were: only those on examples that are new are worked out.
+            new = (rivals == rival) & np.isnan(self._growth[0][prompts, :n])
+            rows = new.any(1)
+            if rows.any():
+                growth = self._evidence(prompts[rows], rival, n).growth(0.0, aim=0.0)
+                known = self._growth[:, prompts[rows], :n]
+                self._growth[:, prompts[rows], :n] = np.where(new[rows], growth, known)
+        made = self._growth[:, prompts, :n].sum(2)
+        return math.log(LEADER[self._old_winner >= 0]) + log_mean(made)
 
     def report(self) -> RaceReport:
         """What came out; call it when `wanted` has said None."""
         counts, winner = self.scored.sum(1), -1 if not self.active.any() else self.leader
         lower, upper = np.full((2, self.num_prompts), np.nan)
-        regret = math.nan
+        above, regret = np.zeros(self.num_prompts), math.nan
         if winner >= 0:
             fit = np.flatnonzero(~self.broken)
             lower[winner] = upper[winner] = 0.0
             for n in np.unique(counts[fit]).tolist():
                 group = fit[(np.minimum(counts, counts[winner])[fit] == n) & (fit != winner)]
-                evidence = self._evidence(group, winner, n)
-                low = evidence.lower_bound(self._level)
-                high = self._weighed(evidence.seen.reversed(), winner, group).lower_bound(self._level)
-                lower[group], upper[group] = low, -high
-            regret = max(0.0, float((-lower[fit[~self.removed[fit]]]).max()))
-        reason = np.where(self.removed, "worse", "within tolerance")
+                lower[group] = self._evidence(group, winner, n).lower_bound(self._level)
+                upper[group] = -self._evidence(group, winner, n, sign=-1.0).lower_bound(self._level)
+                # Who waits was shown to be at most the tolerance better, maybe by less.
+                group = group[self.waiting[group]]
+                shown = self._evidence(group, winner, n, self._shares(group, winner)).lower_bound(self._level)
+                above[group] = np.clip(-shown, 0.0, self.tolerance)
+            regret = float(above.max())
+        worse = self.removed | (self.waiting & (above == 0.0))
+        reason = np.where(worse, "worse", "within tolerance")
         reason = np.where(self.broken, "not finite", np.where(np.arange(self.num_prompts) == winner, "winner", reason))
         return RaceReport(
             winner=winner,

@@ -11,15 +11,15 @@ ever reaches 1 / alpha with probability alpha at most (Ville's inequality), howe
 ``D > theta`` is concluded. The stakes may depend on everything that was seen before.
 
 The capital must stay positive, and no sample can tell how low a difference may lie that nobody has seen. Hence the one
-assumption, the *reach*: differences below ``floor = mean - reach * (largest distance from it)``, both of the examples
-seen before the bet, count as ``floor``. If no unseen difference lies below it at any bet, alpha holds exactly, for
-every M, number of examples and shape of the distribution. If some do, the conclusion is ``D > theta - tail``, where
+assumption, the *reach*: differences below ``floor = mean - reach * (how far the lowest lies below it)``, both of the
+examples seen before the bet, count as ``floor``. If no unseen difference lies below it at any bet, alpha holds exactly,
+for every M, number of examples and shape of the distribution. If some do, the conclusion is ``D > theta - tail``, where
 tail is the largest sum over the unseen examples of what is missing to the floor, divided by M.
 
 Examples fall into *strata*, known beforehand: equal responses, or responses of like length. From each difference the
 mean of its stratum, as the examples before have it, is taken, and the mean of the same over all examples left is added:
 that leaves the mean over the examples left as it was, and takes out the noise that a stratum's examples share. The bets
-are on what is left. In the floor, the mean is what the strata let one expect of the examples left; the distance is that
+are on what is left. In the floor, the mean is what the strata let one expect of the examples left; the depth is that
 of the differences as they are. A stratum that says nothing costs a little variance, never the promise
 (`sapo_kernels.race_strata`).
 
@@ -39,116 +39,89 @@ sequences for sampling without replacement" (2020).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 
 from .race_strata import expected_means, without_strata
 
 # Examples that are only looked at before the first bet: stakes need an idea of the spread.
-WARM_UP = 4
+WARM_UP = 3
 # The largest part of the capital that can be lost on one example.
 MOST = 0.9
 # Before b is learned, an old difference is believed (b = 1) like this many examples that say so.
 PRIOR_EXAMPLES = 4.0
-# Two more rules aim this many standard deviations below the mean, whatever is to be shown: bounds for any theta.
-STEADY = (0.7, 0.35)
+# Another rule aims this many standard deviations below the mean, whatever is to be shown: bounds for any theta.
+STEADY = 0.8
 _TINY = 1e-300
 
 
-@dataclass(frozen=True)
-class Differences:
-    """P series of differences in the order drawn, nats per token, each between a prompt and its rivals.
-
-    value: [P, n], this prompt minus the rival it has on that example.
-    before: [P, n], sum of the differences from that same rival over the examples before.
-    control: [P, n] the difference in the memory, less its mean over all examples, and control_left, its mean over this
-        and the examples after; control_variance: [P, 1] over all examples. None without a memory.
-
-    With one rival throughout, see `with_one_rival`, the mean of the series is the difference of two losses.
-    """
-
-    value: np.ndarray
-    before: np.ndarray
-    control: np.ndarray | None = None
-    control_left: np.ndarray | None = None
-    control_variance: np.ndarray | None = None
-
-    @classmethod
-    def with_one_rival(cls, drawn: np.ndarray, control: np.ndarray | None = None) -> Differences:
-        """drawn: [P, n]. control: [P, M] in the same order, or None."""
-        before = np.cumsum(drawn, 1) - drawn
-        if control is None:
-            return cls(drawn, before)
-        n, population = drawn.shape[1], control.shape[1]
-        centred = control - control.mean(1, keepdims=True)
-        seen = centred[:, :n]
-        left = -(np.cumsum(seen, 1) - seen) / (population - np.arange(n))
-        return cls(drawn, before, seen, left, (centred * centred).mean(1, keepdims=True))
-
-    def reversed(self) -> Differences:
-        """The rivals minus the prompts."""
-        control = None if self.control is None else -self.control
-        left = None if self.control_left is None else -self.control_left
-        return Differences(-self.value, -self.before, control, left, self.control_variance)
-
-
 class Evidence:
-    """What the first n of M examples say about P prompts and their rivals.
+    """What the first n of M examples say about P prompts and one rival.
 
     Args:
-        seen: the differences.
+        drawn: [P, n], the differences in the order drawn, nats per token: of the prompts minus the rival. NaN where the
+            rival was not scored; nothing before that is touched by it.
         population: M.
-        margin: nats per token; the stakes aim at showing ``D > 0`` and ``D > -margin``. Fixed beforehand.
+        margin: nats per token; the stakes aim at showing ``D > -margin``. Fixed beforehand.
         reach: see above.
         openings: (examples looked at before the first bet, share of the capital for it: a number or [P]). The shares of
             one truth add up to 1 over everything that could refute it.
         stratum: [M] the stratum of each example in the order drawn; None: all are alike.
+        control: [P, M] the same differences under an earlier state, in the order drawn, or None.
 
     Attributes:
-        seen: as given.
+        drawn, control: as given.
         mean: [P] of the differences seen.
-        estimate: of the differences of all examples, corrected by the control or by the strata.
+        estimate: [P] of the differences of all examples, corrected by the control or by the strata.
     """
 
     def __init__(
         self,
-        seen: Differences,
+        drawn: np.ndarray,
         population: int,
         margin: float,
         reach: float,
         openings=((WARM_UP, 1.0),),
         stratum: np.ndarray | None = None,
+        control: np.ndarray | None = None,
     ):
-        n = seen.value.shape[1]
+        self.drawn, self.control, self.margin = drawn, control, margin
+        self.openings = [(first, share) for first, share in openings if np.any(share)]
         stratum = np.zeros(population, dtype=np.int64) if stratum is None else stratum
-        self.mean, self.estimate = seen.value.mean(1), expected_means(seen.value, stratum)
-        self.complete, self.seen = n == population, seen
-        self._games: list[tuple[np.ndarray, _Game]] = []
-        series = [seen.value]
-        if seen.control is not None:
-            slope = _slope(seen)
-            self.estimate = self.mean - slope[:, -1] * seen.control.mean(1)
-            # b for an example was learned from those before it.
-            slope = np.concatenate([np.ones((len(slope), 1)), slope[:, :-1]], 1)
-            series.append(seen.value - slope * (seen.control - seen.control_left))
-        for first, share in openings:
-            if n > first and not self.complete and np.any(share):
-                with np.errstate(divide="ignore"):
-                    share = np.log(np.broadcast_to(np.asarray(share, dtype=np.float64), self.mean.shape) / len(series))
-                self._games += [(share, _Game(v, seen.before, margin, reach, first, stratum)) for v in series]
+        self.mean, self.complete = drawn.mean(1), drawn.shape[1] == population
+        series = [drawn]
+        if control is None:
+            self.estimate = expected_means(drawn, stratum)
+        else:
+            without, self.estimate = _without_control(drawn, control)
+            series.append(without)
+        before = np.cumsum(drawn, 1) - drawn
+        self._games = [] if self.complete else [_Game(values, before, reach, stratum) for values in series]
+
+    def growth(self, theta: np.ndarray | float, aim: float) -> np.ndarray:
+        """[rules, P, n] what each bet adds to the logarithm of the capital against ``D <= theta``; 0 in the warm-up.
+
+        The stakes aim at showing ``D > aim``; nothing is said once all examples are seen.
+        """
+        theta = np.broadcast_to(np.asarray(theta, dtype=np.float64), self.mean.shape)
+        return np.concatenate([game.growth(theta, aim) for game in self._games])
 
     def log_capital(self, theta: np.ndarray | float) -> np.ndarray:
         """[P] natural logarithm of the capital against ``D <= theta``; +-inf once all examples are seen.
 
         What was not bet with is not counted, so without bets this is -inf.
         """
-        theta = np.broadcast_to(np.asarray(theta, dtype=np.float64), self.mean.shape)
         if self.complete:
             return np.where(self.mean > theta, math.inf, -math.inf)
-        if not self._games:
-            return np.full(len(theta), -math.inf)
-        return _log_sum(np.stack([share + game.log_capital(theta) for share, game in self._games]))
+        openings = [(first, share) for first, share in self.openings if first < self.drawn.shape[1]]
+        if not openings:
+            return np.full(len(self.mean), -math.inf)
+        growth, parts = self.growth(theta, -self.margin), []
+        for first, share in openings:
+            with np.errstate(divide="ignore"):
+                share = np.log(np.broadcast_to(np.asarray(share, dtype=np.float64), self.mean.shape))
+            parts.append(share + log_mean(growth[:, :, first:].sum(2)))
+        return np.logaddexp.reduce(parts)
 
     def lower_bound(self, level: float) -> np.ndarray:
         """[P] the largest theta below which all are refuted, ``log_capital(theta) >= level``; -inf if none is.
@@ -157,7 +130,7 @@ class Evidence:
         """
         if self.complete:
             return self.mean.copy()
-        width = np.maximum(np.abs(self.seen.value - self.mean[:, None]).max(1, initial=0.0), _TINY)
+        width = np.maximum(np.abs(self.drawn - self.mean[:, None]).max(1, initial=0.0), _TINY)
         high, low = self.mean + width, np.full_like(width, -math.inf)
         for step in 4.0 ** np.arange(1, 12):
             candidate = self.mean - step * width
@@ -178,49 +151,48 @@ class _Game:
     """One series of bets for P prompts: everything about them that does not depend on theta.
 
     values: [P, n], the differences, or these without part of their noise; what their strata let one expect is taken
-    out here. Their mean over the examples left is that of the differences. before: as in `Differences`. first: examples
-    before the first bet. stratum: [M], in the order drawn.
+    out here. Their mean over the examples left is that of the differences. before: [P, n] sum of the differences
+    before. stratum: [M], in the order drawn.
     """
 
-    def __init__(self, values: np.ndarray, before: np.ndarray, margin: float, reach: float, first: int, stratum):
-        population = len(stratum)
-        count = np.arange(first, values.shape[1])  # examples seen before each bet
-        self.left, self.population = population - count, population
-        even, mean, variance, spread = (part[:, first:] for part in without_strata(values, stratum))
-        self.before = before[:, first:]
-        self.floor = mean - reach * spread
+    def __init__(self, values: np.ndarray, before: np.ndarray, reach: float, stratum: np.ndarray):
+        self.population = len(stratum)
+        self.left = self.population - np.arange(values.shape[1])  # examples before each bet is settled
+        even, self.mean, self.variance, depth = without_strata(values, stratum)
+        self.before, self.floor = before, self.mean - reach * depth
         self.value = np.maximum(even, self.floor)
-        stakes = []
-        for aim in (0.0, -margin):
-            # The stake that lets the capital grow fastest against this aim, if the next is like those before.
-            gap = np.maximum(mean - (population * aim - self.before) / self.left, 0.0)
-            stakes.append(gap / (variance + gap * gap + _TINY))
-        for part in STEADY:
-            stakes.append(part * np.sqrt(variance) / ((1.0 + part * part) * variance + _TINY))
-        self.stakes = np.stack(stakes)
 
-    def log_capital(self, theta: np.ndarray) -> np.ndarray:
-        """[P] of the mean capital over the rules for the stakes."""
+    def growth(self, theta: np.ndarray, aim: float) -> np.ndarray:
+        """[rules, P, n], see `Evidence.growth`."""
+        # The stake that lets the capital grow fastest against this aim, if the next is like those before.
+        gap = np.maximum(self.mean - (self.population * aim - self.before) / self.left, 0.0)
+        steady = STEADY * np.sqrt(self.variance) / ((1.0 + STEADY * STEADY) * self.variance + _TINY)
+        stakes = np.stack([gap / (self.variance + gap * gap + _TINY), steady])
         expected = (self.population * theta[:, None] - self.before) / self.left
         room = expected - self.floor
-        with np.errstate(divide="ignore"):
-            most = np.where(room > 0, MOST / np.maximum(room, _TINY), math.inf)
-        logs = np.log1p(np.minimum(self.stakes, most) * (self.value - expected)).sum(2)
-        return _log_sum(logs) - math.log(len(logs))
+        most = np.where(room > 0, MOST / np.maximum(room, _TINY), math.inf)
+        made = np.log1p(np.minimum(stakes, most) * (self.value - expected))
+        made[:, :, :WARM_UP] = 0.0
+        return made
 
 
-def _log_sum(logs: np.ndarray) -> np.ndarray:
-    """``log(exp(logs).sum(0))``; faster here than ``np.logaddexp.reduce``."""
+def log_mean(logs: np.ndarray) -> np.ndarray:
+    """``log(exp(logs).mean(0))``."""
     top = logs.max(0)
     top = np.where(np.isfinite(top), top, 0.0)
     with np.errstate(divide="ignore"):
-        return np.log(np.exp(logs - top).sum(0)) + top
+        return np.log(np.exp(logs - top).mean(0)) + top
 
 
-def _slope(seen: Differences) -> np.ndarray:
-    """[P, n] the slope b of the differences on the control, as the first 1, 2, ... examples have it."""
-    shifted, z = seen.value - seen.value[:, :1], seen.control
-    count = np.arange(1, z.shape[1] + 1)
+def _without_control(drawn: np.ndarray, control: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The differences without what the control says of their noise, [P, n], and the corrected mean, [P]."""
+    n, population = drawn.shape[1], control.shape[1]
+    z = control - control.mean(1, keepdims=True)
+    prior = PRIOR_EXAMPLES * (z * z).mean(1, keepdims=True)
+    z, shifted, count = z[:, :n], drawn - drawn[:, :1], np.arange(1, n + 1)
+    left = -(np.cumsum(z, 1) - z) / (population - count + 1)
     both = np.cumsum(z * shifted, 1) - np.cumsum(z, 1) * np.cumsum(shifted, 1) / count
-    prior = PRIOR_EXAMPLES * seen.control_variance
-    return (both + prior) / (np.cumsum(z * z, 1) + prior + _TINY)
+    # b, as the first 1, 2, ... examples have it; that for an example was learned from those before it.
+    slope = (both + prior) / (np.cumsum(z * z, 1) + prior + _TINY)
+    earlier = np.concatenate([np.ones((len(slope), 1)), slope[:, :-1]], 1)
+    return drawn - earlier * (z - left), drawn.mean(1) - slope[:, -1] * z.mean(1)

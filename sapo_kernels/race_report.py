@@ -23,8 +23,8 @@ class RaceReport:
             tolerance better than the winner, if better at all); "not finite".
         against: the prompt it was compared with when it left; itself for the winner and for "not finite".
         lower, upper: bounds on its loss minus the winner's over all examples, from the examples that both have; each
-            holds for a given pair with probability ``1 - delta * share``, shares adding up to 1 over the pairs of a
-            prompt, under the assumption that `Race` states. (0, 0) for the winner, NaN for "not finite".
+            holds for a given pair with probability ``1 - delta``, at all numbers of examples at once, under the
+            assumption that `Race` states. (0, 0) for the winner, NaN for "not finite".
         regret: with probability ``1 - delta`` the winner's loss is no more than this above the lowest there is.
         tolerance: differences up to this were left undecided.
         delta: as in `Race`.

@@ -53,8 +53,8 @@ def without_strata(values: np.ndarray, stratum: np.ndarray) -> tuple[np.ndarray,
 
     Returns:
         [P, n] each: these values; then, from the values before each: the mean expected of those left, the variance
-        about what the strata let one expect, and the largest distance of a value from their mean, whatever its stratum:
-        few values of a stratum say too little about how far the next may lie.
+        about what the strata let one expect, and how far the lowest value lies below their mean, whatever its stratum:
+        few values of a stratum say too little about how low the next may lie.
     """
     n, total = values.shape[1], len(stratum)
     seen, member = np.arange(n), stratum[:, None] == np.arange(stratum.max() + 1)
@@ -71,11 +71,9 @@ def without_strata(values: np.ndarray, stratum: np.ndarray) -> tuple[np.ndarray,
     variance = (squares - expected * (2.0 * sums - count * expected)).sum(2)
     strata_seen = (count > 0).sum(1)
     variance = np.maximum(variance, 0.0) / np.maximum(seen, 1) * (1.0 + strata_seen / np.maximum(seen, 1))
-    spread = np.zeros_like(values)
-    for sign in (1.0, -1.0):
-        top = np.maximum.accumulate(sign * (values - shift), 1)[:, :-1]
-        spread[:, 1:] = np.maximum(spread[:, 1:], top - sign * mean[:, 1:, 0])
-    return even, ahead + shift, variance, spread
+    depth = np.zeros_like(values)
+    depth[:, 1:] = np.maximum(np.maximum.accumulate(shift - values, 1)[:, :-1] + mean[:, 1:, 0], 0.0)
+    return even, ahead + shift, variance, depth
 
 
 def expected_means(values: np.ndarray, stratum: np.ndarray) -> np.ndarray:

@@ -47,13 +47,13 @@ def test_clear_losers_leave_after_the_first_round():
     scores = hold(full, sk.Race())
     report = scores.race
     assert report.winner == scores.best == full.best == 0 and report.regret == 0.0
-    assert report.examples == [12] * 4 and report.left == [1] * 4 and report.rounds == [12]
+    assert report.examples == [8] * 4 and report.left == [1] * 4 and report.rounds == [8]
     assert report.reason == ["winner", "worse", "worse", "worse"] and report.against == [0] * 4
-    assert report.cells == 48 and report.total == 1000 and report.saved == pytest.approx(0.952)
+    assert report.cells == 32 and report.total == 1000 and report.saved == pytest.approx(0.968)
     assert report.lower[0] == report.upper[0] == 0.0
     for k in (1, 2, 3):
         assert 0 < report.lower[k] < float(full.loss[k] - full.loss[0]) < report.upper[k]
-    assert scores.scored.sum() == 48 and (scores.nll[~scores.scored].isnan()).all()
+    assert scores.scored.sum() == 32 and (scores.nll[~scores.scored].isnan()).all()
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -78,7 +78,7 @@ def test_a_race_without_risk_chooses_what_scoring_everything_chooses(seed):
 
 def test_one_prompt_needs_no_race():
     scores = hold(plausible(1, [0.0]), sk.Race())
-    assert scores.best == 0 and scores.race.examples == [12] and scores.race.reason == ["winner"]
+    assert scores.best == 0 and scores.race.examples == [8] and scores.race.reason == ["winner"]
 
 
 def test_the_promise_holds_over_orders():
@@ -102,7 +102,7 @@ def test_near_ties_wait_and_the_regret_is_within_the_tolerance():
 
 def test_a_prompt_that_waits_comes_back_when_the_lead_changes():
     """1 waits behind 0 after 16 examples; then 0 falls back, and 1 is scored on all it has missed."""
-    race = sk.Race(relative=0.0, tolerance=0.3, growth=2.0)
+    race = sk.Race(relative=0.0, tolerance=0.3, first=16, growth=2.0)
     late = np.asarray(race.order(64))[16:]
     rng = np.random.default_rng(4)
     nll = 2.0 + 0.1 * rng.normal(size=(3, 64))
@@ -124,7 +124,7 @@ def test_a_prompt_that_waits_comes_back_when_the_lead_changes():
 
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
 def test_a_leader_that_breaks_gives_back_those_it_had_beaten(bad):
-    race = sk.Race(relative=0.0)
+    race = sk.Race(relative=0.0, first=12)
     full = plausible(17, [0.0, 0.001, 1.0, 1.2])
     full.nll[0, race.order(250)[18]] = bad
     full.nll[3, race.order(250)[3]] = bad
@@ -154,11 +154,11 @@ def test_losses_after_a_race_are_paired():
     """The loser saw easy examples only; its own mean would beat the winner's."""
     race = sk.Race()
     full = plausible(7, [0.0, 2.0, 0.01], noise=0.1)
-    early = torch.tensor(race.order(250)[:12])
+    early = torch.tensor(race.order(250)[:8])
     rest = torch.ones(250, dtype=torch.bool).index_fill_(0, early, False)
     full.nll[:, rest] += 9 * full.tokens[:, rest]
     scores = hold(full, race)
-    assert scores.race.examples[0] > scores.race.examples[1] == 12
+    assert scores.race.examples[0] > scores.race.examples[1] == 8
     own = scores.nll.nansum(1) / scores.tokens.sum(1)
     assert own[1] < own[0] < scores.loss[1]
     for kind in ("token", "example", "batch"):
@@ -214,7 +214,7 @@ BAD_OPTIONS = {
     "delta": [0, 1, 0.0, 1.5, -0.1, NAN, INF, True, "0.05", None],
     "tolerance": [-1e-9, NAN, INF, None, True, "0"],
     "relative": [-0.1, 1.0, NAN, None, True],
-    "first": [0, 4, -1, 16.0, True],
+    "first": [0, 3, -1, 16.0, True, None],
     "growth": [1, 1.0, 0.5, NAN, INF, None, True],
     "reach": [0.99, 0, NAN, INF, None, True],
     "seed": [1.0, None, True, "1"],

@@ -9,23 +9,20 @@ import pytest
 import torch
 
 from sapo_kernels import PromptScores
-from sapo_kernels.race import Contest, Race
-from sapo_kernels.race_bounds import MOST, PRIOR_EXAMPLES, STEADY, WARM_UP, Differences, Evidence
+from sapo_kernels.race import LEADER, Contest, Race
+from sapo_kernels.race_bounds import MOST, PRIOR_EXAMPLES, STEADY, WARM_UP, Evidence
 
 SIZES = (16, 24, 36, 54, 81)
 
 
 def pair(drawn, population, margin, reach, control=None) -> Evidence:
-    return Evidence(Differences.with_one_rival(drawn, control), population, margin, reach)
+    return Evidence(drawn, population, margin, reach, control=control)
 
 
-def capital_by_hand(drawn, population, theta, margin, reach, control=None, before=None):
-    """The capital of each rule, one bet at a time, as the module's docstring describes it.
-
-    before[i]: sum of the first i differences from the rival of example i; with one rival those of `drawn`.
-    """
+def growth_by_hand(drawn, population, theta, aim, reach, control=None):
+    """[rules][n], the factors of the capital of each rule, one bet at a time, as the module's docstring has them."""
     values = list(drawn)
-    before = [sum(drawn[:i]) for i in range(len(drawn))] if before is None else before
+    before = [sum(drawn[:i]) for i in range(len(drawn))]
     if control is not None:
         centre = sum(control) / population
         z = [x - centre for x in control]
@@ -38,30 +35,28 @@ def capital_by_hand(drawn, population, theta, margin, reach, control=None, befor
             top = both + PRIOR_EXAMPLES * spread
             slope = top / (sum(a * a for a in seen) + PRIOR_EXAMPLES * spread) if i else 1.0
             values.append(d - slope * (z[i] - sum(z[i:]) / (population - i)))
-    capitals = []
-    for rule in range(2 + len(STEADY)):
-        capital = 1.0
+    factors = []
+    for rule in range(2):
+        factors.append([1.0] * WARM_UP)
         for i in range(WARM_UP, len(drawn)):
             seen = values[:i]
             mean = sum(seen) / i
             variance = sum((x - mean) ** 2 for x in seen) / i * (1 + 1 / i)
-            floor = mean - reach * max(abs(x - mean) for x in seen)
+            floor = mean - reach * max(mean - x for x in seen)
 
             def expected(level, i=i):
                 return (population * level - before[i]) / (population - i)
 
-            if rule < 2:
-                gap = max(mean - expected((0.0, -margin)[rule]), 0.0)
+            if rule == 0:
+                gap = max(mean - expected(aim), 0.0)
                 stake = gap / (variance + gap * gap)
             else:
-                part = STEADY[rule - 2]
-                stake = part * math.sqrt(variance) / ((1 + part * part) * variance)
+                stake = STEADY * math.sqrt(variance) / ((1 + STEADY * STEADY) * variance)
             room = expected(theta) - floor
             if room > 0:
                 stake = min(stake, MOST / room)
-            capital *= 1 + stake * (max(values[i], floor) - expected(theta))
-        capitals.append(capital)
-    return capitals
+            factors[rule].append(1 + stake * (max(values[i], floor) - expected(theta)))
+    return factors
 
 
 @pytest.mark.parametrize("with_control", [False, True])
@@ -76,34 +71,74 @@ def test_capital_is_that_of_the_plain_bets(with_control, theta):
         control[:, :n] += drawn
     got = pair(drawn, population, 0.1, 1.5, control).log_capital(theta)
     for p in range(5):
-        capitals = capital_by_hand(drawn[p].tolist(), population, theta, 0.1, 1.5)
+        factors = growth_by_hand(drawn[p].tolist(), population, theta, -0.1, 1.5)
         if with_control:
-            capitals += capital_by_hand(drawn[p].tolist(), population, theta, 0.1, 1.5, control[p].tolist())
+            factors += growth_by_hand(drawn[p].tolist(), population, theta, -0.1, 1.5, control[p].tolist())
+        capitals = [math.prod(rule) for rule in factors]
         assert got[p] == pytest.approx(math.log(sum(capitals) / len(capitals)), abs=1e-9)
 
 
+def test_capital_of_openings_is_that_of_the_bets_after_them():
+    drawn = np.random.default_rng(15).normal(0.3, 1.0, (2, 20))
+    shares = ((WARM_UP, 0.25), (9, np.array([0.5, 0.0])), (20, 0.25))
+    got = Evidence(drawn, 50, 0.1, 1.0, shares).log_capital(-0.1)
+    for p, late in enumerate((0.5, 0.0)):
+        factors = growth_by_hand(drawn[p].tolist(), 50, -0.1, -0.1, 1.0)
+        whole, part = (sum(math.prod(rule[first:]) for rule in factors) / 2 for first in (WARM_UP, 9))
+        assert got[p] == pytest.approx(math.log(0.25 * whole + late * part), abs=1e-9)
+
+
+@pytest.mark.parametrize("remembered", [False, True])
 @pytest.mark.parametrize("seed", range(3))
-def test_bets_against_whoever_leads(seed):
+def test_bets_against_whoever_leads(seed, remembered):
     """Each example is bet on against the prompt that led after those before, or the next if that is oneself."""
     rng = np.random.default_rng(seed)
     losses = np.abs(rng.normal(2.0, 0.6, (5, 60)))
-    contest = Contest(Race(first=30), np.ones((5, 60), dtype=np.int64), list("abcde"))
-    cells = contest.wanted()
-    contest.add(cells, losses.ravel()[cells])
-    ordered = losses[:, contest.order[:30]]
-    got = contest._against_leaders(np.arange(5), 30).log_capital(0.0)
-    rivals = set()
+    old = losses + 0.3 * rng.normal(size=losses.shape)
+    names, ones = list("abcde"), np.ones((5, 60), dtype=np.int64)
+    memory = PromptScores(torch.from_numpy(old), torch.from_numpy(ones), names) if remembered else None
+    contest = Contest(Race(first=20, growth=1.5, relative=0.0, delta=1e-9, memory=memory), ones, names)
+    for _ in range(2):
+        cells = contest.wanted()
+        contest.add(cells, losses.ravel()[cells])
+    ordered, before = losses[:, contest.order[:30]], old[:, contest.order]
+    got, rivals = contest._against_leaders(np.arange(5), 30), set()
     for k in range(5):
-        drawn, before = [], []
+        made = []
         for i in range(30):
             rank = sorted(range(5), key=lambda j, i=i: (ordered[j, :i].sum(), j))
             rival = rank[0] if rank[0] != k else rank[1]
             rivals.add(rival)
-            drawn.append(ordered[k, i] - ordered[rival, i])
-            before.append(ordered[k, :i].sum() - ordered[rival, :i].sum())
-        capitals = capital_by_hand(drawn, 60, 0.0, contest._aim, 1.0, before=before)
-        assert got[k] == pytest.approx(math.log(0.5 * sum(capitals) / len(capitals)), abs=1e-9)
+            drawn = (ordered[k] - ordered[rival]).tolist()
+            rules = growth_by_hand(drawn, 60, 0.0, 0.0, 1.0)
+            if remembered:
+                rules += growth_by_hand(drawn, 60, 0.0, 0.0, 1.0, (before[k] - before[rival]).tolist())
+            made.append([rule[i] for rule in rules])
+        capitals = np.prod(made, axis=0)
+        share = 0.4 if remembered else 0.6
+        assert got[k] == pytest.approx(math.log(share * capitals.mean()), abs=1e-9)
     assert len(rivals) > 2
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_bets_kept_from_earlier_rounds_are_those_worked_out_anew(seed):
+    """Also after prompts that led have broken, others have waited, and some have come back."""
+    rng = np.random.default_rng(seed)
+    losses = 2.0 + 0.3 * rng.normal(size=(6, 90)) + 0.02 * np.arange(6)[:, None]
+    race = Race(growth=1.3, relative=0.02, delta=0.3, seed=seed)
+    if seed % 2:
+        losses[:2, race.order(90)[20 + seed]] = np.nan
+    contest, rounds, broken = Contest(race, np.ones((6, 90), dtype=np.int64), list("abcdef")), 0, False
+    while (cells := contest.wanted()) is not None:
+        contest.add(cells, losses.ravel()[cells])
+        counts, rounds, broken = contest.scored.sum(1), rounds + 1, broken or contest.broken.any()
+        for n in set(counts[~contest.broken].tolist()) - {90}:
+            group = np.flatnonzero(~contest.broken & (counts == n))
+            kept, growth = contest._against_leaders(group, n), contest._growth.copy()
+            contest._growth[:] = np.nan
+            assert np.allclose(kept, contest._against_leaders(group, n), atol=1e-12)
+            contest._growth[:] = growth
+    assert rounds > 3 and broken == bool(seed % 2)
 
 
 def test_shares_of_one_truth_add_up_to_one():
@@ -115,12 +150,13 @@ def test_shares_of_one_truth_add_up_to_one():
         cells = contest.wanted()
         contest.add(cells, losses.ravel()[cells])
         for k in range(6):
-            total = sum(np.exp(share).sum() for share, _ in contest._against_leaders(np.array([k]), 40)._games)
+            total = LEADER[memory is not None]
             for other in range(6):
                 if other != k:
-                    total += sum(np.exp(share).sum() for share, _ in contest._evidence(np.array([k]), other, 40)._games)
+                    total += sum(float(share[0]) for _, share in contest._shares(np.array([k]), other))
             # The old winner has no use for what is laid on the old winner.
-            assert total == pytest.approx(0.85 if memory is not None and k == old.best else 1.0, abs=1e-12)
+            unused = 0.3 if memory is not None and k == old.best else 0.0
+            assert total == pytest.approx(1.0 - unused, abs=1e-12)
 
 
 def permuted(population: np.ndarray, times: int, seed: int) -> np.ndarray:
@@ -249,10 +285,10 @@ def test_what_hides_beyond_the_reach_is_all_that_can_be_lost(name):
     orders, n, alpha = permuted(population, 1000, 7), 24, 0.05
     evidence = pair(orders[:, :n], 120, 0.1, 1.5)
     bound = evidence.lower_bound(-math.log(alpha))
-    floor = evidence._games[0][1].floor  # [orders, bets]
+    floor = evidence._games[0].floor  # [orders, examples]
     tail = np.zeros(len(orders))
     for i in range(WARM_UP, n):
-        missing = np.maximum(floor[:, i - WARM_UP, None] - orders[:, i:], 0.0).sum(1) / 120
+        missing = np.maximum(floor[:, i, None] - orders[:, i:], 0.0).sum(1) / 120
         tail = np.maximum(tail, missing)
     worst = (bound > population.mean()).mean()
     assert worst > 2 * alpha, "the case is one in which the promise fails"

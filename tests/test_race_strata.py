@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from sapo_kernels.race_bounds import Differences, Evidence
+from sapo_kernels.race_bounds import Evidence
 from sapo_kernels.race_strata import PRIOR_EXAMPLES, strata, without_strata
 
 
@@ -31,7 +31,7 @@ def test_examples_that_are_all_alike_or_all_different_are_one_stratum(size):
 def test_values_without_strata_by_hand():
     rng = np.random.default_rng(0)
     stratum, values = rng.integers(0, 3, 30), rng.normal(size=(2, 12))
-    got, ahead, variance, spread = without_strata(values, stratum)
+    got, ahead, variance, depth = without_strata(values, stratum)
     for p in range(2):
         for i in range(12):
             seen = values[p, :i]
@@ -43,7 +43,7 @@ def test_values_without_strata_by_hand():
             left = np.mean([expected[g] for g in stratum[i:]])
             assert got[p, i] == pytest.approx(values[p, i] - expected[stratum[i]] + left, abs=1e-12)
             apart = [v - expected[g] for v, g in zip(seen, stratum[:i], strict=True)]
-            assert spread[p, i] == pytest.approx(np.abs(seen - everyone).max(initial=0.0), abs=1e-12)
+            assert depth[p, i] == pytest.approx((everyone - seen).max(initial=0.0), abs=1e-12)
             if i:
                 assert ahead[p, i] == pytest.approx(left, abs=1e-12)
                 more = 1 + len(set(stratum[:i].tolist())) / i
@@ -87,7 +87,7 @@ def refuted(drawn, label, sizes, theta: float, alpha: float, reach: float = 2.0)
     found = np.zeros(len(drawn), dtype=bool)
     for t, (d, g) in enumerate(zip(drawn, label, strict=True)):
         for n in sizes:
-            evidence = Evidence(Differences.with_one_rival(d[None, :n]), len(d), 0.05, reach, stratum=g)
+            evidence = Evidence(d[None, :n], len(d), 0.05, reach, stratum=g)
             found[t] |= evidence.log_capital(theta)[0] >= -math.log(alpha)
     return found
 
