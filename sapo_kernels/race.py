@@ -289,9 +289,9 @@ class Contest:
     def _shares(self, prompts: np.ndarray, other: int) -> list[tuple[int, np.ndarray]]:
         """What delta leaves for the bets against the belief that each of `prompts` is better than `other`.
 
-        Only the best prompt can leave wrongly, and only if the winner lies more than the tolerance above it. Then the bets
-        against all such winners, at the tolerance, and those against whoever led, at 0, are fair, and delta is what they
-        start with together. A rival that was likely to win from what was known before a bet may have more of it.
+        Only the best prompt can leave wrongly, and only if the winner lies more than the tolerance above it. Then the
+        bets against all such winners, at the tolerance, and those against whoever led, at 0, are fair, and delta is
+        what they start with together. One that was likely to win from what was known before a bet may have more of it.
         """
         remembered = self._old_winner >= 0
         found = [(WARM_UP, np.full(len(prompts), EVERYONE[remembered] / max(self.num_prompts - 1, 1)))]
