@@ -39,8 +39,8 @@ class Race:
     What is promised: with probability at least ``1 - delta`` over the random order, the winner's loss over all M
     examples (`reduce("token")`) is at most the tolerance above the lowest. This holds at any number of rounds, for any
     K and M, and for losses of any distribution, on one condition: among the differences between the best prompt and
-    another, none that is still to come lies further below the mean of those before it than `reach` times the lowest of
-    these. Ordinary differences break that a little, most of all while few have been seen, and what it
+    another, none that is still to come lies further below the mean of the n before it than `reach * (1 + 2 / n)` times
+    the lowest of these. Ordinary differences break that a little, most of all while few have been seen, and what it
     can cost is bounded by how far they lie below (`sapo_kernels.race_bounds` has the argument). What no race can
     promise is a prompt that is best because of a few examples that nobody has scored yet. `benchmarks.racing` counts
     how often the promise was broken on real matrices.

@@ -11,10 +11,11 @@ ever reaches 1 / alpha with probability alpha at most (Ville's inequality), howe
 ``D > theta`` is concluded. The stakes may depend on everything that was seen before.
 
 The capital must stay positive, and no sample can tell how low a difference may lie that nobody has seen. Hence the one
-assumption, the *reach*: differences below ``floor = mean - reach * (how far the lowest lies below it)``, both of the
-examples seen before the bet, count as ``floor``. If no unseen difference lies below it at any bet, alpha holds exactly,
-for every M, number of examples and shape of the distribution. If some do, the conclusion is ``D > theta - tail``, where
-tail is the largest sum over the unseen examples of what is missing to the floor, divided by M.
+assumption, the *reach*: differences below ``floor = mean - reach * (1 + 2 / n) * (how far the lowest lies below it)``,
+of the n examples seen before the bet, count as ``floor``. If no unseen difference lies below it at any bet, alpha holds
+exactly, for every M, number of examples and shape of the distribution. If some do, the conclusion is
+``D > theta - tail``, where tail is the largest sum over the unseen examples of what is missing to the floor, divided
+by M.
 
 Examples fall into *strata*, known beforehand: equal responses, or responses of like length. From each difference the
 mean of its stratum, as the examples before have it, is taken, and the mean of the same over all examples left is added:
@@ -45,7 +46,9 @@ import numpy as np
 from .race_strata import expected_means, without_strata
 
 # Examples that are only looked at before the first bet: stakes need an idea of the spread.
-WARM_UP = 3
+WARM_UP = 4
+# The reach is longer while few were seen: by this over their number.
+EARLY = 2.0
 # The largest part of the capital that can be lost on one example.
 MOST = 0.9
 # Before b is learned, an old difference is believed (b = 1) like this many examples that say so.
@@ -159,7 +162,8 @@ class _Game:
         self.population = len(stratum)
         self.left = self.population - np.arange(values.shape[1])  # examples before each bet is settled
         even, self.mean, self.variance, depth = without_strata(values, stratum)
-        self.before, self.floor = before, self.mean - reach * depth
+        longer = 1.0 + EARLY / np.maximum(np.arange(values.shape[1]), 1)
+        self.before, self.floor = before, self.mean - reach * longer * depth
         self.value = np.maximum(even, self.floor)
 
     def growth(self, theta: np.ndarray, aim: float) -> np.ndarray:

@@ -43,7 +43,7 @@ def plausible(seed: int, gaps, examples=250, noise=0.3) -> sk.PromptScores:
 
 
 def test_clear_losers_leave_after_the_first_round():
-    full = plausible(0, [0.0, 2.0, 2.5, 3.0])
+    full = plausible(0, [0.0, 3.0, 3.5, 4.0])
     scores = hold(full, sk.Race())
     report = scores.race
     assert report.winner == scores.best == full.best == 0 and report.regret == 0.0
@@ -214,7 +214,7 @@ BAD_OPTIONS = {
     "delta": [0, 1, 0.0, 1.5, -0.1, NAN, INF, True, "0.05", None],
     "tolerance": [-1e-9, NAN, INF, None, True, "0"],
     "relative": [-0.1, 1.0, NAN, None, True],
-    "first": [0, 3, -1, 16.0, True, None],
+    "first": [0, 4, -1, 16.0, True, None],
     "growth": [1, 1.0, 0.5, NAN, INF, None, True],
     "reach": [0.99, 0, NAN, INF, None, True],
     "seed": [1.0, None, True, "1"],

@@ -42,7 +42,7 @@ def growth_by_hand(drawn, population, theta, aim, reach, control=None):
             seen = values[:i]
             mean = sum(seen) / i
             variance = sum((x - mean) ** 2 for x in seen) / i * (1 + 1 / i)
-            floor = mean - reach * max(mean - x for x in seen)
+            floor = mean - reach * (1 + 2 / i) * max(mean - x for x in seen)
 
             def expected(level, i=i):
                 return (population * level - before[i]) / (population - i)

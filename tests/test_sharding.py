@@ -40,7 +40,7 @@ def lost(kind: str, phase: str, world: int, culprit: int, **more) -> dict:
 
 FEW = [
     lost("kill", "forward", 3, 0), lost("kill", "results", 3, 2), lost("kill", "forward", 2, 1, fsdp=True),
-    lost("stop", "forward", 3, 1), lost("stop", "forward", 3, 0, fsdp=True),
+    lost("stop", "forward", 3, 1),
     lost("raise", "forward", 3, 0), lost("raise", "start", 2, 1, fsdp=True),
     lost("interrupt", "forward", 2, 1), lost("late", "first", 2, 1),
 ]  # fmt: skip
