@@ -5,8 +5,9 @@
 
 A replay is a race over a matrix that is known in full, with another order of the examples: what it chose is compared
 with what scoring every cell chooses. Rules: `race` (the defaults), `strict` (no tolerance), `memory` (the state before
-as memory), and `plain`, the usual asymptotic rule: after every 16 examples, whoever is 1.645
-standard errors behind the leader leaves, with no correction for the prompts or the rounds.
+as memory), and `plain`, the usual asymptotic rule: after every 16 examples, whoever is 1.645 standard errors behind the
+leader leaves, with no correction for the prompts or the rounds. `wald` and `wald-memory` are no rules but a scale: what
+a sequential test with the same error would need that is told the winner, and of each pair the gap and the variance.
 
 Regret is the loss of the prompt chosen above the lowest, in percent of the lowest. "promise broken" counts replays in
 which it was above the race's own tolerance; the promise is that these are at most delta. The matrices are made by
@@ -33,11 +34,13 @@ import torch
 from sapo_kernels import PromptScores, Race
 from sapo_kernels._io import atomic_write
 from sapo_kernels.race import Contest
+from sapo_kernels.race_strata import strata
 
 RESULTS = Path(__file__).resolve().parent / "results"
 MATRICES = (RESULTS / "race_matrices.safetensors", RESULTS / "race_matrices_shipped.safetensors")
 TUNING = 8  # of the 16 tasks of the shipped base
-RULES = ("race", "strict", "memory", "plain")
+RACES = ("race", "strict", "memory")
+RULES = (*RACES, "plain", "wald", "wald-memory")
 SETS = ("held-out", "tuning", "early")
 # What the issue calls a wrong choice only if it costs more than this share of the loss.
 SHARE = 0.005
@@ -127,8 +130,33 @@ def plain_rule(full: PromptScores, order: np.ndarray, step: int = 16) -> tuple[i
             return int(leader), cells, -(-n // step)
 
 
+def wald(full: PromptScores, delta: float, responses: np.ndarray | None, memory: PromptScores | None = None) -> float:
+    """Share of the cells saved if each prompt took the examples of Wald's test for normal differences.
+
+    That is ``2 ln(1 / delta) * variance / gap**2`` to tell it from the winner, corrected for the finite number of
+    examples; the gap includes half a percent of the loss, and the variance is what is left by the strata and, with a
+    memory, by the best multiple of the old difference.
+    """
+    size, weight = full.nll.shape[1], full.nll.shape[1] / full.tokens.sum(1, keepdim=True)
+    values, old = ((one.nll * weight).numpy() for one in (full, memory or full))
+    lengths, best = full.tokens.numpy().mean(0), full.best
+    stratum = strata(lengths if responses is None else responses, lengths)
+    known, needed = (stratum[:, None] == np.unique(stratum)).astype(float), np.zeros(len(values))
+    for k in range(len(values)):
+        seen = known if memory is None else np.concatenate([known, (old[k] - old[best])[:, None]], 1)
+        apart = values[k] - values[best]
+        rest = apart - seen @ np.linalg.lstsq(seen, apart, rcond=None)[0]
+        gap = apart.mean() + SHARE * values[best].mean()
+        examples = -2 * np.log(delta) * (rest @ rest) / max(size - seen.shape[1], 1) / gap**2
+        needed[k] = max(1.0, examples / (1 + examples / size))
+    needed[best] = np.delete(needed, best).max(initial=1.0)
+    return float(1 - needed.mean() / size)
+
+
 def replays(one: Matrices, state: int, rule: str, count: int, delta: float) -> Replays:
     """`count` replays of a rule on one matrix."""
+    if rule.startswith("wald"):
+        count = 1  # no order is drawn
     states, full = one.states, one.states[state]
     loss, best = full.loss.numpy(), full.best
     options = {"strict": {"relative": 0.0}, "memory": {"memory": states[state - 1]}}.get(rule, {})
@@ -136,6 +164,9 @@ def replays(one: Matrices, state: int, rule: str, count: int, delta: float) -> R
     for seed in range(count):
         if rule == "plain":
             winner, cells, turns = plain_rule(full, np.random.default_rng(seed).permutation(full.nll.shape[1]))
+        elif rule.startswith("wald"):
+            memory = states[state - 1] if rule == "wald-memory" else None
+            cells, winner, turns = (1 - wald(full, delta, one.responses, memory)) * full.nll.numel(), best, 1
         else:
             contest = replay(full, Race(delta=delta, seed=seed, **options), one.responses)
             winner, cells, turns = contest.leader, contest.scored.sum(), len(contest.rounds)
@@ -163,7 +194,7 @@ def all_replays(matrices: list[Matrices], rules, count: int, delta: float, worke
         (one, state, rule, count, delta)
         for rule in rules
         for one in matrices
-        for state in range(rule == "memory", len(one.states))
+        for state in range("memory" in rule, len(one.states))
     ]
     if workers == 1:
         yield from map(_one, jobs)
@@ -175,7 +206,7 @@ def all_replays(matrices: list[Matrices], rules, count: int, delta: float, worke
 def summary(rows: list[Replays]) -> str:
     """One line a set and rule: medians over matrices of the median saving, shares of all replays, the worst matrix."""
     lines = [
-        f"{'set':<9}{'rule':<8}matrices  replays  saved p50  lowest  wrong  promise broken, worst  > 0.5 %, worst  "
+        f"{'set':<9}{'rule':<12}matrices  replays  saved p50  lowest  wrong  promise broken, worst  > 0.5 %, worst  "
         "worst regret"
     ]
     for name, rule in dict.fromkeys((row.set, row.rule) for row in rows):
@@ -185,10 +216,10 @@ def summary(rows: list[Replays]) -> str:
             np.average([getattr(row, part) for row in own], weights=weights)
             for part in ("wrong", "broken", "over_half_percent")
         )
-        kept = "-" if rule == "plain" else f"{broken:.2%}, {max(row.broken for row in own):.1%}"
+        kept = f"{broken:.2%}, {max(row.broken for row in own):.1%}" if rule in RACES else "-"
         most = f"{over:.2%}, {max(row.over_half_percent for row in own):.1%}"
         lines.append(
-            f"{name:<9}{rule:<8}{len(own):>8}{sum(weights):>9}{np.median([row.saved_p50 for row in own]):>11.1%}"
+            f"{name:<9}{rule:<12}{len(own):>8}{sum(weights):>9}{np.median([row.saved_p50 for row in own]):>11.1%}"
             f"{min(row.saved_p50 for row in own):>8.1%}{wrong:>7.1%}{kept:>23}{most:>16}"
             f"{max(row.worst_regret for row in own):>12.2f} %"
         )
@@ -197,10 +228,12 @@ def summary(rows: list[Replays]) -> str:
 
 def table(rows: list[Replays]) -> str:
     """One line a matrix and rule."""
-    lines = [f"{'set':<9}{'task':<26}state rule    near  saved p10   p50   p90  wrong broken >0.5 %  worst %  rounds"]
+    lines = [
+        f"{'set':<9}{'task':<26}state rule        near  saved p10   p50   p90  wrong broken >0.5 %  worst %  rounds"
+    ]
     for row in rows:
         lines.append(
-            f"{row.set:<9}{row.task[:25]:<26}{row.state:>5} {row.rule:<8}{row.near:>4}{row.saved_p10:>11.1%}"
+            f"{row.set:<9}{row.task[:25]:<26}{row.state:>5} {row.rule:<12}{row.near:>4}{row.saved_p10:>11.1%}"
             f"{row.saved_p50:>6.1%}{row.saved_p90:>6.1%}{row.wrong:>7.1%}{row.broken:>7.1%}{row.over_half_percent:>7.1%}"
             f"{row.worst_regret:>9.2f}{row.rounds:>8.1f}"
         )

@@ -8,10 +8,11 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks import racing
 from benchmarks.racing import MATRICES, Matrices, Replays, plain_rule, read_matrices, replays
-from sapo_kernels import Race
+from sapo_kernels import PromptScores, Race
 
 from .test_race import plausible
 
@@ -74,18 +75,35 @@ def test_the_plain_rule_by_hand():
     assert (winner, cells, rounds) == (leader, wanted, -(-n // 16))
 
 
+def test_walds_scale_by_hand():
+    """Equal responses of one token: one stratum; gaps of 1 and 3 with deviations of 2 and 1, best multiple known."""
+    sign = np.tile([1.0, -1.0], 50)
+    other = np.repeat([1.0, -1.0], 50)
+    rows = np.stack([np.full(100, 10.0), 11.0 + 2.0 * sign, 13.0 + other])
+    full = PromptScores(torch.from_numpy(rows), torch.ones(3, 100, dtype=torch.int64), list("abc"))
+    share = []
+    for left in ((2.0, 1.0), (0.0, 1.0)):
+        need = [max(1.0, e / (1 + e / 100)) for e in (
+            2 * math.log(20) * (100 * s * s / free) / (gap + 0.05) ** 2
+            for s, gap, free in zip(left, (1.0, 3.0), (99, 99) if left[0] else (98, 98), strict=True)
+        )]  # fmt: skip
+        share.append(1 - (sum(need) + max(need)) / 300)
+    # The memory knows the first pair's noise, and has none of the second's.
+    old = PromptScores(torch.from_numpy(np.stack([rows[0], 5.0 + sign, rows[0]])), full.tokens, list("abc"))
+    assert racing.wald(full, 0.05, np.zeros(100)) == pytest.approx(share[0])
+    assert racing.wald(full, 0.05, np.zeros(100), old) == pytest.approx(share[1])
+
+
 def test_rows_say_what_happened(tmp_path):
     states = [plausible(1, [0.0, 0.002, 0.5], noise=0.01), plausible(1, [0.0, 0.003, 0.6], noise=0.01)]
-    rows = [
-        replays(Matrices("early", "a task", states), 1, rule, 5, 0.05) for rule in ("race", "strict", "memory", "plain")
-    ]
-    for row in rows:
+    rows = [replays(Matrices("early", "a task", states), 1, rule, 5, 0.05) for rule in racing.RULES]
+    for row in rows[:4]:
         assert 0 < row.saved_p10 <= row.saved_p50 <= row.saved_p90 < 1 and row.near == 2 and row.replays == 5
         assert row.worst_regret >= 0 and 0 <= row.over_half_percent <= row.wrong <= 1
     assert rows[1].wrong == 0 and rows[1].saved_p50 < rows[0].saved_p50, "a strict race decides near ties too"
     racing.write_rows(tmp_path / "rows.csv", rows)
     with open(tmp_path / "rows.csv", newline="") as file:
         read = list(csv.DictReader(file))
-    assert [row["rule"] for row in read] == ["race", "strict", "memory", "plain"]
+    assert [row["rule"] for row in read] == ["race", "strict", "memory", "plain", "wald", "wald-memory"]
     assert set(read[0]) == {"date", *(field.name for field in dataclasses.fields(Replays))}
-    assert len(racing.table(rows).splitlines()) == 5 and len(racing.summary(rows).splitlines()) == 5
+    assert len(racing.table(rows).splitlines()) == 7 and len(racing.summary(rows).splitlines()) == 7
