@@ -188,6 +188,7 @@ class Contest:
         self.nll.flat[cells] = nll
         self.scored.flat[cells] = True
         self.rounds.append(self.size)
+        self.left[self.active] = len(self.rounds)
         self._fields.append((self._leads.shape[1], self.size, self.active))
         self._leave_broken()
         self._lead()
@@ -196,24 +197,20 @@ class Contest:
         self._grow()
 
     def _grow(self) -> None:
-        self.size = min(self.num_examples, math.ceil(self.size * self.race.growth))
+        self.size = math.ceil(min(self.num_examples, self.size * self.race.growth))
 
     def _leave_broken(self) -> None:
-        """Whoever has a cell that is not finite is out, and those it had beaten are in again."""
-        broken = (self.scored & ~np.isfinite(self.nll)).any(1)
-        fresh = broken & ~self.broken
-        self.broken |= broken
-        self.left[fresh], self.against[fresh] = len(self.rounds), np.flatnonzero(fresh)
-        while fresh.any():
-            back = self.removed & np.isin(self.against, np.flatnonzero(fresh)) & ~self.broken
-            self.removed[back], fresh = False, back
-        self.waiting[:] = False if self.leader >= 0 and self.broken[self.leader] else self.waiting
+        """Whoever has a cell that is not finite is out and never led; what was shown of the others is judged anew."""
+        fresh = (self.scored & ~np.isfinite(self.nll)).any(1) & ~self.broken
+        if fresh.any():
+            self.broken |= fresh
+            self.against[fresh] = np.flatnonzero(fresh)
+            self.removed[:] = self.waiting[:] = False
+            self._leads = self._leads[:, :0]
+            self._growth[:] = np.nan
 
     def _lead(self) -> None:
         """Who leads after each number of examples, among the fit ones that were in when the next was scored."""
-        if self.broken.any():  # they never led
-            self._leads = self._leads[:, :0]
-            self._growth[:] = np.nan
         for start, stop, field in self._fields:
             members, done = np.flatnonzero(field & ~self.broken), self._leads.shape[1]
             if stop <= max(start, done) or not len(members):
@@ -233,7 +230,7 @@ class Contest:
         if not done:
             # The strata and the memory may know better than the few examples seen.
             leader = int(ready[np.argmin(self._evidence(ready, leader, counts[leader]).estimate)])
-        self.leader, self.against[leader], self.left[leader] = leader, leader, len(self.rounds)
+        self.leader, self.against[leader] = leader, leader
         self.tolerance = max(self.race.tolerance, self.race.relative * float(losses.min()))
         if len(self.rounds) == 1:
             # What the stakes aim at must not depend on the examples that are bet on.
@@ -252,7 +249,6 @@ class Contest:
                 capital = np.logaddexp(capital, evidence.log_capital(-self.tolerance))
                 close = ~worse & (evidence.estimate >= 0.0) & (capital >= self._level)
             out = worse | close
-            self.left[group] = np.where(out & ~self.waiting[group], len(self.rounds), self.left[group])
             self.against[group] = np.where(out, leader, self.against[group])
             self.removed[group], self.waiting[group] = worse, close
 

@@ -140,6 +140,28 @@ def test_a_leader_that_breaks_gives_back_those_it_had_beaten(bad):
     assert scores.reduce().isfinite().tolist() == [False, True, True, False]
 
 
+def test_bets_against_a_prompt_that_breaks_are_taken_back():
+    """0 leaves after the first round: 2 leads in nearly all of it, and 1 at its end. Then 2 breaks."""
+    race = sk.Race(relative=0.0, first=16, growth=1.5)
+    order = race.order(250)
+    full = matrix(3 + 0.3 * np.random.default_rng(0).normal(size=(3, 250)))
+    full.nll += torch.tensor([[-0.5], [0.0], [-1.5]])
+    full.nll[1, order[:16]] -= 0.6
+    full.nll[2, order[14]] += 40.0
+    full.nll[2, order[20]] = NAN
+    contest = Contest(race, full.tokens.numpy(), full.prompts)
+    contest.add(cells := contest.wanted(), full.nll.numpy().ravel()[cells])
+    assert contest.removed.tolist() == [True, False, False] and contest.leader == 1
+    report = hold(full, race).race
+    assert report.winner == 0 and report.reason == ["winner", "worse", "not finite"]
+    assert report.examples == [report.rounds[left - 1] for left in report.left]
+
+
+def test_a_second_round_may_be_all_that_is_left():
+    full = plausible(18, [0.0, 0.01])
+    assert hold(full, sk.Race(relative=0.0, delta=1e-9, growth=1e308)).race.rounds == [8, 250]
+
+
 def test_nobody_wins_if_all_break():
     full = plausible(6, [0.0, 1.0])
     full.nll[:, 7] = NAN
