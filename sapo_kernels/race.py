@@ -70,7 +70,7 @@ class Race:
     tolerance: float = 0.0
     relative: float = 0.005
     first: int = 8
-    growth: float = 1.15
+    growth: float = 1.2
     reach: float = 1.0
     seed: int = 0
     memory: PromptScores | Sequence[PromptScores] | None = None
