@@ -31,25 +31,27 @@ class Race:
 
     Round after round all prompts that are still in are scored on the next examples of a random order. After each, they
     are compared with the one that has the lowest loss so far, pair by pair on the examples that both have; what
-    examples with the same response, or with one of like length, have in common is no noise. A prompt whose loss is
-    shown to be higher leaves for good. One that is shown to be no more than the tolerance better waits; it comes back
-    if the prompt that it was compared with loses the lead. The race ends when one prompt is left: at the latest after
-    all examples, where it has chosen what scoring every cell chooses (lowest loss, then lowest index).
+    examples with the same response, or with one of like length, have in common is no noise. A prompt that is shown not
+    to be the best leaves for good. One that is shown to be no more than the tolerance better waits; it may come back
+    if another takes the lead. The race ends when one prompt is left: at the latest after all examples, where those left
+    are told apart as by scoring every cell (lowest loss, then lowest index). A prompt with a loss that is not finite is
+    out, and all bets against it are taken back.
 
     What is promised: with probability at least ``1 - delta`` over the random order, the winner's loss over all M
     examples (`reduce("token")`) is at most the tolerance above the lowest. This holds at any number of rounds, for any
     K and M, and for losses of any distribution, on one condition: among the differences between the best prompt and
-    another, none that is still to come lies further below the mean of the n before it than `reach * (1 + 2 / n)` times
-    the lowest of these. Ordinary differences break that a little, most of all while few have been seen, and what it
-    can cost is bounded by how far they lie below (`sapo_kernels.race_bounds` has the argument). What no race can
-    promise is a prompt that is best because of a few examples that nobody has scored yet. `benchmarks.racing` counts
-    how often the promise was broken on real matrices.
+    another (less what strata and memory say of them), none that is still to come lies further below the mean of the n
+    before it than `reach * (1 + 2 / n)` times the lowest of these. Nearly every order of ordinary differences breaks
+    that a little, most of all while few have been seen, and then the lower tail of the differences decides how often
+    the promise is broken (`sapo_kernels.race_bounds` has the argument). What no race can promise is a prompt that is
+    best because of a few examples that nobody has scored yet. `benchmarks.racing` counts how often the promise was
+    broken on real matrices.
 
     Args:
         delta: probability of choosing worse than promised, in (0, 1).
         tolerance: nats per token that the winner may be above the best.
-        relative: the same as a share of the winner's loss; the larger of the two counts. 0 with tolerance 0 decides
-            between near ties too, for which most examples are needed.
+        relative: the same as a share of the winner's loss on the examples seen; the larger of the two counts. 0 with
+            tolerance 0 decides between near ties too, for which most examples are needed.
         first: examples of the first round.
         growth: each round ends at this multiple of the examples of the one before; more rounds save cells and cost
             shared prefixes, which each round computes again.
@@ -59,8 +61,9 @@ class Race:
             them, the newest last. A prompt that was once scored on every example has a whole row; the newest one takes
             part of the noise out of the prompt's differences. The newest winner is expected to win again, and a
             part of delta is kept for it. A race leaves few whole rows: keep the last scores of all
-            cells, and give ``memory=(all_cells, last_race)``. A memory that predicts nothing costs examples, never the
-            promise.
+            cells, and give ``memory=(all_cells, last_race)``; the two races need different seeds, as what a memory was
+            chosen by must not be what the next race sees first. A memory that predicts nothing costs examples, never
+            the promise.
 
     Raises:
         ValueError, TypeError: naming the option, what was wanted and what was got.
@@ -288,6 +291,7 @@ class Contest:
         Only the best prompt can leave wrongly, and only if the winner lies more than the tolerance above it. Then the
         bets against all such winners, at the tolerance, and those against whoever led, at 0, are fair, and delta is
         what they start with together. One that was likely to win from what was known before a bet may have more of it.
+        The tolerance may change with the rounds: no capital at it is above that at the true difference.
         """
         remembered = self._old_winner >= 0
         found = [(WARM_UP, np.full(len(prompts), EVERYONE[remembered] / max(self.num_prompts - 1, 1)))]

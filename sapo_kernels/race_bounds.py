@@ -12,8 +12,9 @@ ever reaches 1 / alpha with probability alpha at most (Ville's inequality), howe
 
 The capital must stay positive, and no sample can tell how low a difference may lie that nobody has seen. Hence the one
 assumption, the *reach*: differences below ``floor = mean - reach * (1 + 2 / n) * (how far the lowest lies below it)``,
-of the n examples seen before the bet, count as ``floor``. If no unseen difference lies below it at any bet, alpha holds
-exactly, for every M, number of examples and shape of the distribution. If some do, the conclusion is
+of the n examples seen before the bet, count as ``floor``. That no unseen difference lies below it at any bet, and the
+truth is refuted all the same, has probability alpha at most, for every M, number of examples and shape of the
+distribution. In most orders some do at the first bets, if only by a little; then the conclusion is
 ``D > theta - tail``, where tail is the largest sum over the unseen examples of what is missing to the floor, divided
 by M.
 

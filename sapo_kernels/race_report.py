@@ -18,13 +18,13 @@ class RaceReport:
     Attributes:
         winner: the prompt chosen; -1 if none had a finite loss.
         examples: how many examples each prompt was scored on.
-        left: round, counted from 1, after which it was scored no more: the last one for the winner.
-        reason: "winner"; "worse" (shown to lose more than `against`); "within tolerance" (shown to be at most the
-            tolerance better than the winner, if better at all); "not finite".
-        against: the prompt it was compared with when it left; itself for the winner and for "not finite".
+        left: round, counted from 1, after which it was scored no more.
+        reason: "winner"; "worse" (shown not to be the best, or to lose no less than the winner); "within tolerance"
+            (shown to be at most the tolerance better than the winner, if better at all); "not finite".
+        against: the prompt it was last compared with; itself for the winner and for "not finite".
         lower, upper: bounds on its loss minus the winner's over all examples, from the examples that both have; each
-            holds for a given pair with probability ``1 - delta``, at all numbers of examples at once, under the
-            assumption that `Race` states. (0, 0) for the winner, NaN for "not finite".
+            holds for a given pair with probability ``1 - delta``, at all numbers of examples at once, if the condition
+            that `Race` states holds for its differences. (0, 0) for the winner, NaN for "not finite".
         regret: with probability ``1 - delta`` the winner's loss is no more than this above the lowest there is.
         tolerance: differences up to this were left undecided.
         delta: as in `Race`.
