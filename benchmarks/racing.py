@@ -114,9 +114,14 @@ def replay(full: PromptScores, race: Race, responses: np.ndarray | None = None) 
     return contest
 
 
+def brought(full: PromptScores) -> np.ndarray:
+    """[K, M] what each cell brings to its prompt's loss, which is their mean."""
+    return (full.nll / full.tokens.sum(1, keepdim=True) * full.nll.shape[1]).numpy()
+
+
 def plain_rule(full: PromptScores, order: np.ndarray, step: int = 16) -> tuple[int, int, int]:
     """(winner, cells, rounds) of the usual rule."""
-    values = (full.nll / full.tokens.sum(1, keepdim=True) * full.nll.shape[1]).numpy()[:, order]
+    values = brought(full)[:, order]
     size, live, cells, n = values.shape[1], np.arange(len(values)), 0, 0
     while True:
         before, n = n, min(n + step, size)
@@ -137,8 +142,7 @@ def wald(full: PromptScores, delta: float, responses: np.ndarray | None, memory:
     examples; the gap includes half a percent of the loss, and the variance is what is left by the strata and, with a
     memory, by the best multiple of the old difference.
     """
-    size, weight = full.nll.shape[1], full.nll.shape[1] / full.tokens.sum(1, keepdim=True)
-    values, old = ((one.nll * weight).numpy() for one in (full, memory or full))
+    size, values, old = full.nll.shape[1], brought(full), brought(memory or full)
     lengths, best = full.tokens.numpy().mean(0), full.best
     stratum = strata(lengths if responses is None else responses, lengths)
     known, needed = (stratum[:, None] == np.unique(stratum)).astype(float), np.zeros(len(values))

@@ -18,11 +18,23 @@ from .race_bounds import WARM_UP, Evidence, log_mean
 from .race_report import RaceReport
 from .race_strata import strata, without_strata
 
-# Where delta goes, for each prompt that might be the best: to the bets against whoever leads, to those against every
-# other prompt alike, and to those against whoever leads after so many examples; with an old winner, who takes the rest,
-# less to each.
-LEADER, EVERYONE = (0.6, 0.4), (0.1, 0.15)
-OPENINGS = ({8: 0.15, 16: 0.1, 32: 0.05}, {8: 0.075, 16: 0.05, 32: 0.025})
+
+@dataclass(frozen=True)
+class Shares:
+    """Where delta goes, for each prompt that might be the best; they add up to 1.
+
+    leader: to the bets against whoever leads. everyone: to those against every other prompt alike. openings: to those
+    against whoever leads after so many examples. old_winner: to those against the winner that a memory names.
+    """
+
+    leader: float
+    everyone: float
+    openings: dict[int, float]
+    old_winner: float
+
+
+FRESH = Shares(0.6, 0.1, {8: 0.15, 16: 0.1, 32: 0.05}, 0.0)
+REMEMBERED = Shares(0.4, 0.15, {8: 0.075, 16: 0.05, 32: 0.025}, 0.3)
 
 
 @dataclass(frozen=True)
@@ -136,6 +148,8 @@ class Contest:
         self._old, self._old_winner = np.full(tokens.shape, np.nan), -1
         for memory in race.memory:
             self._remember(memory, prompts)
+        self._has_control = bool(np.isfinite(self._old).any())
+        self._plan = FRESH if self._old_winner < 0 else REMEMBERED
         self.removed = np.zeros(self.num_prompts, dtype=bool)  # shown to be worse
         self.broken = np.zeros(self.num_prompts, dtype=bool)  # a cell that is not finite
         self.waiting = np.zeros(self.num_prompts, dtype=bool)  # within the tolerance of the leader
@@ -147,8 +161,7 @@ class Contest:
         self._leads, self._fields = np.zeros((2, 0), dtype=np.int64), []
         self._aim = 0.0
         # [rules, K, M] what the bets against whoever led added to each prompt's log capital; NaN: not yet worked out.
-        rules = 2 if self._control(np.arange(self.num_prompts), 0) is None else 4
-        self._growth = np.full((rules, *tokens.shape), np.nan)
+        self._growth = np.full((4 if self._has_control else 2, *tokens.shape), np.nan)
 
     def _remember(self, memory: PromptScores, prompts: list[str]) -> None:
         """Take over a memory's whole rows and its winner."""
@@ -273,17 +286,23 @@ class Contest:
         """[P, M] what the memory says of the losses of `prompts` minus that of `other`; 0, which changes nothing, for a
         prompt without a whole row. None without a memory of any.
         """
-        if not np.isfinite(self._old).any():
+        if not self._has_control:
             return None
         control = self._old[prompts] - self._old[other]
         return np.where(np.isfinite(control), control, 0.0)
 
-    def _evidence(self, prompts: np.ndarray, other: int, n: int, openings=((WARM_UP, 1.0),), sign=1.0) -> Evidence:
-        """On the losses of `prompts` minus that of `other` after n examples; with sign -1 the reverse."""
+    def _evidence(
+        self, prompts: np.ndarray, other: int, n: int, openings=((WARM_UP, 1.0),), sign=1.0, margin=None
+    ) -> Evidence:
+        """On the losses of `prompts` minus that of `other` after n examples; with sign -1 the reverse.
+
+        margin: what the stakes aim at, the tolerance by default.
+        """
+        margin = self._aim if margin is None else margin
         drawn = sign * (self._values(prompts, n) - self._values(np.asarray([other]), n))
         control = self._control(prompts, other)
         control = None if control is None else sign * control
-        return Evidence(drawn, self.num_examples, self._aim, self.race.reach, openings, self._stratum, control)
+        return Evidence(drawn, self.num_examples, margin, self.race.reach, openings, self._stratum, control)
 
     def _shares(self, prompts: np.ndarray, other: int) -> list[tuple[int, np.ndarray]]:
         """What delta leaves for the bets against the belief that each of `prompts` is better than `other`.
@@ -293,15 +312,14 @@ class Contest:
         what they start with together. One that was likely to win from what was known before a bet may have more of it.
         The tolerance may change with the rounds: no capital at it is above that at the true difference.
         """
-        remembered = self._old_winner >= 0
-        found = [(WARM_UP, np.full(len(prompts), EVERYONE[remembered] / max(self.num_prompts - 1, 1)))]
-        extra = [(first, share, self._leads[:, first]) for first, share in OPENINGS[remembered].items()
-                 if first < self._leads.shape[1]]  # fmt: skip
-        if remembered:
-            share = 1.0 - LEADER[True] - EVERYONE[True] - sum(OPENINGS[True].values())
-            extra.append((WARM_UP, share, (self._old_winner, -1)))
-        for first, share, (lead, second) in extra:
-            found.append((first, np.where(np.where(prompts == lead, second, lead) == other, share, 0.0)))
+        found = [(WARM_UP, np.full(len(prompts), self._plan.everyone / max(self.num_prompts - 1, 1)))]
+        if other == self._old_winner:
+            found.append((WARM_UP, np.full(len(prompts), self._plan.old_winner)))
+        for first, share in self._plan.openings.items():
+            if first < self._leads.shape[1]:
+                lead, second = self._leads[:, first]
+                rivals = np.where(prompts == lead, second, lead)
+                found.append((first, np.where(rivals == other, share, 0.0)))
         return found
 
     def _against_leaders(self, prompts: np.ndarray, n: int) -> np.ndarray:
@@ -316,11 +334,11 @@ class Contest:
             new = (rivals == rival) & np.isnan(self._growth[0][prompts, :n])
             rows = new.any(1)
             if rows.any():
-                growth = self._evidence(prompts[rows], rival, n).growth(0.0, aim=0.0)
+                growth = self._evidence(prompts[rows], rival, n, margin=0.0).growth(0.0)
                 known = self._growth[:, prompts[rows], :n]
                 self._growth[:, prompts[rows], :n] = np.where(new[rows], growth, known)
         made = self._growth[:, prompts, :n].sum(2)
-        return math.log(LEADER[self._old_winner >= 0]) + log_mean(made)
+        return math.log(self._plan.leader) + log_mean(made)
 
     def report(self) -> RaceReport:
         """What came out; call it when `wanted` has said None."""
@@ -336,8 +354,9 @@ class Contest:
                 upper[group] = -self._evidence(group, winner, n, sign=-1.0).lower_bound(self._level)
                 # Who waits was shown to be at most the tolerance better, maybe by less.
                 group = group[self.waiting[group]]
-                shown = self._evidence(group, winner, n, self._shares(group, winner)).lower_bound(self._level)
-                above[group] = np.clip(-shown, 0.0, self.tolerance)
+                if len(group):
+                    shown = self._evidence(group, winner, n, self._shares(group, winner)).lower_bound(self._level)
+                    above[group] = np.clip(-shown, 0.0, self.tolerance)
             regret = float(above.max())
         worse = self.removed | (self.waiting & (above == 0.0))
         reason = np.where(worse, "worse", "within tolerance")

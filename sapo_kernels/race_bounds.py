@@ -40,6 +40,7 @@ sequences for sampling without replacement" (2020).
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
@@ -74,7 +75,7 @@ class Evidence:
         control: [P, M] the same differences under an earlier state, in the order drawn, or None.
 
     Attributes:
-        drawn, control: as given.
+        drawn: as given.
         mean: [P] of the differences seen.
         estimate: [P] of the differences of all examples, corrected by the control or by the strata.
     """
@@ -89,26 +90,30 @@ class Evidence:
         stratum: np.ndarray | None = None,
         control: np.ndarray | None = None,
     ):
-        self.drawn, self.control, self.margin = drawn, control, margin
+        self.drawn = drawn
         self.openings = [(first, share) for first, share in openings if np.any(share)]
         stratum = np.zeros(population, dtype=np.int64) if stratum is None else stratum
         self.mean, self.complete = drawn.mean(1), drawn.shape[1] == population
-        series = [drawn]
+        self._series, self._rules = [drawn], (margin, reach, stratum)
         if control is None:
             self.estimate = expected_means(drawn, stratum)
         else:
             without, self.estimate = _without_control(drawn, control)
-            series.append(without)
-        before = np.cumsum(drawn, 1) - drawn
-        self._games = [] if self.complete else [_Game(values, before, reach, stratum) for values in series]
+            self._series.append(without)
 
-    def growth(self, theta: np.ndarray | float, aim: float) -> np.ndarray:
+    @functools.cached_property
+    def _games(self) -> list[_Game]:
+        """Not made for who only asks for the estimate."""
+        before = np.cumsum(self.drawn, 1) - self.drawn
+        return [_Game(values, before, *self._rules) for values in self._series]
+
+    def growth(self, theta: np.ndarray | float) -> np.ndarray:
         """[rules, P, n] what each bet adds to the logarithm of the capital against ``D <= theta``; 0 in the warm-up.
 
-        The stakes aim at showing ``D > aim``; nothing is said once all examples are seen.
+        n < M: nothing is left to bet on once all examples are seen.
         """
         theta = np.broadcast_to(np.asarray(theta, dtype=np.float64), self.mean.shape)
-        return np.concatenate([game.growth(theta, aim) for game in self._games])
+        return np.concatenate([game.growth(theta) for game in self._games])
 
     def log_capital(self, theta: np.ndarray | float) -> np.ndarray:
         """[P] natural logarithm of the capital against ``D <= theta``; +-inf once all examples are seen.
@@ -120,7 +125,7 @@ class Evidence:
         openings = [(first, share) for first, share in self.openings if first < self.drawn.shape[1]]
         if not openings:
             return np.full(len(self.mean), -math.inf)
-        growth, parts = self.growth(theta, -self.margin), []
+        growth, parts = self.growth(theta), []
         for first, share in openings:
             with np.errstate(divide="ignore"):
                 share = np.log(np.broadcast_to(np.asarray(share, dtype=np.float64), self.mean.shape))
@@ -152,31 +157,31 @@ class Evidence:
 
 
 class _Game:
-    """One series of bets for P prompts: everything about them that does not depend on theta.
+    """One series of bets for P prompts: everything about them that does not depend on theta, the stakes before all.
 
     values: [P, n], the differences, or these without part of their noise; what their strata let one expect is taken
     out here. Their mean over the examples left is that of the differences. before: [P, n] sum of the differences
     before. stratum: [M], in the order drawn.
     """
 
-    def __init__(self, values: np.ndarray, before: np.ndarray, reach: float, stratum: np.ndarray):
+    def __init__(self, values: np.ndarray, before: np.ndarray, margin: float, reach: float, stratum: np.ndarray):
         self.population = len(stratum)
         self.left = self.population - np.arange(values.shape[1])  # examples before each bet is settled
-        even, self.mean, self.variance, depth = without_strata(values, stratum)
+        even, mean, variance, depth = without_strata(values, stratum)
         longer = 1.0 + EARLY / np.maximum(np.arange(values.shape[1]), 1)
-        self.before, self.floor = before, self.mean - reach * longer * depth
+        self.before, self.floor = before, mean - reach * longer * depth
         self.value = np.maximum(even, self.floor)
+        # The stake that lets the capital grow fastest against -margin, if the next is like those before.
+        gap = np.maximum(mean + (self.population * margin + before) / self.left, 0.0)
+        steady = STEADY * np.sqrt(variance) / ((1.0 + STEADY * STEADY) * variance + _TINY)
+        self.stakes = np.stack([gap / (variance + gap * gap + _TINY), steady])
 
-    def growth(self, theta: np.ndarray, aim: float) -> np.ndarray:
+    def growth(self, theta: np.ndarray) -> np.ndarray:
         """[rules, P, n], see `Evidence.growth`."""
-        # The stake that lets the capital grow fastest against this aim, if the next is like those before.
-        gap = np.maximum(self.mean - (self.population * aim - self.before) / self.left, 0.0)
-        steady = STEADY * np.sqrt(self.variance) / ((1.0 + STEADY * STEADY) * self.variance + _TINY)
-        stakes = np.stack([gap / (self.variance + gap * gap + _TINY), steady])
         expected = (self.population * theta[:, None] - self.before) / self.left
         room = expected - self.floor
         most = np.where(room > 0, MOST / np.maximum(room, _TINY), math.inf)
-        made = np.log1p(np.minimum(stakes, most) * (self.value - expected))
+        made = np.log1p(np.minimum(self.stakes, most) * (self.value - expected))
         made[:, :, :WARM_UP] = 0.0
         return made
 

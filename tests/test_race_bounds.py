@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sapo_kernels import PromptScores
-from sapo_kernels.race import LEADER, Contest, Race
+from sapo_kernels.race import Contest, Race
 from sapo_kernels.race_bounds import MOST, PRIOR_EXAMPLES, STEADY, WARM_UP, Evidence
 
 SIZES = (16, 24, 36, 54, 81)
@@ -150,7 +150,7 @@ def test_shares_of_one_truth_add_up_to_one():
         cells = contest.wanted()
         contest.add(cells, losses.ravel()[cells])
         for k in range(6):
-            total = LEADER[memory is not None]
+            total = contest._plan.leader
             for other in range(6):
                 if other != k:
                     total += sum(float(share[0]) for _, share in contest._shares(np.array([k]), other))

@@ -48,9 +48,9 @@ def build(job: Job) -> None:
         if code != 0:
             raise RuntimeError(f"the builder ended with {code}: {_last(output)}")
         return
-    if lacking():
+    if missing := lacking():
         job.say(f"native modules as they were: {_native(job)}")
-        raise Skipped(f"not installed: {', '.join(lacking())}")
+        raise Skipped(f"not installed: {', '.join(missing)}")
     major, minor = torch.cuda.get_device_capability()
     if not os.environ.get("CUDA_HOME") and shutil.which("nvcc") is None:
         os.environ["CUDA_HOME"] = "/usr/local/cuda"
