@@ -34,7 +34,7 @@ NATIVE_TESTS = (
 INSTALLED_TESTS = (
     "test_bundled_data.py", "test_cli.py", "test_cli_loading.py", "test_cli_sequence.py", "test_cli_train.py",
     "test_demo.py", "test_examples.py", "test_imports.py", "test_ops.py", "test_race.py", "test_report.py",
-    "test_tiny.py", "test_tiny_base.py", "test_training.py",
+    "test_report_attacks.py", "test_tiny.py", "test_tiny_base.py", "test_training.py",
 )  # fmt: skip
 # These look at the checkout's files, not at the package.
 CHECKOUT_TESTS = ("test_readme.py", "test_build.py")

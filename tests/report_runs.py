@@ -5,15 +5,20 @@ Also the command that makes one report to look at: `python -m tests.report_runs 
 
 from __future__ import annotations
 
+import json
 import random
+import re
 import sys
+from html import unescape
 from pathlib import Path
 
 from sapo_kernels._io import write_json
+from sapo_peft.report import write_report
 from sapo_peft.sequence import sequence_metrics
 from sapo_peft.sequence.folder import task_folder
 
 TASKS = ["task1310_amazonreview_rating_classification", "task195_sentiment140", "sort_numbers", "task360_spolin"]
+TWO = ["sort_numbers", "task195_sentiment140"]
 POLICIES = ("sapo", "original", "random", "worst", "sample")
 # How far a policy ends from the others, so that comparisons have something to find.
 GAIN = {"sapo": 0.05, "original": 0.0, "random": -0.01, "worst": -0.08, "sample": 0.02}
@@ -126,6 +131,28 @@ def make_run(
         "warnings": ["labels of task195_sentiment140 were cut at 128 tokens"] if policy == "sapo" else [],
     })  # fmt: skip
     return folder
+
+
+def read(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def page(*runs, out=None):
+    """(HTML, the text that a reader sees on one line)."""
+    html = write_report(runs, out).read_text(encoding="utf-8")
+    body = html.split("</head>")[1]
+    text = re.sub(
+        r"<[^>]*>", " ", re.sub(r"</?(b|bdi|wbr|small|span|i|code)[ >][^<]*?>|</?(b|bdi|wbr|small|code|i)>", "", body)
+    )
+    return html, re.sub("[ \n]+", " ", unescape(text)).strip()
+
+
+def small(folder, policy="sapo", seed=0, **options):
+    return make_run(folder, policy, seed, **{"tasks": TWO, "prompts": 4, "scorings": 3, **options})
+
+
+def section(html, name):
+    return re.search(rf'<section id="{name}".*?</section>', html, re.DOTALL)[0]
 
 
 def main() -> None:
