@@ -156,7 +156,6 @@ def section(html, name):
 
 
 def main() -> None:
-    from sapo_peft.report import write_report
 
     top = Path(sys.argv[1])
     for policy in POLICIES:
