@@ -37,6 +37,7 @@ def test_alone_there_is_nothing_to_compare():
     assert not _ranks.several() and _ranks.first_of(values, torch.device("cpu")) is values
     assert _ranks.summed([1.0, 2.0], torch.device("cpu")) == ([1.0, 2.0], 1)
     _ranks.check_same({"pools": "00" * 32}, torch.device("cpu"))
+    _ranks.leave()
 
 
 CHILD = """
@@ -57,6 +58,8 @@ for other in ({"pools": hashed("x")}, {"probe": hashed("x"), "template": hashed(
     except ValueError as error:
         made["errors"].append(str(error))
 open(f"{sys.argv[1]}/rank{rank}.json", "w").write(json.dumps(made))
+_ranks.leave()
+assert not dist.is_initialized()
 """
 
 

@@ -158,6 +158,7 @@ made = {"choices": choices(callback), "saved": [s.cells_saved for s in callback.
         "steps": trainer.state.global_step, "losses": [loss for _, loss, _ in curve(trainer)],
         "adapter": adapter_digest(trainer.accelerator.unwrap_model(trainer.model))}
 open(f"{sys.argv[1]}/rank{rank}.json", "w").write(json.dumps(made))
+torch.distributed.destroy_process_group()
 """
 
 

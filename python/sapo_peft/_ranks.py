@@ -15,6 +15,16 @@ def several() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
+def leave() -> None:
+    """Take down the process group, for a command whose work is done on this rank; nothing in a single process.
+
+    A process that ends with one may be aborted although all went well: gloo's threads outlive the interpreter. Not for
+    a rank that failed: the others may be waiting for it.
+    """
+    if several():
+        torch.distributed.destroy_process_group()
+
+
 def first_of(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Rank 0's `values` on every rank: rounding may differ between devices, a choice must not."""
     if not several():

@@ -113,6 +113,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--paraphrase-model: wanted the model's name at that endpoint, got none")
     from sapo_kernels import Race
 
+    from ._ranks import leave
     from .config import SapoConfig
     from .data import read_examples
     from .prompt_pool import PromptPool
@@ -133,6 +134,7 @@ def run(args: argparse.Namespace) -> int:
         callback = _train(pool, list(examples), config, options, output, resumed)
     if main:
         _report(callback, output)
+    leave()
     return 0
 
 
