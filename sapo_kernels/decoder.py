@@ -17,6 +17,7 @@ from torch import nn
 from . import support
 from .guard import BUSY
 from .head import Batch, HeadReader
+from .prefix_cache import PassPrefixes, PrefixCache
 from .tree_attention.api import tree_attention
 from .trie import TriePass
 
@@ -41,6 +42,7 @@ class _TreeState:
     trie: TriePass
     impl: str
     carried: dict[int, tuple[torch.Tensor, torch.Tensor]]
+    prefixes: PassPrefixes | None = None
     carry_on: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     calls: int = 0
     windowed: int = 0
@@ -71,9 +73,13 @@ def trie_attention(module, query, key, value, attention_mask, scaling=None, drop
         # Under autocast rotary embeddings leave q and k in float32; the plain attention would cast them too.
         common = torch.get_autocast_dtype(q.device.type) if torch.is_autocast_enabled(q.device.type) else v.dtype
         q, k, v = q.to(common), k.to(common), v.to(common)
-    if state.trie.carried:
-        before = state.carried[call]
-        k, v = torch.cat([before[0], k]), torch.cat([before[1], v])
+    before = [state.carried[call]] if state.trie.carried > state.trie.held else []
+    if state.trie.held:
+        before.append(state.prefixes.held(call))
+    if before:
+        k, v = (torch.cat(parts) for parts in zip(*before, (k, v), strict=True))
+    if state.prefixes is not None:
+        state.prefixes.take(call, k, v)
     plan = state.trie.to(q.device)
     if len(plan.carry_index):
         state.carry_on[call] = (k[plan.carry_index], v[plan.carry_index])
@@ -113,10 +119,15 @@ def trie_attention_installed(inner: nn.Module):
 
 
 class TreeRunner:
-    """Runs the passes of one trie in order, carrying each layer's keys and values of the current path."""
+    """Runs the passes of one trie in order, carrying each layer's keys and values of the current path.
 
-    def __init__(self, model: nn.Module, reader: HeadReader, impl: str, device: torch.device):
-        self.model, self.reader, self.impl, self.device = model, reader, impl, device
+    prefixes: where the tokens are that the passes hold; None: they hold none.
+    """
+
+    def __init__(
+        self, model: nn.Module, reader: HeadReader, impl: str, device: torch.device, prefixes: PrefixCache | None = None
+    ):
+        self.model, self.reader, self.impl, self.device, self.prefixes = model, reader, impl, device, prefixes
         self.windowed = 0
         self._carried: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -126,7 +137,8 @@ class TreeRunner:
         If it raises, the carried keys and waiting rows are those of the pass before.
         """
         plan = trie.to(self.device)
-        state = _TreeState(plan, self.impl, self._carried)
+        prefixes = None if self.prefixes is None else self.prefixes.of_pass(trie, self.device)
+        state = _TreeState(plan, self.impl, self._carried, prefixes)
         # A 4-D integer mask reaches every attention layer untouched and keeps the model from building one of its own.
         carrier = torch.zeros(1, 1, len(plan.input_ids), 2, dtype=torch.int32, device=self.device)
         _running.state = state
@@ -146,6 +158,8 @@ class TreeRunner:
         if not state.calls:
             raise NotTreeable("it never calls transformers' attention interface")
         self._carried, self.windowed = state.carry_on, state.windowed
+        if prefixes is not None:
+            self.prefixes.add(prefixes)
         return logprob
 
 

@@ -65,8 +65,8 @@ class Race:
         relative: the same as a share of the winner's loss on the examples seen; the larger of the two counts. 0 with
             tolerance 0 decides between near ties too, for which most examples are needed.
         first: examples of the first round.
-        growth: each round ends at this multiple of the examples of the one before; more rounds save cells and cost
-            shared prefixes, which each round computes again.
+        growth: each round ends at this multiple of the examples of the one before. More rounds save cells and make
+            smaller forwards; `score_prompts_sharded` also computes shared prefixes again in each.
         reach: see above; larger is safer and slower.
         seed: of the order of the examples. The same seed and losses give the same race.
         memory: scores of the same prompts on the same examples under an earlier state of the model, or several of
@@ -85,7 +85,7 @@ class Race:
     tolerance: float = 0.0
     relative: float = 0.005
     first: int = 8
-    growth: float = 1.2
+    growth: float = 1.1
     reach: float = 1.0
     seed: int = 0
     memory: PromptScores | Sequence[PromptScores] | None = None

@@ -18,6 +18,8 @@ from .trie import TokenTrie, TriePass, plan_trie
 
 logger = logging.getLogger("sapo_kernels")
 _BATCH = 2048
+# Tokens of all cells of a prompt that are compared at a time.
+_COMPARED = 64
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,20 @@ class ResponseCache:
         number = cell if self.selected is None else int(self.selected[cell])
         return f"(prompt {number // self.num_examples}, example {number % self.num_examples})"
 
+    def prefix_lengths(self) -> np.ndarray:
+        """[K] int64, how many tokens all cells of each prompt begin with alike, before anything is predicted."""
+        first = self.offsets[:-1].reshape(self.num_prompts, -1)
+        lengths = self.context_lengths.reshape(self.num_prompts, -1).min(1) - 1
+        for k, longest in enumerate(lengths.tolist()):
+            for begin in range(0, longest, _COMPARED):
+                columns = np.arange(begin, min(begin + _COMPARED, longest))
+                ids = self.ids[first[k][:, None] + columns]
+                differ = (ids != ids[0]).any(0)
+                if differ.any():
+                    lengths[k] = begin + differ.argmax()
+                    break
+        return lengths
+
     def select(self, cells: np.ndarray) -> ResponseCache:
         """A cache of some cells only, in the order of their flat numbers `cells`, which it keeps in ``selected``.
 
@@ -113,9 +129,13 @@ class ResponseCache:
         """The trie of all cells cut into passes of at most `max_tokens`; planned once per budget."""
         if max_tokens not in self._plans:
             trie = next(iter(self._plans.values())).trie if self._plans else None
-            trie = trie or plan_trie(self.ids, self.offsets, self.context_lengths)
+            trie = trie or self.plan_trie()
             self._plans[max_tokens] = ScorePlan(trie, trie.passes(max_tokens))
         return self._plans[max_tokens]
+
+    def plan_trie(self) -> TokenTrie:
+        """The trie of all cells, planned anew."""
+        return plan_trie(self.ids, self.offsets, self.context_lengths)
 
     @classmethod
     def from_token_ids(cls, contexts: Sequence, responses: Sequence, prompts: Sequence[str] | None = None):

@@ -14,6 +14,7 @@ from .cell_sums import CellSums
 from .decoder import TreeRunner, run_padded, trie_attention_installed
 from .guard import claimed, compilation_off, is_out_of_memory, rope_kept, scoring_mode
 from .head import OP_IMPL, HeadReader, padded_batch
+from .prefix_cache import PrefixCache
 from .probe import Verdict, verdict_for
 from .progress import Progress
 from .prompt_scores import PromptScores
@@ -114,6 +115,8 @@ class ScoringJob:
 
     # Another part of the same job, or another rank, says in the log what there is to say.
     quiet = False
+    # What the rounds of a race have in common.
+    prefixes: PrefixCache | None = None
 
     def __init__(self, model, cache: ResponseCache, impl: str, max_tokens: int | None, progress: bool | None):
         self.model, self.inner = support.unwrap(model)
@@ -136,6 +139,8 @@ class ScoringJob:
             report = None
         else:
             contest = Contest(race, tokens, self.cache.prompts, responses_of(self.cache))
+            # The oracle of the attention reads the trie as a whole.
+            self.prefixes = None if self.op_impl == "reference" else PrefixCache(self.cache)
             computed, padded, reason = self._hold(contest)
             nll, tokens, report = contest.nll, np.where(contest.scored, tokens, 0), contest.report()
         scores = PromptScores(
@@ -159,7 +164,9 @@ class ScoringJob:
 
     def part(self, cells: np.ndarray, road: str) -> ScoringJob:
         """A job of some of this one's cells."""
-        return ScoringJob(self.model, self.cache.select(cells), road, self.max_tokens, self.progress)
+        job = ScoringJob(self.model, self.cache.select(cells), road, self.max_tokens, self.progress)
+        job.prefixes = self.prefixes
+        return job
 
     def _hold(self, contest: Contest) -> tuple[int, bool, str | None]:
         """Score what a contest asks for, round by round; (computed tokens, padded, reason) as `measure` has them."""
@@ -207,7 +214,8 @@ class ScoringJob:
 
     def _tree(self, verdict: Verdict) -> tuple[np.ndarray, int]:
         """([K * M] nll, computed tokens) by the tree road."""
-        plan = self.cache.plan(self._budget(verdict.through_model))
+        budget, prefixes, gave_up = self._budget(verdict.through_model), self.prefixes, False
+        plan = self.cache.plan(budget) if prefixes is None else prefixes.begin(self.cache, budget)
         trie = plan.trie
         sums = CellSums(trie.cell_target, trie.cell_ptr)
         with (
@@ -215,7 +223,7 @@ class ScoringJob:
             trie_attention_installed(self.inner),
             self._reader(verdict.through_model) as reader,
         ):
-            runner = TreeRunner(self.model, reader, self.op_impl, self.device)
+            runner = TreeRunner(self.model, reader, self.op_impl, self.device, prefixes)
             waiting = list(reversed(plan.passes))
             while waiting:
                 step = waiting.pop()
@@ -224,6 +232,9 @@ class ScoringJob:
                     sums.add(logprob)
                     bar.update(step.cells_done, step.stop)
                     continue
+                if prefixes is not None and prefixes.give_up():
+                    gave_up = True
+                    break
                 size = step.stop - step.start
                 if size == 1:
                     cell = int(
@@ -236,9 +247,14 @@ class ScoringJob:
                 middle = step.start + size // 2
                 waiting += [trie.make_pass(middle, step.stop), trie.make_pass(step.start, middle)]
             agrees = reader.agrees()
+        if gave_up:
+            logger.warning("out of memory; the rest of the race keeps no prefixes from round to round")
+            return self._tree(verdict)
         if not agrees:
             return self._again_through_model(verdict, self._tree)
-        return sums.nll(), len(trie)
+        if prefixes is not None:
+            prefixes.end()
+        return sums.nll(), sum(len(step.input_ids) for step in plan.passes)
 
     def _padded(self, verdict: Verdict) -> tuple[np.ndarray, int]:
         """([K * M] nll, computed tokens) by the model's own attention on right-padded batches of similar length."""

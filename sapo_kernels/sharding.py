@@ -24,7 +24,7 @@ from .race import Race
 from .ranks import IDLE, WORKING, RankError, Ranks, patience, ranks_of
 from .response_cache import ResponseCache
 from .score import ScoringJob, check_choices
-from .trie import TokenTrie, plan_trie
+from .trie import TokenTrie
 
 # What all ranks must have alike, by the order of its digests in the first round.
 ALIKE = ("prompts and examples", "options", "model", "weights")
@@ -158,6 +158,7 @@ class ShardedJob(ScoringJob):
         self.quiet, self._told = self.own > 0, False
 
     def part(self, cells: np.ndarray, road: str) -> ShardedJob:
+        # Without prefixes: what a rank has kept depends on the shards it had, and rounding on what is kept.
         return ShardedJob(self.model, self.cache.select(cells), road, self.max_tokens, self.ranks, self.count)
 
     def measure(self) -> tuple[np.ndarray, int, bool, str | None]:
@@ -262,12 +263,12 @@ def _shards(cache: ResponseCache, count: int | None, max_tokens: int) -> list[tu
     """The shards of a cache, cut once for each number of them."""
     cuts, trie = _cuts.get(cache), None
     if cuts is None:
-        trie = plan_trie(cache.ids, cache.offsets, cache.context_lengths)
+        trie = cache.plan_trie()
         cuts = _cuts[cache] = _Cuts(len(trie))
     if count is None:
         count = max(n for n in COUNTS if n <= max(1, cuts.tokens // (2 * max_tokens)))
     if count not in cuts.shards:
-        trie = trie or plan_trie(cache.ids, cache.offsets, cache.context_lengths)
+        trie = trie or cache.plan_trie()
         cuts.shards[count] = [(torch.from_numpy(cells), cache.select(cells)) for cells in cut(trie, count)]
     return cuts.shards[count]
 

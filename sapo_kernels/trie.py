@@ -27,10 +27,13 @@ DEFAULT_BLOCK_TOKENS = 64
 class TriePass:
     """A contiguous piece ``[start, stop)`` of a trie's depth-first order, ready to run as one forward.
 
-    Key indices: ``0..carried-1`` are the carried ancestors (position id = index), ``carried + i`` is token
-    ``start + i``. All tensors live on the CPU unless `to` moved them; index tensors of the attention are int32.
+    Key indices: first the carried ancestors (position id = index), then the `held` tokens of this piece, which the
+    caller has keys and values of, in their order; ``carried + i`` is the i-th of the others, which the forward
+    computes. All tensors live on the CPU unless `to` moved them; index tensors of the attention are int32.
 
     Attributes:
+        carried: keys in front of those that the forward computes, T tokens.
+        held: how many of these, the last ones, are tokens of this piece.
         input_ids: [T] int64 tokens of this pass.
         position: [carried + T] int32, depth of every key.
         subtree_end: [carried + T] int32; key j is visible to query i iff ``j <= i < subtree_end[j]``.
@@ -48,6 +51,7 @@ class TriePass:
     start: int
     stop: int
     carried: int
+    held: int
     block_tokens: int
     target_start: int
     cells_done: int
@@ -145,34 +149,41 @@ class TokenTrie:
                 stop = self.node_stop.item(node)
         return spans[::-1]
 
-    def passes(self, max_tokens: int | None = None, block_tokens: int = DEFAULT_BLOCK_TOKENS) -> list[TriePass]:
-        """Cut the depth-first order into passes of at most `max_tokens` new tokens each (None: one pass)."""
+    def passes(
+        self, max_tokens: int | None = None, block_tokens: int = DEFAULT_BLOCK_TOKENS, held: np.ndarray | None = None
+    ) -> list[TriePass]:
+        """Cut the depth-first order into passes of at most `max_tokens` new tokens each (None: one pass).
+
+        held: [U] bool, tokens that need not be computed, none of them a row; None: every token is new.
+        """
         if max_tokens is not None and max_tokens < 1:
             raise ValueError(f"max_tokens: wanted at least 1, got {max_tokens}")
         if block_tokens < 1:
             raise ValueError(f"block_tokens: wanted at least 1, got {block_tokens}")
-        total, start, result = len(self), 0, []
+        new = np.arange(len(self)) if held is None else np.flatnonzero(~held)
+        total, start, done, result = len(self), 0, 0, []
         while start < total:
-            limit = total if max_tokens is None else min(total, start + max_tokens)
+            end = len(new) if max_tokens is None else min(len(new), done + max_tokens)
+            limit = total if end == len(new) else int(new[end])
             # Ending at a shallow boundary keeps the carried path short and siblings together.
-            stop = limit if limit == total else self._cut(start + (3 * (limit - start)) // 4, limit)
-            result.append(self.make_pass(start, stop, block_tokens))
-            start = stop
+            after = int(new[done + (3 * (end - done)) // 4])
+            stop = limit if limit == total else self._cut(after, limit)
+            result.append(self.make_pass(start, stop, block_tokens, held))
+            start, done = stop, int(np.searchsorted(new, stop))
         return result
 
-    def make_pass(self, start: int, stop: int, block_tokens: int = DEFAULT_BLOCK_TOKENS) -> TriePass:
+    def make_pass(
+        self, start: int, stop: int, block_tokens: int = DEFAULT_BLOCK_TOKENS, held: np.ndarray | None = None
+    ) -> TriePass:
         """The pass over the depth-first range ``[start, stop)``."""
-        carried, fresh = int(self.depth[start]), stop - start
+        keys = _Keys(start, stop, int(self.depth[start]), held)
         path = self.path_spans(start)
         on_path = np.concatenate([np.arange(a, b) for a, b in path]) if path else np.zeros(0, np.int64)
-        keys = np.concatenate([on_path, np.arange(start, stop)])
-        subtree_end = carried + np.clip(self.subtree_end[keys] - start, 0, fresh)
-        block_start, span_ptr, spans = self._blocks(start, stop, block_tokens)
+        tokens = np.concatenate([on_path, keys.held, keys.new])
+        block_start, span_ptr, spans = self._blocks(keys, block_tokens)
         carry = np.zeros(0, np.int64)
         if stop < len(self):
-            carry = np.concatenate(
-                [np.arange(a, b) for a, b in self._to_keys(self.path_spans(stop), start, carried)] or [carry]
-            )
+            carry = np.concatenate([np.arange(a, b) for a, b in keys.of_path(self.path_spans(stop))] or [carry])
         row_lo, row_hi = np.searchsorted(self.row_token, [start, stop])
         target_lo, target_hi = int(self.target_ptr[row_lo]), int(self.target_ptr[row_hi])
 
@@ -182,37 +193,94 @@ class TokenTrie:
         return TriePass(
             start=start,
             stop=stop,
-            carried=carried,
+            carried=keys.first_new,
+            held=len(keys.held),
             block_tokens=block_tokens,
             target_start=target_lo,
             cells_done=int(np.searchsorted(self._leaf_sorted, stop)),
             last=stop == len(self),
-            input_ids=torch.from_numpy(self.tokens[start:stop].copy()),
-            position=int32(self.depth[keys]),
-            subtree_end=int32(subtree_end),
+            input_ids=torch.from_numpy(self.tokens[keys.new]),
+            position=int32(self.depth[tokens]),
+            subtree_end=int32(keys.first_new + keys.new_before(self.subtree_end[tokens])),
             block_start=int32(block_start),
             span_ptr=int32(span_ptr),
             span=int32(np.asarray(spans, dtype=np.int32).reshape(-1, 2)),
             carry_index=torch.from_numpy(carry),
-            rows=torch.from_numpy(self.row_token[row_lo:row_hi] - start),
+            rows=torch.from_numpy(keys.new_before(self.row_token[row_lo:row_hi])),
             target_ptr=torch.from_numpy(self.target_ptr[row_lo : row_hi + 1] - target_lo),
             targets=torch.from_numpy(self.targets[target_lo:target_hi].copy()),
         )
 
-    def _to_keys(self, path: list[tuple[int, int]], start: int, carried: int) -> list[tuple[int, int]]:
-        """Token ranges of a path as key ranges of the pass that begins at `start`.
+    def _cut(self, after: int, limit: int) -> int:
+        """The shallowest node start in ``(after, limit]``, the last one of equals; `limit` if there is none."""
+        lo, hi = self.node_start.searchsorted((after + 1, limit + 1)).tolist()
+        if lo == hi:
+            return limit
+        return self.node_start.item(hi - 1 - int(self.node_depth[lo:hi][::-1].argmin()))
 
-        The part of the path before `start` is a prefix of the carried path, and a carried key's index is its depth.
+    def _blocks(self, keys: _Keys, block_tokens: int):
+        """Query blocks of a pass and, for each, the key ranges outside it that all its queries see.
+
+        A block ends where an ancestor from outside the block ends its subtree, so those keys need no mask; and before
+        a held token, which may be an ancestor of some of its queries only.
+        """
+        block_start, span_ptr, spans = [keys.first_new], [0], []
+        for first, stop in keys.new_runs:
+            at = first
+            while at < stop:
+                node = self._node_of.item(at)
+                holder = node if at > self.node_start.item(node) else self.node_parent.item(node)
+                common_end = self.node_end.item(holder) if holder >= 0 else len(self)
+                hard = min(common_end, stop)
+                end = hard if hard <= at + block_tokens else self._cut(at + block_tokens // 2, at + block_tokens)
+                spans.extend(keys.of_path(self.path_spans(at)))
+                block_start.append(block_start[-1] + end - at)
+                span_ptr.append(len(spans))
+                at = end
+        return block_start, span_ptr, spans
+
+
+class _Keys:
+    """Where the tokens of a pass and of the path to it stand among its keys; see `TriePass`.
+
+    held, new: the tokens of the pass of each kind. new_runs: the same, as ranges. first_new: key of the first new one.
+    """
+
+    def __init__(self, start: int, stop: int, depth: int, held: np.ndarray | None):
+        self.start, self.stop = start, stop
+        inside = np.zeros(stop - start, dtype=bool) if held is None else held[start:stop]
+        self.held, self.new = start + np.flatnonzero(inside), start + np.flatnonzero(~inside)
+        self.first_new = depth + len(self.held)
+        # At each place of the pass, the new tokens before it; at each token, its key.
+        self._before = np.concatenate([[0], np.cumsum(~inside)])
+        place = np.arange(stop - start)
+        self._key = np.where(inside, depth + place - self._before[:-1], self.first_new + self._before[:-1])
+        # Tokens of which the key is not one more than that of the token before.
+        self._breaks = (start + 1 + np.flatnonzero(np.diff(inside))).tolist()
+        edges = [start, *self._breaks, stop]
+        self.new_runs = [(a, b) for a, b in zip(edges, edges[1:]) if not inside[a - start]]  # noqa: B905
+
+    def new_before(self, tokens: np.ndarray) -> np.ndarray:
+        """How many new tokens of the pass stand before each of `tokens`."""
+        return self._before[np.clip(tokens - self.start, 0, self.stop - self.start)]
+
+    def of_path(self, path: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Token ranges of a path as key ranges.
+
+        The part of the path before the pass is a prefix of the carried path, and a carried key's index is its depth.
         """
         keys, depth = [], 0
         for first, stop in path:
-            if first < start:
-                inside = max(stop - start, 0)
-                depth += stop - first - inside
-                if inside:
-                    keys.append((carried, carried + inside))
-            else:
-                keys.append((carried + first - start, carried + stop - start))
+            if first < self.start:
+                depth += min(stop, self.start) - first
+                first = self.start
+            if first < stop and not self._breaks:
+                keys.append((self.first_new + first - self.start, self.first_new + stop - self.start))
+            elif first < stop:
+                edges = [first, *(edge for edge in self._breaks if first < edge < stop), stop]
+                for a, b in zip(edges, edges[1:]):  # noqa: B905 (pairs of neighbours)
+                    key = self._key.item(a - self.start)
+                    keys.append((key, key + b - a))
         if depth:
             keys.insert(0, (0, depth))
         merged: list[tuple[int, int]] = []
@@ -222,33 +290,6 @@ class TokenTrie:
             else:
                 merged.append((first, stop))
         return merged
-
-    def _cut(self, after: int, limit: int) -> int:
-        """The shallowest node start in ``(after, limit]``, the last one of equals; `limit` if there is none."""
-        lo, hi = self.node_start.searchsorted((after + 1, limit + 1)).tolist()
-        if lo == hi:
-            return limit
-        return self.node_start.item(hi - 1 - int(self.node_depth[lo:hi][::-1].argmin()))
-
-    def _blocks(self, start: int, stop: int, block_tokens: int):
-        """Query blocks of a pass and, for each, the key ranges outside it that all its queries see.
-
-        A block ends where an ancestor from outside the block ends its subtree, so those keys need no mask.
-        """
-        carried = int(self.depth[start])
-        block_start, span_ptr, spans = [carried], [0], []
-        at = start
-        while at < stop:
-            node = self._node_of.item(at)
-            holder = node if at > self.node_start.item(node) else self.node_parent.item(node)
-            common_end = self.node_end.item(holder) if holder >= 0 else len(self)
-            hard = min(common_end, stop)
-            end = hard if hard <= at + block_tokens else self._cut(at + block_tokens // 2, at + block_tokens)
-            spans.extend(self._to_keys(self.path_spans(at), start, carried))
-            block_start.append(carried + end - start)
-            span_ptr.append(len(spans))
-            at = end
-        return block_start, span_ptr, spans
 
 
 def plan_trie(ids: np.ndarray, offsets: np.ndarray, context_lengths: np.ndarray) -> TokenTrie:

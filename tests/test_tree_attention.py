@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -231,6 +233,29 @@ def test_carried_keys_behind_the_window_cannot_hurt(impl, device, poisoned_outpu
     args[1][53] = float("nan")
     touched = ~sk.tree_attention(*args, step, window=8, impl=impl).isfinite().all(-1).all(-1)
     assert touched.tolist() == [True] + [False] * 9, "key 53 is the oldest that query 60 sees"
+
+
+@pytest.mark.parametrize("case", ["job random", "job deep", "job lengths", "window 5", "everything"])
+def test_keys_that_the_caller_holds(case, impl, device, poisoned_outputs):
+    """Some tokens are keys in front and no queries; what the others see is as in a trie of which nothing is held."""
+    q, k, v, options = inputs(case, torch.float32, device)
+    trie, oracle = TREES[CASES[case][0]]
+    held = np.random.default_rng(7).random(len(trie)) < 0.4
+    held[trie.row_token] = False
+    wanted = each_alone(CASES[case][0], q, k, v, options, torch.float64)
+    seen = 0
+    for step in trie.passes(30, 8, held):
+        inside = np.arange(step.start, step.stop)
+        new = inside[~held[inside]]
+        keys = torch.from_numpy(np.concatenate([oracle.path(step.start)[:-1], inside[held[inside]], new])).long()
+        call = functools.partial(sk.tree_attention, q[new], k[keys], v[keys], step.to(device), impl=impl, **options)
+        if step.held and impl == "reference":
+            with pytest.raises(ValueError, match="trie: wanted a pass without held tokens"):
+                call()
+        else:
+            assert_close("tree_attention fp32", call(), wanted[new])
+        seen += step.held
+    assert seen == held.sum() > 5
 
 
 def good_call():

@@ -110,15 +110,20 @@ def test_each_cell_finds_its_targets_in_response_order(job):
     assert trie.cell_ptr[-1] == len(trie.cell_target)
 
 
-def check_blocks(step, seen: np.ndarray, block_tokens: int) -> None:
-    """Blocks cover the queries; the spans of each are exactly the keys outside it that its queries see."""
+def check_blocks(step, seen: np.ndarray, block_tokens: int, ascending: bool = True) -> None:
+    """Blocks cover the queries; the spans of each are exactly the keys outside it that its queries see.
+
+    ascending: spans stand in the order of the keys; else in that of the path only.
+    """
     starts, pointers = step.block_start.tolist(), step.span_ptr.tolist()
     assert starts[0] == step.carried and starts[-1] == len(step.position)
     assert len(pointers) == len(starts) and pointers[0] == 0 and pointers[-1] == len(step.span)
     for b, (first, stop) in enumerate(zip(starts, starts[1:], strict=False)):
         assert 1 <= stop - first <= block_tokens
         spans = step.span[pointers[b] : pointers[b + 1]].tolist()
-        edges = [0, *(edge for span in spans for edge in span), first]
+        positions = [p for i, j in spans for p in step.position[i:j].tolist()]
+        assert positions == list(range(len(positions))), "a path from the root"
+        edges = [0, *(edge for span in (spans if ascending else sorted(spans)) for edge in span), first]
         assert edges == sorted(edges) and all(i < j for i, j in spans), "ascending, apart, before the block"
         outside = np.zeros(first, dtype=bool)
         for i, j in spans:
@@ -126,35 +131,46 @@ def check_blocks(step, seen: np.ndarray, block_tokens: int) -> None:
         assert (seen[first:stop, :first] == outside).all()
 
 
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9], ids=lambda share: f"{share:.0%} held")
 @pytest.mark.parametrize("budget, block_tokens", CUTS)
-def test_passes(job, budget, block_tokens):
+def test_passes(job, budget, block_tokens, share):
+    """Also of tries of which the caller has keys and values of some tokens, wherever these stand."""
     _, oracle, trie = job
     ancestors = np.zeros((len(trie), len(trie)), dtype=bool)
     for i in range(len(trie)):
         ancestors[i, oracle.path(i)] = True
     leaves = np.asarray(oracle.leaf)
+    held = np.random.default_rng(len(trie)).random(len(trie)) < share
+    held[trie.row_token] = False
     at, targets, rows, carried_tokens = 0, 0, [], []
-    for step in trie.passes(budget, block_tokens):
+    for step in trie.passes(budget, block_tokens, held if share else None):
         assert step.start == at < step.stop <= len(trie)
-        assert budget is None or step.stop - step.start <= budget
+        inside = np.arange(step.start, step.stop)
+        mine, new = inside[held[inside]].tolist(), inside[~held[inside]].tolist()
+        assert new and (budget is None or len(new) <= budget)
         assert step.block_tokens == block_tokens
         at = step.stop
         # What the pass before handed over is the path to the first token, root first.
         assert carried_tokens == oracle.path(step.start)[:-1]
-        assert step.carried == len(carried_tokens) == trie.depth[step.start]
-        keys = [*carried_tokens, *range(step.start, step.stop)]
-        assert step.input_ids.tolist() == trie.tokens[step.start : step.stop].tolist()
+        assert len(carried_tokens) == trie.depth[step.start]
+        assert (step.carried, step.held) == (len(carried_tokens) + len(mine), len(mine))
+        keys = [*carried_tokens, *mine, *new]
+        assert step.input_ids.tolist() == trie.tokens[new].tolist()
         assert step.position.tolist() == trie.depth[keys].tolist()
+        truth = ancestors[np.ix_(keys, keys)]
         i, j = np.arange(len(keys))[:, None], np.arange(len(keys))
         seen = (j <= i) & (i < step.subtree_end.numpy())
-        assert (seen[step.carried :] == ancestors[np.ix_(keys[step.carried :], keys)]).all()
-        check_blocks(step, seen, block_tokens)
+        assert not (truth & ~seen)[step.carried :].any(), "no ancestor is hidden, held or not"
+        exact = np.ones(len(keys), dtype=bool)
+        exact[step.carried - step.held : step.carried] = False  # those are seen through the spans alone
+        assert (seen == truth)[step.carried :, exact].all()
+        check_blocks(step, truth, block_tokens, share == 0)
         carried_tokens = [keys[key] for key in step.carry_index.tolist()]
         owned = np.diff(step.target_ptr).tolist()
         assert step.target_start == targets and step.target_ptr[0] == 0 and sum(owned) == len(step.targets)
         assert step.targets.tolist() == trie.targets[targets : targets + len(step.targets)].tolist()
         targets += len(step.targets)
-        rows += [(step.start + row, n) for row, n in zip(step.rows.tolist(), owned, strict=True)]
+        rows += [(new[row], n) for row, n in zip(step.rows.tolist(), owned, strict=True)]
         assert step.cells_done == int((leaves < step.stop).sum())
     assert at == len(trie) and not carried_tokens and targets == len(trie.targets)
     assert rows == list(zip(trie.row_token.tolist(), np.diff(trie.target_ptr).tolist(), strict=True))

@@ -34,8 +34,8 @@ def tree_attention(
 
     Args:
         q: [Tq, Hq, Dk] float32, bfloat16, float16 or float64; Tq is the number of tokens of the pass.
-        k: [Tk, Hkv, Dk], same dtype; ``Tk = carried + Tq``, carried ancestors first. Hq = G * Hkv for an integer G,
-            query head ``h * G + g`` reads kv head h.
+        k: [Tk, Hkv, Dk], same dtype; ``Tk = carried + Tq``, in the order that `TriePass` says. Hq = G * Hkv for an integer
+            G, query head ``h * G + g`` reads kv head h.
         v: [Tk, Hkv, Dv], same dtype; Dv may differ from Dk.
         trie: the pass that says who sees whom (`TokenTrie.passes`), or a whole trie (then ``Tk == Tq``).
         scale: factor on the logits; default ``Dk ** -0.5``.
@@ -60,6 +60,9 @@ def tree_attention(
             raise ValueError("tree_attention: trie: wanted at least one token, got an empty trie")
         trie = passes[0]
     _check(q, k, v, trie, scale, window, softcap, sinks)
+    if trie.held and impl == "reference":
+        # It reads who sees whom from the order of the keys, and held ones stand out of it.
+        raise ValueError("tree_attention: trie: wanted a pass without held tokens for impl='reference', got some")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     plan = trie.to(q.device)
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
