@@ -34,8 +34,8 @@ def tree_attention(
 
     Args:
         q: [Tq, Hq, Dk] float32, bfloat16, float16 or float64; Tq is the number of tokens of the pass.
-        k: [Tk, Hkv, Dk], same dtype; ``Tk = carried + Tq``, in the order that `TriePass` says. Hq = G * Hkv for an integer
-            G, query head ``h * G + g`` reads kv head h.
+        k: [Tk, Hkv, Dk], same dtype; ``Tk = carried + Tq``, in the order that `TriePass` says. Hq = G * Hkv for an
+            integer G, query head ``h * G + g`` reads kv head h.
         v: [Tk, Hkv, Dv], same dtype; Dv may differ from Dk.
         trie: the pass that says who sees whom (`TokenTrie.passes`), or a whole trie (then ``Tk == Tq``).
         scale: factor on the logits; default ``Dk ** -0.5``.
