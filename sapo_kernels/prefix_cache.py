@@ -104,12 +104,17 @@ class PrefixCache:
 
     def add(self, found: PassPrefixes) -> None:
         """A pass went through."""
-        if found.taken:
+        if not found.taken:
+            return
+        self._token_bytes = sum(part[0].nbytes for pair in found.taken.values() for part in pair)
+        if (space := self._space()) < len(found.places):  # the first pass, before it was known
+            found.places = found.places[:space]
+            found.taken = {call: tuple(part[:space].clone() for part in pair) for call, pair in found.taken.items()}
+        if len(found.places):
             self._added.append(found)
-            self._token_bytes = sum(part[0].nbytes for pair in found.taken.values() for part in pair)
 
-    def end(self) -> None:
-        """The round went through: what its passes left replaces what was kept."""
+    def end(self) -> int:
+        """The round went through: what its passes left replaces what was kept; how many tokens that is."""
         self._kept, self._slots = {}, {}
         if self._added:
             places = np.concatenate([one.places for one in self._added])
@@ -119,7 +124,9 @@ class PrefixCache:
             for k, path in self._paths.items():
                 at = np.minimum(np.searchsorted(places, path), len(places) - 1)
                 self._slots[k] = np.where(places[at] == path, at, -1)
+        kept = sum(len(one.places) for one in self._added)
         self._begin({})
+        return kept
 
     def give_up(self) -> bool:
         """Keep nothing from now on, as memory ran out; whether that frees any."""

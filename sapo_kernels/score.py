@@ -213,8 +213,16 @@ class ScoringJob:
         return max(1, min(self.max_tokens, MODEL_LOGITS_BYTES // (4 * support.vocabulary_size(self.inner))))
 
     def _tree(self, verdict: Verdict) -> tuple[np.ndarray, int]:
-        """([K * M] nll, computed tokens) by the tree road."""
-        budget, prefixes, gave_up = self._budget(verdict.through_model), self.prefixes, False
+        """([K * M] nll, computed tokens) by the tree road; memory comes before kept prefixes."""
+        found = self._tree_once(verdict)
+        if found is None:
+            logger.warning("out of memory; the rest of the race keeps no prefixes from round to round")
+            found = self._tree_once(verdict)
+        return found
+
+    def _tree_once(self, verdict: Verdict) -> tuple[np.ndarray, int] | None:
+        """As `_tree`; None if memory ran out and giving up the prefixes freed some."""
+        budget, prefixes = self._budget(verdict.through_model), self.prefixes
         plan = self.cache.plan(budget) if prefixes is None else prefixes.begin(self.cache, budget)
         trie = plan.trie
         sums = CellSums(trie.cell_target, trie.cell_ptr)
@@ -233,8 +241,7 @@ class ScoringJob:
                     bar.update(step.cells_done, step.stop)
                     continue
                 if prefixes is not None and prefixes.give_up():
-                    gave_up = True
-                    break
+                    return None
                 size = step.stop - step.start
                 if size == 1:
                     cell = int(
@@ -247,13 +254,10 @@ class ScoringJob:
                 middle = step.start + size // 2
                 waiting += [trie.make_pass(middle, step.stop), trie.make_pass(step.start, middle)]
             agrees = reader.agrees()
-        if gave_up:
-            logger.warning("out of memory; the rest of the race keeps no prefixes from round to round")
-            return self._tree(verdict)
         if not agrees:
             return self._again_through_model(verdict, self._tree)
-        if prefixes is not None:
-            prefixes.end()
+        if prefixes is not None and _unless_out_of_memory(prefixes.end) is None:
+            prefixes.give_up()
         return sums.nll(), sum(len(step.input_ids) for step in plan.passes)
 
     def _padded(self, verdict: Verdict) -> tuple[np.ndarray, int]:

@@ -135,9 +135,11 @@ def test_there_is_room_for_so_much(share, monkeypatch):
     end = PrefixCache.end
 
     def spy(self):
-        end(self)
+        count = end(self)
         pairs = list(self._kept.values())
         kept.append((len(pairs[0][0]) if pairs else 0, sum(part.nbytes for pair in pairs for part in pair)))
+        assert kept[-1][0] == count
+        return count
 
     monkeypatch.setattr(PrefixCache, "end", spy)
     most = sk.score_prompts(model, cache, race=ALL, max_tokens=20)
@@ -147,9 +149,8 @@ def test_there_is_room_for_so_much(share, monkeypatch):
     monkeypatch.setattr(score, "PrefixCache", lambda cache: PrefixCache(cache, room))
     scores = sk.score_prompts(model, cache, race=ALL, max_tokens=20)
     assert per_token_error(scores, plain_nll(model, cache)) < ATOL
-    # Before the first pass it is not known what a token takes.
-    assert kept[0][0] <= max(share * tokens, 20) and all(size <= room for _, size in kept[1:])
-    assert share < 0.3 or max(size for _, size in kept[1:]) > 0.9 * room
+    assert all(size <= room for _, size in kept)
+    assert share < 0.3 or max(size for _, size in kept) > 0.9 * room
     assert most.stats["trie_tokens"] < scores.stats["trie_tokens"] <= sum(rounds_of(cache, ALL)[0])
 
 
@@ -173,6 +174,18 @@ def test_memory_comes_before_prefixes(monkeypatch, caplog):
         "out of memory; the rest of the race keeps no prefixes from round to round"
     ]
     assert per_token_error(scores, plain) < ATOL
+
+
+def test_no_memory_at_the_end_of_a_round_costs_the_prefixes_only(monkeypatch):
+    cache, model = job(7), build("llama")
+
+    def fail(self):
+        raise torch.OutOfMemoryError("CUDA out of memory (staged)")
+
+    monkeypatch.setattr(PrefixCache, "end", fail)
+    scores = sk.score_prompts(model, cache, race=ALL, max_tokens=40)
+    assert per_token_error(scores, plain_nll(model, cache)) < ATOL
+    assert scores.stats["trie_tokens"] == sum(rounds_of(cache, ALL)[0])
 
 
 def test_a_pass_that_does_not_fit_either_is_halved(monkeypatch, caplog):
