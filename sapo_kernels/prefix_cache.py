@@ -7,6 +7,7 @@ left the race go with it.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,6 +18,8 @@ from .trie import TokenTrie, TriePass
 
 # Keys and values of all layers that are kept at most; twice that while a round replaces those of the one before.
 KEPT_BYTES = 1 << 30
+
+logger = logging.getLogger("sapo_kernels")
 
 KeysAndValues = tuple[torch.Tensor, torch.Tensor]
 
@@ -58,14 +61,14 @@ class PrefixCache:
         self.lengths, self.room = cache.prefix_lengths(), room
         self._token_bytes = 0  # of all layers; known once a pass was kept
         # Of a prompt, the row in `_kept` of each token of its prefix, or -1; `_kept` as in `PassPrefixes`.
-        self._slots: dict[int, np.ndarray] = {}
+        self._slots_of_prompt: dict[int, np.ndarray] = {}
         self._kept: dict[int, KeysAndValues] = {}
-        self._begin({})
+        self._reset({})
 
-    def _begin(self, paths: dict[int, np.ndarray]) -> None:
+    def _reset(self, paths: dict[int, np.ndarray]) -> None:
         self._paths, self._added = paths, []
         self._tokens = np.unique(np.concatenate([np.zeros(0, np.int64), *paths.values()]))
-        self._slot = np.full(len(self._tokens), -1)
+        self._slot_of_token = np.full(len(self._tokens), -1)
 
     def begin(self, cache: ResponseCache, max_tokens: int) -> ScorePlan:
         """The plan of a round that scores the cells of `cache`, a selection: its passes hold what is kept."""
@@ -73,20 +76,19 @@ class PrefixCache:
         prompts, first = np.unique(cache.selected // cache.num_examples, return_index=True)
         for k, cell in zip(prompts.tolist(), first.tolist(), strict=True):
             paths[k] = _path(trie, int(trie.leaf[cell]))[: self.lengths[k]]
-        self._begin(paths)
-        for k in paths.keys() & self._slots.keys():
-            at = np.searchsorted(self._tokens, paths[k])
-            self._slot[at] = np.maximum(self._slot[at], self._slots[k])
+        self._reset(paths)
+        for k in paths.keys() & self._slots_of_prompt.keys():
+            self._slot_of_token[np.searchsorted(self._tokens, paths[k])] = self._slots_of_prompt[k]
         # Where the response to another prompt begins within a prefix, the hidden state is needed too.
-        self._slot[np.isin(self._tokens, trie.row_token)] = -1
+        self._slot_of_token[np.isin(self._tokens, trie.row_token)] = -1
         held = np.zeros(len(trie), dtype=bool)
-        held[self._tokens[self._slot >= 0]] = True
+        held[self._tokens[self._slot_of_token >= 0]] = True
         return ScorePlan(trie, trie.passes(max_tokens, held=held))
 
     def of_pass(self, step: TriePass, device: torch.device) -> PassPrefixes:
         """What a pass of this round holds and leaves, on `device`."""
         lo, hi = np.searchsorted(self._tokens, [step.start, step.stop])
-        tokens, slots = self._tokens[lo:hi], self._slot[lo:hi]
+        tokens, slots = self._tokens[lo:hi], self._slot_of_token[lo:hi]
         held = slots >= 0
         before = np.cumsum(held) - held
         keys = np.where(held, step.carried - step.held + before, step.carried + tokens - step.start - before)
@@ -103,37 +105,40 @@ class PrefixCache:
         return max(0, self.room // self._token_bytes - sum(len(one.places) for one in self._added))
 
     def add(self, found: PassPrefixes) -> None:
-        """A pass went through."""
+        """A pass went through. Nothing here may fail: what the pass computed is on its way already."""
+        found.kept = {}
         if not found.taken:
             return
         self._token_bytes = sum(part[0].nbytes for pair in found.taken.values() for part in pair)
         if (space := self._space()) < len(found.places):  # the first pass, before it was known
             found.places = found.places[:space]
-            found.taken = {call: tuple(part[:space].clone() for part in pair) for call, pair in found.taken.items()}
+            found.taken = {call: tuple(part[:space] for part in pair) for call, pair in found.taken.items()}
         if len(found.places):
             self._added.append(found)
 
     def end(self) -> int:
         """The round went through: what its passes left replaces what was kept; how many tokens that is."""
-        self._kept, self._slots = {}, {}
-        if self._added:
-            places = np.concatenate([one.places for one in self._added])
-            for call in self._added[0].taken:
-                pairs = zip(*(one.taken[call] for one in self._added), strict=True)
+        self._kept, self._slots_of_prompt = {}, {}
+        places = np.concatenate([np.zeros(0, np.int64), *(one.places for one in self._added)])
+        if len(places):
+            for call in list(self._added[0].taken):
+                # One call after the other is let go, so that never more than one is there twice.
+                pairs = zip(*(one.taken.pop(call) for one in self._added), strict=True)
                 self._kept[call] = tuple(torch.cat(parts) for parts in pairs)
             for k, path in self._paths.items():
                 at = np.minimum(np.searchsorted(places, path), len(places) - 1)
-                self._slots[k] = np.where(places[at] == path, at, -1)
-        kept = sum(len(one.places) for one in self._added)
-        self._begin({})
-        return kept
+                self._slots_of_prompt[k] = np.where(places[at] == path, at, -1)
+        self._reset({})
+        return len(places)
 
     def give_up(self) -> bool:
         """Keep nothing from now on, as memory ran out; whether that frees any."""
         had = bool(self._kept or self._added)
+        if self.lengths.any():
+            logger.warning("out of memory; the rest of the race keeps no prefixes from round to round")
         self.lengths = np.zeros_like(self.lengths)
-        self._kept, self._slots = {}, {}
-        self._begin({})
+        self._kept, self._slots_of_prompt = {}, {}
+        self._reset({})
         return had
 
 

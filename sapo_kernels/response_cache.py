@@ -89,7 +89,10 @@ class ResponseCache:
         return f"(prompt {number // self.num_examples}, example {number % self.num_examples})"
 
     def prefix_lengths(self) -> np.ndarray:
-        """[K] int64, how many tokens all cells of each prompt begin with alike, before anything is predicted."""
+        """[K] int64, how many tokens all cells of each prompt begin with alike, before anything is predicted.
+
+        Of a whole cache only, no selection.
+        """
         first = self.offsets[:-1].reshape(self.num_prompts, -1)
         lengths = self.context_lengths.reshape(self.num_prompts, -1).min(1) - 1
         for k, longest in enumerate(lengths.tolist()):

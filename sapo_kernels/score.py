@@ -139,8 +139,7 @@ class ScoringJob:
             report = None
         else:
             contest = Contest(race, tokens, self.cache.prompts, responses_of(self.cache))
-            # The oracle of the attention reads the trie as a whole.
-            self.prefixes = None if self.op_impl == "reference" else PrefixCache(self.cache)
+            self.prefixes = self._prefix_cache()
             computed, padded, reason = self._hold(contest)
             nll, tokens, report = contest.nll, np.where(contest.scored, tokens, 0), contest.report()
         scores = PromptScores(
@@ -162,6 +161,10 @@ class ScoringJob:
             scores.warn_nonfinite()
         return scores
 
+    def _prefix_cache(self) -> PrefixCache | None:
+        # The oracle of the attention reads the trie as a whole.
+        return None if self.impl in ("padded", "reference") else PrefixCache(self.cache)
+
     def part(self, cells: np.ndarray, road: str) -> ScoringJob:
         """A job of some of this one's cells."""
         job = ScoringJob(self.model, self.cache.select(cells), road, self.max_tokens, self.progress)
@@ -175,8 +178,8 @@ class ScoringJob:
             nll, computed, by_padded, why = self.part(cells, road).measure()
             contest.add(cells, nll)
             total, padded, reason = total + computed, padded or by_padded, reason or why
-            # One road for all rounds, and one line in the log about it.
-            road = "padded" if padded else road
+            if padded:  # one road for all rounds, and one line in the log about it
+                road, self.prefixes = "padded", None
         return total, padded, reason
 
     def measure(self) -> tuple[np.ndarray, int, bool, str | None]:
@@ -214,20 +217,16 @@ class ScoringJob:
 
     def _tree(self, verdict: Verdict) -> tuple[np.ndarray, int]:
         """([K * M] nll, computed tokens) by the tree road; memory comes before kept prefixes."""
-        found = self._tree_once(verdict)
-        if found is None:
-            logger.warning("out of memory; the rest of the race keeps no prefixes from round to round")
-            found = self._tree_once(verdict)
-        return found
+        return self._tree_once(verdict) or self._tree_once(verdict)
 
     def _tree_once(self, verdict: Verdict) -> tuple[np.ndarray, int] | None:
         """As `_tree`; None if memory ran out and giving up the prefixes freed some."""
         budget, prefixes = self._budget(verdict.through_model), self.prefixes
         plan = self.cache.plan(budget) if prefixes is None else prefixes.begin(self.cache, budget)
-        trie = plan.trie
+        trie, total, done = plan.trie, sum(len(step.input_ids) for step in plan.passes), 0
         sums = CellSums(trie.cell_target, trie.cell_ptr)
         with (
-            Progress(len(trie.leaf), trie.dense_tokens, len(trie), self.progress) as bar,
+            Progress(len(trie.leaf), trie.dense_tokens, total, self.progress) as bar,
             trie_attention_installed(self.inner),
             self._reader(verdict.through_model) as reader,
         ):
@@ -238,7 +237,8 @@ class ScoringJob:
                 logprob = _unless_out_of_memory(lambda step=step: runner.run(step))
                 if logprob is not None:
                     sums.add(logprob)
-                    bar.update(step.cells_done, step.stop)
+                    done += len(step.input_ids)
+                    bar.update(step.cells_done, done)
                     continue
                 if prefixes is not None and prefixes.give_up():
                     return None
@@ -258,7 +258,7 @@ class ScoringJob:
             return self._again_through_model(verdict, self._tree)
         if prefixes is not None and _unless_out_of_memory(prefixes.end) is None:
             prefixes.give_up()
-        return sums.nll(), sum(len(step.input_ids) for step in plan.passes)
+        return sums.nll(), total
 
     def _padded(self, verdict: Verdict) -> tuple[np.ndarray, int]:
         """([K * M] nll, computed tokens) by the model's own attention on right-padded batches of similar length."""

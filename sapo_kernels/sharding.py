@@ -157,8 +157,11 @@ class ShardedJob(ScoringJob):
         self.shards = _shards(cache, shards, self.max_tokens)
         self.quiet, self._told = self.own > 0, False
 
+    def _prefix_cache(self) -> None:
+        # What a rank has kept would depend on the shards it had, and rounding depends on what is kept.
+        return None
+
     def part(self, cells: np.ndarray, road: str) -> ShardedJob:
-        # Without prefixes: what a rank has kept depends on the shards it had, and rounding on what is kept.
         return ShardedJob(self.model, self.cache.select(cells), road, self.max_tokens, self.ranks, self.count)
 
     def measure(self) -> tuple[np.ndarray, int, bool, str | None]:

@@ -160,6 +160,8 @@ class TokenTrie:
             raise ValueError(f"max_tokens: wanted at least 1, got {max_tokens}")
         if block_tokens < 1:
             raise ValueError(f"block_tokens: wanted at least 1, got {block_tokens}")
+        if held is not None and held[self.row_token].any():
+            raise ValueError("held: wanted no token that predicts something, got some")
         new = np.arange(len(self)) if held is None else np.flatnonzero(~held)
         total, start, done, result = len(self), 0, 0, []
         while start < total:
@@ -274,9 +276,7 @@ class _Keys:
             if first < self.start:
                 depth += min(stop, self.start) - first
                 first = self.start
-            if first < stop and not self._breaks:
-                keys.append((self.first_new + first - self.start, self.first_new + stop - self.start))
-            elif first < stop:
+            if first < stop:
                 edges = [first, *(edge for edge in self._breaks if first < edge < stop), stop]
                 for a, b in zip(edges, edges[1:]):  # noqa: B905 (pairs of neighbours)
                     key = self._key.item(a - self.start)

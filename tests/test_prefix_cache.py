@@ -60,6 +60,10 @@ def test_prefix_lengths(seed):
     cache = job(seed, shared=(0, 1, 63, 64, 65, 130)[seed], vocabulary=(5, 250)[seed % 2], examples=(1, 9)[seed < 5])
     assert cache.prefix_lengths().tolist() == first_differences(cache)
     assert strict_prefixes().prefix_lengths().tolist() == [3, 7]
+    rng = random.Random(seed)
+    apart = [[3, *(rng.randrange(250) for _ in range(seed))] + [9] * 150 for _ in range(4)]
+    cache = sk.ResponseCache.from_token_ids([apart], [[1]] * 4)
+    assert cache.prefix_lengths().tolist() == first_differences(cache), "what is alike again behind a difference"
 
 
 def rounds_of(cache: sk.ResponseCache, race: sk.Race) -> tuple[list[int], int]:
@@ -174,6 +178,100 @@ def test_memory_comes_before_prefixes(monkeypatch, caplog):
         "out of memory; the rest of the race keeps no prefixes from round to round"
     ]
     assert per_token_error(scores, plain) < ATOL
+    tokens, _ = rounds_of(cache, ALL)
+    assert scores.stats["trie_tokens"] == sum(tokens) and scores.stats["road"] == "tree"
+
+
+@pytest.mark.parametrize("fails", [1, 2])
+def test_no_memory_in_the_first_round(fails, monkeypatch, caplog):
+    """Nothing is kept from then on; the first pass is halved, a later one begins its round again."""
+    cache, model, passes = job(7), build("llama"), []
+    run = sk.decoder.TreeRunner.run
+
+    def limited(runner, step):
+        passes.append(step)
+        if runner.prefixes is not None and sum(len(step.position) > 8 for step in passes) == fails:
+            passes.append(step)
+            raise torch.OutOfMemoryError("CUDA out of memory (staged)")
+        assert not step.held
+        return run(runner, step)
+
+    sk.score_prompts(model, cache, max_tokens=40)  # the probe's passes are not meant
+    monkeypatch.setattr(sk.decoder.TreeRunner, "run", limited)
+    with caplog.at_level(logging.WARNING, "sapo_kernels"):
+        scores = sk.score_prompts(model, cache, race=ALL, max_tokens=40)
+    said = [r.getMessage() for r in caplog.records]
+    assert said[0] == "out of memory; the rest of the race keeps no prefixes from round to round"
+    assert ["halving" in line for line in said[1:]] == [True] * (fails == 1)
+    assert per_token_error(scores, plain_nll(model, cache)) < ATOL
+    assert scores.stats["trie_tokens"] == sum(rounds_of(cache, ALL)[0])
+
+
+def test_what_is_kept_is_there_twice_at_most(monkeypatch):
+    """While a round's prefixes replace those of the one before, and no longer."""
+    cache, model, seen = job(8, prompts=4, examples=30), build("llama"), []
+    end, cat = PrefixCache.end, torch.cat
+
+    def live(self):
+        parts = [t for one in self._added for d in (one.taken, one.kept) for pair in d.values() for t in pair]
+        parts += [t for pair in self._kept.values() for t in pair]
+        return sum(storage.nbytes() for storage in {t.data_ptr(): t.untyped_storage() for t in parts}.values())
+
+    def spy(self):
+        peak = [live(self)]
+
+        def watched(parts):
+            made = cat(parts)
+            peak.append(live(self) + made.nbytes)
+            return made
+
+        monkeypatch.setattr(torch, "cat", watched)
+        count = end(self)
+        monkeypatch.setattr(torch, "cat", cat)
+        seen.append((max(peak), live(self)))
+        assert not self._added
+        return count
+
+    monkeypatch.setattr(PrefixCache, "end", spy)
+    sk.score_prompts(model, cache, race=ALL, max_tokens=40)
+    whole = max(after for _, after in seen)
+    assert len(seen) > 3 and whole > 0
+    assert all(peak <= 2.05 * whole for peak, _ in seen[1:]), (seen, whole)
+
+
+def test_a_race_that_leaves_the_tree_keeps_nothing(monkeypatch):
+    cache, model, held = job(9), build("llama"), []
+    measure = score.ScoringJob.measure
+
+    def later(self):
+        if self.selected_late():
+            self.impl = "padded"
+        held.append(self.prefixes)
+        return measure(self)
+
+    monkeypatch.setattr(score.ScoringJob, "selected_late", lambda self: len(self.cache.selected) < 20, raising=False)
+    monkeypatch.setattr(score.ScoringJob, "measure", later)
+    scores = sk.score_prompts(model, cache, race=ALL)
+    assert scores.stats["road"] == "padded" and scores.scored.all()
+    assert held[0] is not None and held[-1] is None
+    assert per_token_error(scores, plain_nll(model, cache)) < ATOL
+
+
+def test_the_bar_counts_what_is_computed(monkeypatch):
+    shown = []
+
+    class Bar(score.Progress):
+        def __init__(self, cells, dense, total, show):
+            super().__init__(cells, dense, total, False)
+            shown.append([total, 0])
+
+        def update(self, cells, done):
+            shown[-1][1] = done
+
+    monkeypatch.setattr(score, "Progress", Bar)
+    scores = sk.score_prompts(build("llama"), job(), race=ALL, max_tokens=40)
+    assert [total for total, _ in shown] == [done for _, done in shown]
+    assert sum(total for total, _ in shown) == scores.stats["trie_tokens"]
 
 
 def test_no_memory_at_the_end_of_a_round_costs_the_prefixes_only(monkeypatch):
@@ -233,3 +331,23 @@ def test_a_head_that_is_scored_again_finds_the_same_prefixes(monkeypatch, caplog
     scores = sk.score_prompts(model, cache, race=ALL, max_tokens=40)
     assert rounds[:5] == [False, False, True, False, True]
     assert per_token_error(scores, plain) < ATOL
+    tokens, again = rounds_of(cache, ALL)
+    assert scores.stats["trie_tokens"] == sum(tokens) - again
+
+
+def test_logits_of_the_model_keep_their_bound(monkeypatch):
+    """A head whose transform is not known goes through the model, in passes of so many logits."""
+    cache, model, passes = job(9), build("llama"), []
+    monkeypatch.setattr(sk.head.support, "head_transform", lambda model: (2.0, None))
+    monkeypatch.setattr(score, "MODEL_LOGITS_BYTES", 4 * 300 * 13)
+    run = sk.decoder.TreeRunner.run
+
+    def spy(runner, step):
+        passes.append((runner.reader.through_model, len(step.input_ids)))
+        return run(runner, step)
+
+    monkeypatch.setattr(sk.decoder.TreeRunner, "run", spy)
+    scores = sk.score_prompts(model, cache, race=ALL, max_tokens=40)
+    assert per_token_error(scores, plain_nll(model, cache)) < ATOL
+    through = [tokens for yes, tokens in passes if yes]
+    assert len(through) > 10 and max(through) <= 13

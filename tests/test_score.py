@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import math
 
+import numpy as np
 import pytest
 import torch
 
 import sapo_kernels as sk
+from sapo_kernels.cell_sums import CellSums
 
 from .oracles import alone_nll, small_qwen3
 from .tolerances import assert_close
@@ -340,3 +342,16 @@ def test_rows_are_not_read_twice_after_out_of_memory_in_the_head(tiny_model, cac
     monkeypatch.setattr(head, "chunk_rows", lambda vocabulary: 4)
     monkeypatch.setattr(head.HeadReader, "_project", fail_once)
     assert_right(tiny_model, cache, sk.score_prompts(tiny_model, cache, max_tokens=16))
+
+
+def test_log_probabilities_that_come_twice_are_refused():
+    """Too many would move all that come after them to other cells, and every cell would still have its number."""
+    for pieces, wanted in (([3, 2], None), ([3, 3], "wanted 5 log-probabilities, got 6"), ([3], "cell 1: wanted 3")):
+        sums = CellSums(np.asarray([0, 1, 2, 3, 4]), np.asarray([0, 2, 5]))
+        for piece in pieces:
+            sums.add(torch.full((piece,), -1.0))
+        if wanted is None:
+            assert sums.nll().tolist() == [2.0, 3.0]
+        else:
+            with pytest.raises(RuntimeError, match=wanted):
+                sums.nll()

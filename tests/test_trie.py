@@ -148,6 +148,7 @@ def test_passes(job, budget, block_tokens, share):
         inside = np.arange(step.start, step.stop)
         mine, new = inside[held[inside]].tolist(), inside[~held[inside]].tolist()
         assert new and (budget is None or len(new) <= budget)
+        assert step.last or len(new) >= max(1, 3 * budget // 4), "not much less full than it may be"
         assert step.block_tokens == block_tokens
         at = step.stop
         # What the pass before handed over is the path to the first token, root first.
@@ -288,3 +289,11 @@ def test_a_million_tokens_are_planned_in_no_time():
             break
     assert min(seconds) < 1.5
     assert sum(len(p.input_ids) for p in passes) == len(trie) < trie.dense_tokens
+
+
+def test_rows_must_be_computed():
+    trie = plan_trie(*flatten(random_cells(0)))
+    held = np.zeros(len(trie), dtype=bool)
+    held[trie.row_token[0]] = True
+    with pytest.raises(ValueError, match="held: wanted no token that predicts something"):
+        trie.passes(7, held=held)
