@@ -196,9 +196,28 @@ class Ranks:
             try:
                 work.wait(datetime.timedelta(seconds=max(left, 0.001)))
             except RuntimeError as error:
-                self._lost(rank, time.monotonic() - began, error)
+                waited = time.monotonic() - began
+                missing = [other for other in received if other not in found and not _arrived(received[other][0])]
+                if waited >= 0.99 * self.timeout and len(missing) > 1:
+                    # Whoever is a round ahead misses those too that wait for the lost one; they know which it is.
+                    teller = self._alarmed(missing)
+                    rank, waited = (rank, waited) if teller is None else (teller, None)
+                self._lost(rank, waited, error)
             found[rank] = buffer
         return found
+
+    def _alarmed(self, ranks: list[int]) -> int | None:
+        """The first of these ranks that sends an alarm within a `GRACE`, if one does.
+
+        The text of an alarm is not empty, and looking is all that can be done: a wait in vain ends a gloo connection.
+        """
+        deadline = time.monotonic() + GRACE
+        while time.monotonic() < deadline:
+            for rank in ranks:
+                if self._alarm_of[rank][1][1:].any():
+                    return rank
+            time.sleep(0.01)
+        return None
 
     def _finish(self, sent: dict) -> None:
         for rank, work in sent.items():
@@ -288,3 +307,11 @@ class Ranks:
             _abandoned.append(self)
             _connected.pop(self.members, None)
             raise
+
+
+def _arrived(work) -> bool:
+    """Whether a message that is received is here."""
+    try:
+        return bool(work.wait(datetime.timedelta(seconds=0.001)))
+    except RuntimeError:
+        return False
