@@ -61,9 +61,11 @@ def test_prefix_lengths(seed):
     assert cache.prefix_lengths().tolist() == first_differences(cache)
     assert strict_prefixes().prefix_lengths().tolist() == [3, 7]
     rng = random.Random(seed)
-    apart = [[3, *(rng.randrange(250) for _ in range(seed))] + [9] * 150 for _ in range(4)]
+    apart = [[3, *(rng.randrange(250) for _ in range(1 + seed))] + [9] * 150 + [m, 5] for m in range(4)]
     cache = sk.ResponseCache.from_token_ids([apart], [[1]] * 4)
-    assert cache.prefix_lengths().tolist() == first_differences(cache), "what is alike again behind a difference"
+    assert cache.prefix_lengths().tolist() == first_differences(cache), (
+        "whatever is alike or apart behind the first difference"
+    )
 
 
 def rounds_of(cache: sk.ResponseCache, race: sk.Race) -> tuple[list[int], int]:
