@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from .response_cache import ResponseCache, ScorePlan
-from .trie import TokenTrie, TriePass
+from .trie import TriePass
 
 # Keys and values of all layers that are kept at most; twice that while a round replaces those of the one before.
 KEPT_BYTES = 1 << 30
@@ -75,7 +75,8 @@ class PrefixCache:
         trie, paths = cache.plan_trie(), {}
         prompts, first = np.unique(cache.selected // cache.num_examples, return_index=True)
         for k, cell in zip(prompts.tolist(), first.tolist(), strict=True):
-            paths[k] = _path(trie, int(trie.leaf[cell]))[: self.lengths[k]]
+            # A leaf predicts something and is no part of a prefix.
+            paths[k] = trie.path(int(trie.leaf[cell]))[: self.lengths[k]]
         self._reset(paths)
         for k in paths.keys() & self._slots_of_prompt.keys():
             self._slot_of_token[np.searchsorted(self._tokens, paths[k])] = self._slots_of_prompt[k]
@@ -140,8 +141,3 @@ class PrefixCache:
         self._kept, self._slots_of_prompt = {}, {}
         self._reset({})
         return had
-
-
-def _path(trie: TokenTrie, token: int) -> np.ndarray:
-    """The tokens from the root to `token`."""
-    return np.concatenate([np.arange(a, b) for a, b in [*trie.path_spans(token), (token, token + 1)]])

@@ -197,14 +197,18 @@ class Ranks:
                 work.wait(datetime.timedelta(seconds=max(left, 0.001)))
             except RuntimeError as error:
                 waited = time.monotonic() - began
-                missing = [other for other in received if other not in found and not _arrived(received[other][0])]
-                if waited >= 0.99 * self.timeout and len(missing) > 1:
+                if self._in_vain(waited):
                     # Whoever is a round ahead misses those too that wait for the lost one; they know which it is.
-                    teller = self._alarmed(missing)
+                    missing = [other for other in received if other not in found and not _arrived(received[other][0])]
+                    teller = self._alarmed(missing) if len(missing) > 1 else None
                     rank, waited = (rank, waited) if teller is None else (teller, None)
                 self._lost(rank, waited, error)
             found[rank] = buffer
         return found
+
+    def _in_vain(self, waited: float) -> bool:
+        """Whether a wait of so many seconds ended because its time was over."""
+        return waited >= 0.99 * self.timeout
 
     def _alarmed(self, ranks: list[int]) -> int | None:
         """The first of these ranks that sends an alarm within a `GRACE`, if one does.
@@ -229,7 +233,7 @@ class Ranks:
 
     def _lost(self, rank: int, waited: float | None, error: Exception | None) -> None:
         """Tell the others that a rank failed, is gone or was waited for in vain, and raise the `RankError`."""
-        if waited is not None and waited >= 0.99 * self.timeout:
+        if waited is not None and self._in_vain(waited):
             about, reason = rank, f"was not heard of for {self.timeout:g} s (stopped, hung or slower than the timeout)"
         else:
             about, reason = self._said_by(rank)

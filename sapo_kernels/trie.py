@@ -149,6 +149,10 @@ class TokenTrie:
                 stop = self.node_stop.item(node)
         return spans[::-1]
 
+    def path(self, token: int) -> np.ndarray:
+        """[depth] the proper ancestors of `token`, root first."""
+        return np.concatenate([np.zeros(0, np.int64), *(np.arange(a, b) for a, b in self.path_spans(token))])
+
     def passes(
         self, max_tokens: int | None = None, block_tokens: int = DEFAULT_BLOCK_TOKENS, held: np.ndarray | None = None
     ) -> list[TriePass]:
@@ -179,9 +183,7 @@ class TokenTrie:
     ) -> TriePass:
         """The pass over the depth-first range ``[start, stop)``."""
         keys = _Keys(start, stop, int(self.depth[start]), held)
-        path = self.path_spans(start)
-        on_path = np.concatenate([np.arange(a, b) for a, b in path]) if path else np.zeros(0, np.int64)
-        tokens = np.concatenate([on_path, keys.held, keys.new])
+        tokens = np.concatenate([self.path(start), keys.held, keys.new])
         block_start, span_ptr, spans = self._blocks(keys, block_tokens)
         carry = np.zeros(0, np.int64)
         if stop < len(self):
@@ -250,7 +252,11 @@ class _Keys:
 
     def __init__(self, start: int, stop: int, depth: int, held: np.ndarray | None):
         self.start, self.stop = start, stop
-        inside = np.zeros(stop - start, dtype=bool) if held is None else held[start:stop]
+        if held is None or not held[start:stop].any():  # most passes: cutting them must stay cheap
+            self.held, self.new = np.zeros(0, np.int64), np.arange(start, stop)
+            self.first_new, self.new_runs, self._breaks = depth, [(start, stop)], []
+            return
+        inside = held[start:stop]
         self.held, self.new = start + np.flatnonzero(inside), start + np.flatnonzero(~inside)
         self.first_new = depth + len(self.held)
         # At each place of the pass, the new tokens before it; at each token, its key.
@@ -264,7 +270,8 @@ class _Keys:
 
     def new_before(self, tokens: np.ndarray) -> np.ndarray:
         """How many new tokens of the pass stand before each of `tokens`."""
-        return self._before[np.clip(tokens - self.start, 0, self.stop - self.start)]
+        place = np.clip(tokens - self.start, 0, self.stop - self.start)
+        return self._before[place] if len(self.held) else place
 
     def of_path(self, path: list[tuple[int, int]]) -> list[tuple[int, int]]:
         """Token ranges of a path as key ranges.
@@ -276,7 +283,9 @@ class _Keys:
             if first < self.start:
                 depth += min(stop, self.start) - first
                 first = self.start
-            if first < stop:
+            if first < stop and not len(self.held):
+                keys.append((self.first_new + first - self.start, self.first_new + stop - self.start))
+            elif first < stop:
                 edges = [first, *(edge for edge in self._breaks if first < edge < stop), stop]
                 for a, b in zip(edges, edges[1:]):  # noqa: B905 (pairs of neighbours)
                     key = self._key.item(a - self.start)
