@@ -21,13 +21,13 @@ lint: $(READY)
 	$(VENV)/bin/clang-format --dry-run --Werror $(NATIVE)
 
 aot: $(READY)
-	$(VENV)/bin/python -m tests.aot
+	$(VENV)/bin/python -m tests.native.aot
 
 # The native modules as users get them: what they need of torch, as a wheel elsewhere, without them, under sanitizers.
 native: $(READY)
-	$(VENV)/bin/python -m tests.native_audit
-	$(VENV)/bin/python -m tests.sanitize
-	$(VENV)/bin/python -m tests.installed
+	$(VENV)/bin/python -m tests.native.native_audit
+	$(VENV)/bin/python -m tests.native.sanitize
+	$(VENV)/bin/python -m tests.native.installed
 
 bench: $(VENV)/.bench
 	$(VENV)/bin/python -m benchmarks $(if $(DATA),--data $(DATA))

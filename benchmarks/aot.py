@@ -21,7 +21,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from sapo_kernels._io import DataError, atomic_write, excerpt, read_text
+from sapo_kernels.files import DataError, atomic_write, excerpt, read_text
 
 from .rows import RESULTS, version
 
@@ -109,7 +109,7 @@ def read_uses(path: Path = PATH) -> list[Use]:
 
 
 def _options_of(job) -> dict:
-    from tests.aot import BUILDERS
+    from tests.native.aot import BUILDERS
 
     return BUILDERS[job.kernel](job.shape, int(job.target[3:]))[3]
 
@@ -121,10 +121,10 @@ def _describe(options: dict) -> str:
 
 
 def _compiled(work: tuple) -> Use:
-    """(job of tests.aot, options or None for those in use) -> what it takes. Runs in a process of its own."""
+    """(job of tests.native.aot, options or None for those in use) -> what it takes. Runs in a process of its own."""
     from contextlib import nullcontext
 
-    from tests.aot import build
+    from tests.native.aot import build
 
     from .candidates import in_use
 
@@ -144,10 +144,10 @@ def _compiled(work: tuple) -> Use:
 
 
 def work_list(with_candidates: bool, target: str = "sm_90") -> list[tuple]:
-    """Every compilation of tests.aot for NVIDIA parts; then the candidates of the suite's shapes on `target`."""
+    """Every compilation of tests.native.aot for NVIDIA parts; then the candidates of the suite's shapes on `target`."""
     import torch
 
-    from tests.aot import Job, jobs
+    from tests.native.aot import Job, jobs
 
     from . import candidates
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import sapo_kernels as sk
-from sapo_kernels.trie import TokenTrie, plan_trie
+from sapo_kernels.trie.trie import TokenTrie, plan_trie
 
 from .timing import Case, Provider
 from .workload import Cells

@@ -27,9 +27,9 @@ import torch
 import torch.distributed as dist
 
 from sapo_kernels import ResponseCache, plan_trie, score_prompts, score_prompts_sharded
-from sapo_kernels.ranks import MESSAGE
-from sapo_kernels.score import DEFAULT_MAX_TOKENS
-from sapo_kernels.sharding import COUNTS
+from sapo_kernels.scoring.distributed import COUNTS
+from sapo_kernels.scoring.ranks import MESSAGE
+from sapo_kernels.scoring.score import DEFAULT_MAX_TOKENS
 
 from .suite_summary import seconds, table
 from .workload import Cells, qwen3_shaped

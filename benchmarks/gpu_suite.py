@@ -23,7 +23,7 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
-from sapo_kernels._io import atomic_write, read_text
+from sapo_kernels.files import atomic_write, read_text
 
 from .gpu_parts import NO_TIME, PARTS, Job, run_part
 from .rows import ROOT, Row, read_rows, to_csv

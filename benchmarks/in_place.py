@@ -7,7 +7,7 @@ import torch
 
 import sapo_kernels as sk
 from sapo_kernels import native, plan_trie
-from sapo_kernels.planner import plan_numpy
+from sapo_kernels.trie.numpy_planner import plan_numpy
 
 from . import planner, reweight
 from .timing import Case, Provider

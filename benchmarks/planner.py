@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from sapo_kernels import native, plan_trie
-from sapo_kernels.planner import plan_numpy
+from sapo_kernels.trie.numpy_planner import plan_numpy
 
 PROMPTS = 21
 MEAN_TOKENS = 200

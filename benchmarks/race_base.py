@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 
-from sapo_kernels.render import Renderer
-from sapo_peft.tiny_base.presets import PRESETS
-from sapo_peft.tiny_base.training import CONTEXT_STRIDE, new_model
+from sapo_kernels.scoring.render import Renderer
+from tools.tiny_base.presets import PRESETS
+from tools.tiny_base.training import CONTEXT_STRIDE, new_model
 
 from .race_matrices import shortened
 from .workload import Task, load_tasks, load_tokenizer

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 import sapo_kernels as sk
-from sapo_kernels._io import atomic_write
+from sapo_kernels.files import atomic_write
 
 from .effect.design import BATCH, RATE, STEPS
 from .workload import Task, load_tasks
@@ -110,11 +110,11 @@ def main() -> None:
 
     from safetensors.torch import load_file, save
 
-    from sapo_peft._loading import load
+    from sapo_peft.loading import load
 
     folders = args.data
     if not folders:
-        from sapo_peft.bundled import BUNDLED_DIR
+        from sapo_peft.assets import BUNDLED_DIR
 
         folders = [BUNDLED_DIR]
     args.out.mkdir(parents=True, exist_ok=True)

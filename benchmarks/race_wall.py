@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 import sapo_kernels as sk
-from sapo_kernels._io import atomic_write
+from sapo_kernels.files import atomic_write
 
 from .effect.design import RATE
 from .peers.trainer_loop import trainer_loop
@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--csv", type=Path)
     args = parser.parse_args()
 
-    from sapo_peft._loading import load
+    from sapo_peft.loading import load
 
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {args.examples} examples")
     print("task      state  provider       wall s   cpu s  x loop (wall, cpu)   cells  prompt  its loss above the best")

@@ -32,9 +32,9 @@ import numpy as np
 import torch
 
 from sapo_kernels import PromptScores, Race
-from sapo_kernels._io import atomic_write
-from sapo_kernels.race import Contest
-from sapo_kernels.race_strata import strata
+from sapo_kernels.files import atomic_write
+from sapo_kernels.scoring.race import Contest
+from sapo_kernels.scoring.race_strata import strata
 
 RESULTS = Path(__file__).resolve().parent / "results"
 MATRICES = (RESULTS / "race_matrices.safetensors", RESULTS / "race_matrices_shipped.safetensors")

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
 
-from sapo_kernels._io import DataError, atomic_write, excerpt, read_text
+from sapo_kernels.files import DataError, atomic_write, excerpt, read_text
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).resolve().parent / "results"

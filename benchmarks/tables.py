@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from sapo_kernels._io import atomic_write
+from sapo_kernels.files import atomic_write
 
 from . import aot, plots
 from .end_to_end import summary

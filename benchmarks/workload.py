@@ -25,7 +25,7 @@ def data_folder(given: Path | None = None) -> Path:
     """The folder given, or the data that ships with the package."""
     if given is not None:
         return given
-    from sapo_peft.bundled import BUNDLED_DIR
+    from sapo_peft.assets import BUNDLED_DIR
 
     return BUNDLED_DIR
 
@@ -49,7 +49,7 @@ def load_tasks(data: Path, names: list[str] | None = None) -> list[Task]:
 def load_tokenizer(path: Path | None):
     """A tokenizer.json in `path`, or the byte-level one of the tiny model."""
     if path is None or not (path / "tokenizer.json").exists():
-        from sapo_peft.tiny import tiny_tokenizer
+        from sapo_peft.tiny_random import tiny_tokenizer
 
         return tiny_tokenizer()
     from transformers import PreTrainedTokenizerFast

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import Qwen3Config, Qwen3ForCausalLM, Trainer, TrainingArguments, set_seed
 
 from sapo_peft import PromptPool, SapoConfig, attach_sapo, read_examples, tiny_tokenizer
-from sapo_peft.bundled import BUNDLED_DIR
+from sapo_peft.assets import BUNDLED_DIR
 
 output = sys.argv[1] if len(sys.argv) > 1 else "sapo-example"
 steps = int(sys.argv[2]) if len(sys.argv) > 2 else 500  # four passes

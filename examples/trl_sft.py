@@ -10,7 +10,7 @@ from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
 from sapo_peft import PromptPool, SapoConfig, attach_sapo, read_examples, tiny_model, tiny_tokenizer
-from sapo_peft.bundled import BUNDLED_DIR
+from sapo_peft.assets import BUNDLED_DIR
 
 output = sys.argv[1] if len(sys.argv) > 1 else "sapo-example"
 steps = int(sys.argv[2]) if len(sys.argv) > 2 else 20

@@ -6,17 +6,17 @@ State-Adaptive Prompt Optimization (SAPO, arXiv 2606.01967). Importing needs tor
 from . import ops as _ops  # noqa: F401 (registers torch.ops.sapo_kernels)
 from .accumulate.api import accumulate_
 from .linear_logprob.api import linear_logprob
-from .prompt_scores import PromptScores
-from .prompt_state import PromptState
-from .race import Race
-from .race_report import RaceReport
-from .ranks import RankError
-from .response_cache import ResponseCache
 from .reweight.api import reweight_
-from .score import score_prompts
-from .sharding import score_prompts_sharded
+from .reweight.prompt_state import PromptState
+from .scoring.distributed import score_prompts_sharded
+from .scoring.prompt_scores import PromptScores
+from .scoring.race import Race
+from .scoring.race_report import RaceReport
+from .scoring.ranks import RankError
+from .scoring.response_cache import ResponseCache
+from .scoring.score import score_prompts
 from .tree_attention.api import tree_attention
-from .trie import TokenTrie, TriePass, plan_trie
+from .trie.trie import TokenTrie, TriePass, plan_trie
 
 __all__ = [
     "PromptScores",

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # The sources of this checkout, whether or not the package is installed.
 sys.path[:0] = [str(ROOT), str(ROOT / "python")]
 
-from .oracles import CHATML, byte_tokenizer, small_qwen3  # noqa: E402
+from tests.oracles import CHATML, byte_tokenizer, small_qwen3  # noqa: E402
 
 
 def pytest_addoption(parser):

@@ -14,8 +14,7 @@ import torch
 
 import sapo_kernels as sk
 from sapo_kernels import native
-
-from .oracles import byte_tokenizer, flatten, random_cells, small_qwen3
+from tests.oracles import byte_tokenizer, flatten, random_cells, small_qwen3
 
 
 def fingerprint(*arrays) -> str:

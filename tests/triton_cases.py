@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from sapo_kernels.tree_attention.reference import tree_attention_reference, visible_keys
-from sapo_kernels.trie import TokenTrie, plan_trie
+from sapo_kernels.trie.trie import TokenTrie, plan_trie
 
 
 def chain(length: int) -> TokenTrie:

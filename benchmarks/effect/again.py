@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from sapo_kernels._io import read_json, write_json
+from sapo_kernels.files import read_json, write_json
 
 from . import design
 from .statistics import bootstrap_mean
@@ -39,8 +39,7 @@ PAIRS = (
 def run(work: Path) -> None:
     """All runs that are missing in `work`, then the rows."""
     from sapo_peft.sequence import SequenceConfig, run_sequence
-    from sapo_peft.tiny_base import load_tiny_base
-    from sapo_peft.tiny_base.tasks import sequence_tasks
+    from sapo_peft.tiny_base import load_tiny_base, sequence_tasks
 
     base, tokenizer = load_tiny_base()
     rows = []

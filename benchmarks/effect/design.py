@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from sapo_peft.tiny_base.corpus import SEQUENCE
+from tools.tiny_base.corpus import SEQUENCE
 
 from .single import SingleConfig
 

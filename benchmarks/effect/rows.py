@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sapo_kernels._io import DataError, atomic_write, read_json, write_json
+from sapo_kernels.files import DataError, atomic_write, read_json, write_json
 
 RESULTS = Path(__file__).resolve().parent / "results"
 VERSION = 1

@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 
-from sapo_kernels._io import read_json
+from sapo_kernels.files import read_json
 from sapo_peft.sequence import SequenceConfig, run_sequence
-from sapo_peft.tiny_base import load_tiny_base, tiny_base_folder
-from sapo_peft.tiny_base.tasks import sequence_tasks
+from sapo_peft.tiny_base import load_tiny_base, sequence_tasks, tiny_base_folder
 
 from . import design, rows
 from .single import Damage, run_task

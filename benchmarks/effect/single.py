@@ -20,11 +20,11 @@ from typing import Any
 import torch
 
 import sapo_kernels as sk
-from sapo_peft.bundled._common import Draw
 from sapo_peft.sequence import SequenceTask
-from sapo_peft.tiny_base.corpus import SEQUENCE
-from sapo_peft.tiny_base.skills import SKILLS
-from sapo_peft.tiny_base.tasks import sequence_tasks
+from sapo_peft.tiny_base import sequence_tasks
+from tools.bundled_tasks.common import Draw
+from tools.tiny_base.corpus import SEQUENCE
+from tools.tiny_base.skills import SKILLS
 
 
 @dataclass(frozen=True)

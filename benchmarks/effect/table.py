@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sapo_kernels._io import DataError, atomic_write, read_text
-from sapo_peft.tiny_base.corpus import known_wordings
-from sapo_peft.tiny_base.presets import PRESETS
+from sapo_kernels.files import DataError, atomic_write, read_text
+from tools.tiny_base.corpus import known_wordings
+from tools.tiny_base.presets import PRESETS
 
 from . import again, design, rows
 from .statistics import Interval, bootstrap_mean, differences, group_means, paired_difference, spearman, student_mean

@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sapo_kernels._io import atomic_write
+from sapo_kernels.files import atomic_write
 
 from ..rows import Row, append_rows
 

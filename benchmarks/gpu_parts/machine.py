@@ -80,8 +80,8 @@ def _native(job: Job) -> str:
 def gpu_test_files() -> list[str]:
     """Test files with something for a GPU; the others may import packages that the machine does not have."""
     named = re.compile(r"mark\.gpu|^def test_.*\bdevice\b|native_cases", re.MULTILINE)
-    files = sorted((ROOT / "tests").glob("test_*.py"))
-    return [f"tests/{path.name}" for path in files if named.search(path.read_text(encoding="utf-8"))]
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    return [str(path.relative_to(ROOT)) for path in files if named.search(path.read_text(encoding="utf-8"))]
 
 
 def tests(job: Job) -> None:
@@ -89,7 +89,7 @@ def tests(job: Job) -> None:
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "--maxfail=40"]
     # Where pytest-timeout is not installed its option is unknown, and the project's own `addopts` make that an error.
     command += ["-o", "addopts=", "-o", "timeout=100"]
-    command += ["--collect-only", "tests/test_reweight.py"] if job.toy else gpu_test_files()
+    command += ["--collect-only", "tests/kernels/test_reweight.py"] if job.toy else gpu_test_files()
     code, output = _run(job, command, job.left)
     failed = re.findall(r"^(?:FAILED|ERROR) .*", output, re.MULTILINE)
     for line in failed[:20]:

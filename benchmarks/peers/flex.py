@@ -48,7 +48,7 @@ def flex_tree_attention(q, k, v, plan, *, scale=None, mask=None, compiled: bool 
 @contextlib.contextmanager
 def _in_place(masks: dict[int, tuple], compiled: bool):
     """`score_prompts` attends by FlexAttention for the block; a pass's mask is made once and used in every layer."""
-    from sapo_kernels import decoder
+    from sapo_kernels.scoring import decoder
 
     def attention(q, k, v, plan, *, scale, window, softcap, sinks, impl):
         if window is not None or softcap is not None or sinks is not None:

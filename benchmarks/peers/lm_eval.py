@@ -15,7 +15,7 @@ def scorer(model, batch_size: int = 8) -> dict:
     """The harness around the model, built once. Log-softmax in fp32: in bf16 it alone would be off by 0.03 nats."""
     from lm_eval.models.huggingface import HFLM
 
-    from sapo_peft.tiny import tiny_tokenizer
+    from sapo_peft.tiny_random import tiny_tokenizer
 
     # The tokenizer is never asked to tokenise here.
     made = HFLM(

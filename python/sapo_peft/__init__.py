@@ -9,19 +9,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 _HOMES = {
-    "Examples": "data",
-    "PromptPool": "prompt_pool",
-    "PromptSet": "data",
-    "SapoCallback": "callback",
-    "SapoCollator": "collator",
-    "SapoConfig": "config",
-    "attach_sapo": "attach",
-    "last_good_checkpoint": "checkpoints",
+    "Examples": "data.examples",
+    "PromptPool": "data.prompt_pool",
+    "PromptSet": "data.examples",
+    "SapoCallback": "trainer.callback",
+    "SapoCollator": "trainer.collator",
+    "SapoConfig": "trainer.config",
+    "attach_sapo": "trainer.attach",
+    "last_good_checkpoint": "trainer.checkpoints",
     "plain_scores": "plain_loop",
-    "read_examples": "data",
-    "read_prompts": "data",
-    "tiny_model": "tiny",
-    "tiny_tokenizer": "tiny",
+    "read_examples": "data.examples",
+    "read_prompts": "data.examples",
+    "tiny_model": "tiny_random",
+    "tiny_tokenizer": "tiny_random",
 }
 __all__ = [
     "Examples",
@@ -40,15 +40,15 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .attach import attach_sapo
-    from .callback import SapoCallback
-    from .checkpoints import last_good_checkpoint
-    from .collator import SapoCollator
-    from .config import SapoConfig
-    from .data import Examples, PromptSet, read_examples, read_prompts
+    from .data.examples import Examples, PromptSet, read_examples, read_prompts
+    from .data.prompt_pool import PromptPool
     from .plain_loop import plain_scores
-    from .prompt_pool import PromptPool
-    from .tiny import tiny_model, tiny_tokenizer
+    from .tiny_random import tiny_model, tiny_tokenizer
+    from .trainer.attach import attach_sapo
+    from .trainer.callback import SapoCallback
+    from .trainer.checkpoints import last_good_checkpoint
+    from .trainer.collator import SapoCollator
+    from .trainer.config import SapoConfig
 
 
 def __getattr__(name: str) -> Any:

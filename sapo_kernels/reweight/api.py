@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from ..prompt_state import PromptState
+    from .prompt_state import PromptState
 
 _operator = torch.ops.sapo_kernels.reweight_.default
 

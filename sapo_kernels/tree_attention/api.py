@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from ..trie import TokenTrie, TriePass
+from ..trie.trie import TokenTrie, TriePass
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

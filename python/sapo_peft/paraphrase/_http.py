@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from sapo_kernels._io import DataError, excerpt, parse_json
+from sapo_kernels.files import DataError, excerpt, parse_json
 
 from .redact import Secret
 from .retry import retry_after

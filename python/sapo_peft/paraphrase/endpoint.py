@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 
-from sapo_kernels._io import DataError, excerpt
+from sapo_kernels.files import DataError, excerpt
 
 from ._http import Caller, Outcome
 from .answers import AnswerFault, Request, parse_answer

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..prompt_pool import PromptPool, file_source
+from ..data.prompt_pool import PromptPool, file_source
 from .answers import Request
 from .source import Answer, Deadline
 
@@ -35,10 +35,10 @@ class FileSource:
 
 def _texts(path: Path, task: str | None) -> list[tuple[str, str]]:
     """(prompt, source) pairs. The rules for prompts are those of the pool they go to, so lists are read as they are."""
-    from sapo_kernels._io import read_json
+    from sapo_kernels.files import read_json
 
-    from ..data import read_prompts
-    from ..prompt_pool import MAX_POOL_BYTES
+    from ..data.examples import read_prompts
+    from ..data.prompt_pool import MAX_POOL_BYTES
 
     if path.suffix.lower() == ".json" and path.is_file():
         document = read_json(path, max_bytes=MAX_POOL_BYTES)

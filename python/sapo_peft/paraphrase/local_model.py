@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from sapo_kernels._io import excerpt
-from sapo_kernels.render import PLAIN_ANSWER, special_tokens
+from sapo_kernels.files import excerpt
+from sapo_kernels.scoring.render import PLAIN_ANSWER, special_tokens
 
-from .._terminal import plain
+from ..terminal import plain
 from .answers import AnswerFault, Request, parse_answer
 from .source import Answer, Deadline, SourceError
 

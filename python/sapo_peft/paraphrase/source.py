@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from sapo_kernels._io import DataError, excerpt
+from sapo_kernels.files import DataError, excerpt
 
-from ..data import MAX_PROMPTS
-from ..prompt_pool import PoolPrompt, PromptPool
+from ..data.examples import MAX_PROMPTS
+from ..data.prompt_pool import PoolPrompt, PromptPool
 from .answers import Request
 
 _log = logging.getLogger(__name__)

@@ -29,9 +29,9 @@ def write_report(
 
     A run may still be in progress. Deterministic: the same folders give the same bytes.
 
-    Raises: `sapo_kernels._io.DataError` for a folder without runs, a damaged one, or the same run twice; `OSError`.
+    Raises: `sapo_kernels.files.DataError` for a folder without runs, a damaged one, or the same run twice; `OSError`.
     """
-    from sapo_kernels._io import DataError, atomic_write
+    from sapo_kernels.files import DataError, atomic_write
 
     from .compare import order_for_detail
     from .page import render

@@ -6,7 +6,7 @@ import math
 import os
 from typing import Any, NoReturn
 
-from sapo_kernels._io import DataError, excerpt, read_json
+from sapo_kernels.files import DataError, excerpt, read_json
 
 
 class Node:

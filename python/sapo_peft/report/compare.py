@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from sapo_kernels._io import DataError
+from sapo_kernels.files import DataError
 
 from .measures import MEASURES
 from .run_data import Run

@@ -9,7 +9,7 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Sequence
 
-from .._terminal import plain
+from ..terminal import plain
 
 # Prompts are shown whole up to here; a longer one is no instruction any more.
 MAX_BLOCK = 20_000

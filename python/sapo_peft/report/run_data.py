@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sapo_kernels._io import DataError, excerpt
+from sapo_kernels.files import DataError, excerpt
 
-from ..data import MAX_PROMPTS
+from ..data.examples import MAX_PROMPTS
 from ..sequence.folder import task_folder
 from ..sequence.metrics import sequence_metrics
 from ..sequence.tasks import MAX_NAME, MAX_TASKS

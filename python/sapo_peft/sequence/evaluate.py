@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 import sapo_kernels as sk
-from sapo_kernels.render import Renderer, special_tokens
+from sapo_kernels.scoring.render import Renderer, special_tokens
 
 from .config import SequenceConfig
 from .metrics import exact_match, rouge_l

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from sapo_kernels._io import DataError, excerpt, flush, read_json, write_json
+from sapo_kernels.files import DataError, excerpt, flush, read_json, write_json
 
 VERSION = 1
 MAX_RUN_BYTES = 64 * 2**20

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sapo_kernels._io import DataError, excerpt, read_json, write_json
+from sapo_kernels.files import DataError, excerpt, read_json, write_json
 
 from .config import SequenceConfig
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sapo_kernels._io import DataError, excerpt
+from sapo_kernels.files import DataError, excerpt
 
 from .metrics import sequence_metrics
 

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from sapo_kernels._io import DataError, excerpt, read_json, write_json
-from sapo_kernels.render import Renderer, check_examples
-from sapo_kernels.response_cache import CellBuilder
+from sapo_kernels.files import DataError, excerpt, read_json, write_json
+from sapo_kernels.scoring.render import Renderer, check_examples
+from sapo_kernels.scoring.response_cache import CellBuilder
 
-from ..records import PROMPTS_FILE, write_beside_adapter
+from ..trainer.records import PROMPTS_FILE, write_beside_adapter
 from .config import SequenceConfig, derived_seed
 from .evaluate import Evaluator, Row
 from .folder import VERSION, RunFolder, fingerprint, finished_tasks, run_folder
@@ -290,7 +290,7 @@ def _checked(tasks: Sequence[SequenceTask]) -> list[SequenceTask]:
 def _resolve(model: Model, name: str | None, tokenizer: str | None, device: str, dtype: str) -> tuple[Any, Any, str]:
     """(model, tokenizer, name for the records)."""
     if isinstance(model, (str, os.PathLike)):
-        from .._loading import load
+        from ..loading import load
 
         return *load(os.fspath(model), None, dtype, device, tokenizer), name or os.fspath(model)
     pair = model() if callable(model) and not isinstance(model, torch.nn.Module) else model

@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sapo_kernels._io import DataError, excerpt, read_json
+from sapo_kernels.files import DataError, excerpt, read_json
 
-from .._tables import READERS
-from ..data import DATA_FOLDERS, Examples, TaskNameError, examples_from_rows, read_examples, read_prompts
-from ..prompt_pool import PromptPool, is_pool_file
+from ..data.examples import DATA_FOLDERS, Examples, TaskNameError, examples_from_rows, read_examples, read_prompts
+from ..data.prompt_pool import PromptPool, is_pool_file
+from ..data.tables import READERS
 
 MAX_ORDER_BYTES = 2**20
 # What the report of a run has room for.

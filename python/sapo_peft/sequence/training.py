@@ -17,9 +17,9 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 import sapo_kernels as sk
 
-from ..attach import attach_sapo
-from ..config import SapoConfig
-from ..records import prompt_record
+from ..trainer.attach import attach_sapo
+from ..trainer.config import SapoConfig
+from ..trainer.records import prompt_record
 from .config import SequenceConfig, derived_seed
 from .methods import Adapters
 from .tasks import SequenceTask

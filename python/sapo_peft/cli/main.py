@@ -1,0 +1,111 @@
+"""The console script `sapo`. One module a subcommand: `add_parser(subparsers)`, `run(args) -> exit code`.
+
+Exit codes: 0 done, 1 done but a check failed, 2 a fault in the call or its data (one line on stderr, no
+traceback unless ``--debug``), 130 interrupted, 141 the reader of the output went away.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+# A new subcommand is one file and one entry here. The modules import torch only when they run.
+COMMANDS = ("score", "train", "sequence", "report", "paraphrase", "doctor", "demo")
+# Errors whose message is written for people; any other type is named in front of its message.
+_SPEAKING = (ValueError, RuntimeError, NotImplementedError, ImportError)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors on one line, in the same form as all others."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"sapo: error: {_one_line(message)} (see {self.prog} --help)\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser with every subcommand; `args.run` is the function to call."""
+    parser = _Parser(
+        prog="sapo",
+        description="State-Adaptive Prompt Optimization: train with the prompt that hurts least.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    subparsers = parser.add_subparsers(metavar="COMMAND", parser_class=_Parser)
+    for name in COMMANDS:
+        command = importlib.import_module(f".{name}", __package__)
+        command_parser = command.add_parser(subparsers)
+        command_parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        command_parser.set_defaults(run=command.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (default: the process's) and return its exit code."""
+    if argv is None:
+        for stream in (sys.stdout, sys.stderr):
+            # A terminal that cannot show a character gets its escape instead of an exception.
+            stream.reconfigure(errors="backslashreplace")
+    debug = False
+    try:
+        args = build_parser().parse_args(argv)
+        debug = getattr(args, "debug", False)
+        code = _dispatch(args)
+        sys.stdout.flush()
+        return code
+    except SystemExit as error:  # argparse, after --help or an error
+        return error.code if isinstance(error.code, int) else 2
+    except KeyboardInterrupt:
+        print("\nsapo: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        _drop_stdout()
+        return 141
+    except Exception as error:  # the last line of defence: whatever it is, the user gets one line
+        if debug:
+            raise
+        print(f"sapo: error: {describe(error)}", file=sys.stderr)
+        return 2
+
+
+def _dispatch(args: argparse.Namespace) -> int:
+    if args.version:
+        from sapo_kernels import __version__
+
+        print(f"sapo-kernels {__version__}")
+        return 0
+    if not hasattr(args, "run"):
+        build_parser().print_help()
+        return 0
+    return args.run(args)
+
+
+def describe(error: BaseException) -> str:
+    """One printable line for an exception."""
+    if isinstance(error, OSError) and error.strerror:
+        name = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
+        return _one_line(f"{name}{error.strerror}")
+    text = str(error) or "no message"
+    return _one_line(text if isinstance(error, _SPEAKING) else f"{type(error).__name__}: {text}")
+
+
+def _one_line(text: str, limit: int = 1000) -> str:
+    from ..terminal import plain
+
+    text = " ".join(text.split())
+    return plain(text if len(text) <= limit else text[: limit - 3] + "...")
+
+
+def _drop_stdout() -> None:
+    """Point stdout at nothing, so that the interpreter's own flush at exit does not fail again."""
+    # A stand-in for stdout may have no file behind it.
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

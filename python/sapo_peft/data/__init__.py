@@ -1,0 +1,1 @@
+"""One way in for examples, one for prompts."""

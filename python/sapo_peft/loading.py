@@ -1,0 +1,196 @@
+"""Loading a model, its tokenizer and an adapter for the command line: safetensors only, no code from outside.
+
+transformers and PEFT only warn when weights are missing and go on with random ones. Here that is an error: a
+score of a half-loaded model looks like any other score.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sapo_kernels.files import DataError, excerpt, read_json
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+)
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is the first CUDA device if there is one, else the CPU."""
+    if name == "cuda" and not torch.cuda.is_available():
+        built = torch.version.cuda or torch.version.hip
+        why = "no device is visible" if built else f"torch {torch.__version__} is built without it"
+        raise DataError(f"--device cuda: wanted a CUDA device, got none ({why})")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def spare_threads(name: str) -> None:
+    """One thread for the models that ship with the package, unless ``OMP_NUM_THREADS`` is set.
+
+    Their matrices are small: a second thread gains little, and on a busy machine the two wait for each other.
+    """
+    if name in ("tiny", "tiny-base") and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+
+
+def load(name: str, adapter: str | None, dtype: str, device: str, tokenizer: str | None = None) -> tuple[Any, Any]:
+    """(model in eval mode on its device, tokenizer).
+
+    name: a folder, a hub name, ``tiny`` or ``tiny-base``. adapter: a folder or hub name of a PEFT adapter. dtype:
+    ``auto`` keeps the checkpoint's on a GPU and takes float32 on the CPU. tokenizer: a folder or hub name if it does
+    not lie beside the model.
+
+    Raises: `DataError` naming the option, what was wanted and what was got.
+    """
+    place = pick_device(device)
+    quiet_libraries()
+    kind = _DTYPES.get(dtype, torch.float32 if place.type == "cpu" else "auto")
+    if name == "tiny":
+        from .tiny_random import tiny_model, tiny_tokenizer
+
+        model = tiny_model()
+        model = model if kind == "auto" else model.to(kind)
+        tok = tiny_tokenizer() if tokenizer is None else _load_tokenizer(tokenizer)
+    else:
+        if name == "tiny-base":
+            from .tiny_base import tiny_base_folder
+
+            name = str(tiny_base_folder())
+        model = _load_model(name, kind)
+        tok = _load_tokenizer(name if tokenizer is None else tokenizer)
+    if adapter is not None:
+        model = _load_adapter(model, adapter)
+    return model.to(place).eval(), tok
+
+
+def quiet_libraries() -> None:
+    """Keep the notices and bars of transformers off the terminal; what matters is checked here instead."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _source(option: str, name: str, *needed: str) -> tuple[str, bool]:
+    """(what to hand to `from_pretrained`, whether it is a folder); a folder must hold one of `needed`."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not any((path / file).is_file() for file in needed):
+            raise DataError(f"{option} {name}: wanted a folder with {' or '.join(needed)}, got one without")
+        return str(path), True
+    looks_local = name.startswith((".", "~", os.sep)) or name.count("/") > 1 or path.exists()
+    if looks_local or not _HUB_NAME.fullmatch(name):
+        got = "a file" if path.is_file() else "no such folder"
+        raise DataError(f"{option} {excerpt(name, 200)}: wanted a folder or a hub name, got {got}")
+    return name, False
+
+
+def _load_model(name: str, dtype: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    source, local = _source("--model", name, "config.json")
+    if local:
+        read_json(Path(source, "config.json"))  # one clear message if it is damaged
+        if not list(Path(source).glob("*.safetensors")):
+            raise DataError(f"--model {name}: wanted weights as .safetensors in this folder, got none")
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=dtype,
+            local_files_only=local,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except Exception as error:
+        raise DataError(_why("--model", name, local, error)) from error
+    for what, keys in (("missing", info["missing_keys"]), ("of another shape", info["mismatched_keys"])):
+        if keys:
+            first = sorted(str(key[0] if isinstance(key, tuple) else key) for key in keys)[0]
+            wanted = f"all weights of {type(model).__name__}"
+            raise DataError(f"--model {name}: wanted {wanted}, got {len(keys)} {what} ({first}, ...)")
+    return model
+
+
+def _load_tokenizer(name: str) -> Any:
+    from transformers import AutoTokenizer
+
+    source, local = _source("tokenizer", name, *_TOKENIZER_FILES)
+    try:
+        return AutoTokenizer.from_pretrained(source, local_files_only=local, trust_remote_code=False)
+    except Exception as error:
+        raise DataError(_why("tokenizer", name, local, error)) from error
+
+
+def _load_adapter(model: Any, name: str) -> Any:
+    from peft import PeftModel
+
+    source, local = _source("--adapter", name, "adapter_config.json")
+    if not local:
+        from huggingface_hub import snapshot_download
+
+        try:
+            # Only these files: a pickled adapter is never fetched, hence never loaded.
+            wanted = ["adapter_config.json", "adapter_model.safetensors"]
+            source = snapshot_download(name, allow_patterns=wanted)
+        except Exception as error:
+            raise DataError(_why("--adapter", name, False, error)) from error
+    weights = Path(source, "adapter_model.safetensors")
+    if not weights.is_file():
+        got = "none (pickled adapters are not loaded)"
+        raise DataError(f"--adapter {name}: wanted adapter_model.safetensors, got {got}")
+    read_json(Path(source, "adapter_config.json"))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            wrapped = PeftModel.from_pretrained(model, source, is_trainable=False)
+    except Exception as error:
+        got = _first_line(error)
+        raise DataError(f"--adapter {name}: wanted an adapter for this model, got: {got}") from error
+    _check_adapter(wrapped, weights, name)
+    return wrapped
+
+
+def _check_adapter(model: Any, weights: Path, name: str) -> None:
+    """Every tensor of the file must be in the model and the reverse: PEFT itself only warns."""
+    from peft import get_peft_model_state_dict
+    from safetensors import safe_open
+
+    with safe_open(weights, framework="pt") as file:
+        stored = set(file.keys())
+    wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    # PEFT adds whole embedding matrices to the file when they may have changed; those load by their plain names.
+    excess = stored - wanted - set(model.state_dict())
+    for what, keys in (("lacks", wanted - stored), ("has in excess", excess)):
+        if keys:
+            got = f"one that {what} {len(keys)} tensors ({sorted(keys)[0]}, ...)"
+            raise DataError(f"--adapter {name}: wanted an adapter for this model, got {got}")
+
+
+def _why(option: str, name: str, local: bool, error: Exception) -> str:
+    if not local and isinstance(error, OSError):
+        return f"{option} {name}: no such folder, and not loaded from the hub: {_first_line(error)}"
+    return f"{option} {name}: cannot be loaded: {_first_line(error)}"
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # A title line ("Error(s) in loading state_dict for X:") says nothing without the line below it.
+    text = " ".join(lines[:2]) if lines and lines[0].endswith(":") else (lines or [type(error).__name__])[0]
+    return text[:300]

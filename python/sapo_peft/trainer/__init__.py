@@ -1,0 +1,1 @@
+"""SAPO inside a transformers Trainer or TRL's SFTTrainer."""

@@ -1,0 +1,275 @@
+"""SapoCallback: scores when it is time, says every switch, and keeps its state in the trainer's checkpoints."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from transformers import TrainerCallback
+
+from . import ranks as _ranks
+from .choice import Choice
+from .collator import Counts
+from .config import SapoConfig
+from .drift import Drift, Trained
+from .records import excerpt_line, prompt_record, write_beside_adapter
+from .rescoring import Rescorer, Scoring
+from .run_state import STATE_KEY, Setup, kept_in, restore, scoring_record, state_of, take_choice
+
+logger = logging.getLogger("sapo_peft")
+
+MOST_HISTORY = 1000
+
+
+class SapoCallback(TrainerCallback):
+    """Re-scores the pools of a run; made by `attach_sapo`.
+
+    Attributes:
+        choice: the pools, their state and what is chosen now.
+        history: the scorings of this run so far, the newest last (at most 1,000 are kept).
+        switches: how often a prompt took another's place in this run.
+        scorings, score_seconds, seconds: of this call of ``train()``: scorings, the time they took, and the time that
+            all of SAPO took: scoring, tokenising what is scored, rendering batches again, keeping the state.
+    """
+
+    def __init__(
+        self,
+        trainer: Any,
+        choice: Choice,
+        rescorer: Rescorer | None,
+        config: SapoConfig,
+        setup: Setup,
+        seconds: float = 0.0,
+    ):
+        # The trainer holds its callbacks; see `wrapping.wrap`.
+        self._trainer = weakref.ref(trainer)
+        self.choice, self.rescorer, self.config, self.setup = choice, rescorer, config, setup
+        # What attaching took is part of the first run.
+        self._before, self.seconds = seconds, seconds
+        self._started = time.perf_counter()
+        self.scorings, self.score_seconds, self._overhead_logged = 0, 0.0, False
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        self.history: list[Scoring] = []
+        self._records: list[dict[str, Any]] = []
+        self.drift = Drift(self.config.drift, self.config.drift_cooldown)
+        self.trained = Trained()
+        self.switches = 0
+        self._due: str | None = None
+        self._scored_epoch: int | None = None
+        self._scored_step: int | None = None
+        # The scoring behind the choice where that is not the newest: the best model is an earlier one.
+        self._of_best: Scoring | None = None
+        if self.rescorer:
+            self.rescorer.races.forget()
+
+    @property
+    def trainer(self) -> Any:
+        return self._trainer()
+
+    # When to score. The trainer fetches a step's batches after on_step_end and on_epoch_begin, so that what is chosen
+    # there is what the next step trains on.
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self._started = time.perf_counter() - self._before
+        self.seconds, self._before = self._before, 0.0
+        self.scorings, self.score_seconds, self._overhead_logged = 0, 0.0, False
+        # A run is a new one unless it is resumed, also on a trainer that has run before.
+        self._begin_anew()
+        self.choice.reset()
+        kept = state.stateful_callbacks.get(STATE_KEY)
+        if state.global_step and isinstance(kept, dict):
+            self.load_state(kept)
+        elif self.config.at_start:
+            self._score(model, "start")
+        if state.global_step >= state.max_steps > 0:
+            control.should_training_stop = True
+        self.keep()
+
+    def on_epoch_begin(self, args, state, control, model=None, **kwargs):
+        epoch = int((state.epoch or 0.0) + 1e-6)
+        self.choice.set_epoch(epoch)
+        # A step that closed the epoch may have been scored just now: the model is the same.
+        new = self._scored_epoch != epoch and self._scored_step != state.global_step
+        if self.config.each_epoch and epoch > 0 and new:
+            self._score(model, f"epoch {epoch}")
+        self._scored_epoch = epoch
+        self.keep()
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.trained.steps += 1
+        every = self.config.every_steps
+        last = state.max_steps > 0 and state.global_step >= state.max_steps
+        if last:
+            # Nothing will be trained on a new choice.
+            return
+        if every and state.global_step % every == 0:
+            self._due = f"every {every} steps"
+        if self._due:
+            self._score(model, self._due)
+            self.keep()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        # The trainer's own log of the training loss, which all ranks make; others may come from one rank alone.
+        if self.config.drift is not None and {"loss", "learning_rate"} <= set(logs or ()):
+            excess = self.trained.excess(lambda values: _ranks.summed(values, args.device))
+            if excess is not None and self.drift.seen(excess):
+                self._due = f"drift of {self.drift.distance():+.1f} standard errors"
+        self.keep()
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        # Not in on_train_end: reporters are called before this callback, and some have closed their run by then.
+        if control.should_training_stop:
+            self._log_overhead()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._take_best(state.best_model_checkpoint)
+        self.keep()
+        if not self._overhead_logged:  # an evaluation after the epoch's end stopped the run
+            self._log_overhead()
+        total, share = self._overhead()
+        self._say(
+            f"SAPO: {self.scorings} scorings took {self.score_seconds:.2f} s, all of SAPO {self.seconds:.2f} s of "
+            f"{total:.2f} s ({share:.1%}); {self.switches} switches in all"
+        )
+
+    def on_push_begin(self, args, state, control, **kwargs):
+        # What is pushed while training is copied from a checkpoint, but for these.
+        if state.is_world_process_zero:
+            write_beside_adapter(args.output_dir, self.prompts())
+
+    def _take_best(self, checkpoint: str) -> None:
+        """The trainer has loaded the weights of an earlier step: they go with what was chosen then."""
+        before = self.choice.chosen.tolist()
+        try:
+            kept = kept_in(checkpoint)
+            if kept is None:
+                raise ValueError("it was written without SAPO")
+            self._of_best = take_choice(self, kept)
+        except (OSError, ValueError) as error:
+            logger.warning("the best model is that of %s, the prompts stay the last ones: %s", checkpoint, error)
+            return
+        for task, old, new in zip(self.choice.tasks, before, self.choice.chosen.tolist(), strict=True):
+            if old != new:
+                prompt = excerpt_line(self.choice.pools[task].prompts[new])
+                self._say(f"SAPO: the best model goes with prompt {new} of task {excerpt_line(task)}: {prompt}")
+
+    # Time.
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """What happens inside is part of the overhead."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds += time.perf_counter() - started
+
+    def _overhead(self) -> tuple[float, float]:
+        """Seconds since the run began, and the share of them that SAPO took."""
+        total = time.perf_counter() - self._started
+        return total, self.seconds / total if total > 0 else 0.0
+
+    def _log_overhead(self) -> None:
+        self._overhead_logged = True
+        self._log({"sapo/score_seconds": self.score_seconds, "sapo/overhead_fraction": self._overhead()[1]})
+
+    # Scoring.
+
+    def fetched(self, counts: Counts) -> None:
+        """A batch with that many response tokens by (task, prompt) is going to be trained on."""
+        if self.config.drift is not None:
+            self.trained.batch(counts, self.history[-1].losses if self.history else {})
+
+    def _score(self, model: Any, reason: str) -> None:
+        self._due = None
+        if self.rescorer is None:
+            return
+        with self.timed():
+            scoring = self.rescorer.score(model, self.trainer.state.global_step, reason, self._agree, self._planned())
+        self.history = [*self.history, scoring][-MOST_HISTORY:]
+        self._records = [*self._records, scoring_record(scoring)][-MOST_HISTORY:]
+        self.switches += len(scoring.switches)
+        self.scorings, self.score_seconds = self.scorings + 1, self.score_seconds + scoring.seconds
+        self._scored_step = scoring.step
+        self.drift.restart()
+        self.trained = Trained()
+        for task, old, new in scoring.switches:
+            losses = scoring.losses[task]
+            self._say(
+                f"SAPO step {scoring.step} ({reason}): task {excerpt_line(task)} from prompt {old} ({losses[old]:.4f}) "
+                f"to prompt {new} ({losses[new]:.4f} nats/token): {excerpt_line(self.choice.pools[task].prompts[new])}"
+            )
+        self._log(self.metrics(scoring))
+
+    def _planned(self) -> int:
+        """Scorings that the schedule holds after this one; those for drift cannot be foreseen."""
+        state, every, found = self.trainer.state, self.config.every_steps, 0
+        if every:
+            found += max(0, (state.max_steps - 1) // every - state.global_step // every)
+        if self.config.each_epoch:
+            found += max(0, math.ceil(state.num_train_epochs) - 1 - int(state.epoch or 0))
+        return found
+
+    def _agree(self, sums):
+        return _ranks.first_of(sums, self.trainer.args.device)
+
+    def _say(self, line: str) -> None:
+        if self.trainer.is_world_process_zero():
+            _ranks.say(line)
+
+    def metrics(self, scoring: Scoring) -> dict[str, float]:
+        """What is logged after a scoring: means over tasks, in nats per token; the entropy in nats."""
+        best = [scoring.losses[task][k] for task, k in scoring.chosen.items()]
+        original = [losses[0] for losses in scoring.losses.values()]
+        probs = self.choice.state.probs
+        entropy = -(probs * probs.clamp(min=1e-300).log()).sum(1).mean()
+        found = {
+            "sapo/best_loss": math.fsum(best) / len(best),
+            "sapo/original_loss": math.fsum(original) / len(original),
+            "sapo/switches": float(self.switches),
+            "sapo/entropy": max(0.0, float(entropy)),
+            "sapo/score_seconds": scoring.seconds,
+        }
+        if scoring.cells_saved is not None:
+            found["sapo/cells_saved"] = scoring.cells_saved
+        return {name: value for name, value in found.items() if math.isfinite(value)}
+
+    def _log(self, metrics: dict[str, float]) -> None:
+        from transformers import Trainer
+
+        # A log takes back the trainer's intention to log, and then the loss of this very step would be missing.
+        intended = self.trainer.control.should_log
+        # The base method: TRL's own would empty its running means.
+        Trainer.log(self.trainer, metrics)
+        self.trainer.control.should_log = intended
+
+    # State: plain JSON values in the trainer's own state, so that they are in every checkpoint that it writes.
+
+    def keep(self) -> None:
+        """Put the state where the trainer's next checkpoint takes it from."""
+        with self.timed():
+            self.trainer.state.stateful_callbacks[STATE_KEY] = self.state()
+
+    def state(self) -> dict[str, Any]:
+        """Everything that a resumed run needs to choose as this one would; plain JSON values."""
+        return state_of(self)
+
+    def load_state(self, kept: Mapping[str, Any]) -> None:
+        """Take over what `state` returned.
+
+        Raises:
+            ValueError: the checkpoint was written with other pools, another probe or by another version.
+        """
+        restore(self, kept)
+
+    def prompts(self) -> dict[str, Any]:
+        """What whoever loads the adapter needs to know: the content of ``sapo_prompts.json``."""
+        return prompt_record(self.choice, self._of_best or (self.history[-1] if self.history else None))

@@ -1,0 +1,164 @@
+"""SapoCollator: from raw examples to model inputs, each under the prompt that is chosen when it is rendered."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from sapo_kernels.scoring.render import Renderer, Template, check_examples
+from sapo_kernels.scoring.response_cache import CellBuilder
+
+from .choice import Choice
+
+logger = logging.getLogger("sapo_peft")
+
+# The names of an example's two texts that are understood, besides "task".
+COLUMNS = (("input", "target"), ("sentence", "label"), ("prompt", "completion"))
+# The key under which a batch carries what it was made of; `attach_sapo` takes it out before the model sees it.
+CARRIED = "sapo"
+IGNORED = -100
+Counts = dict[tuple[str, int], int]
+
+
+class Carried:
+    """The examples of a batch and the round they were rendered in; opaque to data loaders and devices.
+
+    counts: response tokens by (task, prompt).
+    """
+
+    __slots__ = ("examples", "tasks", "round", "counts")
+
+    def __init__(self, examples: list[dict[str, str]], tasks: list[str], round: tuple[int, int], counts: Counts):
+        self.examples, self.tasks, self.round, self.counts = examples, tasks, round, counts
+
+
+class SapoCollator:
+    """Renders and tokenises examples with the prompts chosen now; a data collator for any PyTorch DataLoader.
+
+    The tokens are exactly those that `score_prompts` scores. Labels stand on the response (with the tokens that close
+    the assistant's turn); everything else is -100.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        choice: the pools and what is chosen.
+        max_source, template: see `SapoConfig`.
+        max_target: longest response in tokens; None: whole. One that is cut loses its end, hence the tokens that close
+            the turn, which is said once.
+        pad_to_multiple_of: width of the batch, for tensor cores.
+        carry: add what `attach_sapo` needs to render a batch again whose choice is no longer the newest.
+        sample: in mode "soft", draw a prompt for each example; False: the best one for all, as evaluation wants it.
+
+    Called with a list of mappings with "input" and "target" (or "sentence"/"label", "prompt"/"completion") and, with
+    several tasks, "task". Returns input_ids, attention_mask, labels: [B, L] int64, padded on the right.
+
+    Staleness: in a DataLoader of its own a batch is rendered when it is fetched, so it may be older than the newest
+    choice by the loader's prefetch (one batch without workers under Accelerate, ``workers * prefetch_factor + 1``
+    with). Under `attach_sapo` it is rendered again when it is older: never stale.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        choice: Choice,
+        *,
+        max_source: int = 1536,
+        max_target: int | None = None,
+        template: Template = None,
+        pad_to_multiple_of: int | None = None,
+        carry: bool = False,
+        sample: bool = True,
+    ):
+        self.tokenizer, self.choice, self.carry, self.sample = tokenizer, choice, carry, sample
+        self.max_source, self.max_target, self.pad_to_multiple_of = max_source, max_target, pad_to_multiple_of
+        self._said: set[str] = set()
+        self.renderers = {
+            task: Renderer(tokenizer, template, pool.suffix, pool.text_word) for task, pool in choice.pools.items()
+        }
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        self.pad = 0 if pad is None else pad
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        if torch.utils.data.get_worker_info() is not None:
+            # The tokenizer's thread pool does not survive a fork: a worker that waits for it waits for ever.
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        tasks = [self.choice.task_of(feature) for feature in features]
+        return self.render(check_examples([named_example(feature) for feature in features]), tasks)
+
+    def render(self, examples: list[dict[str, str]], tasks: list[str]) -> dict[str, Any]:
+        """The batch of checked examples under the prompts chosen now."""
+        # Read first: if the choice changes meanwhile, the mark is old and the batch is rendered again.
+        now = self.choice.round
+        groups: dict[tuple[str, int], list[int]] = {}
+        for i, (task, example) in enumerate(zip(tasks, examples, strict=True)):
+            groups.setdefault((task, self.choice.prompt_for(task, example, self.sample)), []).append(i)
+        rows: list[tuple[list[int], list[int]]] = [([], [])] * len(examples)
+        limit = sys.maxsize if self.max_target is None else self.max_target
+        counts: Counts = {}
+        for (task, prompt), members in groups.items():
+            text = self.choice.pools[task].prompts[prompt]
+            builder = CellBuilder(
+                self.renderers[task], [text], [examples[i] for i in members], self.max_source, limit, False
+            )
+            for i, (context, response) in zip(members, builder.cells(), strict=True):
+                rows[i] = (context.tolist(), response.tolist())
+            counts[task, prompt] = sum(len(rows[i][1]) for i in members)
+            self._say(builder.stats)
+        batch = self._padded(rows)
+        if self.carry:
+            batch[CARRIED] = Carried(examples, tasks, now, counts)
+        return batch
+
+    def newest(self, batch: dict[str, Any]) -> tuple[dict[str, Any], Counts]:
+        """`batch` without what it carries, rendered again if the choice has changed since, and its response tokens."""
+        batch = dict(batch)
+        carried: Carried = batch.pop(CARRIED)
+        if carried.round == self.choice.round:
+            return batch, carried.counts
+        where = batch["input_ids"].device
+        fresh = self.render(carried.examples, carried.tasks)
+        carried = fresh.pop(CARRIED)
+        return {**batch, **{name: value.to(where) for name, value in fresh.items()}}, carried.counts
+
+    def _say(self, stats: dict[str, int]) -> None:
+        """What was cut, once for each kind; in each worker, for it has its own memory."""
+        for what, option, limit in (("targets", "train_max_target", self.max_target),
+                                    ("inputs", "max_source", self.max_source)):  # fmt: skip
+            if stats[f"truncated_{what}"] and what not in self._said:
+                self._said.add(what)
+                name = "responses" if what == "targets" else what
+                logger.warning("%s are cut to %s=%d tokens and lose their end", name, option, limit)
+
+    def _padded(self, rows: list[tuple[list[int], list[int]]]) -> dict[str, Any]:
+        width = max(len(context) + len(response) for context, response in rows)
+        if self.pad_to_multiple_of:
+            width = -(-width // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        ids = torch.full((len(rows), width), self.pad, dtype=torch.int64)
+        mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
+        for i, (context, response) in enumerate(rows):
+            length = len(context) + len(response)
+            ids[i, :length] = torch.tensor(context + response)
+            mask[i, :length] = 1
+            labels[i, len(context) : length] = torch.tensor(response)
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def named_example(feature: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The two texts of an example as "input" and "target"."""
+    if not isinstance(feature, Mapping):
+        raise TypeError(f"example: wanted a mapping with two texts, got {type(feature).__name__}")
+    for names in COLUMNS:
+        if all(name in feature for name in names):
+            texts = [feature[name] for name in names]
+            if not all(isinstance(text, str) for text in texts):
+                kinds = [type(text).__name__ for text in texts]
+                raise TypeError(f"example: {names}: wanted two strings, got {kinds} (conversations cannot be rendered)")
+            return dict(zip(("input", "target"), texts, strict=True))
+    raise ValueError(
+        f"example: wanted {' or '.join('/'.join(names) for names in COLUMNS)}, got {sorted(map(str, feature))[:20]}; "
+        "was the dataset tokenised ahead? (TRL: dataset_kwargs={'skip_prepare_dataset': True})"
+    )

@@ -1,0 +1,137 @@
+"""Scoring all pools inside a run, and knowing when to do it again."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+import sapo_kernels as sk
+from sapo_kernels.scoring.distributed import DEFAULT_TIMEOUT, unshareable
+
+from .choice import Choice
+from .config import SapoConfig
+from .racing import Races
+from .ranks import several
+
+logger = logging.getLogger("sapo_peft")
+
+
+@dataclass
+class Scoring:
+    """One scoring of all pools: step, why, seconds, what changed, and every prompt's mean loss by task (nats/token).
+
+    tokens: by task the response tokens that each loss is over. dense_tokens, computed_tokens: what separate forwards
+    would compute, and what was computed. cells_saved: share of the cells that races left out, None without a race;
+    after a race losses are those of `PromptScores.loss`, which are estimates for prompts that left early.
+    """
+
+    step: int
+    reason: str
+    seconds: float
+    losses: dict[str, list[float]]
+    chosen: dict[str, int]
+    switches: list[tuple[str, int, int]] = field(default_factory=list)
+    tokens: dict[str, list[int]] = field(default_factory=dict)
+    dense_tokens: int = 0
+    computed_tokens: int = 0
+    cells_saved: float | None = None
+
+
+class Rescorer:
+    """Scores every pool on its probe with the model as it is, and updates the choice.
+
+    Args:
+        choice: the pools and their state.
+        probes: for each task the examples to score on.
+        tokenizer, config: as in `attach_sapo`.
+        patience: seconds after which a rank that the others wait for is given up.
+    """
+
+    def __init__(
+        self, choice: Choice, probes: Mapping[str, Sequence], tokenizer: Any, config: SapoConfig,
+        patience: float = DEFAULT_TIMEOUT,
+    ):  # fmt: skip
+        self.choice, self.config, self.patience = choice, config, patience
+        self.caches = {
+            task: sk.ResponseCache.build(
+                tokenizer, pool.prompts, probes[task], config.template, suffix=pool.suffix, text_word=pool.text_word,
+                max_source=config.max_source, max_target=config.max_target,
+            )
+            for task, pool in choice.pools.items()
+        }  # fmt: skip
+        self.races = Races(config.race, self.caches)
+        self._told = False
+
+    def _scores(self, model: Any, cache: sk.ResponseCache, race: sk.Race | None) -> sk.PromptScores:
+        """Shared out where there are several ranks and each may score cells of its own, else all cells on each."""
+        options: dict[str, Any] = {"max_tokens": self.config.max_tokens}
+        closed = unshareable(model) if several() else None
+        if several() and closed is None:
+            return sk.score_prompts_sharded(model, cache, timeout=self.patience, race=race, **options)
+        if closed and race is not None:
+            # Ranks that each judge by their own rounding may want different rounds, and then wait for ever.
+            if not self._told:
+                logger.warning("no race, every cell is scored: the ranks cannot share it out: %s", closed)
+            self._told, race = True, None
+        return sk.score_prompts(model, cache, progress=False, race=race, **options)
+
+    def score(self, model: Any, step: int, reason: str, agree=None, more: int = 0) -> Scoring:
+        """Score all pools and settle the choice.
+
+        `agree` maps float64 tensors, the [2, P, K] losses and counts first, to those of all ranks (rank 0's). `more`:
+        scorings that are planned after this one.
+
+        Each prompt enters the state with its loss and the response tokens that it was scored on. After a race the loss
+        is `PromptScores.loss`, that of the prompt it was last compared with plus their difference on the examples that
+        both have, since means over different examples cannot be compared; and only the winner may be selected, which
+        need not have the lowest of these estimates.
+        """
+        started = time.perf_counter()
+        state, config = self.choice.state, self.config
+        sums = torch.zeros(2, state.num_pools, state.num_prompts, dtype=torch.float64)
+        scored = []
+        may = state.live.double()
+        for p, (task, cache) in enumerate(self.caches.items()):
+            scores = self._scores(model, cache, self.races.next(task, step, more))
+            self.races.seen(task, scores)
+            tokens = scores.tokens.sum(1)
+            nll = scores.nll.sum(1) if scores.race is None else scores.loss * tokens
+            sums[0, p, : cache.num_prompts], sums[1, p, : cache.num_prompts] = nll, tokens
+            if scores.race is not None and scores.race.winner >= 0:
+                may[p] = 0.0
+                may[p, scores.race.winner] = 1.0
+            scored.append(scores)
+        if agree is not None:
+            sums = agree(sums)
+            may = agree(may) if config.race is not None else may
+        temperature = config.temperature if config.mode == "soft" else 0.0
+        live = state.live.clone()
+        state.live.copy_(may > 0)
+        try:
+            sk.reweight_(state, sums[0], sums[1].long(), config.decay, temperature, config.floor)
+        finally:
+            state.live.copy_(live)
+        switches = self.choice.settle()
+        tasks = self.choice.tasks
+        return Scoring(
+            step=step,
+            reason=reason,
+            seconds=time.perf_counter() - started,
+            losses={t: state.mean[p, : len(self.choice.pools[t].prompts)].tolist() for p, t in enumerate(tasks)},
+            chosen=dict(zip(tasks, self.choice.chosen.tolist(), strict=True)),
+            switches=switches,
+            tokens={t: one.tokens.sum(1).tolist() for t, one in zip(tasks, scored, strict=True)},
+            dense_tokens=sum(one.stats["dense_tokens"] for one in scored),
+            computed_tokens=sum(one.stats["trie_tokens"] for one in scored),
+            cells_saved=None if config.race is None else _saved(scored),
+        )
+
+
+def _saved(scored: Sequence[sk.PromptScores]) -> float:
+    """Share of all cells that were not scored."""
+    return 1.0 - sum(int(one.scored.sum()) for one in scored) / sum(one.scored.numel() for one in scored)

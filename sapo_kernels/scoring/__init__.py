@@ -1,0 +1,1 @@
+"""From prompts and examples to their losses under a model."""

@@ -1,0 +1,350 @@
+"""score_prompts_sharded: the cells of one job shared out among ranks, with the same bits for any number of them.
+
+The rounding of a matrix product depends on what else is in it, so a cell's last bits depend on which cells are scored
+with it. The job is therefore cut into shards that depend on the job alone; a shard is scored as a job of its own, by
+whichever rank it falls to. Shards are pieces of the trie's depth-first order: at each cut, the path to it is computed
+once more and nothing else is, at most one sequence a cut. Sums come back by cell, and each cell has one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..trie.trie import TokenTrie
+from .model_state import compilation_off, scoring_mode
+from .prompt_scores import PromptScores
+from .race import Race
+from .ranks import IDLE, WORKING, RankError, Ranks, patience, ranks_of
+from .response_cache import ResponseCache
+from .score import ScoringJob, check_choices
+
+# What all ranks must have alike, by the order of its digests in the first round.
+ALIKE = ("prompts and examples", "options", "model", "weights")
+DEFAULT_TIMEOUT = 60.0
+# Numbers of shards to choose from: common numbers of ranks divide them.
+COUNTS = (1, 2, 4, 8, 12, 24)
+# Forwards that ranks with whole models may be ahead of each other.
+LEAD = 4
+# Values of each weight that are compared.
+SAMPLE = 16
+
+_cuts: weakref.WeakKeyDictionary[ResponseCache, _Cuts] = weakref.WeakKeyDictionary()
+
+
+def score_prompts_sharded(
+    model,
+    prompts: Sequence[str] | ResponseCache,
+    examples: Sequence[Mapping[str, str]] | None = None,
+    *,
+    group=None,
+    timeout: float = DEFAULT_TIMEOUT,
+    shards: int | None = None,
+    max_tokens: int | None = None,
+    impl: str = "auto",
+    race: Race | None = None,
+    **layout,
+) -> PromptScores:
+    """`score_prompts` by all ranks of a process group together: each scores its share, all get the whole matrix.
+
+    Called by every rank with the same arguments, or by one process alone, with or without `torch.distributed`::
+
+        accelerator = Accelerator()
+        model = accelerator.prepare(model)
+        scores = sk.score_prompts_sharded(model, prompts, examples, tokenizer=tokenizer)   # the same on every rank
+
+    Args:
+        model: as for `score_prompts`; the same on every rank, plain, in DDP, or sharded by FSDP2.
+        prompts, examples, layout: as for `score_prompts` (tokenizer, template, suffix, text_word, max_source,
+            max_target).
+        group: a process group of any backend; None: all ranks. The ranks talk over gloo beside it.
+        timeout: seconds without a sign of a rank (each of its forwards is one) after which the others give it up.
+        shards: into how many shards the job is cut; default: 1 to 24, so that each has two passes or more. A multiple
+            of the number of ranks keeps all of them busy; the bits depend on it.
+        max_tokens, impl, race: as for `score_prompts`. Each round of a race is shared out.
+
+    Returns:
+        `PromptScores`, bitwise the same on every rank. stats also holds "shards" and "world"; "trie_tokens" counts
+        what all ranks computed.
+
+    Raises:
+        RankError: on every other rank when one raises, is killed, stops or does not come, naming it and saying why.
+        ValueError: as `score_prompts`; also naming the rank whose prompts, examples, options, model or weights (a
+            sample of each) differ from the others'; a model that is sharded otherwise than by FSDP2.
+
+    Numerics: the same bits whatever the number of ranks, if nothing runs out of memory on the way (halved passes round
+    differently) and all ranks compute alike (kind of device, versions, threads). Within the tolerance of
+    `score_prompts`, not bitwise, of `score_prompts` itself, which rounds as one job.
+    """
+    ranks = ranks_of(group, timeout)
+    with contextlib.nullcontext() if ranks is None else ranks.together():
+        check_choices(impl, max_tokens)
+        if shards is not None and (type(shards) is not int or shards < 1):
+            raise ValueError(f"shards: wanted a whole number of at least 1, got {shards!r}")
+        cache = prompts
+        if not isinstance(prompts, ResponseCache):
+            cache = ResponseCache.build(
+                layout.pop("tokenizer", None), prompts, [] if examples is None else examples, **layout
+            )
+        elif examples is not None or layout:
+            raise ValueError(f"examples, {', '.join(layout) or 'layout'}: wanted none beside a ResponseCache")
+        if race is not None and not isinstance(race, Race):
+            raise TypeError(f"race: wanted a Race or None, got {type(race).__name__}")
+        job = ShardedJob(model, cache, impl, max_tokens, ranks, shards)
+        if ranks:
+            job.check_alike(race)
+        scores = job.run(race)
+        scores.stats.update(shards=len(job.shards), world=job.world)
+        return scores
+
+
+def cut(trie: TokenTrie, count: int) -> list[np.ndarray]:
+    """The cells of a trie in at most `count` parts of about as many tokens, each a piece of the depth-first order.
+
+    A cut looks for the place with the shortest path within an eighth of a part around the even one. Equal sequences
+    stay together, so that equal cells keep equal bits.
+    """
+    order = np.argsort(trie.leaf, kind="stable")
+    leaf = trie.leaf[order]
+    begin = np.flatnonzero(np.diff(leaf)) + 1
+    # The first token that is not on the path of the cell before, and the length of what it shares with it.
+    token = leaf[begin - 1] + 1
+    shared = trie.depth[token]
+    size, chosen = len(trie) / count, []
+    for i in range(1, count):
+        if not len(begin):
+            break
+        even = i * size
+        first, stop = np.searchsorted(token, [even - size / 8, even + size / 8])
+        if first == stop:
+            first = min(max(int(np.searchsorted(token, even)), 0), len(token) - 1)
+            stop = first + 1
+        near = np.lexsort((np.abs(token[first:stop] - even), shared[first:stop]))
+        chosen.append(int(begin[first + near[0]]))
+    return [np.sort(cells) for cells in np.split(order, np.unique(np.asarray(chosen, dtype=np.int64)))]
+
+
+@dataclass
+class _Cuts:
+    """What is kept of a cache between calls: tokens of its trie; by number of shards, each one's cells and cache."""
+
+    tokens: int
+    shards: dict[int, list[tuple[torch.Tensor, ResponseCache]]] = field(default_factory=dict)
+
+
+class ShardedJob(ScoringJob):
+    """A scoring job whose cells are shared out: one call of `score_prompts_sharded`, or a round of its race."""
+
+    def __init__(self, model, cache: ResponseCache, impl: str, max_tokens, ranks: Ranks | None, shards: int | None):
+        super().__init__(model, cache, impl, max_tokens, False)
+        self.ranks, self.count = ranks, shards
+        reason = unshareable(self.model)
+        if reason:
+            raise ValueError(
+                f"model: {reason}; wanted one that each rank holds whole, or one sharded by FSDP2 alone; score_prompts "
+                "runs all cells on every rank"
+            )
+        self.gathers = gathers_in_forward(self.model)
+        self.world = len(ranks.members) if ranks else 1
+        self.own = ranks.members.index(ranks.rank) if ranks else 0
+        self.shards = _shards(cache, shards, self.max_tokens)
+        self.quiet, self._told = self.own > 0, False
+
+    def _prefix_cache(self) -> None:
+        # What a rank has kept would depend on the shards it had, and rounding depends on what is kept.
+        return None
+
+    def part(self, cells: np.ndarray, road: str) -> ShardedJob:
+        return ShardedJob(self.model, self.cache.select(cells), road, self.max_tokens, self.ranks, self.count)
+
+    def measure(self) -> tuple[np.ndarray, int, bool, str | None]:
+        # In turn: shards are about as large as each other.
+        dealt = [self.shards[place :: self.world] for place in range(self.world)]
+        with self._beating() if self.ranks else contextlib.nullcontext():
+            found = [self._shard(cache) for _, cache in dealt[self.own]]
+        # What a rank sends of a shard: the bits of its cells' float64 sums, computed tokens, whether padded.
+        own = [torch.zeros(0, dtype=torch.int64)]
+        for nll, computed, padded, _ in found:
+            own += [torch.from_numpy(nll).view(torch.int64), torch.tensor([computed, int(padded)])]
+        sizes = [[len(cells) + 2 for cells, _ in part] for part in dealt]
+        held = self.ranks.exchange(torch.cat(own), list(map(sum, sizes))) if self.ranks else [torch.cat(own)]
+        total, computed, padded = torch.full((len(self.cache.lengths),), torch.nan, dtype=torch.float64), 0, False
+        for part, size, values in zip(dealt, sizes, held, strict=True):
+            for (cells, _), sent in zip(part, values.split(size), strict=True):
+                total[cells] = sent[:-2].clone().view(torch.float64)
+                computed, padded = computed + int(sent[-2]), padded or bool(sent[-1])
+        return total.numpy(), computed, padded, next((reason for *_, reason in found if reason), None)
+
+    def _shard(self, cache: ResponseCache) -> tuple[np.ndarray, int, bool, str | None]:
+        job = ScoringJob(self.model, cache, self.impl, self.max_tokens, False)
+        job.quiet = self.quiet or self._told
+        found = job.measure()
+        self._told = self._told or found[-1] is not None
+        return found
+
+    @contextlib.contextmanager
+    def _beating(self):
+        """Every forward in the block begins with a sign to the others; the block ends when all ranks are through.
+
+        A model that gathers its weights in each forward needs all ranks in each: one that is through goes on with
+        forwards of one token, and nobody is ahead. Ranks with whole models may be `LEAD` forwards apart.
+        """
+        ranks, lead = self.ranks, 0 if self.gathers else LEAD
+
+        def sign(module, args):
+            ranks.post(WORKING)
+            while ranks.posted > lead:
+                ranks.take()
+
+        with self._gathering():
+            # In front of FSDP's own hook, which gathers.
+            handle = self.model.register_forward_pre_hook(sign, prepend=True)
+            try:
+                yield
+            finally:
+                handle.remove()
+            while True:
+                ranks.post(IDLE)
+                while ranks.posted:
+                    statuses = ranks.take()[:, 0]
+                if not (statuses == WORKING).any():
+                    return
+                if self.gathers:
+                    ids = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+                    with scoring_mode(self.model), compilation_off():
+                        self.model(input_ids=ids, use_cache=False)
+
+    @contextlib.contextmanager
+    def _gathering(self):
+        """Forwards that gather weights wait for a rank no longer than the ranks' own messages do, and name it.
+
+        Gathering with a rank that is gone or stopped fails in the forward, and does not say with which.
+        """
+        if not self.gathers:
+            yield
+            return
+        with patience(gathering_groups(self.model), self.ranks.timeout):
+            try:
+                yield
+            except RuntimeError as error:
+                if not isinstance(error, RankError):
+                    self.ranks.name_lost(error)
+                raise
+
+    def check_alike(self, race: Race | None) -> None:
+        """The first round: every rank must hold the same job."""
+        cells = (
+            np.ascontiguousarray(a, np.int64) for a in (self.cache.ids, self.cache.offsets, self.cache.context_lengths)
+        )
+        options = (self.impl, self.max_tokens, len(self.shards), self.count, *_autocast(self.device))
+        digests = (
+            _digest(str(self.cache.num_examples), *self.cache.prompts, *(a.view(np.uint8).data for a in cells)),
+            _digest(repr(options), *_race_parts(race)),
+            *_model_digests(self.model),
+        )
+        self.ranks.post(WORKING, torch.from_numpy(np.frombuffer(b"".join(d[:16] for d in digests), np.int64).copy()))
+        found = self.ranks.take()[:, 1 : 1 + 2 * len(ALIKE)].view(self.world, len(ALIKE), 2).tolist()
+        for place, what in enumerate(ALIKE):
+            column = [row[place] for row in found]
+            usual = max(column, key=column.count)
+            for rank, value in zip(self.ranks.members, column, strict=True):
+                if value != usual:
+                    raise ValueError(
+                        f"rank {rank}: {what}: wanted the same on all {len(column)} ranks, got others than "
+                        f"{column.count(usual)} of them have"
+                    )
+
+
+def _shards(cache: ResponseCache, count: int | None, max_tokens: int) -> list[tuple[torch.Tensor, ResponseCache]]:
+    """The shards of a cache, cut once for each number of them."""
+    cuts, trie = _cuts.get(cache), None
+    if cuts is None:
+        trie = cache.plan_trie()
+        cuts = _cuts[cache] = _Cuts(len(trie))
+    if count is None:
+        count = max(n for n in COUNTS if n <= max(1, cuts.tokens // (2 * max_tokens)))
+    if count not in cuts.shards:
+        trie = trie or cache.plan_trie()
+        cuts.shards[count] = [(torch.from_numpy(cells), cache.select(cells)) for cells in cut(trie, count)]
+    return cuts.shards[count]
+
+
+def unshareable(model: nn.Module) -> str | None:
+    """Why ranks may not score different cells: something of the model is spread over them, and not by FSDP2 alone."""
+    for name, module in model.named_modules():
+        if type(module).__name__ == "FullyShardedDataParallel":
+            return f"{name or type(model).__name__!r} is spread over ranks"
+    gathered = gathers_in_forward(model)
+    for name, parameter in model.named_parameters():
+        divided = sum(map(_divides, getattr(parameter, "placements", ())))
+        if hasattr(parameter, "ds_id") or divided > 1 or (divided and not gathered):
+            return f"{name!r} is spread over ranks"
+    return None
+
+
+def gathers_in_forward(model: nn.Module) -> bool:
+    """Whether each forward of `model` needs all ranks, because FSDP2 gathers its weights there."""
+    if not any(hasattr(parameter, "placements") for parameter in model.parameters()):
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def gathering_groups(model: nn.Module) -> list:
+    """The process groups that FSDP2 gathers weights in."""
+    meshes = {parameter.device_mesh for parameter in model.parameters() if hasattr(parameter, "device_mesh")}
+    return list({id(group): group for mesh in meshes for group in mesh.get_all_groups()}.values())
+
+
+def _divides(placement) -> bool:
+    return not placement.is_replicate()
+
+
+def _digest(*parts) -> bytes:
+    state = hashlib.sha256()
+    for part in parts:
+        part = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else bytes(part)
+        state.update(len(part).to_bytes(8, "little") + part)
+    return state.digest()
+
+
+def _race_parts(race: Race | None) -> list:
+    if race is None:
+        return []
+    parts: list = [repr([getattr(race, f.name) for f in fields(race) if f.name != "memory"])]
+    for old in race.memory:
+        parts += [old.nll.double().cpu().contiguous().numpy().view(np.uint8).data, repr(old.tokens.tolist())]
+        parts.append(repr(old.race and old.race.to_dict()))
+    return parts
+
+
+def _model_digests(model: nn.Module) -> tuple[bytes, bytes]:
+    """(of names, shapes, types and adapters; of some values of each weight that is not spread over ranks)."""
+    described = [f"{name} {tuple(p.shape)} {p.dtype}" for name, p in model.named_parameters()]
+    for name, module in model.named_modules():
+        if hasattr(module, "active_adapters") and isinstance(getattr(module, "scaling", None), dict):
+            described.append(f"{name} {module.active_adapters} {module.scaling} {module.disable_adapters}")
+    samples: dict[torch.device, list[torch.Tensor]] = {}
+    for parameter in model.parameters():
+        values = parameter.detach()
+        if values.device.type == "meta" or hasattr(parameter, "placements") or not values.numel():
+            continue
+        values = values.reshape(-1)
+        values = values[:: -(-len(values) // SAMPLE)].contiguous().view(torch.uint8)
+        samples.setdefault(values.device, []).append(values)
+    # One copy from each device.
+    read = [torch.cat(values).cpu().numpy().data for values in samples.values()]
+    return _digest(*described), _digest(*read)
+
+
+def _autocast(device: torch.device) -> tuple:
+    on = torch.is_autocast_enabled(device.type)
+    return on, torch.get_autocast_dtype(device.type) if on else None

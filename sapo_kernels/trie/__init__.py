@@ -1,0 +1,1 @@
+"""The token trie and its planner."""

@@ -1,0 +1,358 @@
+"""The benchmarks' own promises: rows are checked, times follow agreement, tables and plots are the committed rows'."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch
+
+import sapo_kernels as sk
+from benchmarks import aot, plots, tables
+from benchmarks.peers import PEERS, alone
+from benchmarks.rows import COLUMNS, RESULTS, Environment, Row, append_rows, from_csv, read_rows, to_csv
+from benchmarks.timing import Case, Disagreement, Provider, Turns, quantiles, run_case
+from benchmarks.workload import Cells
+from sapo_kernels.files import DataError
+from tests.oracles import small_qwen3
+
+ROOT = Path(__file__).resolve().parents[2]
+CHECKOUT = pytest.mark.skipif(not (ROOT / "docs").exists(), reason="looks at the checkout's files")
+HERE = Environment("2026-01-02T03:04:05Z", "abc", "a CPU, 2 cores", "none", 1, "3.11.1", "2.13.0", "3.9.0", "5.23.0")
+
+
+def row(**changed) -> Row:
+    given = dict(
+        op="tasks", case="one", provider="ours", dtype="fp32", shape="K=2 dense/trie=2.000", rounds=3, p20_s=1.0,
+        p50_s=2.0, p80_s=3.0, peak_bytes=-1, tokens=10, work=4.0, work_unit="FLOP", formula="2*a", error=1e-6,
+        tolerance=1e-4, note="", environment=HERE,
+    )  # fmt: skip
+    return Row(**{**given, **changed})
+
+
+def test_rows_come_back_as_they_were(tmp_path):
+    rows = [row(), row(provider="trainer_loop", note='a "note", with\ncommas', p80_s=3.25)]
+    append_rows(tmp_path / "new" / "tasks.csv", rows[:1])
+    first = (tmp_path / "new" / "tasks.csv").read_bytes()
+    append_rows(tmp_path / "new" / "tasks.csv", rows[1:])
+    assert (tmp_path / "new" / "tasks.csv").read_bytes().startswith(first)
+    assert read_rows(tmp_path / "new" / "tasks.csv") == [
+        rows[0],
+        dataclasses.replace(rows[1], note='a "note", with commas'),
+    ]
+    assert read_rows(tmp_path / "absent.csv") == []
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"error": 1e-3}, {"error": math.nan}, {"p50_s": 0.5}, {"p20_s": 0.0}, {"p80_s": math.inf}, {"rounds": 0},
+        {"tokens": -1}, {"peak_bytes": -2}, {"work_unit": "miles"}, {"work": math.nan}, {"op": ""},
+        {"case": "a\nb"}, {"provider": "x" * 121}, {"dtype": "<b>"},
+    ],
+    ids=lambda changed: " ".join(changed),
+)  # fmt: skip
+def test_a_row_that_says_nonsense_cannot_be_made(changed):
+    with pytest.raises(DataError):
+        row(**changed)
+
+
+GOOD = to_csv([row(), row(case="two")])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", GOOD.replace("p50_s", "p51_s"), GOOD.replace(",2,", ",two,"), GOOD[: len(GOOD) // 2], GOOD + "a,b\n",
+        GOOD.replace("1e-06", "nan"), GOOD.replace("FLOP", "F\x00LOP"), GOOD + '"', GOOD.replace("\n", "\n\n"),
+    ],
+    ids=["empty", "column", "word", "half", "short line", "nan", "nul", "open quote", "empty lines"],
+)  # fmt: skip
+def test_a_damaged_file_is_named_and_left_alone(text, tmp_path):
+    path = tmp_path / "tasks.csv"
+    path.write_text(text, encoding="utf-8")
+    if text == "":
+        append_rows(path, [row()])
+        assert read_rows(path) == [row()]
+        return
+    with pytest.raises(DataError, match=r"tasks\.csv|row"):
+        append_rows(path, [row()])
+    assert path.read_text(encoding="utf-8") == text
+
+
+def test_committed_rows_are_whole_and_no_toys():
+    for path in RESULTS.glob("*.csv"):
+        if path.name == "aot.csv":
+            uses = aot.read_uses(path)
+            assert not [use for use in uses if use.role == "in use" and (use.complaint or use.spills)]
+            assert {use.target for use in uses} >= {"sm_80", "sm_90", "sm_100"}
+            continue
+        if path.read_text(encoding="utf-8").splitlines()[0] != ",".join(COLUMNS):
+            continue  # another benchmark's own columns
+        rows = from_csv(path.read_text(encoding="utf-8"), path.name)
+        assert rows and not [r for r in rows if r.case.startswith("toy")]
+
+
+def test_times_follow_agreement_and_turns_rotate():
+    ran = []
+
+    def provider(name, value):
+        return Provider(lambda: ran.append(name) or value)
+
+    case = Case("op", "case", {n: provider(n, 0.0) for n in "abc"}, float, 0.5, rounds=2)
+    rows = run_case(case)
+    assert ran == list("abcabcbca"), "one turn to warm up, then another provider first each time"
+    assert [r.provider for r in rows] == list("abc") and all(r.rounds == 2 for r in rows)
+    for wrong in (0.6, math.nan):
+        case.providers["b"] = provider("b", wrong)
+        with pytest.raises(Disagreement, match=r"op, case: b: wanted within 0\.5"):
+            run_case(case)
+    assert quantiles([3.0, 1.0, 2.0, 5.0, 4.0]) == (1.0, 3.0, 4.0)
+    assert quantiles([2.0]) == (2.0, 2.0, 2.0)
+
+
+def test_of_a_peers_sizes_the_fastest_goes_on():
+    def takes(seconds: float, peer: str = "") -> Provider:
+        return Provider(lambda: time.sleep(seconds) or 0.0, peer=peer)
+
+    providers = {"ours": takes(0.08), "p_8": takes(0.02, "p"), "p_32": takes(0.25, "p"), "q_8": takes(0.04, "q")}
+    rows = run_case(Case("op", "case", providers, float, 0.5, rounds=3))
+    assert {row.provider: row.rounds for row in rows} == {"ours": 3, "p_8": 3, "p_32": 1, "q_8": 3}
+    rows = run_case(Case("op", "case", providers, float, 0.5, rounds=3), deadline=time.monotonic())
+    assert {row.provider: row.rounds for row in rows} == {"ours": 1}, "past the deadline nothing more begins"
+
+
+def test_what_a_peer_builds_once_is_not_timed(monkeypatch):
+    from benchmarks import end_to_end
+
+    built = []
+
+    def prepare(model, batch_size):
+        built.append(batch_size)
+        return {"scorer": PEERS["tuned_plain"].run}
+
+    def run(model, cache, batch_size, scorer):
+        return scorer(model, cache, batch_size)
+
+    peer = dataclasses.replace(PEERS["lm_eval"], run=run, prepare=prepare, needs=(), sizes=(2, 8))
+    monkeypatch.setitem(end_to_end.PEERS, "lm_eval", peer)
+    case = end_to_end.make_case("op", "case", small_qwen3(), Cells(2, 3, 6, 8, 2).cache(200), ["lm_eval"], 2)
+    assert case.providers.keys() == {"ours", "lm_eval_2", "lm_eval_8"} and not built
+    case.warm_up()
+    assert built == [2, 8]
+    run_case(case)
+    assert built == [2, 8]
+
+
+def test_sizes_that_a_cpu_has_no_room_for_are_left_out():
+    from benchmarks.end_to_end import affordable
+
+    model, cache = small_qwen3(), Cells(1, 2, 50, 100, 2).cache(200)
+    found = {}
+    for vocabulary in (50257, 256000, 10**7):
+        model.config.vocab_size = vocabulary
+        found[vocabulary] = affordable(PEERS["trl_head"], (8, 32), model, cache)
+        assert affordable(PEERS["tuned_plain"], (8, 32), model, cache) == (8, 32), "response rows only"
+        assert affordable(PEERS["trainer_loop"], (), model, cache) == ()
+    # By hand, with some 180 tokens: 3 * 4 * 180 bytes a row of the batch and entry of the vocabulary.
+    assert found == {50257: (8, 32), 256000: (8,), 10**7: None}
+
+
+def test_peak_memory_sees_what_a_provider_holds():
+    def hungry():
+        return torch.ones(1 << 24).sum()  # 64 MiB
+
+    turns = Turns(Case("op", "case", {"a": Provider(hungry), "b": Provider(lambda: 0.0)}, lambda _: 0.0, 0.0))
+    turns.turn()
+    if turns.peak["a"] < 0:
+        pytest.skip("this kernel does not let a process reset its peak")
+    assert turns.peak["a"] > 50 * 2**20 > turns.peak["b"]
+
+
+@pytest.fixture(scope="module")
+def jobs():
+    """A model, and for each layout a job with our scores."""
+    model = small_qwen3()
+    made = {}
+    for last in (False, True):
+        cache = Cells(3, 9, 12, 9, 3, last).cache(200)
+        made[last] = cache, sk.score_prompts(model, cache)
+    return model, made
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["instruction first", "instruction last"])
+@pytest.mark.parametrize("name", list(PEERS))
+def test_peers_agree_with_ours_and_leave_the_model_alone(name, last, jobs):
+    peer = PEERS[name]
+    if peer.missing():
+        pytest.skip(f"not installed: {peer.missing()}")
+    model, made = jobs
+    cache, ours = made[last]
+    if peer.gpu:
+        peer = dataclasses.replace(peer, options={"compiled": False})
+    wanted = ours.reduce("batch", 8) if peer.gives == "batch8" else ours.nll.flatten()
+    sizes = {"batch_size": (4, 64), "tokens": (1, 100)}[peer.size_name] if peer.sizes else None
+    for run in peer.variants(sizes).values():
+        got = run(model, cache)
+        assert got.dtype == torch.float64 and got.shape == wanted.shape
+        assert float((got - wanted).abs().max()) < 1e-4 * float(ours.tokens.max())
+    assert "forward" not in vars(model) and model.config._attn_implementation == "sdpa" and not model.training
+
+
+@pytest.mark.parametrize("name", ["tuned_plain", "packed", "prefix_cache"])
+def test_tuned_peers_without_masks_in_logits_to_keep(name, jobs, monkeypatch):
+    """As in transformers 5.17."""
+    from transformers import modeling_utils
+
+    monkeypatch.delattr(modeling_utils, "slice_logits_to_keep", raising=False)
+    model, made = jobs
+    cache, ours = made[False]
+    got = PEERS[name].run(model, cache)
+    assert float((got - ours.nll.flatten()).abs().max()) < 1e-4 * float(ours.tokens.max())
+    assert not model.get_output_embeddings()._forward_pre_hooks
+
+
+def test_ours_agrees_with_each_sequence_alone(jobs):
+    model, made = jobs
+    for cache, ours in made.values():
+        chosen = [0, 5, 26]
+        assert float((alone(model, cache, chosen) - ours.nll.flatten()[chosen]).abs().max()) < 1e-4
+
+
+def some_results(folder: Path) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    for name, loop, plain in (("task1", 8.0, 4.0), ("task2", 6.0, 1.5)):
+        rows = [row(case=name, tokens=5), row(case=name, provider="trainer_loop", p50_s=loop, p80_s=9.0)]
+        others = {"tuned_plain_8": plain, "tuned_plain_32": plain + 1, "prefix_cache_32": 8.0}
+        rows += [row(case=name, provider=n, p50_s=t, p80_s=9.0) for n, t in others.items()]
+        append_rows(folder / "tasks.csv", rows)
+        append_rows(
+            folder / "sweep.csv", [dataclasses.replace(r, op="sweep") for r in rows if r.provider != "trainer_loop"]
+        )
+    return folder
+
+
+def test_tables_say_what_the_rows_say(tmp_path):
+    results = some_results(tmp_path / "results")
+    text = "a\n<!-- table: tasks -->\nold\n<!-- end of table -->\nb\n"
+    made = tables.replaced(text, results)
+    assert (
+        "| task1 | - | 2.00 | 4.00 | 2.00 | 4.00 | 100% |" in made
+        and "| task2 | - | 2.00 | 3.00 | 0.75 | 4.00 | 38% |" in made
+    )
+    assert "| geometric mean |  |  | 3.46 | 1.22 | 4.00 |  |" in made and "old" not in made and made.startswith("a\n")
+    assert tables.replaced(made, results) == made
+    assert "Slower than the fastest peer at: task2 (0.75x, tuned_plain)" in tables.made_table("sweep", results)
+    # The newest run of a case is the one that counts, whole.
+    later = dataclasses.replace(HERE, date="2026-02-02T00:00:00Z")
+    newer = [row(case="task1", environment=later), row(case="task1", provider="trainer_loop", environment=later)]
+    append_rows(results / "tasks.csv", [*newer, row(case="task1", provider="tuned_plain_8", environment=later)])
+    assert "| task1 | - | 2.00 | 1.00 | 1.00 | - | 50% |" in tables.replaced(text, results)
+    for name in tables.TABLES:
+        assert "No rows yet" in tables.made_table(name, tmp_path / "nothing")
+    with pytest.raises(SystemExit, match="wanted one of"):
+        tables.replaced(text.replace("tasks", "taks"), results)
+    with pytest.raises(SystemExit, match="no end"):
+        tables.replaced("<!-- table: tasks -->\n", results)
+
+
+def test_plots_are_the_same_bytes_and_well_formed(tmp_path):
+    results = some_results(tmp_path / "results")
+    made = tables.made_plots(results)
+    assert set(made) == {"tasks.svg", "sweep.svg"} and made == tables.made_plots(results)
+    for text in made.values():
+        root = ElementTree.fromstring(text)
+        shown = "".join(root.itertext())
+        assert root.tag.endswith("svg") and "task1" in shown and "0.75" in shown
+    hostile = plots.bars("<script>&", ["]]>"], [("</svg>", [1.0]), ("none", [None])], line=1.0)
+    assert "<script>" not in hostile and "".join(ElementTree.fromstring(hostile).itertext()).count("</svg>") == 1
+    for groups in ([], [("a", [math.nan])], [("a", [-1.0])], [("a", [1.0, 2.0])]):
+        with pytest.raises(ValueError, match="bars"):
+            plots.bars("t", ["s"], groups)
+
+
+@CHECKOUT
+def test_the_documents_and_plots_agree_with_the_committed_rows(capsys):
+    assert tables.main(["--check"]) == 0, capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("target", "registers", "shared", "threads", "wanted"),
+    [
+        ("sm_90", 128, 0, 256, (16, 64, "registers")),
+        ("sm_90", 32, 0, 1024, (64, 64, "registers")),
+        ("sm_90", 40, 100 * 1024, 128, (8, 64, "shared memory")),
+        ("sm_80", 255, 8 * 1024, 128, (8, 64, "registers")),
+        ("sm_89", 16, 0, 32, (24, 48, "blocks")),
+    ],
+)
+def test_occupancy_bounds(target, registers, shared, threads, wanted):
+    """By hand: 65,536 registers, 228 KiB less 1 KiB a block and so on."""
+    assert aot.occupancy(target, registers, shared, threads) == wanted
+
+
+def test_the_command_runs_a_file_and_writes_its_rows(tmp_path):
+    command = [sys.executable, "-m", "benchmarks", "--size", "toy", "--only", "planner", "--minutes", "1"]
+    done = subprocess.run([*command, "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "all parts passed" in done.stdout
+    assert {r.provider for r in read_rows(tmp_path / "planner.csv")} >= {"numpy"}
+    assert all(r.case.startswith("toy ") for r in read_rows(tmp_path / "planner.csv"))
+    started = time.monotonic()
+    refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert refused.returncode == 2 and "do not belong among the results" in refused.stderr
+    assert time.monotonic() - started < 60
+
+
+def test_a_nan_anywhere_is_an_error():
+    """Python's `max` keeps whichever number comes first when the other is NaN."""
+    from benchmarks import attention
+    from benchmarks.end_to_end import Agreement
+
+    model, cache = small_qwen3(300), Cells(6, 8, 6, 8, 2).cache(300)
+    check = Agreement(model, cache)
+    nll = check.ours.nll.flatten().clone()
+    assert check.error_of_cells(nll) <= check.tolerance
+    nll[next(c for c in range(len(nll)) if c not in check.sample)] = math.nan
+    assert math.isnan(check.error_of_cells(nll))
+    case = attention.make_case(Cells(2, 3, 6, 8, 1), "small", (4, 2, 16), flex="off")
+    apart, ours = case.providers["sdpa_sequences"], case.providers["ours"].run().clone()
+    assert math.isnan(apart.check(torch.full_like(apart.run(), math.nan)))
+    ours[-1] = math.nan
+    assert math.isnan(case.check(ours))
+
+
+def test_one_wrong_cell_among_many_ends_the_case():
+    """Also in low precision, where a root mean square alone would let it pass; rows and tokens likewise."""
+    from benchmarks import attention, heads
+    from benchmarks.end_to_end import Agreement
+
+    def refuse(case: Case, name: str, place, by: float) -> None:
+        run_case(case)
+        wrong = case.providers[name].run().clone()
+        wrong[place] += by
+        case.providers[name].run = lambda: wrong
+        with pytest.raises(Disagreement, match=f"{name}: wanted within"):
+            run_case(case)
+
+    cache = Cells(12, 20, 4, 5, 2).cache(300)
+    check = Agreement(small_qwen3(300).bfloat16(), cache)
+    nll = check.ours.nll.flatten().clone()
+    assert check.error_of_cells(nll) <= check.tolerance
+    nll[3] += 6 * check.tolerance * math.sqrt(cache.response_lengths[3])
+    assert check.error_of_cells(nll) > check.tolerance
+    for dtype in (torch.float32, torch.bfloat16):
+        case = heads.make_case("rows", 100, 300, 16, dtype, rounds=1)
+        refuse(case, "ours", 1, 3 * case.tolerance)
+        cells = Cells(4, 6, 6, 8, 1)
+        case = attention.make_case(cells, "tokens", (4, 2, 16), dtype, rounds=1, flex="off")
+        refuse(case, "sdpa_sequences", (1, 3, 0, 5), 3 * case.tolerance)
+        case = attention.make_case(cells, "tokens", (4, 2, 16), dtype, rounds=1, flex="off")
+        refuse(case, "ours", (int(case.shape.split("T=")[1].split()[0]) // 2, 3, 5), 3 * case.tolerance)

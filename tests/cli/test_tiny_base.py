@@ -1,0 +1,187 @@
+"""The tiny base: what it is trained on, the cache, and that the shipped one is what the script makes."""
+
+import hashlib
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+
+import sapo_kernels as sk
+from sapo_kernels.files import DataError, read_json
+from sapo_peft.assets import BUNDLED_DIR
+from sapo_peft.loading import load
+from sapo_peft.tiny_base import TASTE_ROWS, load_tiny_base
+from tools.tiny_base import PRESETS, store
+from tools.tiny_base.corpus import SEQUENCE, Corpus, bundled, known_wordings
+from tools.tiny_base.skills import SKILLS
+from tools.tiny_base.training import train, train_tokenizer
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    """(root, folder) of a trained toy base."""
+    root = tmp_path_factory.mktemp("bases")
+    return root, store.tiny_base_folder("toy", root)
+
+
+def test_toy_base_is_a_whole_checkpoint(toy):
+    model, tokenizer = load(str(toy[1]), None, "float32", "cpu")
+    assert model.config.vocab_size == PRESETS["toy"].vocabulary == len(tokenizer)
+    scores = sk.score_prompts(
+        model, ["Say it.", "Repeat the word."], [{"input": "a", "target": "b"}], tokenizer=tokenizer, impl="tree"
+    )
+    assert scores.nll.isfinite().all()
+    text = "Grüße, 12 {x} 漢字\n\tend"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_second_call_trains_nothing(toy):
+    root, folder = toy
+    assert store.tiny_base_folder("toy", root, make=None) == folder
+    before = (folder / "model.safetensors").stat().st_mtime_ns
+
+    def never(preset, folder):
+        raise AssertionError("trained again")
+
+    assert store.tiny_base_folder("toy", root, make=never) == folder
+    assert (folder / "model.safetensors").stat().st_mtime_ns == before
+    assert [path.name for path in root.iterdir()] == [folder.name]
+
+
+@pytest.mark.parametrize("harm", ["cut", "missing", "manifest", "flipped"])
+def test_a_torn_cache_is_made_again(toy, tmp_path, harm):
+    folder = tmp_path / toy[1].name
+    shutil.copytree(toy[1], folder)
+    weights = folder / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    if harm == "missing":
+        weights.unlink()
+    elif harm == "manifest":
+        (folder / store.MANIFEST).write_text('{"version": 1, "files"')
+    else:
+        data[-1] ^= 1
+        weights.write_bytes(data[:-100] if harm == "cut" else data)
+    assert store.faults(folder)
+
+    def copy(preset, staging):
+        shutil.copytree(toy[1], staging, dirs_exist_ok=True)
+
+    assert store.tiny_base_folder("toy", tmp_path, make=copy) == folder
+    assert not store.faults(folder) and [path.name for path in tmp_path.iterdir()] == [folder.name]
+
+
+def test_a_killed_training_publishes_nothing(tmp_path):
+    def killed(preset, staging):
+        (staging / "config.json").write_text("{}")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        store.tiny_base_folder("toy", tmp_path, make=killed)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(DataError, match="preset"):
+        store.tiny_base_folder("huge", tmp_path)
+
+
+def test_a_manifest_names_files_of_its_own_folder_only(toy, tmp_path):
+    folder = tmp_path / "base"
+    shutil.copytree(toy[1], folder)
+    manifest = read_json(folder / store.MANIFEST)
+    manifest["files"]["../secret"] = hashlib.sha256(b"x").hexdigest()
+    (tmp_path / "secret").write_bytes(b"x")
+    (folder / store.MANIFEST).write_text(json.dumps(manifest))
+    assert any("secret" in line for line in store.faults(folder))
+
+
+def test_the_hash_knows_every_field_of_the_preset():
+    one = store.content_hash(PRESETS["toy"])
+    assert one == store.content_hash(replace(PRESETS["toy"]))
+    for field, value in (("steps", 7), ("seed", 1), ("learning_rate", 1e-3), ("taste", 0.25)):
+        assert store.content_hash(replace(PRESETS["toy"], **{field: value})) != one
+
+
+def test_training_is_deterministic():
+    preset = replace(PRESETS["toy"], steps=2)
+    tokenizer = train_tokenizer(Corpus(0).vocabulary_texts(), preset.vocabulary)
+    state = torch.get_rng_state()
+    one, two = (train(preset, Corpus(0), tokenizer)[0] for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+
+
+def test_every_answer_of_a_skill_can_be_told_from_its_text():
+    draw = Corpus(3).draw
+    for name, skill in SKILLS.items():
+        instructions = skill.instructions()
+        assert len(set(instructions)) == len(instructions) >= 32, name
+        for _ in range(50):
+            text, answer = skill.make(draw)
+            assert text.strip() == text and answer.strip() == answer and answer, name
+    # Worked out again from the text alone.
+    for _ in range(200):
+        text, answer = SKILLS["last"].make(draw)
+        assert text.endswith(answer)
+        for name, place in (("first_listed", 1), ("last_listed", -1)):
+            text, answer = SKILLS[name].make(draw)
+            if "\n- " in text:
+                assert text.split("\n- ")[place] == answer
+        text, answer = SKILLS["message_start"].make(draw)
+        assert len(answer.split()) == 2 and answer in text
+        text, answer = SKILLS["field"].make(draw)
+        assert answer in text
+
+
+def test_the_taste_uses_reserved_rows_and_known_wordings():
+    known = known_wordings(0)
+    assert sum(0 in chosen for chosen in known.values()) == 1
+    tasks = {name: bundled(name) for name in SEQUENCE}
+    reserved = {(row["sentence"], row["label"]) for task in tasks.values() for row in task.rows[-TASTE_ROWS:]}
+    wordings = {task.wordings[index] for name, task in tasks.items() for index in known[name]}
+    for text in Corpus(0).texts(400, taste=1.0):
+        assert (text.input, text.target) in reserved and text.instruction in wordings
+    rest = list(Corpus(0).texts(400, taste=0.0))
+    assert not any(text.instruction in wordings for text in rest)
+    assert 0.1 < sum(bool(text.suffix) for text in rest) / 400 < 0.3
+
+
+def test_shipped_base_is_whole_and_of_these_texts():
+    assert store.faults(store.SHIPPED) == []
+    made_by = read_json(store.SHIPPED / store.MANIFEST)
+    preset = PRESETS["default"]
+    assert made_by["preset"] == {name: getattr(preset, name) for name in made_by["preset"]}
+    # Made of the same texts: the tokenizer comes out byte for byte, and so do the training texts.
+    tokenizer = train_tokenizer(Corpus(preset.seed).vocabulary_texts(), preset.vocabulary)
+    stored = json.loads((store.SHIPPED / "tokenizer.json").read_text(encoding="utf-8"))
+    assert json.loads(tokenizer.backend_tokenizer.to_str())["model"] == stored["model"]
+    assert made_by["texts"] == store.texts_digest(preset)
+    assert sum(path.stat().st_size for path in store.SHIPPED.iterdir()) < 4 * 2**20
+
+
+def test_shipped_base_follows_instructions_and_prefers_wordings():
+    model, tokenizer = load_tiny_base()
+    for name in SEQUENCE:
+        task = bundled(name)
+        rows = json.loads((BUNDLED_DIR / f"SUPERNI/{name}/test.json").read_text(encoding="utf-8"))[:12]
+        loss = sk.score_prompts(model, task.wordings, rows, tokenizer=tokenizer, suffix=task.suffix).loss
+        known = known_wordings(PRESETS["default"].seed)[name]
+        others = [k for k in range(len(task.wordings)) if k not in known]
+        assert loss[known].mean() < loss[others].mean()
+        # A model that knew nothing would be at log(vocabulary), 7.6.
+        assert float(loss.max()) < 5.0 and float(loss.max() - loss.min()) > 0.05
+
+
+@pytest.mark.slow
+def test_the_script_makes_such_a_base(tmp_path):
+    """Trained anew, the base has the losses of the shipped one, up to what other rounding does to a training."""
+    store.make_base(PRESETS["default"], tmp_path, print)
+    again, tokenizer = load(str(tmp_path), None, "float32", "cpu")
+    shipped, _ = load_tiny_base()
+    for name in SEQUENCE:
+        task = bundled(name)
+        rows = json.loads((BUNDLED_DIR / f"SUPERNI/{name}/test.json").read_text(encoding="utf-8"))[:40]
+        both = [
+            sk.score_prompts(model, task.wordings, rows, tokenizer=tokenizer, suffix=task.suffix).loss
+            for model in (again, shipped)
+        ]
+        assert abs(float(both[0].mean() - both[1].mean())) < 0.5

@@ -1,0 +1,293 @@
+"""linear_logprob on every backend against log_softmax of the whole logits matrix in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import sapo_kernels as sk
+from sapo_kernels.ops import BACKENDS
+from tests.oracles import skip_unless_runnable
+from tests.tolerances import assert_close
+
+# The interpreter computes with numpy, which warns of the NaN and infinities that tests put in.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# name: (rows, width, vocabulary, options); "owned" says how many targets the rows own, in turn.
+CASES = {
+    "one row": (1, 16, 50, {}),
+    "15 rows": (15, 24, 65, {}),
+    "16 rows": (16, 16, 64, {}),
+    "17 rows": (17, 16, 128, {}),
+    "63 rows": (63, 80, 127, {}),
+    "127 rows": (127, 16, 257, {}),
+    "one word": (5, 16, 1, {}),
+    "two words": (5, 16, 2, {}),
+    "width 1": (3, 1, 33, {}),
+    "width 200": (9, 200, 130, {}),
+    "few rows, many words": (2, 32, 1301, {}),
+    "bias": (17, 16, 129, {"bias": True}),
+    "scale": (17, 16, 129, {"scale": 0.125}),
+    "negative scale": (5, 16, 40, {"scale": -2.0}),
+    "softcap": (17, 16, 129, {"softcap": 3.0}),
+    "everything": (33, 48, 300, {"bias": True, "scale": 2.5, "softcap": 4.0, "owned": (2, 0, 5, 1)}),
+    "many targets a row": (7, 16, 60, {"owned": (60, 3)}),
+    "rows without targets": (9, 16, 60, {"owned": (0, 1, 0, 0, 2)}),
+    "first and last row without": (4, 16, 60, {"owned": (0, 1, 1, 0)}),
+    "no targets at all": (6, 16, 60, {"owned": (0,)}),
+}
+
+
+@pytest.fixture(params=BACKENDS["linear_logprob"])
+def impl(request, device):
+    skip_unless_runnable("linear_logprob", request.param, device)
+    return request.param
+
+
+def inputs(case, dtype, device, spread=1.0):
+    """(hidden, weight, targets, options with target_ptr); logits are N(0, (3 * spread)^2)."""
+    rows, width, vocabulary, options = CASES[case] if isinstance(case, str) else case
+    generator = torch.Generator().manual_seed(rows * 1000 + vocabulary)
+    options = dict(options)
+    owned = options.pop("owned", (1,))
+    counts = torch.tensor([owned[r % len(owned)] for r in range(rows)])
+    hidden = 3 * spread * torch.randn(rows, width, generator=generator)
+    weight = torch.randn(vocabulary, width, generator=generator) / width**0.5
+    targets = torch.randint(0, vocabulary, (int(counts.sum()),), generator=generator)
+    if len(targets) > 1:
+        targets[0], targets[-1] = 0, vocabulary - 1
+    if options.get("bias"):
+        options["bias"] = torch.randn(vocabulary, generator=generator).to(device, dtype)
+    options["target_ptr"] = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]).to(device)
+    return hidden.to(device, dtype), weight.to(device, dtype), targets.to(device), options
+
+
+def written_out(hidden, weight, targets, options, dtype=torch.float64):
+    """(logprob, lse) by whole logits in `dtype`, softmax in at least float32, target by target."""
+    logits = hidden.to(dtype) @ weight.to(dtype).T
+    if options.get("bias") is not None:
+        logits = logits + options["bias"].to(dtype)
+    logits = logits * options.get("scale", 1.0)
+    if options.get("softcap") is not None:
+        logits = options["softcap"] * torch.tanh(logits / options["softcap"])
+    logits = logits.to(torch.promote_types(dtype, torch.float32))
+    table, pointer = torch.log_softmax(logits, -1), options["target_ptr"].tolist()
+    logprob = [table[r, int(targets[p])] for r in range(len(table)) for p in range(pointer[r], pointer[r + 1])]
+    return (torch.stack(logprob) if logprob else table.new_empty(0)), torch.logsumexp(logits, -1)
+
+
+def check(row, got, exact, plain=(None, None)):
+    for g, e, p in zip(got, exact, plain, strict=True):
+        assert_close(row, g, e, p)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_fp32(case, impl, device, poisoned_outputs):
+    hidden, weight, targets, options = inputs(case, torch.float32, device)
+    got = sk.linear_logprob(hidden, weight, targets, impl=impl, **options)
+    assert [t.dtype for t in got] == [torch.float32] * 2
+    assert len(got[0]) == len(targets) and len(got[1]) == len(hidden)
+    check("linear_logprob fp32", got, written_out(hidden, weight, targets, options))
+
+
+@pytest.mark.parametrize("case", ["17 rows", "width 200", "few rows, many words", "everything"])
+@pytest.mark.parametrize("dtype", LOW)
+def test_low_precision(case, dtype, impl, device, poisoned_outputs):
+    hidden, weight, targets, options = inputs(case, LOW[dtype], device)
+    got = sk.linear_logprob(hidden, weight, targets, impl=impl, **options)
+    assert [t.dtype for t in got] == [torch.float32] * 2
+    plain = written_out(hidden, weight, targets, options, LOW[dtype])
+    check("linear_logprob low", got, written_out(hidden, weight, targets, options), plain)
+
+
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+@pytest.mark.parametrize("case", ["63 rows", "everything"])
+def test_fp64(case, impl, poisoned_outputs):
+    hidden, weight, targets, options = inputs(case, torch.float64, "cpu")
+    got = sk.linear_logprob(hidden, weight, targets, impl=impl, **options)
+    assert [t.dtype for t in got] == [torch.float64] * 2
+    check("linear_logprob fp64", got, written_out(hidden, weight, targets, options))
+
+
+def test_one_target_a_row_needs_no_pointer(impl, device):
+    hidden, weight, targets, options = inputs("17 rows", torch.float32, device)
+    assert options["target_ptr"].tolist() == list(range(18))
+    with_pointer = sk.linear_logprob(hidden, weight, targets, impl=impl, **options)
+    without = sk.linear_logprob(hidden, weight, targets, impl=impl)
+    assert all(torch.equal(a, b) for a, b in zip(with_pointer, without, strict=True))
+
+
+def test_empty(impl, device):
+    """No rows, no targets; a vocabulary of one word has probability one."""
+    weight = torch.randn(11, 4, device=device)
+    none = torch.zeros(0, dtype=torch.int64, device=device)
+    for pointer in (None, none.new_zeros(1)):
+        got = sk.linear_logprob(weight[:0], weight, none, impl=impl, target_ptr=pointer)
+        assert [(list(t.shape), t.dtype) for t in got] == [([0], torch.float32)] * 2
+    logprob, lse = sk.linear_logprob(weight, weight[:1], none.new_zeros(11), impl=impl)
+    assert logprob.tolist() == [0.0] * 11
+    assert_close("linear_logprob fp32", lse, weight.double() @ weight[0].double())
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_extreme_logits(sign, impl, device, poisoned_outputs):
+    """Logits of 1e4 neither overflow nor vanish."""
+    hidden, weight, targets, options = inputs((9, 16, 200, {"owned": (3,)}), torch.float32, device, spread=1e4 / 3)
+    exact = written_out(sign * hidden, weight, targets, options)
+    assert exact[1].max() > 1e4
+    check(
+        "linear_logprob extreme",
+        sk.linear_logprob(sign * hidden, weight, targets, impl=impl, **options),
+        exact,
+    )
+    # A bias that leaves one word alone: everything but it is at -1e4.
+    bias = torch.full((200,), -1e4, device=device)
+    bias[7] = 0.0
+    got, _ = sk.linear_logprob(hidden * 1e-4, weight, targets * 0 + 7, bias=bias, impl=impl, **options)
+    assert (got == 0).all()
+
+
+# Not here: infinite logits under a softcap, which makes them finite, in the model too.
+@pytest.mark.parametrize(
+    "case, bad",
+    [
+        ("17 rows", float("nan")),
+        ("17 rows", float("inf")),
+        ("everything", float("nan")),
+        ("few rows, many words", float("nan")),
+        ("few rows, many words", float("inf")),
+    ],
+)
+def test_bad_rows_are_bad_and_no_others(bad, case, impl, device, poisoned_outputs):
+    hidden, weight, targets, options = inputs(case, torch.float32, device)
+    wanted = sk.linear_logprob(hidden, weight, targets, impl=impl, **options)
+    sick = torch.zeros(len(hidden), dtype=torch.bool, device=device)
+    sick[:: max(1, len(hidden) // 3)] = True
+    sick[-1] = False
+    hidden[sick, 0] = bad
+    if bad == float("inf"):
+        hidden[sick, 1:] = 0.0  # logits of +inf and -inf, not NaN
+    logprob, lse = sk.linear_logprob(hidden, weight, targets, impl=impl, **options)
+    owner = torch.arange(len(hidden), device=device).repeat_interleave(options["target_ptr"].diff())
+    assert torch.equal(~lse.isfinite(), sick)
+    assert torch.equal(~logprob.isfinite(), sick[owner])
+    assert_close("linear_logprob fp32", lse[~sick], wanted[1][~sick])
+    assert_close("linear_logprob fp32", logprob[~sick[owner]], wanted[0][~sick[owner]])
+
+
+def test_a_nan_word_spoils_every_row(impl, device):
+    """NaN in one row of the weight is in every log-sum-exp, wherever the target is."""
+    hidden, weight, targets, options = inputs("few rows, many words", torch.float32, device)
+    for word in (0, 650, 1300):
+        sick = weight.clone()
+        sick[word] = float("nan")
+        logprob, lse = sk.linear_logprob(hidden, sick, targets, impl=impl, **options)
+        assert not logprob.isfinite().any() and not lse.isfinite().any()
+
+
+def test_words_of_minus_infinity_have_no_probability(impl, device):
+    """A bias of -inf bans a word: its log-probability is -inf, the others stay a distribution."""
+    hidden, weight, _, _ = inputs("17 rows", torch.float32, device)
+    bias = torch.zeros(len(weight), device=device)
+    bias[:65] = float("-inf")  # a whole tile of a kernel, and one more
+    pointer = torch.arange(18, device=device) * 128
+    every = torch.arange(128, device=device).repeat(17)
+    logprob, lse = sk.linear_logprob(hidden, weight, every, bias=bias, impl=impl, target_ptr=pointer)
+    logprob = logprob.view(17, 128)
+    assert (logprob[:, :65] == float("-inf")).all() and lse.isfinite().all()
+    exact = torch.log_softmax(hidden.double() @ weight[65:].double().T, -1)
+    assert_close("linear_logprob fp32", logprob[:, 65:], exact)
+
+
+def test_again_gives_the_same_bits(impl, device):
+    hidden, weight, targets, options = inputs("few rows, many words", torch.float32, device)
+    first, second = (sk.linear_logprob(hidden, weight, targets, impl=impl, **options) for _ in range(2))
+    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+
+
+def test_inputs_are_left_alone(impl, device):
+    """The softmax is computed in place, but not in the caller's tensors."""
+    given = inputs("everything", torch.float32, device)
+    tensors = [*given[:3], given[3]["bias"], given[3]["target_ptr"]]
+    before = [t.clone() for t in tensors]
+    sk.linear_logprob(*given[:3], impl=impl, **given[3])
+    assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
+
+
+def test_strides_do_not_matter(impl, device, poisoned_outputs):
+    """A transposed weight, every second hidden row, a strided bias, targets and pointer."""
+    hidden, weight, targets, options = inputs("everything", torch.float32, device)
+    wanted = sk.linear_logprob(hidden, weight, targets, impl=impl, **options)
+
+    def spread(t):
+        wide = torch.full((2 * len(t), *t.shape[1:]), 1 if t.dtype == torch.int64 else float("nan"),
+                          dtype=t.dtype, device=device)  # fmt: skip
+        wide[::2] = t
+        return wide[::2]
+
+    options.update(bias=spread(options["bias"]), target_ptr=spread(options["target_ptr"]))
+    transposed = weight.T.contiguous().T
+    assert not transposed.is_contiguous() and not options["bias"].is_contiguous()
+    got = sk.linear_logprob(spread(hidden), transposed, spread(targets), impl=impl, **options)
+    check("linear_logprob fp32", got, wanted)
+
+
+def test_more_rows_than_a_chunk(monkeypatch):
+    """The torch backend cuts rows into chunks; the cuts fall between targets rightly."""
+    from sapo_kernels.linear_logprob import torch as backend
+
+    hidden, weight, targets, options = inputs("everything", torch.float32, "cpu")
+    for rows in (1, 7, 16, 32, 33):
+        monkeypatch.setattr(backend, "chunk_rows", lambda *_, rows=rows: rows)
+        got = sk.linear_logprob(hidden, weight, targets, impl="torch", **options)
+        check("linear_logprob fp32", got, written_out(hidden, weight, targets, options))
+
+
+def bad_arguments():
+    """name: (error, message, what to change in a call that works)."""
+    hidden, weight, targets, _ = inputs("17 rows", torch.float32, "cpu")
+    pointer, nowhere = torch.arange(18), torch.zeros(128, device="meta")
+    value, kind = ValueError, TypeError
+    return {
+        "hidden 1-D": (value, r"hidden \[R, D\]", {"hidden": hidden[0], "targets": targets[:16]}),
+        "hidden of integers": (kind, "hidden: .*got torch.int32", {"hidden": hidden.int()}),
+        "weight of another dtype": (kind, "weight: .*got torch.float16", {"weight": weight.half()}),
+        "weight of another width": (value, r"got \[17, 16\] and \[128, 8\]", {"weight": weight[:, :8]}),
+        "no words": (value, r"weight \[V, D\].*\[0, 16\]", {"weight": weight[:0]}),
+        "no width": (value, r"weight \[V, D\]", {"weight": weight[:, :0], "hidden": hidden[:, :0]}),
+        "weight elsewhere": (value, "weight: wanted hidden's device", {"weight": weight.to("meta")}),
+        "bias of another size": (value, r"bias: wanted \[128\], got \[127\]", {"bias": weight[1:, 0]}),
+        "bias of another dtype": (kind, "bias: .*float64", {"bias": weight[:, 0].double()}),
+        "bias elsewhere": (value, "bias: wanted hidden's device", {"bias": nowhere}),
+        "too few targets": (value, r"targets: wanted \[17\].*got \[16\]", {"targets": targets[1:]}),
+        "targets int32": (value, "targets: wanted int64.*int32", {"targets": targets.int()}),
+        "targets of floats": (value, "targets: wanted int64", {"targets": targets.float()}),
+        "targets elsewhere": (value, "targets: wanted hidden's device", {"targets": targets.to("meta")}),
+        "target = V": (value, r"ids in \[0, 128\), got 128", {"targets": targets * 0 + 128}),
+        "target -1": (value, "targets: wanted ids .*got -1", {"targets": targets - 1}),
+        "target -100": (value, "targets: wanted ids .*got -100", {"targets": targets * 0 - 100}),
+        "target 2**40": (value, "targets: wanted ids", {"targets": targets + 2**40}),
+        "pointer too short": (value, r"target_ptr: wanted int64 \[18\]", {"target_ptr": pointer[:-1]}),
+        "pointer int32": (value, "target_ptr: .*int32", {"target_ptr": pointer.int()}),
+        "pointer from 1": (value, "target_ptr: wanted 0 to", {"target_ptr": pointer.clamp(min=1)}),
+        "pointer to 16": (value, "target_ptr: wanted 0 to", {"target_ptr": pointer.clamp(max=16)}),
+        "pointer back": (value, "step back", {"target_ptr": torch.tensor([0, 9, 8, *range(3, 18)])}),
+        "scale nan": (value, "scale: wanted a finite number, got nan", {"scale": float("nan")}),
+        "scale inf": (value, "scale: wanted a finite number, got inf", {"scale": float("inf")}),
+        "softcap 0": (value, "softcap: wanted a positive number or None, got 0.0", {"softcap": 0.0}),
+        "softcap nan": (value, "softcap: .*got nan", {"softcap": float("nan")}),
+        "unknown impl": (value, "impl: wanted 'auto' or one of .*got 'sdpa'", {"impl": "sdpa"}),
+    }
+
+
+BAD = bad_arguments()
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_arguments_are_named(name):
+    error, message, changes = BAD[name]
+    hidden, weight, targets, _ = inputs("17 rows", torch.float32, "cpu")
+    arguments = {"hidden": hidden, "weight": weight, "targets": targets}
+    assert sk.linear_logprob(**arguments)[0].isfinite().all()
+    with pytest.raises(error, match=f"linear_logprob.*{message}"):
+        sk.linear_logprob(**{**arguments, **changes})

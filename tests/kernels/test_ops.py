@@ -1,0 +1,147 @@
+"""torch.ops.sapo_kernels.*: registration, fake kernels, compilation, the missing backward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sapo_kernels import plan_trie
+from sapo_kernels.ops import BACKENDS, resolve_impl, triton_status
+from tests.oracles import flatten, random_cells
+from tests.tolerances import assert_close
+
+ops = torch.ops.sapo_kernels
+STEP = plan_trie(*flatten(random_cells(5))).passes(24)[1]
+assert STEP.carried and len(STEP.span) and len(STEP.carry_index)
+
+
+def attention_arguments(dtype=torch.float32, device="cpu", impl="sdpa", window=None, softcap=None, sinks=False):
+    """Arguments of the operator for a pass with carried keys."""
+    generator = torch.Generator().manual_seed(0)
+    fresh, keys = len(STEP.input_ids), len(STEP.position)
+    shapes = ((fresh, 4, 16), (keys, 2, 16), (keys, 2, 8))
+    q, k, v = (torch.randn(*s, generator=generator).to(device, dtype) for s in shapes)
+    index = (STEP.position, STEP.subtree_end, STEP.block_start, STEP.span_ptr, STEP.span)
+    sink = torch.randn(4, generator=generator).to(device) if sinks else None
+    return (q, k, v, *(t.to(device) for t in index), sink, 0.25, window, softcap, STEP.block_tokens, impl)
+
+
+def logprob_arguments(dtype=torch.float32, device="cpu", impl="torch", bias=False, softcap=None):
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 16, generator=generator).to(device, dtype) for n in (6, 40))
+    targets = torch.tensor([3, 39, 0, 0, 7], device=device)
+    pointer = torch.tensor([0, 2, 2, 3, 4, 4, 5], device=device)
+    return (hidden, weight, targets, pointer, weight[:, 0].clone() if bias else None, 1.5, softcap, impl)
+
+
+CALLS = {
+    "attention sdpa": (ops.tree_attention, attention_arguments()),
+    "attention reference": (ops.tree_attention, attention_arguments(impl="reference")),
+    "attention everything": (ops.tree_attention, attention_arguments(window=5, softcap=2.0, sinks=True)),
+    "attention bf16": (ops.tree_attention, attention_arguments(torch.bfloat16)),
+    "logprob torch": (ops.linear_logprob, logprob_arguments()),
+    "logprob reference": (ops.linear_logprob, logprob_arguments(impl="reference")),
+    "logprob everything": (ops.linear_logprob, logprob_arguments(bias=True, softcap=3.0)),
+    "logprob bf16": (ops.linear_logprob, logprob_arguments(torch.bfloat16)),
+    "logprob fp64": (ops.linear_logprob, logprob_arguments(torch.float64)),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_opcheck(name):
+    op, arguments = CALLS[name]
+    done = torch.library.opcheck(op.default, arguments)
+    assert set(done.values()) == {"SUCCESS"} and len(done) == 4, done
+
+
+def outputs(result) -> tuple[torch.Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_meta_tensors_get_the_shapes_and_dtypes(name):
+    op, arguments = CALLS[name]
+    abstract = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in arguments]
+    for real, fake in zip(outputs(op(*arguments)), outputs(op(*abstract)), strict=True):
+        assert fake.is_meta and fake.shape == real.shape and fake.dtype == real.dtype
+        assert fake.stride() == real.stride()
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("name", ["attention everything", "logprob everything"])
+def test_compiles_without_a_graph_break(name, dynamic):
+    op, arguments = CALLS[name]
+    tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
+
+    def around(*tensors):
+        given = iter(tensors)
+        result = outputs(op(*(next(given) if isinstance(a, torch.Tensor) else a for a in arguments)))
+        return [r * 2 for r in result]
+
+    torch.compiler.reset()
+    got = torch.compile(around, fullgraph=True, backend="aot_eager", dynamic=dynamic)(*tensors)
+    assert all(torch.equal(a, b) for a, b in zip(got, around(*tensors), strict=True))
+
+
+@pytest.mark.parametrize("name", ["attention sdpa", "logprob torch"])
+def test_there_is_no_backward(name):
+    op, (first, *rest) = CALLS[name]
+    result = outputs(op(first.clone().requires_grad_(), *rest))[0]
+    assert result.requires_grad
+    with pytest.raises(NotImplementedError, match=rf"{op.__name__}.* no backward.*no_grad"):
+        result.sum().backward()
+    with torch.no_grad():
+        assert not outputs(op(first.clone().requires_grad_(), *rest))[0].requires_grad
+
+
+@pytest.mark.parametrize("op", BACKENDS)
+def test_backends_are_resolved(op):
+    second = {"tree_attention": "sdpa", "linear_logprob": "torch"}[op]
+    assert BACKENDS[op] == ("triton", second, "reference")
+    assert resolve_impl(op, "auto", torch.device("cpu")) == second
+    for impl in (second, "reference"):
+        assert resolve_impl(op, impl, torch.device("cpu")) == impl
+    for impl in ("", "Triton", "cuda", "eager"):
+        with pytest.raises(ValueError, match=f"{op}: impl: wanted 'auto' or one of .*got '{impl}'"):
+            resolve_impl(op, impl, torch.device("cpu"))
+
+
+def test_triton_needs_its_package_and_a_device(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert triton_status(cpu)[0]
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert not triton_status(cpu)[0] and triton_status(cuda)[0]
+    assert resolve_impl("tree_attention", "auto", cuda) == "triton"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert triton_status(cuda) == (False, "triton is not installed")
+    assert resolve_impl("tree_attention", "auto", cuda) == "sdpa"
+    with pytest.raises(RuntimeError, match="impl='triton' cannot run on cuda: triton is not installed"):
+        resolve_impl("tree_attention", "triton", cuda)
+
+
+def test_no_rows_and_no_queries():
+    """The early way out of the operators: shapes and dtypes as ever, whatever the backend."""
+    q, k, v, *_ = attention_arguments()
+    none = torch.zeros(0, dtype=torch.int32)
+    zero = torch.zeros(1, dtype=torch.int32)
+    index = (none, none, zero, zero, none.view(0, 2))
+    empty = ops.tree_attention(q[:0], k[:0], v[:0], *index, None, 1.0, None, None, 64, "sdpa")
+    assert empty.shape == (0, 4, 8) and empty.dtype == torch.float32
+    hidden, weight, *_ = logprob_arguments(torch.bfloat16)
+    long = torch.zeros(1, dtype=torch.int64)
+    logprob, lse = ops.linear_logprob(hidden[:0], weight, long[:0], long, None, 1.0, None, "torch")
+    assert [(t.shape, t.dtype) for t in (logprob, lse)] == [((0,), torch.float32)] * 2
+    logprob, lse = ops.linear_logprob(hidden, weight, long[:0], long.repeat(7), None, 1.0, None, "torch")
+    assert logprob.shape == (0,)
+    assert_close("linear_logprob low", lse, torch.logsumexp(hidden.double() @ weight.double().T, -1),
+                 torch.logsumexp((hidden @ weight.T).float(), -1))  # fmt: skip
+
+
+def test_auto_keeps_float64_where_float64_is_kept():
+    from sapo_kernels.ops import resolve_impl
+
+    for op, plain in (("tree_attention", "sdpa"), ("linear_logprob", "torch")):
+        assert resolve_impl(op, "auto", torch.device("cuda"), torch.float64) == plain
+        assert resolve_impl(op, "auto", torch.device("cuda"), torch.bfloat16) == "triton"
+        assert resolve_impl(op, "auto", torch.device("cpu"), torch.float32) == plain

@@ -1,0 +1,285 @@
+"""PromptState: construction, sampling, moving, and the round trip through files."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import sapo_kernels as sk
+from sapo_kernels.reweight.prompt_state import DTYPES, PER_POOL
+from tests.native_cases import assert_same_bits, rounds, same_bits, storage_bytes
+
+devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+
+
+def tensors(state: sk.PromptState) -> list[torch.Tensor]:
+    return [getattr(state, name) for name in DTYPES]
+
+
+def scored(seed=0, counts=(7, 33, 0, 1), device="cpu") -> sk.PromptState:
+    """A ragged state in the middle of a run: a pool without prompts, losses that are not finite."""
+    state = sk.PromptState(len(counts), counts, device)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(3):
+        tokens = torch.randint(0, 50, state.mean.shape, generator=generator)
+        nll = tokens * torch.rand(state.mean.shape, generator=generator, dtype=torch.float64)
+        nll[torch.rand(nll.shape, generator=generator) < 0.1] = torch.nan
+        sk.reweight_(state, nll.to(device), tokens.to(device), decay=0.9, temperature=0.2, floor=0.1)
+    return state
+
+
+@devices
+@pytest.mark.parametrize("pools, prompts", [(1, 1), (3, 5), (0, 4), (2, 0), (0, 0), (4, (3, 0, 7, 1)), (0, ())])
+def test_a_new_state(pools, prompts, device):
+    state = sk.PromptState(pools, prompts, device)
+    counts = [prompts] * pools if isinstance(prompts, int) else list(prompts)
+    size = prompts if isinstance(prompts, int) else max(prompts, default=0)
+    assert (state.num_pools, state.num_prompts, state.device.type) == (pools, size, device)
+    for name, dtype in DTYPES.items():
+        value = getattr(state, name)
+        assert value.dtype == dtype and value.is_contiguous() and value.device.type == device
+        assert list(value.shape) == ([pools] if name in PER_POOL else [pools, size])
+    assert state.mean.isnan().all() and not state.weight.any() and state.best.tolist() == [-1] * pools
+    assert state.live.tolist() == [[k < n for k in range(size)] for n in counts]
+    assert state.effective.tolist() == counts
+    # Even in double precision: 1/3 of float32 would be 1e-8 off.
+    assert state.probs.tolist() == [[1 / n if k < n else 0.0 for k in range(size)] for n in counts]
+    assert repr(state).startswith(f"PromptState(num_pools={pools}, num_prompts={size}, device='{device}")
+
+
+def test_the_default_is_one_prompt_and_dtypes_are_fixed():
+    assert (sk.PromptState().num_pools, sk.PromptState().num_prompts) == (1, 1)
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float16)
+        assert_same_bits(tensors(scored()), tensors_of_default := tensors(scored()))
+        assert [t.dtype for t in tensors_of_default] == list(DTYPES.values())
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("pools", [-1, 1.0, True, None, "1"])
+def test_num_pools_is_refused(pools):
+    with pytest.raises(ValueError, match="num_pools: wanted a whole number of at least 0, got"):
+        sk.PromptState(pools)
+
+
+WRONG_COUNTS = [(0, -1), (2, -1), (0, True), (2, 2.0), (1, None), (2, "ab"), (2, (1,)), (1, (1, 2)), (2, (1, -1)),
+                (2, (1, 2.0)), (1, (True,)), (1, {1})]  # fmt: skip
+
+
+@pytest.mark.parametrize("pools, prompts", WRONG_COUNTS)
+def test_num_prompts_is_refused(pools, prompts):
+    with pytest.raises(ValueError, match="num_prompts: wanted a whole number or .* of them, got"):
+        sk.PromptState(pools, prompts)
+
+
+@devices
+def test_round_trip_through_a_file(tmp_path, device):
+    safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
+    state = scored(device=device)
+    safetensors.save_file(state.state_dict(), tmp_path / "state.safetensors")
+    for target in {"cpu", device}:
+        fresh = sk.PromptState(4, (7, 33, 0, 1), target)
+        own = tensors(fresh)
+        fresh.load_state_dict(safetensors.load_file(tmp_path / "state.safetensors"))
+        assert_same_bits(tensors(fresh), tensors(state))
+        assert all(a is b for a, b in zip(tensors(fresh), own, strict=True)), "in place"
+        # And they go on alike.
+        nll, tokens = torch.ones(4, 33, dtype=torch.float64), torch.full((4, 33), 3)
+        again = scored(device=device)
+        for one in (fresh, again):
+            sk.reweight_(one, nll.to(one.device), tokens.to(one.device), 0.5, 0.3)
+        assert_same_bits(tensors(fresh), tensors(again))
+
+
+def test_state_dict_is_a_copy():
+    state = scored()
+    given = state.state_dict()
+    assert list(given) == list(DTYPES) and all(value.is_contiguous() for value in given.values())
+    before = storage_bytes(tensors(state))
+    for value in given.values():
+        value.zero_()
+    assert storage_bytes(tensors(state)) == before
+
+
+def test_a_state_of_another_layout_is_taken():
+    state, fresh = scored(), sk.PromptState(4, 33)
+    given = state.state_dict()
+    given["mean"] = given["mean"].T.contiguous().T
+    fresh.load_state_dict(given)
+    assert_same_bits(tensors(fresh), tensors(state))
+
+
+def entry(name, change):
+    return lambda given: given.__setitem__(name, change(given[name]))
+
+
+def put(name, at, value):
+    return lambda given: given[name].view(-1).__setitem__(at, value)
+
+
+REFUSED = {
+    "an entry short": (ValueError, lambda g: g.pop("best"), r"state: wanted the entries \['best', "),
+    "an entry more": (ValueError, lambda g: g.update(more=1), "wanted the entries .* got .*'more'"),
+    "nothing": (ValueError, lambda g: g.clear(), r"wanted the entries .* got \[\]"),
+    "mean float32": (
+        TypeError,
+        entry("mean", torch.Tensor.float),
+        "mean: wanted a torch.float64 tensor, got torch.float32",
+    ),
+    "best int32": (TypeError, entry("best", torch.Tensor.int), "best: wanted a torch.int64 tensor, got torch.int32"),
+    "live uint8": (TypeError, entry("live", torch.Tensor.byte), "live: wanted a torch.bool tensor"),
+    "a list": (
+        TypeError,
+        entry("weight", torch.Tensor.tolist),
+        "weight: wanted a torch.float64 tensor, got <class 'list'>",
+    ),
+    "another number of pools": (ValueError, entry("best", lambda v: v[1:]), r"best: wanted \[4\], got \[3\]"),
+    "another number of prompts": (
+        ValueError,
+        entry("live", lambda v: v[:, 1:]),
+        r"live: wanted \[4, 33\], got \[4, 32\]",
+    ),
+    "a row for all": (ValueError, entry("mean", lambda v: v[0]), r"mean: wanted \[4, 33\], got \[33\]"),
+    "weight below 0": (ValueError, put("weight", 40, -1.0), "weight: wanted finite numbers of at least 0"),
+    "weight NaN": (ValueError, put("weight", 0, math.nan), "weight: wanted finite"),
+    "weight infinite": (ValueError, put("weight", -1, math.inf), "weight: wanted finite"),
+    "probs NaN": (ValueError, put("probs", 131, math.nan), "probs: wanted numbers from 0 to 1"),
+    "probs above 1": (ValueError, put("probs", 0, 1.5), "probs: wanted numbers from 0 to 1"),
+    "probs below 0": (ValueError, put("probs", 0, -1e-9), "probs: wanted numbers from 0 to 1"),
+    "best below -1": (ValueError, put("best", 3, -2), "best: wanted from -1 to 32"),
+    "best past the end": (ValueError, put("best", 0, 33), "best: wanted from -1 to 32, got"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_contents_leave_the_state_alone(name):
+    error, change, text = REFUSED[name]
+    state, given = scored(1), scored(2).state_dict()
+    change(given)
+    before = storage_bytes(tensors(state))
+    with pytest.raises(error, match=text):
+        state.load_state_dict(given)
+    assert storage_bytes(tensors(state)) == before
+
+
+def test_ragged_pools_are_pools_of_their_own():
+    """A pool among larger ones has the numbers it has alone, and nothing beyond its prompts is ever chosen."""
+    counts = (7, 33, 0, 1)
+    generator = torch.Generator().manual_seed(0)
+    together, alone = sk.PromptState(4, counts), [sk.PromptState(1, n) for n in counts]
+    for _ in range(3):
+        tokens = torch.randint(0, 9, (4, 33), generator=generator)
+        nll = tokens * torch.rand(4, 33, generator=generator, dtype=torch.float64)
+        sk.reweight_(together, nll, tokens, 0.8, 0.1, 0.2)
+        for i, (n, one) in enumerate(zip(counts, alone, strict=True)):
+            sk.reweight_(one, nll[i, :n], tokens[i, :n], 0.8, 0.1, 0.2)
+            for name in DTYPES:
+                value = getattr(together, name)[i]
+                # Of more prompts the sum of squares runs over more lanes of zeros, with the same bits.
+                assert same_bits(value[None] if name in PER_POOL else value[None, :n], getattr(one, name)), name
+            assert not together.probs[i, n:].any()
+
+
+def test_to():
+    state = scored()
+    assert state.to("cpu") is state and state.to(torch.device("cpu")) is state
+    moved = state.to("meta")
+    assert moved is not state and {value.device.type for value in tensors(moved)} == {"meta"}
+    assert [value.shape for value in tensors(moved)] == [value.shape for value in tensors(state)]
+
+
+@pytest.mark.gpu
+def test_to_the_gpu_and_back():
+    state = scored()
+    there = state.to("cuda")
+    assert there.device.type == "cuda" and there.to("cuda") is there and there.to("cuda:0") is there
+    assert_same_bits(tensors(there), tensors(state))
+    back = there.to("cpu")
+    back.mean.zero_()
+    assert same_bits(there.mean, scored().mean)
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@devices
+def test_samples_follow_the_probs(device):
+    """Each frequency is within 5 sigma of its probability; a prompt of probability 0 is never drawn."""
+    state = scored(device=device)
+    n = rounds(20_000)
+    drawn = state.sample(n, generator(0)).cpu()
+    assert drawn.shape == (4, n) and drawn.dtype == torch.int64
+    assert drawn[2].tolist() == [-1] * n and drawn[3].tolist() == [0] * n
+    for pool in (0, 1):
+        probs = state.probs[pool].cpu()
+        count = torch.bincount(drawn[pool], minlength=33)
+        assert ((count - n * probs).abs() <= 5 * (n * probs * (1 - probs)).sqrt() + 1e-9).all()
+        assert (probs == 0).any() and not count[probs == 0].any()
+        assert len(set(drawn[pool].tolist())) > 3
+
+
+@devices
+def test_draws_are_independent(device):
+    """Pools of the same probs, and neighbouring draws of one pool, agree as often as chance has it."""
+    state, n = sk.PromptState(2, 4, device), rounds(20_000)
+    first, second = state.sample(n, generator(1)).cpu()
+    for same in ((first == second), (first[1:] == first[:-1])):
+        assert abs(float(same.double().mean()) - 0.25) < 5 * (0.25 * 0.75 / len(same)) ** 0.5
+
+
+@devices
+def test_the_same_generator_state_gives_the_same_draws(device):
+    state = scored(device=device)
+    first = state.sample(50, generator(3))
+    assert torch.equal(first, state.sample(50, generator(3)))
+    assert not torch.equal(first, state.sample(50, generator(4)))
+    assert torch.equal(first.cpu(), scored().sample(50, generator(3)))
+    source = generator(3)
+    state.sample(50, source)
+    assert not torch.equal(first, state.sample(50, source)), "the generator moved on"
+    torch.manual_seed(0)
+    one = state.sample(20)
+    torch.manual_seed(0)
+    assert torch.equal(one, state.sample(20)) and one.device.type == device
+
+
+def test_sampling_reads_only():
+    state = scored()
+    before = storage_bytes(tensors(state))
+    state.sample(100)
+    assert storage_bytes(tensors(state)) == before
+
+
+def test_probabilities_of_any_size_can_be_drawn():
+    state = sk.PromptState(1, 3)
+    for probs, chosen in (([0.0, 1.0, 0.0], {1}), ([1.0, 5e-324, 1e-300], {0}), ([0.5, 0.0, 0.5], {0, 2})):
+        state.probs.copy_(torch.tensor([probs]))
+        assert set(state.sample(500, generator(0))[0].tolist()) == chosen
+
+
+def test_what_has_left_the_race_is_not_drawn():
+    state = sk.PromptState(1, 3)
+    state.live[0, 1] = False
+    sk.reweight_(state, torch.ones(3, dtype=torch.float64), torch.ones(3, dtype=torch.int64), temperature=1.0)
+    assert set(state.sample(500, generator(0))[0].tolist()) == {0, 2}
+
+
+@pytest.mark.parametrize("pools, prompts, n", [(0, 3, 4), (2, 0, 4), (2, 3, 0), (0, 0, 0), (2, 0, 0)])
+def test_samples_of_nothing(pools, prompts, n):
+    drawn = sk.PromptState(pools, prompts).sample(n)
+    assert drawn.shape == (pools, n) and drawn.dtype == torch.int64 and (drawn == -1).all()
+
+
+def test_the_default_is_one_draw():
+    assert sk.PromptState(3, 2).sample().shape == (3, 1)
+
+
+@pytest.mark.parametrize("n", [-1, 1.0, True, None])
+def test_a_number_of_draws_that_is_refused(n):
+    with pytest.raises(ValueError, match="n: wanted a whole number of at least 0, got"):
+        sk.PromptState().sample(n)

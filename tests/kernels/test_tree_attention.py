@@ -1,0 +1,376 @@
+"""tree_attention on every backend against causal attention on each sequence alone, in float64."""
+
+from __future__ import annotations
+
+import functools
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import sapo_kernels as sk
+from sapo_kernels.ops import BACKENDS
+from tests.oracles import PrefixOracle, causal_attention, flatten, random_cells, skip_unless_runnable
+from tests.tolerances import assert_close
+
+ROOT = Path(__file__).resolve().parents[2]
+# The interpreter computes with numpy, which warns of the NaN and infinities that tests put in.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def lengths_job(*lengths: int):
+    """One prompt, and for each n one cell whose forward has n tokens behind a common beginning of n // 2."""
+    cells = []
+    for n in lengths:
+        rng = random.Random(n)
+        whole = [1] * (n // 2) + [rng.randrange(2, 9) for _ in range(n + 1 - n // 2)]
+        cells.append((whole[: max(1, n - 2)], whole[max(1, n - 2) :]))
+    return cells
+
+
+JOBS = {
+    "one token": lengths_job(1),
+    "lengths": lengths_job(1, 15, 16, 17, 63, 127),
+    "one prompt": random_cells(1, prompts=1, examples=6),
+    "one example": random_cells(2, prompts=6, examples=1),
+    "short siblings": [([1, 2, 3], [c, c]) for c in range(40)],
+    "duplicates": random_cells(3, prompts=2, examples=3) * 3,
+    "deep": [([1] * 70 + [2 + c] * 20, [3, 4]) for c in range(4)],
+    "random": random_cells(4, prompts=3, examples=4, longest=12),
+    "large": random_cells(5, prompts=5, examples=6, longest=20),
+}
+SLOW_INTERPRETED = "the interpreter takes too long; smaller cases go the same way"
+# name: (job, q heads, kv heads, Dk, Dv, options). Left out: the cross product of head sizes with options,
+# which no backend handles together.
+CASES = {
+    **{f"job {name}": (name, 4, 2, 16, 16, {}) for name in JOBS},
+    "one head": ("random", 1, 1, 16, 16, {}),
+    "one kv head, 7 groups": ("random", 7, 1, 16, 16, {}),
+    "no groups": ("short siblings", 3, 3, 16, 16, {}),
+    "head 64": ("random", 2, 1, 64, 64, {}),
+    "head 80": ("random", 2, 1, 80, 80, {}),
+    "head 96": ("random", 2, 2, 96, 96, {}),
+    "head 128": ("random", 4, 1, 128, 128, {}),
+    "head 256": ("short siblings", 2, 1, 256, 256, {}),
+    "head 192/128": ("random", 2, 2, 192, 128, {}),
+    "head 16/48": ("random", 4, 2, 16, 48, {}),
+    "window 1": ("random", 4, 2, 16, 16, {"window": 1}),
+    "window 5": ("lengths", 4, 2, 16, 16, {"window": 5}),
+    "window 64": ("deep", 4, 2, 16, 16, {"window": 64}),
+    "window past the end": ("deep", 4, 2, 16, 16, {"window": 10**6}),
+    "softcap": ("random", 4, 2, 16, 16, {"softcap": 1.5}),
+    "sinks": ("lengths", 4, 2, 16, 16, {"sinks": True}),
+    "scale": ("random", 4, 2, 16, 16, {"scale": 1.25}),
+    "no scale": ("random", 4, 2, 16, 16, {"scale": 0.0}),
+    "everything": ("deep", 6, 2, 24, 32, {"window": 30, "softcap": 2.0, "sinks": True, "scale": 0.7}),
+}
+TREES = {name: (sk.plan_trie(*flatten(cells)), PrefixOracle(cells)) for name, cells in JOBS.items()}
+
+
+@pytest.fixture(params=BACKENDS["tree_attention"])
+def impl(request, device):
+    skip_unless_runnable("tree_attention", request.param, device)
+    return request.param
+
+
+def inputs(case, dtype, device, seed=0):
+    """(q, k, v, options) of a case, N(0, 1), the same for every backend and device."""
+    job, q_heads, kv_heads, width, value_width, options = CASES[case] if isinstance(case, str) else case
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((q_heads, width), (kv_heads, width), (kv_heads, value_width))
+    q, k, v = (torch.randn(len(TREES[job][0]), *s, generator=generator).to(device, dtype) for s in shapes)
+    options = dict(options)
+    if options.get("sinks"):
+        options["sinks"] = torch.randn(q_heads, generator=generator).to(device)
+    return q, k, v, options
+
+
+def each_alone(job, q, k, v, options, dtype, attend=causal_attention):
+    """[T, Hq, Dv]: `attend` in `dtype` on every root-to-leaf path; shared rows must come out alike."""
+    options = {"scale": q.shape[-1] ** -0.5, **options}
+    out = torch.full((*q.shape[:2], v.shape[-1]), float("nan"), dtype=dtype, device=q.device)
+    oracle = TREES[job][1]
+    for leaf in sorted(set(oracle.leaf)):
+        path = torch.tensor(oracle.path(leaf), device=q.device)
+        out[path] = attend(q[path].to(dtype), k[path].to(dtype), v[path].to(dtype), **options).to(dtype)
+    return out
+
+
+def torch_attention(q, k, v, scale, window=None, softcap=None, sinks=None):
+    """What the same dtype costs in PyTorch: its fused kernel, or products in that dtype where it has none."""
+    if window is not None or softcap is not None or sinks is not None:
+        return causal_attention(q, k, v, scale, window, softcap, sinks)
+    q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)[0].transpose(0, 1)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_fp32(case, impl, device, poisoned_outputs):
+    if impl == "triton" and device == "cpu" and case == "job large":
+        pytest.skip(SLOW_INTERPRETED)
+    q, k, v, options = inputs(case, torch.float32, device)
+    job = CASES[case][0]
+    got = sk.tree_attention(q, k, v, TREES[job][0], impl=impl, **options)
+    assert got.dtype == torch.float32
+    assert_close("tree_attention fp32", got, each_alone(job, q, k, v, options, torch.float64))
+
+
+@pytest.mark.parametrize("case", ["job lengths", "job random", "head 80", "head 192/128", "everything"])
+@pytest.mark.parametrize("dtype", LOW)
+def test_low_precision(case, dtype, impl, device, poisoned_outputs):
+    q, k, v, options = inputs(case, LOW[dtype], device)
+    job = CASES[case][0]
+    got = sk.tree_attention(q, k, v, TREES[job][0], impl=impl, **options)
+    assert got.dtype == LOW[dtype]
+    exact = each_alone(job, q, k, v, options, torch.float64)
+    plain = each_alone(job, q, k, v, options, LOW[dtype], torch_attention)
+    assert_close("tree_attention low", got, exact, plain)
+
+
+@pytest.mark.parametrize("impl", ["sdpa", "reference"])
+@pytest.mark.parametrize("case", ["job lengths", "everything"])
+def test_fp64(case, impl, poisoned_outputs):
+    q, k, v, options = inputs(case, torch.float64, "cpu")
+    job = CASES[case][0]
+    got = sk.tree_attention(q, k, v, TREES[job][0], impl=impl, **options)
+    assert_close("tree_attention fp64", got, each_alone(job, q, k, v, options, torch.float64))
+
+
+@pytest.mark.parametrize("budget, block_tokens", [(1, 64), (2, 16), (7, 4), (64, 64), (64, 1)])
+@pytest.mark.parametrize("case", ["job random", "job deep", "everything"])
+def test_passes_one_after_the_other_are_the_whole(case, budget, block_tokens, impl, device, poisoned_outputs):
+    """Keys and values are handed from pass to pass by carry_index alone, as the decoder does it."""
+    if impl == "triton" and device == "cpu" and (budget < 7 or block_tokens == 1 or case == "job deep"):
+        pytest.skip(SLOW_INTERPRETED)
+    q, k, v, options = inputs(case, torch.float32, device)
+    trie = TREES[CASES[case][0]][0]
+    keys, values, parts = k[:0], v[:0], []
+    for step in trie.passes(budget, block_tokens):
+        step = step.to(device)
+        keys, values = (
+            torch.cat([keys, k[step.start : step.stop]]),
+            torch.cat([values, v[step.start : step.stop]]),
+        )
+        parts.append(sk.tree_attention(q[step.start : step.stop], keys, values, step, impl=impl, **options))
+        keys, values = keys[step.carry_index], values[step.carry_index]
+    exact = each_alone(CASES[case][0], q, k, v, options, torch.float64)
+    assert_close("tree_attention fp32", torch.cat(parts), exact)
+
+
+def test_strides_do_not_matter(impl, device, poisoned_outputs):
+    """Heads first in memory, a slice of a fused projection, one kv head expanded, last dim strided."""
+    case = ("random", 4, 2, 16, 16, {"sinks": True})
+    q, k, v, options = inputs(case, torch.float32, device)
+    trie = TREES["random"][0]
+    wanted = sk.tree_attention(q, k, v, trie, impl=impl, **options)
+    fused = torch.cat([q, k, v], 1)
+    spread = torch.full((*v.shape[:2], 2 * v.shape[2]), float("nan"), device=device)
+    spread[..., ::2] = v
+    sinks = torch.stack([options["sinks"], options["sinks"] + 1], 1)[:, 0]
+    layouts = {
+        "heads first": [t.transpose(0, 1).contiguous().transpose(0, 1) for t in (q, k, v)],
+        "fused": fused.split([4, 2, 2], 1),
+        "last dim": [q, k, spread[..., ::2]],
+    }
+    for name, tensors in layouts.items():
+        assert any(not t.is_contiguous() for t in tensors)
+        got = sk.tree_attention(*tensors, trie, impl=impl, sinks=sinks)
+        assert torch.equal(got, wanted), name
+    k, v = k[:, :1], v[:, :1]
+    wanted = sk.tree_attention(q, k.expand(-1, 2, -1).contiguous(), v.repeat(1, 2, 1), trie, impl=impl)
+    assert torch.equal(sk.tree_attention(q, k.expand(-1, 2, -1), v.expand(-1, 2, -1), trie, impl=impl), wanted)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+def test_large_logits(scale, impl, device):
+    """Logits of 1e5 leave one key per query; nothing overflows."""
+    q, k, v, _ = inputs("job random", torch.float32, device)
+    q, k = (t.round() for t in (q, k))  # products of small integers are exact, so the largest logit is never in doubt
+    got = sk.tree_attention(q, k, v, TREES["random"][0], scale=scale, impl=impl)
+    assert_close("tree_attention fp32", got, each_alone("random", q, k, v, {"scale": scale}, torch.float64))
+
+
+def test_again_gives_the_same_bits(impl, device):
+    q, k, v, options = inputs("everything", torch.float32, device)
+    first, second = (sk.tree_attention(q, k, v, TREES["deep"][0], impl=impl, **options) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 2.0}, {"window": 3}], ids=str)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("what", ["k", "v"])
+def test_what_a_query_does_not_see_cannot_hurt_it(what, bad, options, impl, device, poisoned_outputs):
+    """NaN in one sibling stays in its own subtree, though siblings share a block."""
+    q, k, v, _ = inputs("job short siblings", torch.float32, device)
+    trie, oracle = TREES["short siblings"]
+    wanted = sk.tree_attention(q, k, v, trie, impl=impl, **options)
+    sick = oracle.leaf[17]
+    (k if what == "k" else v)[sick] = bad
+    got = sk.tree_attention(q, k, v, trie, impl=impl, **options)
+    sees = [i for i in range(len(trie)) if sick in oracle.path(i)]
+    healthy = torch.tensor([i not in sees for i in range(len(trie))])
+    assert len(sees) == 1 and healthy.sum() == len(trie) - 1
+    assert_close("tree_attention fp32", got[healthy], wanted[healthy])
+    assert not got[sick].isfinite().all(), "what it does see is not hidden either"
+
+
+def test_carried_keys_behind_the_window_cannot_hurt(impl, device, poisoned_outputs):
+    q, k, v, _ = inputs("job deep", torch.float32, device)
+    trie = TREES["deep"][0]
+    step = trie.make_pass(60, 70).to(device)
+    args = q[60:70], k[:70].clone(), v[:70].clone()
+    wanted = sk.tree_attention(*args, step, window=8, impl=impl)
+    args[1][:53], args[2][:53] = float("nan"), float("nan")
+    assert_close("tree_attention fp32", sk.tree_attention(*args, step, window=8, impl=impl), wanted)
+    args[1][53] = float("nan")
+    touched = ~sk.tree_attention(*args, step, window=8, impl=impl).isfinite().all(-1).all(-1)
+    assert touched.tolist() == [True] + [False] * 9, "key 53 is the oldest that query 60 sees"
+
+
+@pytest.mark.parametrize("case", ["job random", "job deep", "job lengths", "window 5", "everything"])
+def test_keys_that_the_caller_holds(case, impl, device, poisoned_outputs):
+    """Some tokens are keys in front and no queries; what the others see is as in a trie of which nothing is held."""
+    q, k, v, options = inputs(case, torch.float32, device)
+    trie, oracle = TREES[CASES[case][0]]
+    held = np.random.default_rng(7).random(len(trie)) < 0.4
+    held[trie.row_token] = False
+    wanted = each_alone(CASES[case][0], q, k, v, options, torch.float64)
+    seen = 0
+    for step in trie.passes(30, 8, held):
+        inside = np.arange(step.start, step.stop)
+        new = inside[~held[inside]]
+        keys = torch.from_numpy(np.concatenate([oracle.path(step.start)[:-1], inside[held[inside]], new])).long()
+        call = functools.partial(sk.tree_attention, q[new], k[keys], v[keys], step.to(device), impl=impl, **options)
+        if step.held and impl == "reference":
+            with pytest.raises(ValueError, match="trie: wanted a pass without held tokens"):
+                call()
+        else:
+            assert_close("tree_attention fp32", call(), wanted[new])
+        seen += step.held
+    assert seen == held.sum() > 5
+
+
+def good_call():
+    """Arguments of a call that works; each case of `BAD` spoils one."""
+    q, k, v, _ = inputs("job random", torch.float32, "cpu")
+    return {"q": q, "k": k, "v": v, "trie": TREES["random"][0], "impl": "auto"}
+
+
+BAD = {
+    "q of integers": (
+        lambda a: {"q": a["q"].int()},
+        TypeError,
+        "q: wanted one of .*float32.*got torch.int32",
+    ),
+    "k of another dtype": (lambda a: {"k": a["k"].double()}, TypeError, "k: .*same as q, got torch.float64"),
+    "v of another dtype": (lambda a: {"v": a["v"].half()}, TypeError, "v: .*same as q, got torch.float16"),
+    "k on another device": (
+        lambda a: {"k": a["k"].to("meta")},
+        ValueError,
+        "k: wanted q's device cpu, got meta",
+    ),
+    "v on another device": (
+        lambda a: {"v": a["v"].to("meta")},
+        ValueError,
+        "v: wanted q's device cpu, got meta",
+    ),
+    "q without heads": (
+        lambda a: {"q": a["q"][:, 0]},
+        ValueError,
+        r"q: wanted \[\d+, heads, head_dim\].*got \[",
+    ),
+    "q a token short": (lambda a: {"q": a["q"][1:]}, ValueError, "q: wanted .* for this pass, got"),
+    "k a token long": (
+        lambda a: {"k": torch.cat([a["k"], a["k"][:1]])},
+        ValueError,
+        "k: wanted .*for this pass",
+    ),
+    "v a token short": (lambda a: {"v": a["v"][:-1]}, ValueError, "v: wanted .* for this pass, got"),
+    "a batch axis": (lambda a: {"v": a["v"][None]}, ValueError, "v: wanted"),
+    "3 q heads, 2 kv": (lambda a: {"q": a["q"][:, :3]}, ValueError, "heads: wanted .*got 3, 2 and 2"),
+    "k and v heads": (lambda a: {"v": a["v"][:, :1]}, ValueError, "heads: wanted .*got 4, 2 and 1"),
+    "no kv heads": (
+        lambda a: {"k": a["k"][:, :0], "v": a["v"][:, :0]},
+        ValueError,
+        "heads: .*got 4, 0 and 0",
+    ),
+    "no q heads": (lambda a: {"q": a["q"][:, :0]}, ValueError, "heads: .*got 0, 2 and 2"),
+    "q and k width": (lambda a: {"k": a["k"][..., :8]}, ValueError, "head_dim: .*got 16 and 8"),
+    "no width": (
+        lambda a: {"q": a["q"][..., :0], "k": a["k"][..., :0]},
+        ValueError,
+        "head_dim: .*got 0 and 0",
+    ),
+    "no v width": (lambda a: {"v": a["v"][..., :0]}, ValueError, "head_dim"),
+    "window 0": (lambda a: {"window": 0}, ValueError, "window: wanted at least 1 or None, got 0"),
+    "window -1": (lambda a: {"window": -1}, ValueError, "window: wanted at least 1 or None, got -1"),
+    "softcap 0": (
+        lambda a: {"softcap": 0.0},
+        ValueError,
+        "softcap: wanted a positive number or None, got 0.0",
+    ),
+    "softcap nan": (lambda a: {"softcap": float("nan")}, ValueError, "softcap: .*got nan"),
+    "softcap inf": (lambda a: {"softcap": float("inf")}, ValueError, "softcap: .*got inf"),
+    "scale nan": (lambda a: {"scale": float("nan")}, ValueError, "scale: .*got nan"),
+    "scale inf": (lambda a: {"scale": float("inf")}, ValueError, "scale: .*got inf"),
+    "sinks of kv heads": (
+        lambda a: {"sinks": torch.zeros(2)},
+        ValueError,
+        r"sinks: wanted a float tensor \[4\]",
+    ),
+    "sinks of integers": (lambda a: {"sinks": torch.zeros(4).int()}, ValueError, "sinks: .*got torch.int32"),
+    "sinks elsewhere": (lambda a: {"sinks": torch.zeros(4, device="meta")}, ValueError, "sinks: .*on meta"),
+    "sinks 2-D": (lambda a: {"sinks": torch.zeros(4, 1)}, ValueError, r"sinks: .*\[4, 1\]"),
+    "unknown impl": (lambda a: {"impl": "flash"}, ValueError, "impl: wanted 'auto' or one of .*got 'flash'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_arguments_are_named(name):
+    spoil, error, message = BAD[name]
+    arguments = good_call()
+    assert sk.tree_attention(**arguments).isfinite().all()
+    with pytest.raises(error, match=message):
+        sk.tree_attention(**{**arguments, **spoil(arguments)})
+
+
+def test_an_empty_trie_is_refused():
+    empty = sk.plan_trie([], [0], [])
+    with pytest.raises(ValueError, match="trie: wanted at least one token"):
+        sk.tree_attention(*(torch.zeros(0, 1, 16) for _ in "qkv"), empty)
+
+
+def test_explicit_triton_without_gpu_or_interpreter_raises():
+    """In a fresh process: never another backend in silence."""
+    code = """
+import torch, sapo_kernels as sk
+trie = sk.plan_trie([1, 2, 3], [0, 3], [1])
+q = torch.ones(2, 1, 16)
+print(float(sk.tree_attention(q, q, q, trie).sum()))
+for call in (
+    lambda: sk.tree_attention(q, q, q, trie, impl="triton"),
+    lambda: sk.linear_logprob(q[:, 0], q[:, 0], torch.tensor([0, 1]), impl="triton"),
+):
+    try:
+        print("computed", call())
+    except RuntimeError as error:
+        print("refused:", error)
+"""
+    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTHONPATH")}
+    environment["CUDA_VISIBLE_DEVICES"] = ""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    first, *refused = done.stdout.splitlines()
+    assert first == "32.0"
+    assert [line.split(":")[:2] for line in refused] == [
+        ["refused", " tree_attention"],
+        ["refused", " linear_logprob"],
+    ]
+    assert all("impl='triton' cannot run on cpu" in line for line in refused)

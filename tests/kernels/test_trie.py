@@ -1,0 +1,298 @@
+"""TokenTrie and its passes against a sorted set of prefixes."""
+
+import random
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from sapo_kernels import plan_trie
+from tests.oracles import PrefixOracle, flatten, random_cells
+
+# (new tokens in a pass, longest block)
+CUTS = ((1, 64), (2, 3), (7, 1), (7, 64), (64, 3), (None, 1), (None, 64))
+
+ADVERSARIAL = {
+    "one cell": [([5], [6])],
+    "one token contexts": [([c], [c + 1, 9]) for c in range(6)],
+    "all equal": [([1, 2, 3], [4, 5])] * 7,
+    "all distinct": [([10 * c, 10 * c + 1], [10 * c + 2]) for c in range(9)],
+    "one a prefix of another": [
+        ([1, 2, 3], [4, 5, 6]),
+        ([1, 2], [3, 4]),
+        ([1], [2]),
+        ([1, 2, 3, 4, 5, 6], [7, 8]),
+    ],
+    "one equal, other split": [([1, 2], [3, 4]), ([1], [2, 3, 4]), ([1, 2, 3], [4])],
+    "K=1": random_cells(1, prompts=1, examples=8),
+    "M=1": random_cells(2, prompts=8, examples=1),
+    "same context, other responses": [([1, 2, 3], [c, c + 1, 4]) for c in range(6)],
+    "same context and row, same target": [([7, 7, 7], [7] * n) for n in range(1, 7)],
+    "a comb": [([1] * n + [2], [3] * n) for n in range(1, 12)],
+    "ids of 2**40": [([2**40, 5, 2**33 + c % 2], [2**40 - c, 2**32 - 1]) for c in range(5)],
+    "ids around 2**32": [([t], [t, t]) for t in (2**32 - 1, 2**32, 2**32 + 1, 0, 1, 255, 256, 65535, 65536)],
+    "bytes that mislead": [([256, 1], [2]), ([1, 256], [2]), ([0, 0], [256]), ([255], [256, 0]), ([0], [0])],
+}
+RANDOM = {
+    f"random {seed}": random_cells(seed, prompts=1 + seed % 5, examples=1 + seed % 7, vocabulary=2 + 3 * (seed % 4))
+    for seed in range(6)
+}
+JOBS = {**ADVERSARIAL, **RANDOM}
+
+
+@pytest.fixture(params=JOBS, scope="module")
+def job(request):
+    """(cells, oracle, trie) of each named job."""
+    cells = JOBS[request.param]
+    return cells, PrefixOracle(cells), plan_trie(*flatten(cells))
+
+
+def prefixes_of(trie) -> list[tuple[int, ...]]:
+    """Each token's prefix, read from depths in depth-first order alone."""
+    stack, result = [], []
+    for token, depth in zip(trie.tokens.tolist(), trie.depth.tolist(), strict=True):
+        assert 0 <= depth <= len(stack)
+        stack = [*stack[:depth], token]
+        result.append(tuple(stack))
+    return result
+
+
+def test_tokens_are_the_distinct_prefixes_in_order(job):
+    _, oracle, trie = job
+    assert prefixes_of(trie) == oracle.prefixes
+    assert len(trie) == len(oracle.prefixes)
+    assert trie.dense_tokens == oracle.dense_tokens
+
+
+def test_subtrees_and_paths(job):
+    _, oracle, trie = job
+    assert trie.subtree_end.tolist() == [oracle.subtree_end(i) for i in range(len(trie))]
+    for i in range(len(trie)):
+        spans = trie.path_spans(i)
+        assert [t for first, stop in spans for t in range(first, stop)] == oracle.path(i)[:-1]
+        assert all(a[1] < b[0] for a, b in zip(spans, spans[1:], strict=False)), "adjacent spans are merged"
+
+
+def test_nodes_are_runs_without_a_branch(job):
+    _, oracle, trie = job
+    assert trie.node_start.tolist() == [0, *trie.node_stop[:-1].tolist()]
+    assert int(trie.node_stop[-1]) == len(trie)
+    children = np.bincount([oracle.path(i)[-2] for i in range(len(trie)) if trie.depth[i]], minlength=len(trie))
+    for n, (first, stop) in enumerate(zip(trie.node_start.tolist(), trie.node_stop.tolist(), strict=True)):
+        assert trie.depth[first:stop].tolist() == list(range(trie.depth[first], trie.depth[first] + stop - first))
+        assert (children[first : stop - 1] == 1).all()
+        above = oracle.path(first)[:-1]
+        assert trie.node_parent[n] == (np.searchsorted(trie.node_stop, above[-1], side="right") if above else -1)
+        assert trie.node_end[n] == oracle.subtree_end(first)
+        assert trie.node_depth[n] == trie.depth[first]
+
+
+def test_rows_and_distinct_targets(job):
+    _, oracle, trie = job
+    assert trie.row_token.tolist() == sorted(oracle.predicted)
+    for r, token in enumerate(trie.row_token.tolist()):
+        owned = trie.targets[trie.target_ptr[r] : trie.target_ptr[r + 1]]
+        assert owned.tolist() == sorted(oracle.predicted[token])
+    assert trie.target_ptr[-1] == len(trie.targets)
+
+
+def test_each_cell_finds_its_targets_in_response_order(job):
+    cells, oracle, trie = job
+    assert trie.leaf.tolist() == oracle.leaf
+    row_of = np.repeat(trie.row_token, np.diff(trie.target_ptr))
+    for c, (context, response) in enumerate(cells):
+        mine = trie.cell_target[trie.cell_ptr[c] : trie.cell_ptr[c + 1]]
+        assert trie.targets[mine].tolist() == response
+        rows = [oracle.index[tuple(context + response[:j])] for j in range(len(response))]
+        assert row_of[mine].tolist() == rows
+    assert trie.cell_ptr[-1] == len(trie.cell_target)
+
+
+def check_blocks(step, seen: np.ndarray, block_tokens: int, ascending: bool = True) -> None:
+    """Blocks cover the queries; the spans of each are exactly the keys outside it that its queries see.
+
+    ascending: spans stand in the order of the keys; else in that of the path only.
+    """
+    starts, pointers = step.block_start.tolist(), step.span_ptr.tolist()
+    assert starts[0] == step.carried and starts[-1] == len(step.position)
+    assert len(pointers) == len(starts) and pointers[0] == 0 and pointers[-1] == len(step.span)
+    for b, (first, stop) in enumerate(zip(starts, starts[1:], strict=False)):
+        assert 1 <= stop - first <= block_tokens
+        spans = step.span[pointers[b] : pointers[b + 1]].tolist()
+        positions = [p for i, j in spans for p in step.position[i:j].tolist()]
+        assert positions == list(range(len(positions))), "a path from the root"
+        edges = [0, *(edge for span in (spans if ascending else sorted(spans)) for edge in span), first]
+        assert edges == sorted(edges) and all(i < j for i, j in spans), "ascending, apart, before the block"
+        outside = np.zeros(first, dtype=bool)
+        for i, j in spans:
+            outside[i:j] = True
+        assert (seen[first:stop, :first] == outside).all()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9], ids=lambda share: f"{share:.0%} held")
+@pytest.mark.parametrize("budget, block_tokens", CUTS)
+def test_passes(job, budget, block_tokens, share):
+    """Also of tries of which the caller has keys and values of some tokens, wherever these stand."""
+    _, oracle, trie = job
+    ancestors = np.zeros((len(trie), len(trie)), dtype=bool)
+    for i in range(len(trie)):
+        ancestors[i, oracle.path(i)] = True
+    leaves = np.asarray(oracle.leaf)
+    held = np.random.default_rng(len(trie)).random(len(trie)) < share
+    held[trie.row_token] = False
+    at, targets, rows, carried_tokens = 0, 0, [], []
+    for step in trie.passes(budget, block_tokens, held if share else None):
+        assert step.start == at < step.stop <= len(trie)
+        inside = np.arange(step.start, step.stop)
+        mine, new = inside[held[inside]].tolist(), inside[~held[inside]].tolist()
+        assert new and (budget is None or len(new) <= budget)
+        assert step.last or len(new) >= max(1, 3 * budget // 4), "not much less full than it may be"
+        assert step.block_tokens == block_tokens
+        at = step.stop
+        # What the pass before handed over is the path to the first token, root first.
+        assert carried_tokens == oracle.path(step.start)[:-1]
+        assert len(carried_tokens) == trie.depth[step.start]
+        assert (step.carried, step.held) == (len(carried_tokens) + len(mine), len(mine))
+        keys = [*carried_tokens, *mine, *new]
+        assert step.input_ids.tolist() == trie.tokens[new].tolist()
+        assert step.position.tolist() == trie.depth[keys].tolist()
+        truth = ancestors[np.ix_(keys, keys)]
+        i, j = np.arange(len(keys))[:, None], np.arange(len(keys))
+        seen = (j <= i) & (i < step.subtree_end.numpy())
+        assert not (truth & ~seen)[step.carried :].any(), "no ancestor is hidden, held or not"
+        exact = np.ones(len(keys), dtype=bool)
+        exact[step.carried - step.held : step.carried] = False  # those are seen through the spans alone
+        assert (seen == truth)[step.carried :, exact].all()
+        check_blocks(step, truth, block_tokens, share == 0)
+        carried_tokens = [keys[key] for key in step.carry_index.tolist()]
+        owned = np.diff(step.target_ptr).tolist()
+        assert step.target_start == targets and step.target_ptr[0] == 0 and sum(owned) == len(step.targets)
+        assert step.targets.tolist() == trie.targets[targets : targets + len(step.targets)].tolist()
+        targets += len(step.targets)
+        rows += [(new[row], n) for row, n in zip(step.rows.tolist(), owned, strict=True)]
+        assert step.cells_done == int((leaves < step.stop).sum())
+    assert at == len(trie) and not carried_tokens and targets == len(trie.targets)
+    assert rows == list(zip(trie.row_token.tolist(), np.diff(trie.target_ptr).tolist(), strict=True))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_pass_may_be_cut_in_two(seed):
+    """A pass that ran out of memory is halved: both halves carry what the whole would have carried."""
+    trie = plan_trie(*flatten(random_cells(100 + seed)))
+    rng = random.Random(seed)
+    for step in trie.passes(17):
+        if step.stop - step.start < 2:
+            continue
+        middle = rng.randrange(step.start + 1, step.stop)
+        first, second = trie.make_pass(step.start, middle), trie.make_pass(middle, step.stop)
+        # Key indices of the whole pass, seen through the second half.
+        keys = [*first.carry_index.tolist(), *range(step.carried + middle - step.start, len(step.position))]
+        assert [keys[k] for k in second.carry_index.tolist()] == step.carry_index.tolist()
+        assert torch.equal(torch.cat([first.targets, second.targets]), step.targets)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_order_of_cells_does_not_matter(seed):
+    cells = random_cells(200 + seed, vocabulary=3)
+    order = list(range(len(cells)))
+    random.Random(seed).shuffle(order)
+    trie, shuffled = plan_trie(*flatten(cells)), plan_trie(*flatten([cells[i] for i in order]))
+    same = "tokens depth node_start node_stop node_parent node_end row_token target_ptr targets"
+    for name in same.split():
+        assert np.array_equal(getattr(trie, name), getattr(shuffled, name)), name
+    assert np.array_equal(trie.leaf[order], shuffled.leaf)
+    for new, old in enumerate(order):
+        mine = shuffled.cell_target[shuffled.cell_ptr[new] : shuffled.cell_ptr[new + 1]]
+        assert np.array_equal(mine, trie.cell_target[trie.cell_ptr[old] : trie.cell_ptr[old + 1]])
+
+
+def test_a_shallow_boundary_is_preferred():
+    """With room to choose, a pass ends between prompts, where nothing is carried on."""
+    cells = [([p, *range(20, 50)], [1, 2, 3]) for p in range(8)]
+    steps = plan_trie(*flatten(cells)).passes(40)
+    assert len(steps) == 8 and [step.carried for step in steps] == [0] * 8
+
+
+def test_to_moves_once_and_keeps_the_rest():
+    step = plan_trie(*flatten(random_cells(3))).passes(9)[1]
+    moved = step.to("meta")
+    assert moved is step.to(torch.device("meta")) and step.to("cpu") is step
+    assert moved.input_ids.is_meta and moved.span.shape == step.span.shape
+    assert (moved.start, moved.carried, moved.cells_done) == (step.start, step.carried, step.cells_done)
+
+
+@pytest.mark.parametrize(
+    "cells, wanted",
+    [
+        ([([1], [2]), ([], [2, 3])], "sequence 1: .*context of 0"),
+        ([([1], [2]), ([3], [4]), ([5, 6], [])], "sequence 2: .*context of 2 in 2"),
+        ([([1], [2]), ([3, -4], [5])], "sequence 1: .*negative.*-4"),
+        ([([1], [-(2**40)]), ([3], [5])], f"sequence 0: .*negative.*-{2**40}"),
+    ],
+)
+def test_bad_sequences_are_named(cells, wanted):
+    with pytest.raises(ValueError, match=wanted):
+        plan_trie(*flatten(cells))
+
+
+@pytest.mark.parametrize(
+    "ids, offsets, context_lengths, error, wanted",
+    [
+        ([1, 2, 3, 4], [0, 3], [1], ValueError, "offsets: wanted .*from 0 to 4"),
+        ([1, 2, 3], [1, 3], [1], ValueError, "offsets: wanted .*from 0 to 3"),
+        ([1, 2, 3], [0, 9], [1], ValueError, "offsets: wanted .*from 0 to 3"),
+        ([1, 2, 3, 4], [0, 2, 4], [1], ValueError, r"offsets: wanted \[2\]"),
+        ([1, 2, 3], [], [], ValueError, r"offsets: wanted \[1\]"),
+        ([1, 2, 3, 4], [0, 4, 2, 4], [1, 1, 1], ValueError, "sequence 1: .*in -2 tokens"),
+        ([1, 2, 3, 4], [0, 2, 4], 1, TypeError, "context_lengths: wanted a flat array of integers"),
+        ([1.5, 2, 3], [0, 3], [1], TypeError, "ids: wanted a flat array of integers, got float64"),
+        ([[1, 2, 3]], [0, 3], [1], TypeError, r"ids: wanted a flat array of integers, got int64 \[1, 3\]"),
+    ],
+)
+def test_arrays_that_do_not_fit_are_named(ids, offsets, context_lengths, error, wanted):
+    with pytest.raises(error, match=wanted):
+        plan_trie(ids, offsets, context_lengths)
+
+
+@pytest.mark.parametrize("arguments", [{"max_tokens": 0}, {"max_tokens": -3}, {"block_tokens": 0}])
+def test_bad_budgets_are_named(arguments):
+    trie = plan_trie(*flatten(random_cells(4)))
+    with pytest.raises(ValueError, match=f"{next(iter(arguments))}: wanted at least 1"):
+        trie.passes(**arguments)
+
+
+def large_job():
+    """21 prompts x 250 examples, 1.0 M dense tokens, instruction first."""
+    rng = np.random.default_rng(0)
+    texts = [rng.integers(0, 50_000, rng.integers(60, 220)) for _ in range(250)]
+    answers = [rng.integers(0, 50_000, rng.integers(1, 6)) for _ in range(250)]
+    sequences, contexts = [], []
+    for _ in range(21):
+        prompt = np.concatenate([np.arange(5), rng.integers(0, 50_000, rng.integers(30, 90))])
+        sequences += [np.concatenate([prompt, t, a]) for t, a in zip(texts, answers, strict=True)]
+        contexts += [len(prompt) + len(t) for t in texts]
+    return np.concatenate(sequences), np.cumsum([0, *map(len, sequences)]), np.asarray(contexts)
+
+
+def test_a_million_tokens_are_planned_in_no_time():
+    """About 0.3 s on a slow core; the best of three, so that a busy machine does not fail it."""
+    job, seconds = large_job(), []
+    assert 0.95e6 < len(job[0]) < 1.2e6
+    for _ in range(3):
+        started = time.perf_counter()
+        trie = plan_trie(*job)
+        passes = trie.passes(2048)
+        seconds.append(time.perf_counter() - started)
+        if seconds[-1] < 1.5:
+            break
+    assert min(seconds) < 1.5
+    assert sum(len(p.input_ids) for p in passes) == len(trie) < trie.dense_tokens
+
+
+def test_rows_must_be_computed():
+    trie = plan_trie(*flatten(random_cells(0)))
+    held = np.zeros(len(trie), dtype=bool)
+    held[trie.row_token[0]] = True
+    with pytest.raises(ValueError, match="held: wanted no token that predicts something"):
+        trie.passes(7, held=held)

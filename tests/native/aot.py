@@ -1,0 +1,242 @@
+"""Compile every Triton kernel of the package ahead of time and check what the compiler made of it; needs no GPU.
+
+    python -m tests.native.aot            # the full list, a few minutes
+    python -m tests.native.aot --short    # one configuration of each kernel and target
+
+Prints a row for each (kernel, configuration, target) with registers, spilled bytes (NVIDIA) or registers (AMD) and
+shared memory. Exits with 1 if a compilation fails, an NVIDIA kernel spills, a kernel needs more shared memory than the
+part has, or a matrix loop came out without asynchronous copies (not pipelined) or tensor-core instructions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+# Shared memory of one block in KiB: CUDA programming guide, "technical specifications"; CDNA3 ISA, "LDS".
+SHARED_KIB = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+CONSUMER = ("sm_89", "sm_120")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One compilation. `shape` is what the kernel's builder below takes."""
+
+    kernel: str
+    shape: tuple
+    target: str
+
+    def label(self) -> str:
+        return " ".join(str(part) for part in self.shape)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What came out. Spills are in bytes a thread on NVIDIA, in registers on AMD; shared memory in bytes."""
+
+    job: Job
+    registers: int
+    spills: int
+    shared: int
+    complaint: str
+
+
+def attention(shape: tuple, capability: int, careful: bool = False):
+    """shape: dtype, Dk, Dv, q heads a kv head, tokens a block, options ("wcs": window, softcap, sinks)."""
+    import torch
+
+    from sapo_kernels.tree_attention import triton as module
+
+    dtype, head_k, head_v, group, block_tokens, flags = shape
+    torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
+    window, softcap, sinks = ("on" if flag in flags else None for flag in "wcs")
+    wide = max(head_k, head_v)
+    options = module.config(wide, torch_dtype, capability, group * block_tokens)
+    sick_m = options["BLOCK_M"]
+    if careful:
+        options = module.careful_config(wide, torch_dtype, capability, sick_m)
+    constants = module.specialise(head_k, head_v, group, window, softcap, sinks)
+    constants |= {"CAREFUL": careful, "SICK_M": sick_m, "stride_sinks": 1}
+    if sinks is None:
+        constants["sinks_ptr"] = None
+    types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), f"*{dtype}")
+    types |= {"sinks_ptr": f"*{dtype}", "logit_scale": "fp32", "cap_scale": "fp32"}
+    return module._tree_attention_kernel, types, constants, options
+
+
+def logprob(shape: tuple, capability: int):
+    """shape: dtype, D, options ("bc": bias, softcap)."""
+    import torch
+
+    from sapo_kernels.linear_logprob import triton as module
+
+    dtype, hidden, flags = shape
+    torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
+    bias, softcap = ("on" if flag in flags else None for flag in "bc")
+    constants = module.specialise(hidden, bias, softcap) | {"stride_bias": 1}
+    if bias is None:
+        constants["bias_ptr"] = None
+    types = dict.fromkeys(("hidden_ptr", "weight_ptr", "bias_ptr"), f"*{dtype}")
+    types |= dict.fromkeys(("targets_ptr", "target_ptr_ptr"), "*i64")
+    types |= dict.fromkeys(("max_ptr", "sum_ptr", "logit_ptr"), "*fp32") | {"logit_scale": "fp32", "softcap": "fp32"}
+    return module._linear_logprob_kernel, types, constants, module.config(hidden, torch_dtype, capability)
+
+
+def merge(shape: tuple, capability: int):
+    from sapo_kernels.linear_logprob import triton as module
+
+    types = dict.fromkeys(("targets_ptr", "target_ptr_ptr"), "*i64")
+    types |= dict.fromkeys(("max_ptr", "sum_ptr", "logprob_ptr", "lse_ptr"), "*fp32")
+    return module._merge_kernel, types, {}, {**module.MERGE_BLOCKS, "num_warps": 4}
+
+
+BUILDERS = {
+    "tree_attention": attention,
+    "tree_attention careful": lambda shape, capability: attention(shape, capability, careful=True),
+    "linear_logprob": logprob,
+    "linear_logprob merge": merge,
+}
+
+ATTENTION = [
+    ("bf16", 64, 64, 8, 64, "ws"),
+    ("bf16", 80, 80, 1, 64, ""),
+    ("bf16", 96, 96, 3, 64, "w"),
+    ("bf16", 128, 128, 4, 64, ""),
+    ("bf16", 128, 128, 7, 64, "wcs"),
+    ("bf16", 128, 128, 5, 64, "w"),
+    ("bf16", 192, 128, 1, 64, ""),
+    ("bf16", 192, 128, 8, 64, "ws"),
+    ("bf16", 512, 512, 6, 64, ""),
+    ("bf16", 256, 256, 2, 64, "wc"),
+    ("bf16", 256, 256, 1, 64, ""),
+    ("fp16", 128, 128, 4, 64, "c"),
+    ("fp32", 64, 64, 4, 64, ""),
+    ("fp32", 128, 128, 4, 64, "wcs"),
+    ("fp32", 256, 256, 3, 64, "ws"),
+]
+CAREFUL = [("bf16", 128, 128, 4, 64, "wcs"), ("bf16", 256, 256, 2, 64, ""), ("fp32", 128, 128, 4, 64, "")]
+LOGPROB = [
+    ("bf16", 4096, ""),
+    ("bf16", 2304, "c"),
+    ("bf16", 2560, "bc"),
+    ("fp16", 896, "c"),
+    ("fp32", 1000, "bc"),
+]
+
+
+def jobs(short: bool) -> list[Job]:
+    if short:
+        names = {
+            "tree_attention": ATTENTION[4:5],
+            "tree_attention careful": CAREFUL[:1],
+            "linear_logprob": LOGPROB[2:3],
+            "linear_logprob merge": [()],
+        }
+        return [Job(kernel, shape, t) for kernel, shapes in names.items() for shape in shapes for t in TARGETS]
+    names = {
+        "tree_attention": ATTENTION,
+        "tree_attention careful": CAREFUL,
+        "linear_logprob": LOGPROB,
+        "linear_logprob merge": [()],
+    }
+    listed = [Job(kernel, shape, t) for kernel, shapes in names.items() for shape in shapes for t in TARGETS]
+    few = {"tree_attention": [ATTENTION[4], ATTENTION[9]], "linear_logprob": LOGPROB[:1]}
+    return listed + [Job(kernel, shape, t) for kernel, shapes in few.items() for shape in shapes for t in CONSUMER]
+
+
+def build(job: Job) -> Row:
+    """Compile one job and read the machine code's use of the part."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    capability = int(job.target[3:]) if job.target.startswith("sm_") else 0
+    kernel, types, constants, options = BUILDERS[job.kernel](job.shape, capability)
+    blocks = {name: value for name, value in options.items() if name.isupper()}
+    launch = {name: value for name, value in options.items() if not name.isupper()}
+    constants = constants | blocks
+    # Aligned pointers and strides: what the launcher sees for tensors of whole models.
+    signature, attributes = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        signature[name] = "constexpr" if name in constants else types.get(name, "*i32" if "ptr" in name else "i32")
+        if name not in constants and (name.endswith("_ptr") or name.startswith("stride_")):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    target = GPUTarget("cuda", capability, 32) if capability else GPUTarget("hip", job.target, 64)
+    try:
+        source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
+        done = compile(source, target=target, options={**launch, "enable_fp_fusion": True})
+    except Exception as error:  # any failure of any compiler stage belongs in the table
+        return Row(job, 0, 0, 0, f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}")
+
+    complaints = []
+    if capability:
+        registers, spills = _cuda_usage(done.asm["cubin"])
+        if spills > allowed_spills():
+            complaints.append("spills")
+        code = done.asm["ptx"]
+        if launch.get("num_stages", 1) > 1 and "cp.async" not in code:
+            complaints.append("not pipelined")
+        if job.shape and job.shape[0] != "fp32" and not re.search(r"\b(wgmma|tcgen05)\.mma|\bmma\.sync", code):
+            complaints.append("no tensor cores")
+    else:
+        text = done.asm["amdgcn"]
+        registers, spills = (int(re.search(rf"\.{n}:\s*(\d+)", text)[1]) for n in ("vgpr_count", "vgpr_spill_count"))
+    if done.metadata.shared > SHARED_KIB[job.target] * 1024:
+        complaints.append(f"more than {SHARED_KIB[job.target]} KiB of shared memory")
+    return Row(job, registers, spills, done.metadata.shared, ", ".join(complaints))
+
+
+def allowed_spills() -> int:
+    """Bytes a thread. The tiles are chosen for Triton 3.9; 3.6 needs two to four registers more in a few of them."""
+    import triton
+    from packaging.version import Version
+
+    return 0 if Version(triton.__version__) >= Version("3.9") else 16
+
+
+def _cuda_usage(cubin: bytes) -> tuple[int, int]:
+    """(registers, bytes of local stack) of the one function in a cubin; a stack means spilled registers."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
+    return tuple(int(re.search(rf"{name}:(\d+)", done.stdout)[1]) for name in ("REG", "STACK"))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--short", action="store_true", help="one configuration of each kernel")
+    parser.add_argument("--workers", type=int, default=2, help="processes that compile")
+    args = parser.parse_args(argv)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        print("tests.native.aot: unset TRITON_INTERPRET, the interpreter replaces the compiler", file=sys.stderr)
+        return 2
+    listed = jobs(args.short)
+    bad = 0
+    print(f"{'kernel':24} {'configuration':28} {'target':8} {'regs':>5} {'spills':>6} {'shared KiB':>10}")
+    # Spawned, because forking a process that runs LLVM's threads is unsafe.
+    with ProcessPoolExecutor(args.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for row in pool.map(build, listed):
+            bad += bool(row.complaint)
+            numbers = f"{row.registers:5} {row.spills:6} {row.shared / 1024:10.1f}"
+            print(
+                f"{row.job.kernel:24} {row.job.label():28} {row.job.target:8} {numbers}  {row.complaint}".rstrip(),
+                flush=True,
+            )
+    print(f"{len(listed)} compilations, {bad} with complaints")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

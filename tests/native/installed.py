@@ -1,0 +1,159 @@
+"""Install the package as users do, into a clean environment outside the checkout, and test what is installed there.
+
+    python -m tests.native.installed [--quick | --whole] [--wheels FOLDER]
+
+1. ``pip wheel . --no-deps`` with and without native modules, from a copy of the tracked files.
+2. A clean virtual environment with the wheel *without* native modules: the tests of what they would do.
+3. The same environment with the wheel that has them, outside the checkout: the tests of step 2 and of what an
+   installation can lose (files beside the code, entry points, imports). --quick: of step 2 only; --whole: every test.
+4. The digests of both must be equal: nothing that is compiled changes a bit.
+
+Exits with 1 and says which part failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+# Not the packages themselves: what is imported must be what was installed. Tests compile some of csrc/ for themselves.
+COPIED = ("tests", "tools", "benchmarks", "csrc", "examples", "docs", "README.md", "pyproject.toml")
+NATIVE_TESTS = (
+    "kernels/test_accumulate.py", "kernels/test_reweight.py", "kernels/test_reweight_calls.py", "kernels/test_prompt_state.py", "kernels/test_planner.py",
+    "kernels/test_trie.py", "scoring/test_score.py", "native/test_native.py", "native/test_native_attacks.py",
+)  # fmt: skip
+# What an installation can lose: commands, examples, data and a model that ship, pages made of templates, both packages.
+INSTALLED_TESTS = (
+    "data/test_bundled_data.py", "cli/test_cli.py", "cli/test_cli_loading.py", "cli/test_cli_sequence.py", "cli/test_cli_train.py",
+    "cli/test_demo.py", "system/test_examples.py", "system/test_imports.py", "kernels/test_ops.py", "scoring/test_race.py", "report/test_report.py",
+    "report/test_report_attacks.py", "cli/test_tiny.py", "cli/test_tiny_base.py", "trainer/test_training.py",
+)  # fmt: skip
+# These look at the checkout's files, not at the package.
+CHECKOUT_TESTS = ("system/test_readme.py", "native/test_build.py")
+MINUTE = 60.0
+# As in the Makefile.
+PYTEST = ("-m", "pytest", "-n", os.environ.get("WORKERS", "2"), "--dist", "loadfile")
+
+
+def run(*command: str | Path, cwd: Path, minutes: float, quiet: bool = False, **environment: str) -> str:
+    """What a command prints, shown as it comes unless `quiet`; a failure or a missed deadline raises."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    done = subprocess.run(
+        [str(part) for part in command], cwd=cwd, env={**kept, **environment}, timeout=minutes * MINUTE, text=True,
+        stdout=subprocess.PIPE if quiet else None, stderr=subprocess.STDOUT if quiet else None,
+    )  # fmt: skip
+    if done.returncode:
+        raise RuntimeError(
+            f"{' '.join(map(str, command))[:300]}: exit {done.returncode}\n{(done.stdout or '')[-4000:]}"
+        )
+    return done.stdout or ""
+
+
+def tracked_copy(folder: Path) -> Path:
+    """The files that git would commit from this checkout: no build folder, no compiled module."""
+    names = run("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", cwd=ROOT, minutes=1, quiet=True)
+    for name in filter(None, names.split("\0")):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    return folder
+
+
+def wheel(source: Path, out: Path, native: str) -> Path:
+    """Build the wheel and check what is in it."""
+    out.mkdir()
+    run(
+        sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "-q", ".", "--no-deps",
+        "--no-build-isolation", "-w", out, cwd=source, minutes=10, quiet=True, SAPO_BUILD_NATIVE=native,
+    )  # fmt: skip
+    (built,) = out.glob("*.whl")
+    names = zipfile.ZipFile(built).namelist()
+    modules = sorted(name for name in names if name.endswith(".so"))
+    print(f"{built.name}: {built.stat().st_size / 1e6:.2f} MB, {len(names)} files, native: {modules}", flush=True)
+    expected = 0 if native == "off" else 2 + bool(shutil.which("nvcc"))
+    if len(modules) != expected or any(name.startswith(("csrc/", "tests/", "benchmarks/", "tools/")) for name in names):
+        raise RuntimeError(f"{built.name}: wanted {expected} native modules and the two packages only, got {names}")
+    if (native == "off") != built.name.endswith("py3-none-any.whl"):
+        raise RuntimeError(f"{built.name}: wanted the tag of its contents")
+    return built
+
+
+def digests(python: Path, folder: Path, loaded: bool) -> dict[str, str]:
+    """What `tests/digest.py` prints there; the native modules must be in use or not as said."""
+    found = json.loads(run(python, "-m", "tests.digest", cwd=folder, minutes=5, quiet=True).splitlines()[-1])
+    for module in ("_C", "_planner"):
+        if (found["native"][module] == "loaded") != loaded:
+            raise RuntimeError(
+                f"{module}: wanted it {'loaded' if loaded else 'absent'}, got {found['native'][module]!r}"
+            )
+    return found["digests"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    how_much = parser.add_mutually_exclusive_group()
+    how_much.add_argument("--quick", action="store_true", help="only the tests of the native parts")
+    how_much.add_argument("--whole", action="store_true", help="every test")
+    parser.add_argument("--wheels", type=Path, metavar="FOLDER", help="keep the wheels there")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="sapo-installed-") as scratch:
+        folder = Path(scratch)
+        source = tracked_copy(folder / "source")
+        native = wheel(source, folder / "native", "on")
+        # In the same folder: what the first build left there must not get into the second wheel.
+        plain = wheel(source, folder / "plain", "off")
+        if arguments.wheels:
+            arguments.wheels.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(native, arguments.wheels)
+        outside = folder / "outside"
+        for name in COPIED:
+            origin = source / name
+            if origin.is_dir():
+                shutil.copytree(origin, outside / name)
+            else:
+                outside.mkdir(exist_ok=True)
+                shutil.copy2(origin, outside / name)
+        python = folder / "venv" / "bin" / "python"
+        run(sys.executable, "-m", "venv", folder / "venv", cwd=folder, minutes=5)
+        install = (
+            python,
+            "-m",
+            "pip",
+            "--disable-pip-version-check",
+            "install",
+            "-q",
+            "-c",
+            ROOT / ".ci/constraints.txt",
+        )
+        # torch first and by its pin, as in the Makefile.
+        run(*install, "torch", "numpy", cwd=folder, minutes=15, quiet=True)
+        run(*install, f"{plain}[train,dev]", cwd=folder, minutes=15, quiet=True)
+        tests = [f"tests/{name}" for name in NATIVE_TESTS]
+        print("without native modules", flush=True)
+        run(python, *PYTEST, *tests, cwd=outside, minutes=15)
+        without = digests(python, outside, loaded=False)
+        run(*install, "--force-reinstall", "--no-deps", native, cwd=folder, minutes=5, quiet=True)
+        with_native = digests(python, outside, loaded=True)
+        if without != with_native:
+            raise RuntimeError(f"the compiled modules change results: {without} without, {with_native} with them")
+        print(f"with and without native modules the same bits: {', '.join(without)}", flush=True)
+        if arguments.whole:
+            tests = [f"--ignore=tests/{name}" for name in CHECKOUT_TESTS]
+        elif not arguments.quick:
+            tests += [f"tests/{name}" for name in INSTALLED_TESTS]
+        run(python, *PYTEST, *tests, cwd=outside, minutes=25)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (RuntimeError, subprocess.TimeoutExpired) as error:
+        sys.exit(f"tests.native.installed: {error}")

@@ -1,0 +1,136 @@
+"""Audit the compiled modules: what they need of torch, how they load, and what nvcc made of the CUDA kernels; no GPU.
+
+    python -m tests.native.native_audit                      # build everything afresh and check it
+    python -m tests.native.native_audit --against TORCH/lib  # and look the needed symbols up in another torch's libraries
+
+Exits with 1 and the reasons if a module needs a torch symbol that `tests/stable_symbols.txt` does not list or any
+C++ symbol of torch, c10 or at; does not name libtorch_cpu among its needed libraries; names the folder it was built
+in; does not load here; or if a CUDA kernel spills registers or uses a stack on sm_80 or sm_90.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "csrc"))
+
+import build_native  # noqa: E402
+
+ALLOWED = Path(__file__).with_name("stable_symbols.txt")
+ARCHS = ("80", "90")
+# What one streaming multiprocessor has, both architectures: registers, and registers of one thread.
+REGISTERS, MOST_REGISTERS = 65536, 255
+
+
+def output(*command: str) -> str:
+    """What `command` prints; its error output is part of the failure."""
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)[:300]}: exit {done.returncode}\n{done.stdout}{done.stderr}")
+    return done.stdout + done.stderr
+
+
+def needed_symbols(library: Path) -> list[str]:
+    """Undefined symbols of a library, without those of libc, libstdc++ and libgcc (which carry a version)."""
+    names = [line.split()[-1] for line in output("nm", "-D", "--undefined-only", str(library)).splitlines()]
+    return sorted(name for name in names if "@" not in name)
+
+
+def audit(library: Path) -> list[str]:
+    """Complaints about one stable-ABI library."""
+    allowed = {line for line in ALLOWED.read_text().splitlines() if line and not line.startswith("#")}
+    complaints = []
+    torch_symbols = []
+    for name in needed_symbols(library):
+        plain = output("c++filt", name).strip()
+        if re.search(r"\b(c10|at|torch|caffe2)::", plain):
+            complaints.append(f"needs the C++ symbol {plain}")
+        elif re.match(r"(aoti_)?torch_|c10_|at_", name):
+            torch_symbols.append(name)
+            if name not in allowed:
+                complaints.append(f"needs {name}, which {ALLOWED.name} does not list")
+    needed = re.findall(r"\(NEEDED\).*\[(.*)\]", output("readelf", "-d", str(library)))
+    if "libtorch_cpu.so" not in needed:
+        complaints.append(f"does not name libtorch_cpu.so among its needed libraries {needed}")
+    if str(ROOT).encode() in library.read_bytes():
+        complaints.append("names the folder it was built in")
+    if not torch_symbols:
+        complaints.append("needs nothing of torch: this cannot be the library that was meant")
+    print(f"{library.name}: {len(torch_symbols)} stable-ABI symbols, no C++ ones; needs {', '.join(needed)}")
+    return [f"{library.name}: {complaint}" for complaint in complaints]
+
+
+def loads(library: Path) -> list[str]:
+    """Load a library into a fresh process with the torch of this one."""
+    code = f"import torch; torch.ops.load_library({str(library)!r}); print('loaded')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    return [] if done.stdout.endswith("loaded\n") else [f"{library.name}: does not load: {done.stderr[-500:]}"]
+
+
+def missing(library: Path, folder: Path) -> list[str]:
+    """Needed torch symbols that the libraries in `folder` do not define."""
+    defined = set()
+    for name in ("libtorch_cpu.so", "libc10.so"):
+        defined |= {
+            line.split()[-1].partition("@")[0]
+            for line in output("nm", "-D", "--defined-only", str(folder / name)).splitlines()
+        }
+    wanted = [name for name in needed_symbols(library) if re.match(r"(aoti_)?torch_", name)]
+    print(f"{library.name}: {len(wanted)} symbols looked up in {len(defined)}")
+    return [f"{library.name}: {name} is not in {folder}" for name in wanted if name not in defined]
+
+
+def cuda_kernels(folder: Path) -> list[str]:
+    """Print registers, shared memory, stack and spills of every CUDA kernel; complaints about stack and spills."""
+    complaints, rows = [], 0
+    print(
+        f"{'kernel':<28}{'arch':<8}{'registers':>10}{'shared':>8}{'stack':>7}{'spills':>8}{'warps/SM by registers':>23}"
+    )
+    for source in sorted((build_native.SOURCES / "cuda").glob("*.cu")):
+        for arch in ARCHS:
+            text = output(
+                build_native.nvcc(), f'-DSAPO_CUDA_ARCHS="{arch}"',
+                "-std=c++17", "-O3", "--fmad=false", f"-arch=sm_{arch}", "-Xptxas=-v", "-cubin",
+                "-o", str(folder / "kernel.cubin"), str(source),
+            )  # fmt: skip
+            for block in text.split("Compiling entry function '")[1:]:
+                name = re.search(r"\w+_kernel(<\w+>)?", output("c++filt", block.partition("'")[0]))[0]
+                stack, stores, loads_ = map(
+                    int, re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+)", block).groups()
+                )
+                registers = int(re.search(r"Used (\d+) registers", block)[1])
+                shared = re.search(r"(\d+) bytes smem", block)
+                warps = min(64, REGISTERS // (-(-registers // 8) * 8 * 32))
+                spills, rows = stores + loads_, rows + 1
+                used = int(shared[1]) if shared else 0
+                print(f"{name:<28}sm_{arch:<5}{registers:>10}{used:>8}{stack:>7}{spills:>8}{warps:>23}")
+                if stack or spills or registers > MOST_REGISTERS:
+                    complaints.append(f"{name} on sm_{arch}: {spills} spilled bytes, {stack} bytes of stack")
+    if not rows:
+        complaints.append("no CUDA kernel was found in the compiler's output")
+    return complaints
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--against", type=Path, metavar="FOLDER", help="another torch's lib folder")
+    folder = parser.parse_args().against
+    with tempfile.TemporaryDirectory() as scratch:
+        built = build_native.build(Path(scratch), build_native.Options(cuda="on"), ["_C", "_C_cuda"])
+        complaints = []
+        for library in built.values():
+            complaints += audit(library) + loads(library) + (missing(library, folder) if folder else [])
+        complaints += cuda_kernels(Path(scratch))
+    if complaints:
+        sys.exit("\n".join(complaints))
+    print("native audit: nothing to complain about")
+
+
+if __name__ == "__main__":
+    main()

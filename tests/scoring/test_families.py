@@ -1,0 +1,214 @@
+"""Every decoder family: exact on the tree road, or refused to the padded road and exact there."""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import pytest
+import torch
+
+import sapo_kernels as sk
+from sapo_kernels.scoring import decoder
+from tests.families import (
+    ALTERNATING,
+    BASE,
+    BY_NAME,
+    REFUSED,
+    TREE,
+    build,
+    cells,
+    made,
+    per_token_error,
+    plain_nll,
+    print_table,
+)
+from tests.tolerances import TOLERANCES
+
+pytest.importorskip("transformers")
+
+TOLERANCE = TOLERANCES["token nll"].atol
+SMALL = 24  # tokens of a pass, less than one sequence: the keys of every path are carried over
+LARGE = 4096
+
+
+@pytest.fixture(scope="module")
+def cache():
+    return cells()
+
+
+@pytest.fixture(scope="module")
+def table():
+    """Rows of (name, what, error), printed when the module is done."""
+    rows: list[tuple[str, str, float]] = []
+    yield rows
+    print_table("largest difference from the plain forward, nats per token", rows)
+
+
+@pytest.fixture
+def attention_calls(monkeypatch):
+    """What each tree_attention call was given."""
+    calls = []
+
+    def spy(*args, **kwargs):
+        calls.append({name for name in ("window", "softcap", "sinks") if kwargs[name] is not None})
+        return decoder_attention(*args, **kwargs)
+
+    decoder_attention = decoder.tree_attention
+    monkeypatch.setattr(decoder, "tree_attention", spy)
+    return calls
+
+
+def check(model, cache, plain, name, table, *roads: tuple[str, int, str]):
+    """Score on each (impl, max_tokens, expected road) and compare every cell with `plain`."""
+    for impl, max_tokens, road in roads:
+        scores = sk.score_prompts(model, cache, impl=impl, max_tokens=max_tokens)
+        assert scores.stats["road"] == road, scores.stats["reason"]
+        error = per_token_error(scores, plain)
+        table.append((name, f"{impl}@{max_tokens}", error))
+        assert error < TOLERANCE, f"{name}, impl={impl}, max_tokens={max_tokens}: {error:.3g} nats per token"
+
+
+@pytest.mark.parametrize("family", TREE, ids=str)
+def test_tree_road_is_exact(family, cache, table, attention_calls):
+    model = build(family.name)
+    plain = plain_nll(model, cache)
+    assert plain.isfinite().all() and plain.std() > 1
+    check(model, cache, plain, family.name, table, ("auto", LARGE, "tree"))
+    used = frozenset().union(*attention_calls)
+    assert used == family.uses
+    check(model, cache, plain, family.name, table, ("tree", SMALL, "tree"), ("padded", 200, "padded"))
+
+
+@pytest.mark.parametrize("family", REFUSED, ids=str)
+def test_refused_family_is_exact_on_the_padded_road(family, cache, table, caplog):
+    model = build(family.name)
+    plain = plain_nll(model, cache)
+    assert plain.isfinite().all() and plain.std() > 1
+    with caplog.at_level(logging.WARNING, logger="sapo_kernels"):
+        check(model, cache, plain, family.name, table, ("auto", 200, "padded"), ("auto", SMALL, "padded"))
+    assert type(model).__name__ in caplog.text
+    with pytest.raises(RuntimeError, match=f"impl='tree': {type(model).__name__}"):
+        sk.score_prompts(model, cache, impl="tree")
+
+
+@pytest.mark.parametrize("impl", ["sdpa", "reference"])
+@pytest.mark.parametrize("name", ["qwen3", "gemma2", "gpt_oss", "deepseek_v3", "cohere2"])
+def test_backends_agree(name, impl, cache, table):
+    model = build(name)
+    check(model, cache, plain_nll(model, cache), f"{name} ({impl})", table, (impl, SMALL, "tree"))
+
+
+@pytest.mark.parametrize(
+    ("name", "feature"),
+    [("mistral", "window"), ("gemma3_text", "window"), ("gemma2", "softcap"), ("gpt_oss", "sinks")],
+)
+def test_a_dropped_feature_would_show(name, feature, cache, monkeypatch):
+    """The comparison has teeth: the same scoring without the feature is far outside the tolerance."""
+    model = build(name)
+    plain = plain_nll(model, cache)
+    assert per_token_error(sk.score_prompts(model, cache, impl="tree"), plain) < TOLERANCE
+    attention = decoder.tree_attention
+    monkeypatch.setattr(decoder, "tree_attention", lambda *a, **kw: attention(*a, **{**kw, feature: None}))
+    # The verdict is remembered, so the probe does not get in the way.
+    assert per_token_error(sk.score_prompts(model, cache, impl="tree"), plain) > 0.1
+
+
+def test_sequences_shorter_than_the_window_take_the_tree_road(table):
+    model = build("mistral", sliding_window=64)
+    check(model, cells(), plain_nll(model, cells()), "mistral, long window", table, ("auto", SMALL, "tree"))
+
+
+def vision_language(name: str):
+    """A tiny wrapper with a vision tower, or a text model cut out of one."""
+    import transformers as tf
+
+    text = {**BASE, **ALTERNATING}
+    vision = {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "image_size": 32, "patch_size": 16,
+    }  # fmt: skip
+    if name == "gemma3":
+        config = tf.Gemma3Config(
+            text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=299, boi_token_index=298,
+            eoi_token_index=297,
+        )  # fmt: skip
+        return tf.Gemma3ForConditionalGeneration(config)
+    if name == "llava":
+        vision["model_type"] = "clip_vision_model"
+        config = tf.LlavaConfig(
+            text_config={**BASE, "model_type": "llama"}, vision_config=vision, image_token_index=299
+        )
+        return tf.LlavaForConditionalGeneration(config)
+    # More input rows than logits: the last eight ids can be read but not predicted.
+    from transformers.models.mllama.configuration_mllama import MllamaTextConfig
+
+    return tf.MllamaForCausalLM(MllamaTextConfig(**BASE, cross_attention_layers=[1]))
+
+
+@pytest.mark.parametrize("name", ["gemma3", "llava", "mllama"])
+def test_text_side_ofvision_language_models(name, cache, table):
+    model = made(lambda: vision_language(name))
+    before = model.config._attn_implementation, model.config.get_text_config()._attn_implementation
+    roads = ("auto", LARGE, "tree"), ("tree", SMALL, "tree"), ("padded", 200, "padded")
+    check(model, cache, plain_nll(model, cache), f"{name} wrapper", table, *roads)
+    assert (model.config._attn_implementation, model.config.get_text_config()._attn_implementation) == before
+
+
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, "short_factor": [1.0, 1.5, 2.0, 3.0],
+    "long_factor": [4.0, 6.0, 8.0, 16.0], "original_max_position_embeddings": 32,
+}  # fmt: skip
+NESTED = {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
+ROPES = {
+    "dynamic": ("llama", {"max_position_embeddings": 32, "rope_parameters": DYNAMIC}),
+    "dynamic, all longer": ("llama", {"max_position_embeddings": 16, "rope_parameters": DYNAMIC}),
+    "dynamic in one layer type": (
+        "gemma3_text", {"max_position_embeddings": 32, "rope_parameters": {**NESTED, "full_attention": DYNAMIC}}),
+    "longrope": ("phi3", {"original_max_position_embeddings": 32, "rope_parameters": LONGROPE}),
+    "longrope in one layer type": ("gemma3_text", {"rope_parameters": {**NESTED, "full_attention": LONGROPE}}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("grown", [0, 60])
+@pytest.mark.parametrize("kind", ROPES)
+def test_rope_that_depends_on_the_length_is_scored_one_length_at_a_time(kind, grown, cache, table):
+    """Sequences of 21 to 38 tokens straddle the original length of 32 (16).
+
+    A dynamic rope remembers the longest sequence it has seen. The judge of each cell is the model as it stands: fresh,
+    or after a longer sequence; neither the order of the cells nor the scoring itself may change it.
+    """
+    name, config = ROPES[kind]
+    model = build(name, **config).eval()
+    if grown:
+        model(input_ids=torch.arange(5, 5 + grown)[None])
+    plain = plain_nll(model, cache, lambda **inputs: copy.deepcopy(model)(**inputs))
+    rope = model.model.rotary_emb
+    before = {n: b.clone() for n, b in rope.named_buffers(remove_duplicate=False)}, rope.max_seq_len_cached
+    roads = ("auto", LARGE, "padded"), ("padded", SMALL, "padded"), ("auto", LARGE, "padded")
+    check(model, cache, plain, f"{kind}, seen {grown}", table, *roads)
+    with pytest.raises(RuntimeError, match="impl='tree': rope type"):
+        sk.score_prompts(model, cache, impl="tree")
+    assert rope.max_seq_len_cached == before[1]
+    for buffer_name, buffer in rope.named_buffers(remove_duplicate=False):
+        assert torch.equal(buffer, before[0][buffer_name]), buffer_name
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_the_same_ropes_within_their_original_length_take_the_tree_road(kind, cache, table):
+    name, config = ROPES[kind]
+    longer = {"max_position_embeddings": 64, "original_max_position_embeddings": 64}
+    rope = {**config["rope_parameters"], "original_max_position_embeddings": 64}
+    model = build(name, **{**config, **longer, "rope_parameters": rope})
+    check(model, cache, plain_nll(model, cache), f"{kind}, short", table, ("auto", SMALL, "tree"))
+
+
+def test_the_table_covers_what_is_promised():
+    promised = (
+        "llama qwen2 qwen3 qwen3_moe mistral mixtral gemma2 gemma3_text phi3 olmo2 olmo3 granite cohere2 gpt_oss "
+        "deepseek_v3 glm4 smollm3 starcoder2 gpt2 gpt_neox opt"
+    )
+    assert {BY_NAME[name].road for name in promised.split()} == {"tree"}
+    refused = "mamba2 jamba qwen3_next lfm2 falcon-alibi bloom"
+    assert {BY_NAME[name].road for name in refused.split()} == {"padded"}

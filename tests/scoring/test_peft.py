@@ -1,0 +1,218 @@
+"""PEFT: scores are those of the model with its adapters as they are: on, off, several, merged, on the head."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import sapo_kernels as sk
+from sapo_kernels.scoring import compatibility as probe
+from tests.families import build, cells, per_token_error, plain_nll, print_table
+from tests.tolerances import TOLERANCES
+
+peft = pytest.importorskip("peft")
+
+TOLERANCE = TOLERANCES["token nll"].atol
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+MLP = ["gate_proj", "up_proj", "down_proj"]
+
+
+@pytest.fixture(scope="module")
+def cache():
+    return cells()
+
+
+@pytest.fixture(scope="module")
+def table():
+    """Rows of (adapter, road or "moved" from the base model, difference), printed when the module is done."""
+    rows: list[tuple[str, str, float]] = []
+    yield rows
+    print_table("largest difference from the plain forward, nats per token", rows)
+
+
+def adapted(base, config, name: str = "default", seed: int = 1):
+    """A PeftModel whose adapters do something: PEFT starts them as the identity."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = peft.get_peft_model(base, config, adapter_name=name)
+        stir(model, name)
+    return model.train()
+
+
+@torch.no_grad()
+def stir(model, adapter: str) -> None:
+    """Random values in every parameter of one adapter."""
+    for name, parameter in model.named_parameters():
+        if f".{adapter}" in name and "magnitude" not in name:
+            parameter.add_(0.2 * torch.randn_like(parameter))
+        elif f".{adapter}" in name:
+            parameter.mul_(1 + 0.3 * torch.rand_like(parameter))
+
+
+def lora(targets=None, **options):
+    """Rank 4 with dropout, which must not act."""
+    settings = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.3, "task_type": "CAUSAL_LM", "target_modules": targets}
+    return peft.LoraConfig(**{**settings, **options})
+
+
+def check(model, cache, table, what: str, base=None, *, road: str = "tree"):
+    """Tree road with small and large passes and padded road, each against the plain forward of `model` as it is."""
+    plain = plain_nll(model, cache)
+    for impl, max_tokens in (("auto", 4096), ("auto", 24), ("padded", 200)):
+        scores = sk.score_prompts(model, cache, impl=impl, max_tokens=max_tokens)
+        assert scores.stats["road"] == ("padded" if impl == "padded" else road), scores.stats["reason"]
+        error = per_token_error(scores, plain)
+        table.append((what, f"{impl}@{max_tokens}", error))
+        assert error < TOLERANCE, f"{what}, impl={impl}, max_tokens={max_tokens}: {error:.3g} nats per token"
+    if base is not None:
+        moved = float((plain - base).abs().max())
+        table.append((what, "moved", moved))
+        assert moved > 0.05, f"{what}: the adapter changes nothing, so this tests nothing"
+    return plain
+
+
+CONFIGS = {
+    "attention and mlp": ("qwen3", lambda: lora(ATTENTION + MLP)),
+    "all-linear": ("gemma2", lambda: lora("all-linear")),
+    "rslora": ("llama", lambda: lora(ATTENTION, use_rslora=True)),
+    "bias": ("qwen2", lambda: lora(ATTENTION, bias="all")),
+    "dora": ("qwen3", lambda: lora(ATTENTION + MLP, use_dora=True)),
+    "lm_head": ("qwen3", lambda: lora(["q_proj", "lm_head"])),
+    "lm_head alone": ("qwen3", lambda: lora(["lm_head"])),
+    "lm_head, tied": ("llama-tied", lambda: lora(["q_proj", "lm_head"])),
+    "lm_head, dora": ("qwen3", lambda: lora(["q_proj", "lm_head"], use_dora=True)),
+    "lm_head, scaled logits": ("granite", lambda: lora(["q_proj", "lm_head"])),
+    "lm_head, soft-capped logits": ("gemma2", lambda: lora(["q_proj", "lm_head"])),
+    "lm_head with bias": ("phi", lambda: lora(["q_proj", "lm_head"])),
+    "embedding": ("qwen3", lambda: lora(["q_proj", "embed_tokens"])),
+    "embedding, tied": ("llama-tied", lambda: lora(["q_proj", "embed_tokens"])),
+    "head saved whole": ("qwen3", lambda: lora(ATTENTION, modules_to_save=["lm_head"])),
+    "head and embedding saved whole": ("qwen3", lambda: lora(ATTENTION, modules_to_save=["lm_head", "embed_tokens"])),
+    "head saved whole, tied": ("llama-tied", lambda: lora(ATTENTION, modules_to_save=["lm_head"])),
+    "trainable tokens": ("qwen3", lambda: lora(ATTENTION, trainable_token_indices=list(range(5, 60)))),
+    "trainable tokens, tied": ("llama-tied", lambda: lora(ATTENTION, trainable_token_indices=list(range(5, 60)))),
+    "conv1d": ("gpt2", lambda: lora(["c_attn", "c_proj"], fan_in_fan_out=True)),
+    "expert parameters": ("mixtral", lambda: lora(
+        ["q_proj"], target_parameters=["mlp.experts.gate_up_proj"], lora_dropout=0.0)),
+    "ia3": ("qwen3", lambda: peft.IA3Config(
+        task_type="CAUSAL_LM", target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"])),
+    "loha": ("qwen3", lambda: peft.LoHaConfig(task_type="CAUSAL_LM", r=4, target_modules=ATTENTION)),
+    "oft": ("qwen3", lambda: peft.OFTConfig(task_type="CAUSAL_LM", oft_block_size=8, target_modules=["q_proj"])),
+    "vera": ("qwen3", lambda: peft.VeraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "o_proj"])),
+    "layernorm": ("qwen3", lambda: peft.LNTuningConfig(task_type="CAUSAL_LM", target_modules=["input_layernorm"])),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", CONFIGS)
+def test_active_adapter(what, cache, table):
+    name, config = CONFIGS[what]
+    base = build(name)
+    base_nll = plain_nll(base, cache)
+    check(adapted(base, config()), cache, table, what, base_nll)
+
+
+@pytest.mark.parametrize("what", ["attention and mlp", "lm_head", "lm_head, tied", "head saved whole"])
+def test_disabled_adapter_gives_the_base_model(what, cache, table):
+    name, config = CONFIGS[what]
+    base = build(name)
+    base_nll = plain_nll(base, cache)
+    model = adapted(base, config())
+    with_adapter = check(model, cache, table, f"{what}, enabled", base_nll)
+    with model.disable_adapter():
+        check(model, cache, table, f"{what}, disabled")
+        disabled = sk.score_prompts(model, cache)
+    assert per_token_error(disabled, base_nll) < TOLERANCE
+    assert per_token_error(sk.score_prompts(model, cache), with_adapter) < TOLERANCE
+
+
+def test_two_adapters_and_switching_between_them(cache, table):
+    base = build("qwen3")
+    base_nll = plain_nll(base, cache)
+    model = adapted(base, lora(ATTENTION + MLP), "first")
+    model.add_adapter("second", lora(["q_proj", "lm_head"], r=2))
+    stir(model, "second")
+    seen = {}
+    for active in (["first"], ["second"], ["second", "first"], ["first"]):
+        model.base_model.set_adapter(active)
+        nll = check(model, cache, table, "+".join(active), base_nll)
+        again = seen.setdefault(tuple(active), nll)
+        assert torch.allclose(nll, again)
+    values = list(seen.values())
+    assert all((a - b).abs().max() > 0.05 for i, a in enumerate(values) for b in values[:i])
+    assert model.base_model.active_adapters == ["first"]
+
+
+def test_an_adapter_added_after_the_model_was_scored(cache, table):
+    """The verdict on the base model must not be used for the adapted one: its head is another module now."""
+    base = build("qwen3")
+    base_nll = plain_nll(base, cache)
+    assert per_token_error(sk.score_prompts(base, cache), base_nll) < TOLERANCE
+    model = adapted(base, lora(["q_proj", "lm_head"]))
+    check(model, cache, table, "added later", base_nll)
+    # The caller's own reference to the base sees PEFT's modules, and so must its scores.
+    assert per_token_error(sk.score_prompts(base, cache), plain_nll(base, cache)) < TOLERANCE
+    restored = model.unload()
+    assert per_token_error(sk.score_prompts(restored, cache), base_nll) < TOLERANCE
+
+
+@pytest.mark.parametrize("what", ["attention and mlp", "lm_head", "dora"])
+def test_merged(what, cache, table):
+    name, config = CONFIGS[what]
+    base = build(name)
+    base_nll = plain_nll(base, cache)
+    model = adapted(base, config())
+    unmerged = check(model, cache, table, f"{what}, not merged", base_nll)
+    model.merge_adapter()
+    assert per_token_error(sk.score_prompts(model, cache), unmerged) < TOLERANCE
+    check(model, cache, table, f"{what}, merged", base_nll)
+    model.unmerge_adapter()
+    whole = model.merge_and_unload()
+    check(whole, cache, table, f"{what}, merged and unloaded", base_nll)
+    assert per_token_error(sk.score_prompts(whole, cache), unmerged) < TOLERANCE
+
+
+def test_refused_family_with_an_adapter(cache, table):
+    base = build("mamba")
+    base_nll = plain_nll(base, cache)
+    model = adapted(base, lora(["in_proj", "x_proj"]))
+    check(model, cache, table, "mamba", base_nll, road="padded")
+
+
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig", "PromptEncoderConfig"])
+def test_prompt_learning_is_refused(kind, cache):
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = peft.get_peft_model(build("qwen3"), config)
+    training = [module.training for module in model.modules()]
+    with pytest.raises(ValueError, match="prompt-learning adapters cannot be scored"):
+        sk.score_prompts(model, cache)
+    assert [module.training for module in model.modules()] == training
+
+
+def test_adapters_keep_their_flags_and_gradients(cache):
+    model = adapted(build("qwen3"), lora(["q_proj", "lm_head"]))
+    model.base_model.model.model.layers[0].eval()
+    batch = torch.arange(5, 25)[None]
+    model(input_ids=batch, labels=batch).loss.backward()
+    before = {n: (p.requires_grad, p.grad, None if p.grad is None else p.grad.clone(), p.clone())
+              for n, p in model.named_parameters()}  # fmt: skip
+    training = [module.training for module in model.modules()]
+    random = torch.random.get_rng_state()
+    sk.score_prompts(model, cache)
+    assert torch.equal(torch.random.get_rng_state(), random)
+    assert [module.training for module in model.modules()] == training
+    for name, parameter in model.named_parameters():
+        wanted, grad, grad_value, value = before[name]
+        assert parameter.requires_grad == wanted and parameter.grad is grad and torch.equal(parameter, value)
+        assert grad is None or torch.equal(grad, grad_value)
+    assert model.active_adapters == ["default"]
+
+
+def test_changed_weights_need_no_new_probe(cache, monkeypatch):
+    """As in training: the adapter moves, the verdict stays, the scores follow."""
+    model = adapted(build("qwen3"), lora(ATTENTION))
+    first = sk.score_prompts(model, cache)
+    monkeypatch.setattr(probe, "_probe", lambda *a: pytest.fail("probed again"))
+    stir(model, "default")
+    scores = sk.score_prompts(model, cache)
+    assert per_token_error(scores, plain_nll(model, cache)) < TOLERANCE
+    assert (scores.nll - first.nll).abs().max() > 0.05

@@ -1,0 +1,356 @@
+"""score_prompts against the plain loop, on every road, and what it does on every kind of trouble."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import sapo_kernels as sk
+from sapo_kernels.scoring.cell_sums import CellSums
+from tests.oracles import alone_nll, small_qwen3
+from tests.tolerances import assert_close
+
+PROMPTS = ["Say yes or no.", "Answer: is it true?", "Is the text right? Say yes or no."]
+EXAMPLES = [
+    {"input": "2 + 2 = 4", "target": "yes"},
+    {"input": "2 + 2 = 5, they say, and who are we to disagree with them", "target": "no"},
+    {"input": "", "target": "yes and no"},
+    {"input": "2 + 2 = 4", "target": "y"},
+]
+
+
+def naive(model, cache) -> torch.Tensor:
+    """[K, M]: one forward for each cell, nothing shared."""
+    return torch.tensor(
+        [
+            [math.fsum(alone_nll(model, c, r)) for c, r in zip(contexts, responses, strict=True)]
+            for contexts, responses in zip(cache.contexts, cache.responses, strict=True)
+        ],
+        dtype=torch.float64,
+    )
+
+
+def assert_right(model, cache, scores):
+    wanted = naive(model, cache)
+    assert_close("token nll", scores.nll, wanted)
+    assert scores.tokens.flatten().tolist() == cache.response_lengths.tolist()
+    assert_close("mean loss", scores.loss, wanted.sum(1) / scores.tokens.sum(1))
+    assert scores.nll.dtype == torch.float64 and scores.nll.device.type == "cpu"
+
+
+@pytest.fixture
+def cache(chat_tokenizer):
+    return sk.ResponseCache.build(chat_tokenizer, PROMPTS, EXAMPLES)
+
+
+@pytest.mark.parametrize("max_tokens", [1, 7, 64, None])
+@pytest.mark.parametrize("impl", ["auto", "tree", "sdpa", "reference", "padded"])
+def test_equals_the_plain_loop(tiny_model, cache, impl, max_tokens):
+    if max_tokens == 1:  # one forward for each token, or each cell: a smaller job
+        cache = sk.ResponseCache.from_token_ids([[[5, 6, 7]], [[5, 8]]], [[9, 10, 11]])
+    scores = sk.score_prompts(tiny_model, cache, impl=impl, max_tokens=max_tokens)
+    assert_right(tiny_model, cache, scores)
+    road = "padded" if impl == "padded" else "tree"
+    assert (scores.stats["road"], scores.stats["impl"], scores.stats["reason"]) == (road, impl, None)
+    assert scores.stats["dense_tokens"] == cache.lengths.sum() and scores.stats["seconds"] > 0
+    assert (scores.stats["trie_tokens"] < scores.stats["dense_tokens"]) == (road == "tree")
+
+
+def test_prompts_and_examples_in_one_call(tiny_model, tokenizer):
+    options = {"suffix": "yes or no?", "text_word": "文本", "max_source": 60, "max_target": 4}
+    cache = sk.ResponseCache.build(tokenizer, PROMPTS, EXAMPLES, "{input}|{prompt}", **options)
+    scores = sk.score_prompts(
+        tiny_model, PROMPTS, EXAMPLES, tokenizer=tokenizer, template="{input}|{prompt}", **options
+    )
+    assert_right(tiny_model, cache, scores)
+    assert scores.prompts == PROMPTS and scores.stats["truncated_targets"] == cache.stats["truncated_targets"] > 0
+    assert scores.best == int(scores.loss.argmin())
+
+
+@pytest.mark.parametrize("impl", ["auto", "padded"])
+@pytest.mark.parametrize("prompts, examples", [(1, 4), (3, 1), (1, 1)])
+def test_one_prompt_or_one_example(tiny_model, chat_tokenizer, prompts, examples, impl):
+    cache = sk.ResponseCache.build(chat_tokenizer, PROMPTS[:prompts], EXAMPLES[:examples])
+    assert_right(tiny_model, cache, sk.score_prompts(tiny_model, cache, impl=impl))
+
+
+@pytest.mark.parametrize("max_tokens", [64, 300, None])
+@pytest.mark.parametrize("impl", ["auto", "padded"])
+def test_equal_prompts_get_equal_bits(tokenizer, impl, max_tokens):
+    """Whatever batch they would fall into: a matrix product of another shape rounds in another way."""
+    model = small_qwen3(hidden_size=128, head_dim=32)
+    prompts = [PROMPTS[2], *[PROMPTS[0]] * 6, *[PROMPTS[1]] * 6]
+    cache = sk.ResponseCache.build(tokenizer, prompts, EXAMPLES)
+    scores = sk.score_prompts(model, cache, impl=impl, max_tokens=max_tokens)
+    assert_right(model, cache, scores)
+    for first, last in ((1, 7), (7, 13)):
+        assert all(torch.equal(scores.nll[first], scores.nll[k]) for k in range(first, last))
+    assert scores.best == prompts.index(prompts[scores.best])
+
+
+def test_one_context_many_responses(tiny_model):
+    """Several targets a row, responses that begin alike, responses that are a prefix of another."""
+    responses = [[9, 8, 7], [9, 8, 6], [9, 8], [9], [3, 9, 8, 7], [9, 8, 7]]
+    cache = sk.ResponseCache.from_token_ids([[[1, 2, 3]] * 6, [[4, 2]] * 6], responses)
+    scores = sk.score_prompts(tiny_model, cache)
+    assert_right(tiny_model, cache, scores)
+    # 1 2 3 | 9 8 | 3 9 8 and 4 2 | 9 8 | 3 9 8: what ends a response is predicted, not read.
+    assert scores.stats["trie_tokens"] == 3 + 2 + 3 + 2 + 2 + 3
+    assert torch.equal(scores.nll[:, 0], scores.nll[:, 5])
+
+
+def test_what_else_is_scored_does_not_change_the_sum_of_a_cell(tiny_model, cache):
+    """A cell is summed in response order in float64; the forward itself is fp32 in other shapes."""
+    whole = sk.score_prompts(tiny_model, cache)
+    for k, m in ((0, 0), (2, 3)):
+        alone = sk.ResponseCache.from_token_ids([[cache.contexts[k][m]]], [cache.responses[k][m]])
+        assert_close("mean loss", sk.score_prompts(tiny_model, alone).nll[0], whole.nll[k, m : m + 1])
+
+
+def test_scoring_again_tokenises_and_plans_nothing(tiny_model, chat_tokenizer, monkeypatch):
+    calls = {"tokenizer": 0, "plan_trie": 0, "make_pass": 0}
+
+    def count(name, function):
+        def counted(*args, **kwargs):
+            calls[name] += 1
+            return function(*args, **kwargs)
+
+        return counted
+
+    kind = type(chat_tokenizer)
+    monkeypatch.setattr(kind, "__call__", count("tokenizer", kind.__call__))
+    monkeypatch.setattr("sapo_kernels.scoring.response_cache.plan_trie", count("plan_trie", sk.plan_trie))
+    monkeypatch.setattr(sk.TokenTrie, "make_pass", count("make_pass", sk.TokenTrie.make_pass))
+    cache = sk.ResponseCache.build(chat_tokenizer, PROMPTS, EXAMPLES)
+    first = sk.score_prompts(tiny_model, cache, max_tokens=64)
+    assert all(calls.values())
+    calls.update(dict.fromkeys(calls, 0))
+    again = sk.score_prompts(tiny_model, cache, max_tokens=64)
+    with torch.no_grad():
+        tiny_model.lm_head.weight.mul_(0.5)
+    changed = sk.score_prompts(tiny_model, cache, max_tokens=64)
+    assert calls == {"tokenizer": 0, "plan_trie": 0, "make_pass": 0}
+    assert torch.equal(first.nll, again.nll)
+    assert_right(tiny_model, cache, changed)
+    assert (changed.nll - first.nll).abs().min() > 1e-3
+
+
+def bytes_of(text: str) -> int:
+    (code,) = text.encode()
+    return code
+
+
+@pytest.mark.parametrize("impl", ["auto", "sdpa", "reference", "padded"])
+@pytest.mark.parametrize("letter", ["J", "O"])
+def test_nan_stays_with_the_prompt_that_has_it(tiny_model, tokenizer, letter, impl, caplog):
+    """One row of the embedding is NaN and one prompt uses it: "O" is also among the probe's tokens, "J" is not."""
+    prompts = ["Say yes or no.", f"{letter}udge: yes or no?", "Yes or no?"]
+    cache = sk.ResponseCache.build(tokenizer, prompts, EXAMPLES)
+    good = sk.score_prompts(tiny_model, cache)
+    with torch.no_grad():
+        tiny_model.get_input_embeddings().weight[bytes_of(letter)] = float("nan")
+    with caplog.at_level(logging.WARNING, "sapo_kernels"):
+        if impl in ("sdpa", "reference") and letter == "O":
+            with pytest.raises(RuntimeError, match="not finite"):
+                sk.score_prompts(tiny_model, cache, impl=impl)
+            return
+        scores = sk.score_prompts(tiny_model, cache, impl=impl)
+    assert scores.nonfinite == [1] and scores.nll[1].isnan().all()
+    assert_close("token nll", scores.nll[[0, 2]], good.nll[[0, 2]])
+    assert "prompt 1: 4 of 4 cells are not finite (first: example 0); it cannot be chosen" in caplog.text
+    assert scores.best == min((0, 2), key=lambda k: float(good.loss[k])) and scores.ranking()[-1] == 1
+
+
+def test_nan_in_the_padding_token_does_no_harm(tiny_model, cache):
+    """Id 0 fills up batches; no sequence contains it."""
+    with torch.no_grad():
+        tiny_model.get_input_embeddings().weight[0] = float("nan")
+    assert not (cache.ids == 0).any() and len(set(cache.lengths.tolist())) > 1
+    assert_right(tiny_model, cache, sk.score_prompts(tiny_model, cache, impl="padded"))
+
+
+def test_nan_everywhere_is_reported_and_never_chosen(tiny_model, cache, caplog):
+    with torch.no_grad():
+        tiny_model.lm_head.weight[3] = float("nan")
+    with caplog.at_level(logging.WARNING, "sapo_kernels"):
+        scores = sk.score_prompts(tiny_model, cache)
+    assert scores.nonfinite == [0, 1, 2] and caplog.text.count("it cannot be chosen") == 3
+    with pytest.raises(ValueError, match="none of the 3 prompts has a finite loss"):
+        _ = scores.best
+    with torch.no_grad():
+        tiny_model.lm_head.weight[3] = 0.0
+    assert_right(tiny_model, cache, sk.score_prompts(tiny_model, cache))
+
+
+def out_of_memory_above(limit: int, plain, size):
+    """`plain`, but as on a device on which only `limit` tokens or sequences fit."""
+
+    def limited(*args):
+        if size(*args) > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory (staged)")
+        return plain(*args)
+
+    return limited
+
+
+@pytest.mark.parametrize("limit", [200, 33, 8])
+def test_a_pass_that_does_not_fit_is_halved(tiny_model, cache, limit, monkeypatch, caplog):
+    wanted = sk.score_prompts(tiny_model, cache)
+    assert wanted.stats["trie_tokens"] > 256
+    run = sk.decoder.TreeRunner.run
+    limited = out_of_memory_above(limit, run, lambda runner, step: len(step.input_ids))
+    monkeypatch.setattr(sk.decoder.TreeRunner, "run", limited)
+    with caplog.at_level(logging.WARNING, "sapo_kernels"):
+        scores = sk.score_prompts(tiny_model, cache)
+    assert "halving" in caplog.text
+    assert_close("mean loss", scores.loss, wanted.loss)
+    assert_right(tiny_model, cache, scores)
+    assert scores.stats["trie_tokens"] == wanted.stats["trie_tokens"], "nothing is computed twice"
+
+
+def test_a_batch_that_does_not_fit_is_halved(tiny_model, cache, monkeypatch, caplog):
+    limited = out_of_memory_above(1, sk.score.run_padded, lambda model, reader, batch, device: len(batch.input_ids))
+    monkeypatch.setattr(sk.score, "run_padded", limited)
+    with caplog.at_level(logging.WARNING, "sapo_kernels"):
+        scores = sk.score_prompts(tiny_model, cache, impl="padded")
+    assert "halving" in caplog.text
+    assert_right(tiny_model, cache, scores)
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("no"), MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_what_does_not_fit_at_all_is_named(tiny_model, monkeypatch, error):
+    cache = sk.ResponseCache.from_token_ids([[[1, 2]], [[3, 4, 5, 6]]], [[7, 8]])
+    good = sk.score_prompts(tiny_model, cache)
+
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(sk.decoder.TreeRunner, "run", fail)
+    monkeypatch.setattr(sk.score, "run_padded", fail)
+    with pytest.raises(torch.OutOfMemoryError, match=r"cell \(prompt 0, example 0\): does not fit"):
+        sk.score_prompts(tiny_model, cache)
+    with pytest.raises(torch.OutOfMemoryError, match=r"cell \(prompt 1, example 0\): does not fit, not even alone"):
+        sk.score_prompts(tiny_model, cache, impl="padded")
+    monkeypatch.undo()
+    assert torch.equal(sk.score_prompts(tiny_model, cache).nll, good.nll)
+
+
+def test_another_error_is_not_taken_for_memory(tiny_model, cache, monkeypatch):
+    sk.score_prompts(tiny_model, cache)
+    calls = []
+
+    def fail(*args):
+        calls.append(args)
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(sk.decoder.TreeRunner, "run", fail)
+    with pytest.raises(RuntimeError, match="mat1"):
+        sk.score_prompts(tiny_model, cache)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments, error, wanted",
+    [
+        ({"impl": "flash"}, ValueError, "impl: wanted one of .*got 'flash'"),
+        ({"impl": "torch"}, ValueError, "impl: wanted one of .*got 'torch'"),
+        ({"max_tokens": 0}, ValueError, "max_tokens: wanted a whole number of at least 1, got 0"),
+        ({"examples": EXAMPLES}, ValueError, "examples: wanted none beside a ResponseCache"),
+        ({"prompts": PROMPTS, "examples": EXAMPLES}, ValueError, "tokenizer: wanted one"),
+        ({"model": torch.nn.Linear(2, 2)}, TypeError, "model: wanted a transformers causal LM .*got Linear"),
+    ],
+)
+def test_bad_arguments_are_named(tiny_model, cache, arguments, error, wanted):
+    with pytest.raises(error, match=wanted):
+        sk.score_prompts(**{"model": tiny_model, "prompts": cache, **arguments})
+
+
+def test_no_examples_is_an_error(tiny_model, tokenizer):
+    for examples in (None, []):
+        with pytest.raises(ValueError, match="examples: wanted at least one, got an empty list"):
+            sk.score_prompts(tiny_model, PROMPTS, examples, tokenizer=tokenizer)
+    with pytest.raises(ValueError, match="prompts: wanted at least one, got an empty list"):
+        sk.score_prompts(tiny_model, [], EXAMPLES, tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("where", ["context", "response"])
+def test_ids_outside_the_vocabulary_name_the_cell(tiny_model, where):
+    contexts, responses = [[[1], [2]], [[3], [4, 5]]], [[[6], [7]], [[8], [9]]]
+    (contexts if where == "context" else responses)[1][1][-1] = 259
+    cache = sk.ResponseCache.from_token_ids(contexts, responses)
+    wanted = r"cell \(prompt 1, example 1\): .*below the model's vocabulary of 259, got 259"
+    with pytest.raises(ValueError, match=wanted):
+        sk.score_prompts(tiny_model, cache)
+
+
+def test_learned_positions_that_do_not_suffice_name_the_cell():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=16, n_embd=16, n_layer=1, n_head=2)).eval()
+    fits = sk.ResponseCache.from_token_ids([[[1]], [list(range(14))]], [[7, 8, 9]])
+    assert_right(model, fits, sk.score_prompts(model, fits))
+    long = sk.ResponseCache.from_token_ids([[[1]], [list(range(15))]], [[7, 8, 9]])
+    with pytest.raises(ValueError, match=r"cell \(prompt 1, example 0\): GPT2LMHeadModel has 16 .* needs 17"):
+        sk.score_prompts(model, long)
+
+
+def test_larger_vocabulary_and_a_wide_response(tokenizer):
+    """A response longer than a block, a vocabulary that is no multiple of anything."""
+    model = small_qwen3(vocabulary=1013, seed=3)
+    examples = [{"input": "x", "target": "y" * 90}, {"input": "x", "target": "y" * 89 + "z"}]
+    cache = sk.ResponseCache.build(tokenizer, ["A", "B"], examples)
+    assert_right(model, cache, sk.score_prompts(model, cache, max_tokens=50))
+
+
+def test_rows_of_several_passes_wait_for_each_other(tiny_model, cache, monkeypatch):
+    """However many rows the head reads at once, and however they lie in the passes."""
+    from sapo_kernels.scoring import head
+
+    projected = []
+    project = head.HeadReader._project
+    monkeypatch.setattr(head.HeadReader, "_project", lambda self, *a: projected.append(len(a[1])) or project(self, *a))
+    wanted = sk.score_prompts(tiny_model, cache, max_tokens=8)
+    few = len([n for n in projected if n])
+    for rows in (1, 3, 10):
+        projected.clear()
+        monkeypatch.setattr(head, "chunk_rows", lambda vocabulary, rows=rows: rows)
+        scores = sk.score_prompts(tiny_model, cache, max_tokens=8)
+        assert_right(tiny_model, cache, scores)
+        assert len([n for n in projected if n]) > few
+        assert float((scores.nll - wanted.nll).abs().max()) < 1e-4
+
+
+def test_rows_are_not_read_twice_after_out_of_memory_in_the_head(tiny_model, cache, monkeypatch):
+    from sapo_kernels.scoring import head
+
+    project, calls = head.HeadReader._project, []
+
+    def fail_once(self, rows, targets, counts):
+        calls.append(len(targets))
+        if len(targets) and sum(map(bool, calls)) in (1, 3):
+            raise torch.OutOfMemoryError("no memory left")
+        return project(self, rows, targets, counts)
+
+    sk.score_prompts(tiny_model, cache)  # the probe is behind us
+    monkeypatch.setattr(head, "chunk_rows", lambda vocabulary: 4)
+    monkeypatch.setattr(head.HeadReader, "_project", fail_once)
+    assert_right(tiny_model, cache, sk.score_prompts(tiny_model, cache, max_tokens=16))
+
+
+def test_log_probabilities_that_come_twice_are_refused():
+    """Too many would move all that come after them to other cells, and every cell would still have its number."""
+    for pieces, wanted in (([3, 2], None), ([3, 3], "wanted 5 log-probabilities, got 6"), ([3], "cell 1: wanted 3")):
+        sums = CellSums(np.asarray([0, 1, 2, 3, 4]), np.asarray([0, 2, 5]))
+        for piece in pieces:
+            sums.add(torch.full((piece,), -1.0))
+        if wanted is None:
+            assert sums.nll().tolist() == [2.0, 3.0]
+        else:
+            with pytest.raises(RuntimeError, match=wanted):
+                sums.nll()

@@ -1,0 +1,265 @@
+"""score_prompts leaves the model and the process as they were, also after Ctrl-C and beside other threads."""
+
+from __future__ import annotations
+
+import io
+import logging
+import sys
+import threading
+
+import pytest
+import torch
+
+import sapo_kernels as sk
+from sapo_kernels.scoring.progress import Progress
+from tests.oracles import random_cells, small_qwen3
+from tests.scoring.test_score import assert_right, naive
+from tests.tolerances import assert_close
+
+
+def cache_of(seed: int) -> sk.ResponseCache:
+    cells = random_cells(seed, prompts=3, examples=3, vocabulary=200)
+    return sk.ResponseCache.from_token_ids(
+        [[cells[3 * k + m][0] for m in range(3)] for k in range(3)], [cells[m][1] for m in range(3)]
+    )
+
+
+def stance():
+    """What torch.compile would do now."""
+    return torch._dynamo.eval_frame._stance.stance
+
+
+def state_of(model):
+    """Everything that scoring could have changed."""
+    return {
+        "training": [module.training for module in model.modules()],
+        "attention": [m.config._attn_implementation for m in model.modules() if hasattr(m, "config")],
+        "hooks": [
+            [list(d) for d in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks)] for m in model.modules()
+        ],
+        "attributes": [sorted(vars(module)) for module in model.modules()],
+        "parameters": [p.detach().clone() for p in model.parameters()],
+        "gradients": [None if p.grad is None else p.grad.clone() for p in model.parameters()],
+        "requires_grad": [p.requires_grad for p in model.parameters()],
+        "random": torch.get_rng_state(),
+        "grad mode": torch.is_grad_enabled(),
+        "stance": stance(),
+    }
+
+
+def assert_same(a, b):
+    def same(x, y):
+        if isinstance(x, torch.Tensor):
+            return torch.equal(x, y)
+        if isinstance(x, list):
+            return len(x) == len(y) and all(map(same, x, y))
+        return x == y
+
+    different = [name for name in a if not same(a[name], b[name])]
+    assert not different, f"changed: {different}"
+
+
+@pytest.fixture
+def training_model():
+    """In the middle of a training step: dropout on, one layer frozen in eval mode, gradients there."""
+    model = small_qwen3(attention_dropout=0.3)
+    model.train()
+    model.model.layers[0].eval()
+    model.model.embed_tokens.weight.requires_grad_(False)
+    model(input_ids=torch.tensor([[1, 2, 3]]), labels=torch.tensor([[1, 2, 3]])).loss.backward()
+    return model
+
+
+class Interrupting:
+    """A forward hook that raises at its n-th call."""
+
+    def __init__(self, module, error, at):
+        self.error, self.left = error, at
+        self.handle = module.register_forward_hook(self)
+
+    def __call__(self, *_):
+        self.left -= 1
+        if self.left == 0:
+            raise self.error
+
+
+@pytest.mark.parametrize("impl", ["auto", "padded"])
+def test_a_training_model_is_left_as_it_was(training_model, impl):
+    cache, before = cache_of(1), state_of(training_model)
+    scores = sk.score_prompts(training_model, cache, impl=impl)
+    assert_same(before, state_of(training_model))
+    again = sk.score_prompts(training_model, cache, impl=impl)
+    assert torch.equal(scores.nll, again.nll), "no dropout"
+    assert_right(training_model.eval(), cache, scores)
+
+
+@pytest.mark.parametrize("impl", ["auto", "padded"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError("broken"), SystemExit], ids=repr)
+@pytest.mark.parametrize("at", [1, 6, 14])  # in the probe's plain forward, later in the probe, in the scoring
+def test_an_exception_restores_everything(training_model, error, at, impl):
+    cache = cache_of(2)
+    if at == 14:
+        sk.score_prompts(training_model, cache, impl=impl)
+        at = 2
+    before = state_of(training_model)
+    hook = Interrupting(training_model.model.layers[1].mlp, error, at)
+    kind = error if isinstance(error, type) else type(error)
+    try:
+        if kind is RuntimeError and at == 6:
+            # A failure of a foreign model on one of the probe's roads closes the road, it does not end the job.
+            sk.score_prompts(training_model, cache, impl=impl)
+        else:
+            with pytest.raises(kind):
+                sk.score_prompts(training_model, cache, impl=impl, max_tokens=16)
+    finally:
+        hook.handle.remove()
+    assert hook.left <= 0
+    assert_same(before, state_of(training_model))
+    scores = sk.score_prompts(training_model, cache, impl=impl)
+    assert_right(training_model.eval(), cache, scores)
+
+
+def test_the_bar_is_quiet_unless_on_a_terminal(tiny_model, monkeypatch, capsys):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    cache = cache_of(3)
+    for progress in (None, False):
+        sk.score_prompts(tiny_model, cache, progress=progress)
+    assert capsys.readouterr() == ("", "")
+    sk.score_prompts(tiny_model, cache, progress=True)
+    shown = capsys.readouterr()
+    assert shown.out == "" and "scoring" in shown.err and "/9" in shown.err
+    for progress, visible in ((None, True), (False, False)):
+        terminal = Terminal()
+        monkeypatch.setattr(sys, "stderr", terminal)
+        sk.score_prompts(tiny_model, cache, progress=progress)
+        assert ("scoring" in terminal.getvalue()) == visible
+    monkeypatch.setattr(sys, "stderr", None)  # a window without a console
+    assert_right(tiny_model, cache, sk.score_prompts(tiny_model, cache))
+
+
+def test_the_bar_counts_cells_and_tokens(capsys):
+    with Progress(9, 100, 40, True) as bar:
+        bar.update(3, 10)
+        bar.update(8, 30)
+        assert bar.bar.n == 8 and bar.bar.total == 9
+        assert "tokens/s" in bar.bar.postfix and "saved=60%" in bar.bar.postfix
+    assert "scoring" in capsys.readouterr().err
+    with Progress(9, 100, None, True) as bar:
+        bar.update(9, 10)
+        assert "saved" not in bar.bar.postfix, "not known ahead"
+    with Progress(9, 100, 40, False) as bar:
+        bar.update(9, 40)
+        assert bar.bar is None
+
+
+def test_no_log_lines_when_nothing_happens(tiny_model, caplog):
+    with caplog.at_level(logging.WARNING):
+        sk.score_prompts(tiny_model, cache_of(4))
+    assert not caplog.records
+
+
+class Paused:
+    """A thread that scores and stops inside the model's forward until it is let go."""
+
+    def __init__(self, model, cache, **options):
+        self.inside, self.go = threading.Event(), threading.Event()
+        self.result = self.error = None
+        self.thread = threading.Thread(target=self._run, args=(model, cache, options), daemon=True)
+        self.handle = model.model.layers[0].register_forward_hook(self._pause)
+
+    def _pause(self, *_):
+        if threading.current_thread() is self.thread:
+            self.inside.set()
+            assert self.go.wait(60)
+
+    def _run(self, model, cache, options):
+        try:
+            self.result = sk.score_prompts(model, cache, **options)
+        except BaseException as error:  # handed to the test
+            self.error = error
+
+    def __enter__(self):
+        self.thread.start()
+        assert self.inside.wait(60)
+        return self
+
+    def __exit__(self, *_):
+        self.finish()
+
+    def finish(self):
+        self.go.set()
+        self.thread.join(60)
+        self.handle.remove()
+        assert not self.thread.is_alive()
+
+
+@pytest.mark.parametrize("impl", ["auto", "padded"])
+def test_two_threads_score_two_models(impl):
+    """Interleaved in the worst way: both inside at once, the first to begin ends first."""
+    models, caches = [small_qwen3(seed=s) for s in (0, 1)], [cache_of(5), cache_of(6)]
+    before = [state_of(model) for model in models]
+    with (
+        Paused(models[0], caches[0], impl=impl) as first,
+        Paused(models[1], caches[1], impl=impl) as second,
+    ):
+        first.finish()
+        second.finish()
+    assert stance() == "default", "torch.compile works again afterwards"
+    for model, cache, was, paused in zip(models, caches, before, (first, second), strict=True):
+        assert paused.error is None
+        assert_right(model, cache, paused.result)
+        assert_same(was, state_of(model))
+
+
+def test_many_threads_score_many_models():
+    models, caches = [small_qwen3(seed=s) for s in range(4)], [cache_of(s) for s in range(4)]
+    wanted, results = [naive(m, c) for m, c in zip(models, caches, strict=True)], [[] for _ in models]
+
+    def work(i):
+        for _ in range(3):
+            results[i].append(sk.score_prompts(models[i], caches[i], max_tokens=12).nll)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    for got, exact in zip(results, wanted, strict=True):
+        assert len(got) == 3
+        for nll in got:
+            assert_close("token nll", nll, exact)
+    assert stance() == "default"
+
+
+@pytest.mark.parametrize("impl", ["auto", "padded"])
+def test_a_model_that_is_being_scored_cannot_be_used(tiny_model, impl):
+    """By another thread: a forward or a second scoring raises instead of giving or causing a wrong number."""
+    cache, ids = cache_of(7), torch.tensor([[1, 2, 3, 4]])
+    with torch.no_grad():
+        plain = tiny_model(input_ids=ids).logits
+    sk.score_prompts(tiny_model, cache, impl=impl)  # the probe is behind us: the thread stops inside a pass
+    before = state_of(tiny_model)
+    with Paused(tiny_model, cache, impl=impl) as paused:
+        with pytest.raises(RuntimeError, match="being scored by another thread"), torch.no_grad():
+            tiny_model(input_ids=ids)
+        with pytest.raises(RuntimeError, match="being scored"):
+            sk.score_prompts(tiny_model, cache_of(8), impl=impl)
+    assert paused.error is None
+    assert_right(tiny_model, cache, paused.result)
+    assert_same(before, state_of(tiny_model))
+    with torch.no_grad():
+        assert torch.equal(tiny_model(input_ids=ids).logits, plain)
+    assert_right(tiny_model, cache, sk.score_prompts(tiny_model, cache, impl=impl))
+
+
+def test_a_model_is_scored_by_one_thread_at_a_time(tiny_model):
+    """Also while nothing is installed on it yet: the first thread is still in its probe."""
+    cache = cache_of(9)
+    with Paused(tiny_model, cache) as paused, pytest.raises(RuntimeError, match="being scored"):
+        sk.score_prompts(tiny_model, cache)
+    assert paused.error is None
+    assert_right(tiny_model, cache, paused.result)
+    assert_right(tiny_model, cache, sk.score_prompts(tiny_model, cache))

@@ -1,0 +1,378 @@
+"""What a sequence run does and leaves behind: policies, the folder, evaluation, options."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+
+from sapo_kernels import score_prompts
+from sapo_kernels.files import DataError, read_json
+from sapo_peft import PromptPool
+from sapo_peft.sequence import SequenceConfig, SequenceTask, run_sequence, sequence_metrics
+from sapo_peft.sequence import training as training_module
+from sapo_peft.sequence.config import derived_seed
+from sapo_peft.sequence.evaluate import Evaluator, greedy
+from sapo_peft.sequence.methods import Adapters
+from sapo_peft.sequence.training import train_task
+from tests.sequence.sequence_helpers import (
+    model_and_tokenizer,
+    rows_of,
+    run_small,
+    small_config,
+    small_task,
+    small_tasks,
+)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of three tasks with re-selection inside the tasks: (its folder, its result)."""
+    folder = tmp_path_factory.mktemp("runs") / "a"
+    return folder, run_small(folder, count=3, every_steps=2, order="mine")
+
+
+def test_the_folder_holds_what_the_readers_expect(finished):
+    folder, result = finished
+    names = [f"colours{i}" for i in (1, 2, 3)]
+    run, results = read_json(folder / "run.json"), read_json(folder / "results.json")
+    assert run["status"] == "done" and run["kind"] == "sequence" and run["tasks"] == names and run["finished"]
+    assert (run["method"], run["policy"], run["seed"], run["version"]) == ("lora-inc", "sapo", 3, 1)
+    assert SequenceConfig(**run["config"]) == small_config(every_steps=2)
+    assert results["tasks"] == names and results["metrics"] == result.metrics and results["choices"] == result.choices
+    before = read_json(folder / "before.json")
+    for metric, entry in results["metrics"].items():
+        matrix = entry.pop("R")
+        assert entry == sequence_metrics(matrix) and len(matrix) == 4
+        assert matrix[0] == before["row"][metric]
+        for i, name in enumerate(names, 1):
+            metrics = read_json(folder / "tasks" / f"{i:02d}-{name}" / "metrics.json")
+            assert metrics["row"][metric] == matrix[i] and metrics["examples"] == [3, 3, 3]
+    assert set(results["metrics"]) == {"rougeL", "exact_match", "loss"}
+    for i, (name, choice) in enumerate(zip(names, results["choices"], strict=True), 1):
+        files = folder / "tasks" / f"{i:02d}-{name}"
+        scores, train, data = (read_json(files / f"{part}.json") for part in ("scores", "train", "data"))
+        assert [(s["step"], s["reason"]) for s in scores["scorings"]] == [(0, "start"), (2, "steps")]
+        for scoring in scores["scorings"]:
+            assert len(scoring["loss"]) == 3 and scoring["chosen"] == scoring["loss"].index(min(scoring["loss"]))
+            assert scoring["weights"] == [float(k == scoring["chosen"]) for k in range(3)]
+            assert scoring["dense_tokens"] > scoring["computed_tokens"] > 0 and min(scoring["tokens"]) > 0
+        last = scores["scorings"][-1]
+        assert choice["index"] == last["chosen"] and choice["prompt"] == scores["prompts"][choice["index"]]
+        assert choice["loss"] == min(last["loss"]) and choice["original_loss"] == last["loss"][0]
+        assert [step for step, _ in train["losses"]] == [2, 4] and train["examples"] == 8 and train["tokens"] > 100
+        assert data["rows"] == {"train": 8, "dev": 0, "test": 3}
+        prompts = read_json(files / "adapter" / "sapo_prompts.json")
+        assert prompts["tasks"][name]["prompt"] == choice["prompt"]
+        assert {"adapter_config.json", "adapter_model.safetensors"} <= {p.name for p in (files / "adapter").iterdir()}
+        # Whoever may read the scores may read the adapter.
+        assert len({p.stat().st_mode for p in [files / "scores.json", *(files / "adapter").iterdir()]}) == 1
+    cost = results["cost"]
+    assert cost["overhead_fraction"] == cost["score_seconds"] / cost["train_seconds"] > 0
+    assert cost["score_dense_tokens"] > cost["score_computed_tokens"] > 0 and cost["train_tokens"] > 300
+
+
+def rendered(monkeypatch):
+    """(step, instruction, input) of every row that any trainer of the test trains on, in order."""
+    seen, plain = [], training_module._TaskTrainer.training_step
+
+    def training_step(self, model, inputs, *args, **options):
+        for ids, labels in zip(inputs["input_ids"], inputs["labels"], strict=True):
+            context = self.processing_class.decode(ids[labels == -100])
+            prompt, _, text = context.partition("user\n")[2].partition("\n\nText:\n")
+            seen.append((self.state.global_step, prompt, text.partition("\n\nOne word.")[0]))
+        return plain(self, model, inputs, *args, **options)
+
+    monkeypatch.setattr(training_module._TaskTrainer, "training_step", training_step)
+    return seen
+
+
+@pytest.mark.parametrize("policy", ["original", "sapo", "random", "worst"])
+def test_the_chosen_prompt_is_trained_on_and_evaluated_with(policy, monkeypatch):
+    seen = rendered(monkeypatch)
+    tasks = small_tasks(2, prompts=5)
+    evaluated = []
+    plain = Evaluator.row
+    monkeypatch.setattr(Evaluator, "row", lambda self, model, prompts, tick: evaluated.append(dict(prompts)) or plain(
+        self, model, prompts, tick))  # fmt: skip
+    result = run_small(None, tasks=tasks, policy=policy, score_always=True)
+    chosen = [choice["index"] for choice in result.choices]
+    for place, task in enumerate(tasks):
+        assert {prompt for _, prompt, _ in seen[8 * place : 8 * place + 8]} == {task.pool.prompts[chosen[place]]}
+    assert len(seen) == 16
+    # Tasks that have not been seen keep the original.
+    assert evaluated == [{0: 0, 1: 0}, {0: chosen[0], 1: 0}, {0: chosen[0], 1: chosen[1]}]
+    if policy == "original":
+        assert chosen == [0, 0] and result.choices[0]["loss"] == result.choices[0]["original_loss"] is not None
+    if policy == "random":
+        assert 0 not in chosen
+        configs = [small_config(policy="random", seed=seed) for seed in range(40)]
+        draws = [training_module._fixed_prompt(tasks[0], 1, config, None) for config in configs]
+        assert set(draws) == {1, 2, 3, 4} and draws[3] == chosen[0]
+
+
+@pytest.mark.parametrize("policy, pick", [("sapo", min), ("worst", max)])
+def test_the_choice_is_that_of_an_independent_scoring(policy, pick):
+    model, tokenizer = model_and_tokenizer()
+    task = small_task(1, prompts=5)
+    losses = score_prompts(
+        model, list(task.pool.prompts), list(task.train[:3]), tokenizer=tokenizer, suffix=task.pool.suffix
+    ).loss.tolist()
+    result = run_small(None, tasks=[task], policy=policy)
+    choice = result.choices[0]
+    assert choice["index"] == losses.index(pick(losses))
+    assert choice["loss"] == pytest.approx(pick(losses), abs=1e-6)
+    assert choice["original_loss"] == pytest.approx(losses[0], abs=1e-6)
+
+
+def test_sample_draws_for_every_example_and_epoch(monkeypatch):
+    seen = rendered(monkeypatch)
+    result = run_small(None, tasks=[small_task(1, prompts=5, train=16)], policy="sample", epochs=4)
+    assert len(seen) == 64
+    counts = Counter(prompt for _, prompt, _ in seen)
+    assert len(counts) == 5 and max(counts.values()) < 30
+    # One example is not always rendered with the same prompt.
+    inputs = {text: {prompt for _, prompt, other in seen if other == text} for _, _, text in seen}
+    assert len(inputs) == 16 and sum(len(prompts) > 1 for prompts in inputs.values()) > 12
+    assert result.choices[0]["index"] == 0
+
+
+def test_the_order_of_examples_does_not_depend_on_the_policy(monkeypatch):
+    orders = {}
+    for policy in ("original", "worst", "sample", "sapo"):
+        seen = rendered(monkeypatch)
+        run_small(None, policy=policy, generate=False)
+        orders[policy] = [text for _, _, text in seen]
+        monkeypatch.undo()
+    assert len(orders["original"]) == 16 and len({tuple(order) for order in orders.values()}) == 1
+
+
+def test_seeds_differ_by_purpose_task_and_run():
+    seeds = [derived_seed(run, task, purpose) for run in range(4) for task in range(4) for purpose in ("init", "train")]
+    assert len(set(seeds)) == 32 and all(0 <= seed < 2**31 for seed in seeds)
+    matrices = [run_small(None, count=1, seed=seed, max_steps=2, generate=False).matrix("loss") for seed in (3, 4)]
+    assert matrices[0][0] == matrices[1][0] and matrices[0][1] != matrices[1][1]
+
+
+@pytest.mark.parametrize(
+    "evaluate, measured, there",
+    [
+        ("all", [[1, 1, 1]] * 4, {"AP", "BWT", "BWT_last", "FWT"}),
+        ("seen", [[0, 0, 0], [1, 0, 0], [1, 1, 0], [1, 1, 1]], {"AP", "BWT", "BWT_last"}),
+        ("last", [[0, 0, 0], [1, 0, 0], [0, 1, 0], [1, 1, 1]], {"AP", "BWT_last"}),
+    ],
+)
+def test_only_what_is_wanted_is_evaluated(evaluate, measured, there):
+    result = run_small(None, count=3, evaluate=evaluate, generate=False, max_steps=1)
+    assert set(result.metrics) == {"loss"}
+    assert [[int(value is not None) for value in row] for row in result.matrix("loss")] == measured
+    assert {name for name in ("AP", "BWT", "BWT_last", "FWT") if result.metrics["loss"][name] is not None} == there
+
+
+def test_greedy_answers_equal_one_at_a_time_without_cache_or_padding():
+    model, tokenizer = model_and_tokenizer()
+    contexts = [
+        tokenizer(text)["input_ids"] for text in ("a", "some longer text", "red xx7", "blue", "a b c d e f g h")
+    ]
+    found = {}
+    for rows, answers in greedy(model, contexts, 6, [258], 256, batch_size=2):
+        found.update(zip(rows, answers, strict=True))
+    lengths = [len(contexts[m]) for m in found]
+    assert lengths == sorted(lengths, reverse=True) and len(found) == 5
+    for m, context in enumerate(contexts):
+        ids = list(context)
+        for _ in range(6):
+            with torch.no_grad():
+                token = int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax())
+            if token == 258:
+                break
+            ids.append(token)
+        assert found[m] == ids[len(context) :], m
+
+
+def test_greedy_sets_aside_what_the_models_own_configuration_says():
+    model, tokenizer = model_and_tokenizer()
+    contexts = [tokenizer(text)["input_ids"] for text in ("a", "red xx7")]
+
+    def answers():
+        return list(greedy(model, contexts, 12, [258], 256, batch_size=2))
+
+    plain, banned = answers(), answers()[0][1][0][0]
+    own = model.generation_config
+    for name, value in (("repetition_penalty", 5.0), ("suppress_tokens", [banned]), ("min_new_tokens", 12)):
+        setattr(own, name, value)
+    assert answers() == plain and model.generation_config is own and own.repetition_penalty == 5.0
+
+
+@pytest.mark.parametrize("target", ["e", "im", "|", "ok"])
+@pytest.mark.parametrize("gap", ["", " "])
+def test_the_end_of_an_answer_does_not_depend_on_a_target(target, gap):
+    """Short targets stand in what closes a turn, which is not the end-of-sequence token here."""
+    from tests.oracles import CHATML, byte_tokenizer
+
+    tokenizer = byte_tokenizer(chat_template=CHATML.replace("<|im_end|>", f"{gap}<|im_end|>"))
+    tokenizer.eos_token = "<|endoftext|>"
+    row = {"input": "a", "target": target}
+    evaluator = Evaluator([SequenceTask.build("t", [row], [row], small_task(1).pool)], tokenizer, small_config())
+    assert evaluator.closing(0) == ([256, 258], "")
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_an_answer_ends_where_the_turn_ends(chat):
+    """A model that has learned one answer by heart gives it, no more and no less."""
+    from tests.oracles import CHATML, byte_tokenizer
+
+    model, _ = model_and_tokenizer()
+    tokenizer = byte_tokenizer(chat_template=CHATML if chat else None)
+    pool = PromptPool.build("t", "Say it.")
+    row = {"input": "now", "target": "Yes, of course"}
+    task = SequenceTask.build("t", [row] * 8, [row], pool)
+    config = SequenceConfig(policy="original", max_steps=60, learning_rate=2e-2, batch_size=1, evaluate="last",
+                            lora_dropout=0.0)  # fmt: skip
+    result = run_sequence((model, tokenizer), [task], None, config, progress=False)
+    assert result.matrix("exact_match")[1] == [1.0] and result.matrix("rougeL")[1] == [1.0]
+    assert any("repeat an earlier one" in warning for warning in result.run["warnings"])
+
+
+def test_limits_on_rows_and_lengths_are_kept_and_said(tmp_path):
+    tasks = [
+        SequenceTask.build("t", rows_of(1, 20), [{"input": "x" * 400, "target": "y" * 60}] * 4, small_task(1).pool)
+    ]
+    result = run_small(tmp_path, tasks=tasks, train_examples=6, test_examples=2, max_source=150, max_target=8)
+    files = tmp_path / "tasks" / "01-t"
+    assert read_json(files / "train.json")["examples"] == 6
+    assert read_json(files / "metrics.json")["examples"] == [2]
+    assert read_json(files / "data.json")["rows"] == {"train": 20, "dev": 0, "test": 4}
+    warnings = read_json(tmp_path / "run.json")["warnings"]
+    assert "task t: 2 of 2 test inputs are cut to max_source" in warnings
+    assert "task t: 2 of 2 test targets are cut to max_target" in warnings
+    assert result.run["warnings"] == warnings
+    with pytest.raises(DataError, match="task 't': prompt 0, example 0: wanted a context of at most 20 tokens"):
+        run_small(None, tasks=tasks, max_source=20)
+
+
+def test_losses_that_are_not_finite_are_said_and_written_as_null(tmp_path):
+    model, tokenizer = model_and_tokenizer()
+    with torch.no_grad():
+        model.lm_head.weight[5] = math.nan
+    result = run_small(tmp_path, model=(model, tokenizer), count=1, policy="worst", max_steps=2)
+    assert any("no prompt has a finite loss" in warning for warning in result.run["warnings"])
+    assert any("training loss is not finite" in warning for warning in result.run["warnings"])
+    assert result.matrix("loss") == [[None], [None]]
+    files = tmp_path / "tasks" / "01-colours1"
+    assert read_json(files / "train.json")["losses"] == [[2, None]]
+    assert read_json(files / "scores.json")["scorings"][0]["loss"] == [None] * 3
+
+
+def test_a_penalty_is_reported_beside_the_loss():
+    model, tokenizer = model_and_tokenizer()
+    adapters = Adapters(model, small_config(method="o-lora", policy="original"))
+    for index, task in enumerate(small_tasks(2), 1):
+        adapters.add(index, index)
+        found = train_task(adapters, tokenizer, task, index, adapters.config)
+        assert [step for step, _ in found.losses] == [2, 4]
+        assert [step for step, _ in found.penalties] == ([2, 4] if index == 2 else [])
+        assert all(1.0 < loss < 20.0 for _, loss in found.losses)
+
+
+def test_drift_is_told_the_loss_without_the_penalty(monkeypatch):
+    seen = []
+    monkeypatch.setattr("sapo_peft.trainer.drift.Drift.seen", lambda self, excess: seen.append(excess))
+    for weight in (0.0, 50.0):
+        model, tokenizer = model_and_tokenizer()
+        adapters = Adapters(model, small_config(method="o-lora", lambda_1=weight, drift=2.0, logging_steps=1))
+        adapters.add(1, 1)
+        adapters.add(2, 2)
+        train_task(adapters, tokenizer, small_task(2, train=2), 2, adapters.config)
+    # The first step of both starts from the same weights.
+    assert len(seen) == 2 and seen[0] == seen[1]
+
+
+def test_scorings_that_are_not_recorded_are_said(monkeypatch):
+    monkeypatch.setattr("sapo_peft.trainer.callback.MOST_HISTORY", 1)
+    result = run_small(None, count=1, every_steps=2, generate=False)
+    assert "task colours1: the first 1 of 2 scorings are not recorded" in result.run["warnings"]
+
+
+def test_rows_of_later_tasks_are_checked_before_anything_is_done(tmp_path):
+    good, bad = small_task(1), small_task(2)
+    for split in ("train", "test"):
+        rows = {"train": list(bad.train), "test": list(bad.test)}
+        rows[split][1] = {"input": "\ud800", "target": "red"}
+        task = SequenceTask.build("bad", rows["train"], rows["test"], bad.pool)
+        with pytest.raises(DataError, match=f"task 'bad': {split}: example 1: 'input': wanted text, got a lone surr"):
+            run_small(tmp_path / split, tasks=[good, task], evaluate="last")
+        assert [path.name for path in (tmp_path / split).iterdir()] == [".lock"]
+
+
+def test_a_misspelt_module_leaves_no_run_behind(tmp_path):
+    with pytest.raises(ValueError, match="wanted names of modules"):
+        run_small(tmp_path, count=1, target_modules=("q_prj",))
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize("modules, method, word", [
+    (("q_proj", "typo_proj"), "lora-inc", "wanted names of modules of Qwen3ForCausalLM, got 'typo_proj'"),
+    (("",), "lora-inc", "got ''"),
+    (("q_proj", "embed_tokens"), "o-lora", "wanted LoRA on linear layers only, got Embedding"),
+    (("q_proj", "input_layernorm"), "lora-inc", "Target module Qwen3RMSNorm"),
+])  # fmt: skip
+def test_modules_that_cannot_be_adapted_are_refused_and_the_model_is_left_as_it_was(modules, method, word):
+    pair = model_and_tokenizer()
+    before = [name for name, _ in pair[0].named_modules()], [p.requires_grad for p in pair[0].parameters()]
+    with pytest.raises(ValueError) as error:
+        run_small(None, model=pair, count=1, target_modules=modules, method=method, evaluate="last", max_steps=1)
+    assert word in str(error.value)
+    assert ([name for name, _ in pair[0].named_modules()], [p.requires_grad for p in pair[0].parameters()]) == before
+    assert not hasattr(pair[0], "peft_config")
+
+
+@pytest.mark.parametrize(
+    "options, word",
+    [
+        ({"method": "lora"}, "method: wanted one of lora-inc, o-lora, seq-lora"),
+        ({"policy": "best"}, "policy"),
+        ({"evaluate": "some"}, "evaluate"),
+        ({"train_examples": 0}, "train_examples: wanted a whole number of at least 1"),
+        ({"batch_size": True}, "batch_size"),
+        ({"batch_size": 2.0}, "batch_size"),
+        ({"epochs": 0}, "epochs: wanted more than 0"),
+        ({"epochs": math.inf}, "epochs"),
+        ({"learning_rate": math.nan}, "learning_rate"),
+        ({"learning_rate": -1e-4}, "learning_rate"),
+        ({"warmup": 1.5}, "warmup"),
+        ({"lora_dropout": 1.0}, "lora_dropout"),
+        ({"warmup": 1.0}, "warmup: wanted less than 1"),
+        ({"lambda_1": "1"}, "lambda_1"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 1.0}, "seed"),
+        ({"target_modules": []}, "target_modules"),
+        ({"target_modules": "q_proj"}, "target_modules: wanted 'all-linear' or a list"),
+        ({"generate": False}, "at least one of them"),
+        ({"generate": 1}, "generate: wanted True or False"),
+        ({"policy": "worst", "each_epoch": True}, "policy sapo only"),
+    ],
+)
+def test_options_of_another_kind_are_refused(options, word):
+    with pytest.raises(ValueError) as error:
+        SequenceConfig(**options)
+    assert word in str(error.value)
+
+
+def test_models_and_tasks_of_another_kind_are_refused():
+    task = small_task(1)
+    for wrong in (model_and_tokenizer()[0], (1, 2), lambda: 3, 5):
+        with pytest.raises(TypeError, match="model: wanted a name, a pair"):
+            run_sequence(wrong, [task], None)
+    with pytest.raises(DataError, match="no such folder"):
+        run_sequence("./nowhere", [task], None)
+    with pytest.raises(TypeError, match="at least one SequenceTask"):
+        run_sequence("tiny", [], None)
+    with pytest.raises(DataError, match="order: wanted a text of at most 300"):
+        run_sequence("tiny", [task], None, order="x" * 301)
+    with pytest.raises(DataError, match="tasks: wanted at most 256, got 257"):
+        run_sequence("tiny", [task] * 257, None)
+    with pytest.raises(DataError, match="'colours1' twice"):
+        run_sequence("tiny", [task, task], None)

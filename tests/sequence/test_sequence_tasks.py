@@ -1,0 +1,187 @@
+"""Task data of a sequence: orders in SuperNI layout, files, datasets; every row is accounted for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from sapo_kernels.files import DataError
+from sapo_peft import PromptPool
+from sapo_peft.assets import BUNDLED_DIR
+from sapo_peft.sequence import SequenceTask, read_order, read_tasks
+from tests.cli.cli_helpers import put
+
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"no folder {SHARED}")
+POOL = PromptPool.build("t", "Say it.", ["Speak."])
+
+
+def entry(name, **other):
+    return {"sampling strategy": "full", "dataset_name": name, **other}
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Two tasks whose names contain each other, an order over them, prompts."""
+    base = tmp_path / "data"
+    names = ["task1_a", "task1_a_long"]
+    for name in names:
+        put(base / "SUPERNI" / name / "train.json", [{"sentence": f"{name} {i}", "label": "yes"} for i in range(4)])
+        put(base / "SUPERNI" / name / "test.json", [{"sentence": f"{name} test", "label": "no"}])
+    put(base / "SUPERNI" / "instructions.json", {n: {"instruction": f"Do {n}.", "suffix": "Now."} for n in names})
+    put(base / "paraphrases.json", {n: [f"Please do {n}."] for n in names})
+    for number, name in enumerate(reversed(names), 1):
+        stage = base / "CL_configs" / "order" / "mine" / f"{number}-x"
+        put(stage / "train_tasks.json", [entry(name)])
+        put(stage / "dev_tasks.json", [])
+        put(stage / "test_tasks.json", [entry(n) for n in names])
+    return base
+
+
+@pytest.mark.parametrize("folder", [".", "SUPERNI"])
+def test_an_order_is_read_by_exact_names(data, folder):
+    tasks = read_order(data / folder, "mine")
+    assert [task.name for task in tasks] == ["task1_a_long", "task1_a"]
+    assert tasks[1].train[0] == {"input": "task1_a 0", "target": "yes"} and len(tasks[1].train) == 4
+    assert tasks[0].pool.prompts == ("Do task1_a_long.", "Please do task1_a_long.")
+    assert tasks[0].rows == {"train": 4, "dev": 0, "test": 1} and tasks[0].notes == ()
+
+
+def train(stage, value):
+    put(stage / "train_tasks.json", value)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda d, s: train(s, [entry("task1")]), "exact name 'task1'"),
+        (lambda d, s: train(s, [entry("../SUPERNI/task1_a")]), "exact name"),
+        (lambda d, s: train(s, [entry("task1_a")]), "'task1_a' twice"),
+        (lambda d, s: train(s, []), "wanted one task to train on, got 0"),
+        (lambda d, s: train(s, {"a": 1}), "wanted a list of tasks"),
+        (lambda d, s: train(s, [{"dataset_name": 3}]), "task 0: wanted an object"),
+        (lambda d, s: train(s, [entry("task1_a_long", **{"sampling strategy": "random"})]), "wanted 'full'"),
+        (lambda d, s: train(s, "[{"), "not valid JSON"),
+        (lambda d, s: put(s / "test_tasks.json", [entry("task9")]), "that the order trains on, got 'task9'"),
+        (lambda d, s: (s / "train_tasks.json").unlink(), "train_tasks.json"),
+        (lambda d, s: s.rename(s.with_name("3-x")), "no number missing"),
+        (lambda d, s: put(d / "SUPERNI/task1_a/train.jsonl", '{"input": "a", "target": "b"}'), "one file train"),
+        (lambda d, s: (d / "SUPERNI/task1_a/test.json").unlink(), "one file test"),
+        (lambda d, s: put(d / "TRACE/task1_a/train.json", []), "wanted one folder 'task1_a'"),
+        (lambda d, s: put(d / "SUPERNI/instructions.json", {"x": {"instruction": "y"}}), "task1_a_long"),
+    ],
+)
+def test_a_faulty_order_is_refused_by_name(data, change, words):
+    change(data, data / "CL_configs" / "order" / "mine" / "1-x")
+    with pytest.raises((DataError, OSError)) as error:
+        read_order(data, "mine")
+    assert words in str(error.value)
+
+
+def test_an_unknown_order_names_those_there_are(data):
+    for order in ("other", "../order/mine", "", "mine/1-x"):
+        with pytest.raises(DataError, match="there are: 'mine'"):
+            read_order(data, order)
+    with pytest.raises(DataError, match="no such folder"):
+        read_order(data / "nowhere", "mine")
+
+
+def test_rows_are_conserved_and_faults_are_said():
+    train = [
+        {"input": "a", "target": "1"},
+        {"input": "a", "target": "1"},
+        {"input": "b", "target": "1"},
+        {"input": "b", "target": "2"},
+        {"input": "c", "target": " "},
+        {"input": "d", "target": ""},
+    ]
+    test = [{"input": "a", "target": "1"}, {"input": "b", "target": "3"}, {"input": "new", "target": "1"}]
+    task = SequenceTask.build("t", train, test, POOL, dev=test[:2])
+    assert task.rows == {"train": 6, "dev": 2, "test": 3}
+    assert len(task.train) == 4 and len(task.test) == 3
+    notes = "\n".join(task.notes)
+    for words in (
+        "2 of the rows read with an empty label left out",
+        "1 of the rows read repeat an earlier one exactly",
+        "1 of the rows read have an input that stands earlier with another label",
+        "1 of 3 test rows stand in train with the same label",
+        "1 of 3 test rows stand in train with another label",
+    ):
+        assert words in notes
+    assert len(task.notes) == 5
+
+
+def test_rows_come_from_files_lists_and_datasets(tmp_path):
+    from datasets import Dataset
+
+    rows = [{"question": f"q{i}", "answer": f"a{i}"} for i in range(3)]
+    jsonl = put(tmp_path / "t.jsonl", "\n".join(json.dumps(row) for row in rows))
+    table = put(tmp_path / "t.csv", "question,answer\n" + "\n".join(f"q{i},a{i}" for i in range(3)))
+    wanted = tuple({"input": f"q{i}", "target": f"a{i}"} for i in range(3))
+    digests = set()
+    for source in (jsonl, str(table), rows, Dataset.from_list(rows)):
+        task = SequenceTask.build("t", source, source, POOL)
+        assert task.train == task.test == wanted and task.rows["train"] == 3
+        assert any("3 of 3 test rows stand in train" in note for note in task.notes)
+        digests.add(task.digest())
+    assert len(digests) == 1
+    wide = Dataset.from_list([{"text": "x", "question": "q", "answer": "a"}])
+    with pytest.raises(DataError, match="exactly one of"):
+        SequenceTask.build("t", wide, wide, POOL)
+    task = SequenceTask.build("t", wide, wide, POOL, input_column="text", target_column="answer")
+    assert task.train == ({"input": "x", "target": "a"},)
+
+
+@pytest.mark.parametrize(
+    "rows, error, words",
+    [
+        (iter([]), TypeError, "train: wanted a list of rows or a Dataset"),
+        ({"input": "a"}, TypeError, "wanted a list of rows"),
+        ([], DataError, "train: wanted at least one row, got none"),
+        ([{"input": "a", "target": 3}], DataError, "train: row 0: 'target': wanted text, got int"),
+        ([{"input": "a", "target": "b"}, "x"], DataError, "train: row 1: wanted an object"),
+        ([{"input": "a", "target": None}], DataError, "wanted text, got NoneType"),
+        ([{"input": "a", "target": ""}], DataError, "at least one row with a label"),
+        (None, DataError, "train: wanted rows, got none"),
+    ],
+)
+def test_rows_of_another_kind_are_refused(rows, error, words):
+    with pytest.raises(error) as found:
+        SequenceTask.build("t", rows, [{"input": "a", "target": "b"}], POOL)
+    assert words in str(found.value)
+
+
+@pytest.mark.parametrize("name", ["", " ", "a\nb", "x" * 301, None, 3])
+def test_names_of_another_kind_are_refused(name):
+    with pytest.raises(DataError, match="task: wanted a printable name"):
+        SequenceTask.build(name, [{"input": "a", "target": "b"}], [{"input": "a", "target": "b"}], POOL)
+
+
+@pytest.mark.parametrize("order", ["bundled_a", "bundled_b"])
+def test_the_bundled_orders(order):
+    tasks = read_order(BUNDLED_DIR, order)
+    assert len(tasks) == 6 and len({task.name for task in tasks}) == 6
+    for task in tasks:
+        assert len(task.train) >= 1000 and len(task.test) >= 200 and len(task.pool.prompts) >= 21
+        assert task.notes == () and task.pool.notes() == []
+
+
+def test_tasks_by_name_in_any_order():
+    names = ["task06_order_items", "task01_product_note_polarity"]
+    assert [task.name for task in read_tasks(BUNDLED_DIR, names)] == names
+    with pytest.raises(DataError, match="1 to 256"):
+        read_tasks(BUNDLED_DIR, [])
+
+
+@needs_shared
+@pytest.mark.parametrize("order", ["ni_seq_c1", "ni_seq_g1"])
+@pytest.mark.parametrize("folder", ["SUPERNI", "."])
+def test_the_published_orders(order, folder):
+    tasks = read_order(SHARED / folder, order)
+    assert len(tasks) == 5
+    for task in tasks:
+        assert len(task.pool.prompts) == 21
+        left_out = sum(task.rows[split] for split in ("train", "test")) - len(task.train) - len(task.test)
+        assert left_out == 0 and task.rows["test"] == 200 and not task.pool.rejected

@@ -1,0 +1,439 @@
+"""Atomic writing under failures and kills, and the strict JSON reader on hostile files."""
+
+import errno
+import json
+import os
+import random
+import stat
+import subprocess
+import sys
+import time
+
+import pytest
+
+import sapo_kernels.files as io
+from sapo_kernels.files import DataError, atomic_write, parse_json, read_json, read_text, write_json
+
+
+def names(folder):
+    return sorted(os.listdir(folder))
+
+
+def test_write_new_and_replace(tmp_path):
+    path = tmp_path / "a.json"
+    atomic_write(path, "first \u00e9")
+    assert path.read_bytes() == "first \u00e9".encode()
+    atomic_write(str(path), b"second")
+    assert path.read_bytes() == b"second"
+    assert names(tmp_path) == ["a.json"]
+
+
+def test_write_empty_and_large(tmp_path):
+    for data in (b"", b"x" * (3 * 2**20 + 1)):
+        atomic_write(tmp_path / "a", data)
+        assert (tmp_path / "a").read_bytes() == data
+
+
+def test_write_relative_path_and_longest_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    atomic_write("a", b"x")
+    atomic_write("n" * 255, b"y")
+    assert names(tmp_path) == ["a", "n" * 255]
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_mode_follows_umask(tmp_path, umask, mode):
+    old = os.umask(umask)
+    try:
+        atomic_write(tmp_path / "a", b"x")
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == mode
+
+
+def test_existing_mode_is_kept(tmp_path):
+    (tmp_path / "a").write_bytes(b"old")
+    (tmp_path / "a").chmod(0o640)
+    atomic_write(tmp_path / "a", b"new")
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o640
+
+
+def test_symbolic_link_is_followed(tmp_path):
+    (tmp_path / "real").write_bytes(b"old")
+    (tmp_path / "link").symlink_to("real")
+    atomic_write(tmp_path / "link", b"new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real").read_bytes() == b"new"
+
+
+def test_write_refuses_directory_and_fifo(tmp_path):
+    (tmp_path / "d").mkdir()
+    os.mkfifo(tmp_path / "f")
+    for name in ("d", "f"):
+        with pytest.raises(DataError, match="wanted a path for a regular file"):
+            atomic_write(tmp_path / name, b"x")
+    with pytest.raises(FileNotFoundError):
+        atomic_write(tmp_path / "missing" / "a", b"x")
+    assert names(tmp_path) == ["d", "f"]
+
+
+def test_order_of_calls_is_durable(tmp_path, monkeypatch):
+    """fsync of the file, then the rename, then fsync of the directory."""
+    calls = []
+    fsync, replace = os.fsync, os.replace
+
+    def spy_fsync(fd):
+        calls.append("fsync dir" if stat.S_ISDIR(os.fstat(fd).st_mode) else "fsync file")
+        fsync(fd)
+
+    def spy_replace(source, target):
+        calls.append("replace")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", spy_fsync)
+    monkeypatch.setattr(os, "replace", spy_replace)
+    atomic_write(tmp_path / "a", b"x")
+    assert calls == ["fsync file", "replace", "fsync dir"]
+
+
+@pytest.mark.parametrize("call", ["open", "write", "fsync", "replace", "chmod", "close"])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EDQUOT])
+def test_failing_call_leaves_the_old_file(tmp_path, monkeypatch, call, code):
+    path = tmp_path / "a"
+    path.write_bytes(b"old")
+    real = getattr(os, call)
+
+    def fail(*args, **kwargs):
+        if call == "close":
+            real(*args)
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, fail)
+        with pytest.raises(OSError) as caught:
+            atomic_write(path, b"new")
+    assert caught.value.errno == code
+    assert path.read_bytes() == b"old"
+    assert names(tmp_path) == ["a"]
+
+
+def test_failure_on_second_write_after_a_short_one(tmp_path, monkeypatch):
+    path, real, count = tmp_path / "a", os.write, [0]
+    path.write_bytes(b"old")
+
+    def write(fd, data):
+        count[0] += 1
+        if count[0] > 2:
+            raise OSError(errno.ENOSPC, "full")
+        return real(fd, data[:3])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", write)
+        with pytest.raises(OSError, match="full"):
+            atomic_write(path, b"0123456789")
+    assert path.read_bytes() == b"old" and names(tmp_path) == ["a"]
+
+
+def test_short_writes_are_completed(tmp_path, monkeypatch):
+    real = os.write
+    monkeypatch.setattr(os, "write", lambda fd, data: real(fd, data[:3]))
+    atomic_write(tmp_path / "a", b"0123456789")
+    assert (tmp_path / "a").read_bytes() == b"0123456789"
+
+
+def test_interrupt_removes_the_temporary_file(tmp_path, monkeypatch):
+    (tmp_path / "a").write_bytes(b"old")
+
+    def interrupt(fd):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        atomic_write(tmp_path / "a", b"new")
+    assert (tmp_path / "a").read_bytes() == b"old" and names(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("code, raised", [(errno.EINVAL, False), (errno.EIO, True)])
+def test_directory_that_cannot_be_flushed(tmp_path, monkeypatch, code, raised):
+    real = os.fsync
+
+    def fsync(fd):
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(code, "directory")
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    if raised:
+        with pytest.raises(OSError, match="directory"):
+            atomic_write(tmp_path / "a", b"new")
+    else:
+        atomic_write(tmp_path / "a", b"new")
+    assert (tmp_path / "a").read_bytes() == b"new" and names(tmp_path) == ["a"]
+
+
+KILLER = """
+import importlib.util, os, signal, sys
+spec = importlib.util.spec_from_file_location("io_alone", sys.argv[1])
+io = importlib.util.module_from_spec(spec); spec.loader.exec_module(io)
+left = int(sys.argv[3])
+real = {name: getattr(os, name) for name in ("open", "write", "fsync", "replace", "close")}
+def guard(name):
+    def call(*args, **kwargs):
+        global left
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real[name](*args, **kwargs)
+    return call
+for name in real:
+    setattr(os, name, guard(name))
+io.write_json(sys.argv[2], ["new"] * 1000)
+"""
+
+
+def test_kill_at_every_call_keeps_one_whole_version(tmp_path):
+    """SIGKILL before the n-th file call, for every n: the file is the old one or the new one."""
+    path = tmp_path / "a.json"
+    seen = set()
+    for point in range(20):
+        write_json(path, "old")
+        command = [sys.executable, "-c", KILLER, io.__file__, str(path), str(point)]
+        done = subprocess.run(command, timeout=60)
+        content = read_json(path)
+        assert content in ("old", ["new"] * 1000)
+        seen.add(str(content)[:3])
+        if done.returncode == 0:
+            break
+        assert done.returncode < 0
+    assert done.returncode == 0 and point >= 6 and len(seen) == 2
+
+
+def test_write_json_round_trip(tmp_path):
+    value = {"a": [1, 2.5, None, True, "\u00e9\u4f60 {0} \\u0041"], "b": {"c": 1e-300}, "d": 0.1 + 0.2}
+    write_json(tmp_path / "a.json", value)
+    assert read_json(tmp_path / "a.json") == value
+    assert "\u4f60".encode() in (tmp_path / "a.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [float("nan"), float("inf"), {"a": [float("-inf")]}, "\ud800", {1, 2}, {1: "a", "1": "b"}, "a\0b"],
+)
+def test_write_json_refuses_what_cannot_be_read_back(tmp_path, value):
+    write_json(tmp_path / "a.json", "old")
+    with pytest.raises(DataError):
+        write_json(tmp_path / "a.json", value)
+    assert read_json(tmp_path / "a.json") == "old" and names(tmp_path) == ["a.json"]
+
+
+def test_write_json_refuses_a_cycle(tmp_path):
+    cycle = []
+    cycle.append(cycle)
+    with pytest.raises(DataError):
+        write_json(tmp_path / "a.json", cycle)
+
+
+def nested(depth):
+    return "[" * depth + "]" * depth
+
+
+GOOD = {
+    "list": (b'["a"]', ["a"]),
+    "byte-order mark": (b'\xef\xbb\xbf{"a": 1}', {"a": 1}),
+    "crlf": (b'{"a":\r\n 1}\r\n', {"a": 1}),
+    "escapes": (b'"\\u00e9\\n\\ud83d\\ude00"', "\u00e9\n\U0001f600"),
+    "escaped backslash before u0000": (b'"\\\\u0000"', "\\u0000"),
+    "brackets in strings": (b'["' + b"[{" * 500 + b'\\"]"]', ["[{" * 500 + '"]']),
+    "deep enough": (nested(64).encode(), json.loads(nested(64))),
+    "equal keys in different objects": (b'[{"a": 1}, {"a": 2}]', [{"a": 1}, {"a": 2}]),
+    "NaN as text": (b'{"NaN": "Infinity"}', {"NaN": "Infinity"}),
+    "numbers": (b"[0, -0.0, 1e308, 5e-324, 123456789012345678901234567890]",
+                [0, -0.0, 1e308, 5e-324, 123456789012345678901234567890]),
+    "format field": (b'"{0.__class__} {0:>100000000}"', "{0.__class__} {0:>100000000}"),
+    "lone word": (b"null", None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_good_json(tmp_path, name):
+    (tmp_path / "a.json").write_bytes(GOOD[name][0])
+    assert read_json(tmp_path / "a.json") == GOOD[name][1]
+
+
+BAD = {
+    "empty": (b"", "empty"),
+    "only spaces": (b" \n\t ", "empty"),
+    "only a byte-order mark": (b"\xef\xbb\xbf", "empty"),
+    "NaN": (b'{"a": [1, NaN]}', "line 1 column 11 ($['a'][1]): wanted a finite number, got NaN"),
+    "Infinity": (b"[Infinity]", "got Infinity"),
+    "-Infinity": (b"[-Infinity]", "got -Infinity"),
+    "1e999": (b'[0,\n {"x": 1e999}]', "line 2 column 8 ($[1]['x']): wanted a finite number, got '1e999'"),
+    "-1e999": (b"-1e999", "got '-1e999'"),
+    "duplicate key": (
+        b'{"a": 1,\n "b": 2, "a": 3}',
+        "line 2 column 10 ($['a']): wanted each key once, got 'a'",
+    ),
+    "duplicate key, escaped": (b'[{"ab": 1, "a\\u0062": 3}]', "wanted each key once, got 'ab' again"),
+    "duplicate key, inner": (b'{"x": [{"a": {"b": 1, "b": 1}}]}', "($['x'][0]['a']['b'])"),
+    "duplicate empty key": (b'{"": 1, "": 2}', "wanted each key once"),
+    "depth 65": (nested(65).encode(), "nesting of at most 64"),
+    "depth 100,000": (nested(100_000).encode(), "nesting of at most 64"),
+    "depth 100,000, open": (b"[" * 100_000, "nesting of at most 64"),
+    "depth, objects": (b'{"a":' * 100_000, "nesting of at most 64"),
+    "5,000 digits": (b"[" + b"9" * 5000 + b"]", "at most 128 digits, got 5000"),
+    "-5,000 digits": (b"-" + b"9" * 5000, "at most 128 digits"),
+    "lone surrogate": (b'{"a": ["\\ud800"]}', "$['a'][0]: wanted text, got a lone surrogate"),
+    "lone low surrogate": (b'"\\uDC00x"', "lone surrogate"),
+    "lone surrogate in a key": (b'{"\\ud800": 1}', "lone surrogate"),
+    "reversed pair": (b'"\\ude00\\ud83d"', "lone surrogate"),
+    "escaped NUL": (b'["a\\u0000b"]', "NUL character"),
+    "raw NUL": (b'["a\x00b"]', "NUL"),
+    "NUL padding": (b'["a"]' + b"\0" * 100, "NUL byte"),
+    "raw control character": (b'["a\nb"]', "Invalid control character"),
+    "Latin-1": (b'{"a":\n "caf\xe9"}', "line 2: wanted UTF-8 text, got byte 0xe9 at offset 11"),
+    "overlong UTF-8": (b'"\xc0\xaf"', "wanted UTF-8"),
+    "surrogate in UTF-8": (b'"\xed\xa0\x80"', "wanted UTF-8"),
+    "cut character": (b'"\xe4\xbd', "wanted UTF-8"),
+    "UTF-16 LE, mark": ('["a"]'.encode("utf-16"), "got UTF-16"),
+    "UTF-16 BE, mark": (b"\xfe\xff" + '["a"]'.encode("utf-16-be"), "got UTF-16"),
+    "UTF-16 LE": ('["a"]'.encode("utf-16-le"), "got UTF-16"),
+    "UTF-16 BE": ('["a"]'.encode("utf-16-be"), "got UTF-16"),
+    "UTF-32": ('["a"]'.encode("utf-32"), "got UTF-32"),
+    "gzip": (b"\x1f\x8b\x08\x00abc", "gzip archive"),
+    "zip": (b"PK\x03\x04abc", "zip archive"),
+    "bzip2": (b"BZh91AY", "bzip2 archive"),
+    "truncated": (b'{"a": [1, 2', "not valid JSON"),
+    "truncated string": (b'{"a": "b', "Unterminated string"),
+    "truncated escape": (b'"\\u00', "not valid JSON"),
+    "lone backslash at the end": (b'"\\', "not valid JSON"),
+    "concatenated": (b'{"a": 1}{"a": 2}', "Extra data"),
+    "trailing text": (b"[1] x", "Extra data"),
+    "trailing comma": (b"[1, 2,]", "not valid JSON"),
+    "trailing comma in an object": (b'{"a": 1,}', "not valid JSON"),
+    "single quotes": (b"{'a': 1}", "not valid JSON"),
+    "unquoted key": (b"{a: 1}", "not valid JSON"),
+    "comment": (b"[1] // x", "Extra data"),
+    "hexadecimal": (b"[0x10]", "not valid JSON"),
+    "leading zero": (b"[01]", "not valid JSON"),
+    "leading plus": (b"[+1]", "not valid JSON"),
+    "bare point": (b"[.5]", "not valid JSON"),
+    "Python literals": (b"[True, None]", "not valid JSON"),
+    "wrong bracket": (b'{"a": [1}', "not valid JSON"),
+    "only a bracket": (b"]", "not valid JSON"),
+    "bad escape": (b'"\\x41"', "not valid JSON"),
+    "bare word": (b"hello", "not valid JSON"),
+    "HTML": (b"<!DOCTYPE html><html>", "not valid JSON"),
+    "pickle": (b"\x80\x04K\x01.", "wanted UTF-8"),
+    "no-break space": ("\u00a0[1]".encode(), "not valid JSON"),
+    "second byte-order mark": (b"\xef\xbb\xbf\xef\xbb\xbf[]", "not valid JSON"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_json(tmp_path, name):
+    path = tmp_path / "bad.json"
+    path.write_bytes(BAD[name][0])
+    with pytest.raises(DataError) as caught:
+        read_json(path)
+    message = str(caught.value)
+    assert BAD[name][1] in message and str(path) in message
+    assert len(message) < 400 + len(str(path)) and message.isascii() and message.isprintable()
+
+
+def test_message_is_bounded_and_printable(tmp_path):
+    path = tmp_path / "a.json"
+    key = "\x1b[2J\u202e" * 10_000
+    path.write_text("[" + json.dumps({key: 1})[:-1] + "," + json.dumps(key) + ": 2}]", encoding="utf-8")
+    with pytest.raises(DataError, match="each key once") as caught:
+        read_json(path)
+    assert len(str(caught.value)) < 500 and str(caught.value).isprintable()
+
+
+def test_size_bound_is_exact(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_bytes(b'"' + b"x" * 98 + b'"')
+    assert len(read_json(path, max_bytes=100)) == 98
+    with pytest.raises(DataError, match="wanted at most 99 bytes"):
+        read_json(path, max_bytes=99)
+
+
+def test_sparse_gigabyte_is_refused_quickly(tmp_path):
+    path = tmp_path / "a.json"
+    with open(path, "wb") as file:
+        file.truncate(2**30)
+    started = time.perf_counter()
+    with pytest.raises(DataError, match="larger file"):
+        read_json(path, max_bytes=2**20)
+    assert time.perf_counter() - started < 5
+
+
+def test_directory_fifo_and_device_are_refused_without_blocking(tmp_path):
+    os.mkfifo(tmp_path / "f.json")
+    for path, what in ((tmp_path, "a directory"), (tmp_path / "f.json", "a FIFO"), ("/dev/zero", "a device")):
+        with pytest.raises(DataError, match=f"wanted a regular file, got {what}"):
+            read_json(path)
+    with pytest.raises(FileNotFoundError):
+        read_json(tmp_path / "none.json")
+
+
+def test_no_file_descriptor_is_lost(tmp_path):
+    (tmp_path / "bad.json").write_bytes(b"[")
+    os.mkfifo(tmp_path / "f.json")
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(20):
+        write_json(tmp_path / "a.json", 1)
+        for name in ("bad.json", "f.json", "."):
+            with pytest.raises(DataError):
+                read_json(tmp_path / name)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("unit", ['"', '"\\"', '\\"', '"a":', "[", '{"a":"', '"\\', ",", "1,", '["",'])
+def test_time_is_linear_on_repeated_fragments(unit):
+    """A quadratic scan would take minutes on these."""
+    text = unit * (400_000 // len(unit))
+    started = time.perf_counter()
+    with pytest.raises(DataError):
+        parse_json(text, "x")
+    assert time.perf_counter() - started < 10
+
+
+def test_mutated_json_raises_only_data_error():
+    """Random edits of a valid document: parsed like `json` parses it, or `DataError`."""
+    rng = random.Random(0)
+    seed = '{"task": [{"a": "x\\u00e9\\\\", "b": [1, -2.5e3, null, true]}, {"a": "{}[]", "c": {}}], "n": 12}'
+    pieces = [
+        '"',
+        "\\",
+        "{",
+        "}",
+        "[",
+        "]",
+        ",",
+        ":",
+        "1e999",
+        "NaN",
+        "\\ud800",
+        "\\u0000",
+        '"a":',
+        "9" * 200,
+        " ",
+    ]
+    accepted = 0
+    for _ in range(5000):
+        text = seed
+        for _ in range(rng.randint(1, 3)):
+            at = rng.randrange(len(text))
+            text = text[:at] + rng.choice(["", rng.choice(pieces)]) + text[at + rng.randint(0, 3) :]
+        try:
+            value = parse_json(text, "x")
+        except DataError as error:
+            assert len(str(error)) < 400
+            continue
+        accepted += 1
+        assert value == json.loads(text)
+    assert 0 < accepted < 5000
+
+
+def test_read_text_keeps_line_ends(tmp_path):
+    (tmp_path / "a").write_bytes(b"\xef\xbb\xbfa\r\nb\n")
+    assert read_text(tmp_path / "a") == "a\r\nb\n"

@@ -1,0 +1,312 @@
+"""Training with SAPO attached: nothing else about the run changes, and every batch is of the choice in force."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import math
+import weakref
+
+import pytest
+import torch
+from transformers import set_seed
+
+import sapo_kernels as sk
+from sapo_peft import SapoConfig, plain_scores
+from tests.oracles import CHATML, byte_tokenizer
+from tests.trainer.training_helpers import (
+    AtSteps,
+    adapter_digest,
+    choices,
+    colours,
+    curve,
+    lora_model,
+    plain_trainer,
+    pool_of,
+    prefer,
+    record_batches,
+    sapo_trainer,
+    texts_of,
+)
+
+
+def independent_collator(pool):
+    """The rendering of one prompt, written down again: the chat template by hand, byte tokens, padding."""
+    tokenizer = byte_tokenizer()
+
+    def collate(rows):
+        cells = []
+        for row in rows:
+            turn = f"{pool.prompts[0]}\n\nText:\n{row['input']}\n\n{pool.suffix}"
+            context = tokenizer(f"<|im_start|>user\n{turn}<|im_end|>\n<|im_start|>assistant\n")["input_ids"]
+            cells.append((context, tokenizer(f"{row['target']}<|im_end|>\n")["input_ids"]))
+        width = max(len(context) + len(response) for context, response in cells)
+        batch = {"input_ids": [], "attention_mask": [], "labels": []}
+        for context, response in cells:
+            rest = width - len(context) - len(response)
+            batch["input_ids"].append(context + response + [256] * rest)
+            batch["attention_mask"].append([1] * (width - rest) + [0] * rest)
+            batch["labels"].append([-100] * len(context) + response + [-100] * rest)
+        return {name: torch.tensor(value) for name, value in batch.items()}
+
+    return collate
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_one_prompt_and_no_scoring_is_the_plain_trainer_bit_for_bit(tmp_path, accumulate):
+    pool = pool_of(1)
+    plain = plain_trainer(tmp_path, data_collator=independent_collator(pool), gradient_accumulation_steps=accumulate)
+    plain.train()
+    trainer, callback = sapo_trainer(tmp_path, pool, SapoConfig(at_start=False), gradient_accumulation_steps=accumulate)
+    trainer.train()
+    assert callback.history == [] and len(curve(plain)) == 6
+    assert curve(trainer) == curve(plain)
+    assert adapter_digest(trainer.model) == adapter_digest(plain.model)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_scoring_changes_nothing_but_the_prompt(tmp_path, workers):
+    """LoRA dropout, accumulation and shuffling all draw random numbers; one that scoring used would show."""
+    options = dict(gradient_accumulation_steps=2, max_steps=7, logging_steps=2, dataloader_num_workers=workers)
+    pool = pool_of(1)
+    plain = plain_trainer(tmp_path, data_collator=independent_collator(pool), **options)
+    plain.train()
+    trainer, callback = sapo_trainer(
+        tmp_path, pool, SapoConfig(every_steps=2, each_epoch=True, probe_examples=4), **options
+    )
+    trainer.train()
+    assert [scoring.step for scoring in callback.history] == [0, 2, 4, 6]
+    # Also where a scoring and a log fall on the same step.
+    assert [step for step, *_ in curve(trainer)] == [2, 4, 6]
+    assert curve(trainer) == curve(plain)
+    assert adapter_digest(trainer.model) == adapter_digest(plain.model)
+
+
+def test_scoring_leaves_model_gradients_optimizer_and_generators(tmp_path):
+    trainer, callback = sapo_trainer(tmp_path, config=SapoConfig(every_steps=2, probe_examples=4))
+    score, seen = callback.rescorer.score, []
+
+    def everything():
+        model = trainer.model
+        return copy.deepcopy(
+            (
+                [(module.training) for module in model.modules()],
+                [(p.detach(), p.grad, p.requires_grad) for p in model.parameters()],
+                trainer.optimizer.state_dict(),
+                trainer.lr_scheduler.state_dict(),
+                torch.get_rng_state(),
+                __import__("random").getstate(),
+                __import__("numpy").random.get_state()[1].tolist(),
+                torch.is_grad_enabled(),
+            )
+        )
+
+    def watched(*args, **kwargs):
+        # A gradient that is there must survive too.
+        for p in trainer.model.parameters():
+            p.grad = torch.full_like(p, 0.5) if p.requires_grad else None
+        before = everything()
+        result = score(*args, **kwargs)
+        seen.append(all(map(same, before, everything())))
+        trainer.model.zero_grad()
+        return result
+
+    callback.rescorer.score = watched
+    trainer.train()
+    assert seen == [True, True, True]
+
+
+def same(a, b) -> bool:
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def test_the_choice_is_the_argmin_of_an_independent_scoring_at_that_step(tmp_path):
+    """Three tasks; the adapter as it was at each scoring is put into a fresh model, which is scored the plain way."""
+    pools, data = three_pools()
+    probe = {task: [row for row in data if row["task"] == task][:4] for task in pools}
+    trainer, callback = sapo_trainer(
+        tmp_path, pools, SapoConfig(every_steps=3), probe, data=data, max_steps=10, learning_rate=5e-2
+    )
+    kept = {0: snapshot(trainer.model)}
+    # Added after SAPO, hence called after it; scoring changes no weight.
+    trainer.add_callback(AtSteps(lambda step: kept.update({step: snapshot(trainer.model)})))
+    trainer.train()
+    assert [scoring.step for scoring in callback.history] == [0, 3, 6, 9]
+    tokenizer = byte_tokenizer(chat_template=CHATML)
+    for scoring in callback.history:
+        model = lora_model(seed=5)
+        model.load_state_dict(kept[scoring.step])
+        for task, pool in pools.items():
+            cache = sk.ResponseCache.build(tokenizer, pool.prompts, probe[task], suffix=pool.suffix)
+            tokens = torch.as_tensor(cache.response_lengths.reshape(len(pool.prompts), -1)).sum(1)
+            loss = plain_scores(model, cache).sum(1) / tokens
+            assert torch.allclose(loss, torch.tensor(scoring.losses[task], dtype=torch.float64), atol=1e-5, rtol=0)
+            assert scoring.chosen[task] == int(loss.argmin()), (scoring.step, task)
+    assert any(index for _, chosen in choices(callback) for index in chosen.values())
+
+
+def snapshot(model):
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def three_pools():
+    pools = {name: pool_of(n, name, f"{name}. ") for name, n in (("a", 2), ("b", 5), ("c", 3))}
+    rows = [row for rows in zip(*(colours(8, task) for task in pools), strict=True) for row in rows]
+    return pools, rows
+
+
+def test_a_mixture_is_updated_by_one_call_and_each_task_has_its_own_choice(tmp_path, monkeypatch):
+    pools, data = three_pools()
+    calls, plain = [], sk.reweight_
+    monkeypatch.setattr(sk, "reweight_", lambda *a, **k: calls.append(a[1].shape) or plain(*a, **k))
+    trainer, callback = sapo_trainer(tmp_path, pools, SapoConfig(every_steps=3, probe_examples=2), data=data)
+    wanted = [torch.tensor([1, 4, 2]), torch.tensor([0, 3, 1])]
+    made = []
+
+    def agree(sums):
+        if sums.ndim == 3:
+            sums = sums.clone()
+            sums[0, torch.arange(3), wanted[len(made)]] = 0.0
+            made.append(sums)
+        return sums
+
+    callback._agree = agree
+    batches = record_batches(trainer)
+    trainer.train()
+    assert [tuple(shape) for shape in calls] == [(3, 5)] * 2
+    assert choices(callback) == [(0, {"a": 1, "b": 4, "c": 2}), (3, {"a": 0, "b": 3, "c": 1})]
+    tasks = set()
+    for batch in batches:
+        chosen = wanted[0 if batch["step"] < 3 else 1].tolist()
+        for context, _ in texts_of(trainer, batch):
+            p, task = next((p, t) for p, t in enumerate(pools) if f"user\n{t}. " in context)
+            assert f"user\n{pools[task].prompts[chosen[p]]}\n\nText:\n" in context
+            tasks.add(task)
+    assert tasks == set(pools)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("persistent", [False, True])
+def test_no_batch_is_stale(tmp_path, workers, accumulate, persistent):
+    """The choice changes at every step; each batch is of the choice that was made before its step."""
+    if persistent and not workers:
+        pytest.skip("persistent workers: there are none to persist")
+    wanted = [1, 2, 0, 1, 2, 0]
+    trainer, callback = sapo_trainer(
+        tmp_path, config=SapoConfig(every_steps=1, probe_examples=2), dataloader_num_workers=workers,
+        gradient_accumulation_steps=accumulate, dataloader_persistent_workers=persistent, data=colours(10),
+    )  # fmt: skip
+    prefer(callback, wanted)
+    batches = record_batches(trainer)
+    trainer.train()
+    assert [scoring.chosen["colours"] for scoring in callback.history] == wanted
+    prompts = callback.choice.pools["colours"].prompts
+    answers = {row["input"]: row["target"] for row in colours(10)}
+    for batch in batches:
+        assert set(batch) == {"input_ids", "attention_mask", "labels", "step", "items"}
+        for context, response in texts_of(trainer, batch):
+            assert f"user\n{prompts[wanted[batch['step']]]}\n\nText:\n" in context, batch["step"]
+            source = context.split("Text:\n")[1].split("\n")[0]
+            assert response == f"{answers[source]}<|im_end|>\n"
+    for step in range(6):
+        group = [batch for batch in batches if batch["step"] == step]
+        assert len(group) in (1, accumulate)
+        items = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in group)
+        assert all(int(batch["items"]) == items for batch in group)
+
+
+def test_every_example_is_seen_once_an_epoch(tmp_path):
+    trainer, callback = sapo_trainer(
+        tmp_path, config=SapoConfig(every_steps=1, probe_examples=2), max_steps=-1, num_train_epochs=2,
+        data=colours(9), dataloader_num_workers=1,
+    )  # fmt: skip
+    prefer(callback, [i % 3 for i in range(20)])
+    batches = record_batches(trainer)
+    trainer.train()
+    sources = [context.split("Text:\n")[1].split("\n")[0] for b in batches for context, _ in texts_of(trainer, b)]
+    known = sorted(row["input"] for row in colours(9))
+    assert sorted(sources[:9]) == known and sorted(sources[9:]) == known
+
+
+def test_evaluation_uses_the_chosen_prompt_and_the_model_never_sees_what_a_batch_carries(tmp_path):
+    trainer, callback = sapo_trainer(
+        tmp_path, config=SapoConfig(every_steps=2, probe_examples=2), eval_dataset=colours(4), eval_strategy="steps",
+        eval_steps=1, per_device_eval_batch_size=4,
+    )  # fmt: skip
+    wanted = [2, 1, 0]
+    prefer(callback, wanted)
+    seen, plain = [], trainer.prediction_step
+
+    def prediction_step(model, inputs, *args, **kwargs):
+        seen.append((trainer.state.global_step, set(inputs), texts_of(trainer, inputs)))
+        return plain(model, inputs, *args, **kwargs)
+
+    trainer.prediction_step = prediction_step
+    names: set[str] = set()
+    trainer.model.register_forward_pre_hook(lambda m, args, kwargs: names.update(kwargs), with_kwargs=True)
+    trainer.train()
+    prompts = callback.choice.pools["colours"].prompts
+    assert [step for step, *_ in seen] == [1, 2, 3, 4, 5, 6]
+    for step, keys, rows in seen:
+        assert keys == {"input_ids", "attention_mask", "labels"}
+        assert len(rows) == 4
+        assert all(f"user\n{prompts[wanted[min(step // 2, 2)]]}\n\nText:\n" in context for context, _ in rows)
+    assert "sapo" not in names
+    assert all(math.isfinite(row["eval_loss"]) for row in trainer.state.log_history if "eval_loss" in row)
+    # Outside of train() as well.
+    assert math.isfinite(trainer.evaluate()["eval_loss"])
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_a_trainer_is_freed_when_its_last_user_lets_go(tmp_path, attached):
+    """Not by the cycle collector: memory would stay taken, and persistent workers would end after a timeout."""
+    trainer = sapo_trainer(tmp_path, max_steps=1)[0] if attached else plain_trainer(tmp_path)
+    if attached:
+        trainer.train()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        there = weakref.ref(trainer)
+        del trainer
+        assert there() is None
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@pytest.mark.parametrize("at_start", [True, False])
+def test_a_second_run_of_the_same_trainer_begins_anew(tmp_path, at_start):
+    """The weights are kept: the second run is that of a new trainer with those weights."""
+    config = SapoConfig(at_start=at_start, every_steps=2, decay=0.5, probe_examples=4)
+    trainer, callback = sapo_trainer(tmp_path, config=config, max_steps=3)
+    prefer(callback, [2, 2, 1, 1])
+    trainer.train()
+    assert callback.choice.chosen.tolist() == [2]
+    weights = snapshot(trainer.model)
+    del callback._agree
+    # The trainer would go on with its optimizer.
+    trainer.optimizer = trainer.lr_scheduler = None
+    batches = record_batches(trainer)
+    set_seed(1)
+    trainer.train()
+
+    model = lora_model()
+    model.load_state_dict(weights)
+    other, fresh = sapo_trainer(tmp_path, config=config, max_steps=3, model=model)
+    set_seed(1)
+    other.train()
+    assert [(s.step, s.reason, s.losses, s.chosen) for s in callback.history] == [
+        (s.step, s.reason, s.losses, s.chosen) for s in fresh.history
+    ]
+    assert [s.step for s in callback.history] == [0, 2][not at_start :]
+    assert callback.switches == fresh.switches and curve(trainer) == curve(other)
+    assert adapter_digest(trainer.model) == adapter_digest(other.model)
+    first = callback.choice.pools["colours"].prompts[callback.history[0].chosen["colours"] if at_start else 0]
+    assert all(f"user\n{first}\n\n" in context for context, _ in texts_of(trainer, batches[0]))

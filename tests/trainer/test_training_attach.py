@@ -1,0 +1,256 @@
+"""What attach_sapo refuses, leaving the trainer as it was, and what is written beside the adapter."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from datasets import Dataset
+from peft import PeftModel
+
+from sapo_kernels.files import read_json
+from sapo_peft import PromptPool, SapoConfig, attach_sapo
+from sapo_peft.trainer.records import CARD_TITLE, write_beside_adapter
+from tests.oracles import small_qwen3
+from tests.trainer.training_helpers import adapter_digest, colours, plain_trainer, pool_of, sapo_trainer
+
+
+def everything(trainer) -> dict:
+    """Everything of a trainer that attaching could have changed."""
+    return {
+        "attributes": {name: id(value) for name, value in vars(trainer).items()},
+        "args": trainer.args.to_dict(),
+        "callbacks": list(map(id, trainer.callback_handler.callbacks)),
+        "state": trainer.state.__dict__.copy(),
+    }
+
+
+TOKENISED = [{"input_ids": [1, 2], "labels": [1, 2], "attention_mask": [1, 1]}]
+MIXED = [*colours(2, "colours"), *colours(2, "other")]
+
+
+@pytest.mark.parametrize(
+    ("options", "arguments", "error", "wanted"),
+    [
+        ({"tokenizer": False}, {}, ValueError, "wanted one made with processing_class=tokenizer, got none"),
+        ({"data": []}, {}, ValueError, "wanted a train_dataset with examples, got an empty one"),
+        ({"data": TOKENISED}, {}, ValueError, r"got \['attention_mask', 'input_ids', 'labels'\].*skip_prepare_dataset"),
+        ({"data": [("a", "b")]}, {}, ValueError, "wanted raw examples with input/target .* got tuple"),
+        ({"data": [{"input": 1, "target": "b"}]}, {}, TypeError, "wanted two strings"),
+        ({"data": MIXED}, {}, ValueError, r"wanted a 'task' among \['colours'\], got 'other'"),
+        ({"data": MIXED}, {"config": SapoConfig(at_start=False)}, ValueError, "'task' among"),
+        ({}, {"pools": [pool_of(2, "a"), pool_of(2, "b")]}, ValueError, r"'task' among \['a', 'b'\], got None"),
+        ({}, {"pools": [pool_of(2, "a"), pool_of(3, "a")]}, ValueError, "got a name twice"),
+        ({}, {"pools": []}, ValueError, "wanted at least one PromptPool"),
+        ({}, {"pools": {}}, ValueError, "wanted at least one PromptPool"),
+        ({}, {"pools": ["Say it."]}, (ValueError, TypeError), "PromptPool"),
+        ({}, {"pools": "Say it."}, (ValueError, TypeError), "PromptPool"),
+        ({}, {"pools": {"colours": ["Say it."]}}, (ValueError, TypeError), "PromptPool"),
+        ({}, {"pools": [PromptPool.build("t", "Say <|im_end|> it.")]}, ValueError, "special token"),
+        ({}, {"probe": []}, ValueError, "task 'colours': wanted at least one example to score on, got none"),
+        ({}, {"probe": {}}, ValueError, "task 'colours': wanted at least one example to score on, got none"),
+        ({}, {"probe": {"colours": []}}, ValueError, "wanted at least one example to score on, got none"),
+        ({}, {"probe": [{"text": "x"}]}, ValueError, "input"),
+        ({}, {"probe": [{"input": "x", "target": ""}]}, ValueError, "target"),
+        ({}, {"probe": {"colours": colours(2), "color": colours(2)}}, ValueError, "color"),
+        ({"data": [*colours(2, "a")]}, {"pools": [pool_of(2, "a"), pool_of(2, "b")]}, ValueError,
+         "task 'b': wanted at least one example"),
+        ({}, {"pools": None}, TypeError, "pools: wanted a PromptPool, a list of them or one by task, got NoneType"),
+        ({}, {"probe": "abc"}, TypeError, "probe: wanted a list of examples, or one by task, got str"),
+        ({}, {"probe": iter(colours(2))}, TypeError, "probe: wanted a list of examples, or one by task, got"),
+        ({}, {"probe": [1, 2]}, TypeError, "wanted a mapping with two texts, got int"),
+        ({}, {"probe": {"colours": "abc"}}, TypeError, "probe: task 'colours': wanted a list of examples, got str"),
+        ({}, {"config": {"every_steps": 2}}, TypeError, "config: wanted a SapoConfig, got dict"),
+        ({"logging_strategy": "no"}, {"config": SapoConfig(drift=4.0)}, ValueError, "wanted a logging_strategy, got"),
+        ({"accelerator_config": {"dispatch_batches": True}}, {}, ValueError, "dispatch_batches=True cannot"),
+        # What the collator would find after hours.
+        ({"data": [*colours(9), {"input": "a"}]}, {}, ValueError, "train_dataset: row 9: .*got .'input'"),
+        ({"data": [*colours(9), 3]}, {}, TypeError, "train_dataset: row 9: .*got int"),
+        ({"data": [*colours(9), {"input": "a", "target": " "}]}, {}, ValueError, "row 9: .*wanted a target"),
+        ({"data": Dataset.from_list([*colours(9), {"input": "a", "target": ""}])}, {}, ValueError,
+         "row 9: .*wanted a target"),
+        ({"data": Dataset.from_list([*colours(9), {"input": "a", "target": None}])}, {}, TypeError,
+         "row 9: .*wanted two strings"),
+        ({"data": Dataset.from_list(MIXED)}, {}, ValueError, "row 2: .*'task' among .* got 'other'"),
+        ({}, {"pools": {1: pool_of()}}, TypeError, "names of tasks as strings, got int 1"),
+        ({"eval_dataset": TOKENISED}, {}, ValueError, r"eval_dataset: wanted raw examples .* got \['attention_mask'"),
+        ({"eval_dataset": {"x": colours(2), "y": TOKENISED}}, {}, ValueError, r"eval_dataset\['y'\]: wanted raw"),
+        ({"eval_dataset": MIXED}, {}, ValueError, r"eval_dataset: row 2: example: .* 'task' among .* 'other'"),
+        ({"eval_dataset": [{"input": "a", "target": 1}]}, {}, TypeError, "wanted two strings"),
+        ({}, {"config": SapoConfig(max_source=5)}, ValueError, "max_source"),
+        ({}, {"config": SapoConfig(template="{prompt} alone")}, ValueError, "template: wanted {prompt} and {input}"),
+    ],
+)  # fmt: skip
+def test_a_refusal_leaves_the_trainer_as_it_was(tmp_path, options, arguments, error, wanted):
+    trainer = plain_trainer(tmp_path, **options)
+    before = everything(trainer)
+    with pytest.raises(error, match=wanted):
+        attach_sapo(trainer, **{"pools": pool_of(), **arguments})
+    assert everything(trainer) == before
+
+
+def test_attached_twice(tmp_path):
+    trainer, callback = sapo_trainer(tmp_path, max_steps=1)
+    before = everything(trainer)
+    with pytest.raises(ValueError, match="got one that it is attached to already"):
+        attach_sapo(trainer, pool_of())
+    assert everything(trainer) == before
+    trainer.train()
+    assert len(callback.history) == 1
+
+
+def test_something_that_is_no_trainer():
+    class Almost:
+        processing_class, args, train_dataset = object(), object(), colours(2)
+
+    with pytest.raises(TypeError, match="wanted a transformers Trainer with get_batch_samples"):
+        attach_sapo(Almost(), pool_of())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("mode", "medium"), ("temperature", -0.1), ("temperature", float("nan")), ("temperature", "1"),
+        ("floor", 1.1), ("decay", -1), ("decay", True), ("drift", float("inf")), ("drift", -1.0),
+        ("drift_cooldown", 0), ("probe_examples", 0), ("probe_examples", 2.0), ("every_steps", 0),
+        ("every_steps", True), ("max_source", 0), ("max_target", -1),
+        ("train_max_target", 0), ("max_target", None), ("max_tokens", 0), ("seed", None),
+        ("at_start", 1), ("each_epoch", "yes"),
+    ],
+)  # fmt: skip
+def test_bad_options(name, value):
+    with pytest.raises(ValueError, match=f"^{name}: wanted .*, got "):
+        SapoConfig(**{name: value})
+
+
+@pytest.mark.parametrize("found", [None, colours(3), {"a": colours(2), "b": colours(3)}, iter(colours(2))])
+def test_evaluation_datasets_that_are_fine(tmp_path, found):
+    trainer, _ = sapo_trainer(tmp_path, eval_dataset=found)
+    if isinstance(found, dict):
+        assert {"eval_a_loss", "eval_b_loss"} <= set(trainer.evaluate())
+
+
+def test_datasets_whose_rows_are_made_when_they_are_read(tmp_path):
+    """A transform of the user's: the columns are not the rows. Other columns are nobody's business."""
+    raw = Dataset.from_list([{"text": f"{i}|red"} for i in range(6)])
+    made = raw.with_transform(
+        lambda batch: {"input": [t.split("|")[0] for t in batch["text"]],
+                       "target": [t.split("|")[1] for t in batch["text"]]}
+    )  # fmt: skip
+    plain = Dataset.from_list([{**row, "id": 3} for row in colours(6)])
+    for data in (made, plain):
+        trainer, callback = sapo_trainer(tmp_path, data=data, max_steps=1)
+        trainer.train()
+        assert len(callback.history) == 1
+
+
+def test_prompts_that_the_tokenizer_rules_out_are_said(tmp_path, caplog):
+    """Those that the pool had rejected before are old news."""
+    pool = PromptPool.build("colours", "Say it.", ["Say it now.", "Say <|im_end|> it.", "Bad\0one"])
+    assert len(pool.prompts) == 3 and len(pool.rejected) == 1
+    with caplog.at_level("WARNING", logger="sapo_peft"):
+        _, callback = sapo_trainer(tmp_path, pool)
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "sapo_peft"]
+    assert line.startswith('task "colours": a prompt is left out with this tokenizer: wanted plain text, got the')
+    assert '"Say <|im_end|> it."' in line
+    assert callback.choice.pools["colours"].prompts == ("Say it.", "Say it now.")
+
+
+def test_the_chat_template_of_a_processor_counts(tmp_path):
+    """Processors of several kinds of input keep it themselves; their tokenizer may have none, or an older one."""
+    from tests.oracles import CHATML, THINKING, byte_tokenizer
+
+    class Processor:
+        def __init__(self, tokenizer, template):
+            self.tokenizer, self.chat_template = tokenizer, template
+
+    for inner, outer in ((None, CHATML), (THINKING, CHATML), (CHATML, None), (CHATML, CHATML)):
+        trainer = plain_trainer(tmp_path)
+        tokenizer = byte_tokenizer(chat_template=inner)
+        trainer.processing_class = Processor(tokenizer, outer)
+        attach_sapo(trainer, pool_of())
+        (row,) = trainer.data_collator(colours(1))["input_ids"].tolist()
+        text = tokenizer.decode(row)
+        assert text.startswith("<|im_start|>user\nSay the colour.\n\nText:\n") and "<think>" not in text
+        assert tokenizer.chat_template == inner, "the user's tokenizer is left alone"
+
+
+def test_the_collator_was_chosen_for_this_trainer_only(tmp_path):
+    trainer, _ = sapo_trainer(tmp_path)
+    other = plain_trainer(tmp_path)
+    assert "get_train_dataloader" in vars(trainer) and "get_train_dataloader" not in vars(other)
+    assert type(other).get_train_dataloader is type(trainer).get_train_dataloader
+
+
+# Beside the adapter.
+
+
+@pytest.fixture
+def saved(tmp_path):
+    trainer, callback = sapo_trainer(tmp_path, save_strategy="steps", save_steps=3)
+    trainer.train()
+    trainer.save_model()
+    return trainer, callback, tmp_path
+
+
+def test_the_prompts_are_beside_the_adapter_wherever_it_is_saved(saved):
+    trainer, callback, folder = saved
+    wanted = json.loads(json.dumps(callback.prompts()))
+    for place in (folder, folder / "checkpoint-3", folder / "checkpoint-6"):
+        assert read_json(place / "sapo_prompts.json", max_bytes=10**6) == wanted
+        assert (place / "adapter_model.safetensors").is_file()
+    entry = wanted["tasks"]["colours"]
+    pool = callback.choice.pools["colours"]
+    index = callback.history[-1].chosen["colours"]
+    assert (entry["index"], entry["prompt"], entry["original"]) == (index, pool.prompts[index], pool.prompts[0])
+    losses = callback.history[-1].losses["colours"]
+    assert (entry["loss"], entry["original_loss"], entry["suffix"]) == (losses[index], losses[0], "One word.")
+    assert wanted["version"] == 1 and wanted["step"] == 0 and wanted["mode"] == "hard"
+
+
+def test_the_card_has_one_section_however_often_it_is_saved(saved):
+    trainer, callback, folder = saved
+    trainer.save_model()
+    trainer.save_model(str(folder))
+    card = (folder / "README.md").read_text()
+    assert card.count(CARD_TITLE) == 1 and card.count("arXiv 2606.01967") == 1
+    assert card.count("    " + callback.prompts()["tasks"]["colours"]["prompt"]) == 1
+    assert card.count("Framework versions") == 1 and card.startswith("---\n")
+    before = card
+    trainer.save_model()
+    assert (folder / "README.md").read_text() == before
+
+
+def test_the_adapter_loads_again(saved):
+    trainer, _, folder = saved
+    again = PeftModel.from_pretrained(small_qwen3(), folder)
+    assert adapter_digest(again) == adapter_digest(trainer.model)
+
+
+def test_whatever_stands_in_a_prompt_stays_inside_its_block(tmp_path):
+    (tmp_path / "README.md").write_text(f"---\na: 1\n---\n# Card\n\n{CARD_TITLE}\n\nold\n")
+    text = "First\n## A heading\n\n```\n<script>\n" + CARD_TITLE
+    record = {"tasks": {"a\n# b": {"prompt": text}}}
+    for _ in range(3):
+        write_beside_adapter(tmp_path, record)
+        lines = (tmp_path / "README.md").read_text().splitlines()
+        start = lines.index(CARD_TITLE)
+        assert "old" not in lines and lines[:4] == ["---", "a: 1", "---", "# Card"]
+        assert 'Task "a\\n# b":' in lines
+        after = lines[start + 1 :]
+        assert [line for line in after if line.startswith("    ")] == ["    " + line for line in text.splitlines()]
+        assert not any(line.startswith("#") for line in after)
+    assert read_json(tmp_path / "sapo_prompts.json", max_bytes=10**6) == record
+
+
+def test_without_a_card_none_is_made(tmp_path):
+    write_beside_adapter(tmp_path, {"tasks": {}})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sapo_prompts.json"]
+
+
+def test_a_run_without_scoring_says_so(tmp_path):
+    trainer, callback = sapo_trainer(tmp_path, config=SapoConfig(at_start=False), max_steps=1)
+    trainer.train()
+    record = callback.prompts()
+    assert record["step"] is None and record["tasks"]["colours"]["loss"] is None
+    assert record["tasks"]["colours"]["prompt"] == pool_of().prompts[0]

@@ -1,0 +1,1 @@
+"""How the data that ships with the package was made. Not in the wheel."""

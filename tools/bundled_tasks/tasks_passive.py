@@ -1,0 +1,210 @@
+"""Rewriting: an active sentence into the passive, with tense, negation and time expression kept."""
+
+from tools.bundled_tasks.common import Draw, Row, Task, upper_first
+from tools.bundled_tasks.paraphrases_generate import PASSIVE_PARAPHRASES
+
+# A noun phrase is plural when it starts with "*". A verb is "base third-person past participle -ing".
+DOMAINS = (
+    (
+        "the cook, *the waiters, my aunt, the kitchen boy, *the bakers",
+        "wash washes washed washed washing, clean cleans cleaned cleaned cleaning, "
+        "count counts counted counted counting, buy buys bought bought buying, dry dries dried dried drying",
+        "*the plates, the big pan, *the glasses, *three bowls, the bread knife, *the silver spoons, the baking tray",
+    ),
+    (
+        "the gardener, *the neighbours, our uncle, the old farmer, *the students",
+        "plant plants planted planted planting, water waters watered watered watering, sell sells sold sold "
+        "selling, choose chooses chose chosen choosing, cover covers covered covered covering",
+        "*the roses, *the tomatoes, the young tree, *the herbs, *the white tulips, the hedge, a row of beans",
+    ),
+    (
+        "the secretary, the new manager, *the lawyers, the clerk, *two colleagues",
+        "write writes wrote written writing, sign signs signed signed signing, print prints printed printed "
+        "printing, send sends sent sent sending, copy copies copied copied copying, file files filed filed "
+        "filing",
+        "the letter, *the contracts, the monthly report, *the invoices, a short memo, *the minutes of the meeting",
+    ),
+    (
+        "the teacher, *the pupils, the head of the school, *the trainees, my sister",
+        "draw draws drew drawn drawing, explain explains explained explained explaining, "
+        "check checks checked checked checking, discuss discusses discussed discussed discussing, "
+        "present presents presented presented presenting",
+        "the map, *the results, the experiment, *the diagrams, the new timetable, *both exercises, a simple graph",
+    ),
+    (
+        "the mechanic, *the engineers, the apprentice, my grandfather, *the twins",
+        "repair repairs repaired repaired repairing, test tests tested tested testing, build builds built "
+        "built building, paint paints painted painted painting, move moves moved moved moving",
+        "the engine, *the bicycles, the wooden cart, *the pumps, the red tractor, *two old motors, the garage door",
+    ),
+    (
+        "the scientist, *the researchers, the lab assistant, the professor, *the visitors",
+        "measure measures measured measured measuring, describe describes described described describing, "
+        "find finds found found finding, examine examines examined examined examining, "
+        "label labels labelled labelled labelling, weigh weighs weighed weighed weighing",
+        "*the crystals, *the samples, the strange fossil, *the shells, a rare mineral, *the seeds, the meteorite",
+    ),
+    (
+        "the director, *the actors, the young singer, *the reporters, the camera crew",
+        "film films filmed filmed filming, praise praises praised praised praising, edit edits edited "
+        "edited editing, choose chooses chose chosen choosing, show shows showed shown showing",
+        "the final scene, *the interviews, the opening song, *the first episodes, a short film, *the street scenes",
+    ),
+    (
+        "the shepherd, *the children, the vet, the farmer's wife, *the helpers",
+        "feed feeds fed fed feeding, catch catches caught caught catching, hide hides hid hidden hiding, "
+        "wash washes washed washed washing, watch watches watched watched watching, lead leads led led "
+        "leading",
+        "the goat, *the lambs, the brown horse, *the ducks, the calf, *two donkeys, *the young dogs",
+    ),
+    (
+        "the librarian, *the volunteers, the collector, *the readers, a retired judge",
+        "sort sorts sorted sorted sorting, borrow borrows borrowed borrowed borrowing, "
+        "return returns returned returned returning, scan scans scanned scanned scanning, "
+        "lose loses lost lost losing, steal steals stole stolen stealing",
+        "the atlas, *the novels, the old dictionary, *the letters, a thick diary, *the magazines, the first volume",
+    ),
+    (
+        "the museum guide, *the curators, the painter, the guard, *the tourists",
+        "photograph photographs photographed photographed photographing, clean cleans cleaned cleaned "
+        "cleaning, hang hangs hung hung hanging, admire admires admired admired admiring, restore restores "
+        "restored restored restoring, take takes took taken taking",
+        "the portrait, *the masks, the golden mirror, *the drawings, a small landscape, *four posters, the tapestry",
+    ),
+    (
+        "the tailor, *the designers, the shop owner, *the customers, my cousin",
+        "sew sews sewed sewn sewing, iron irons ironed ironed ironing, fold folds folded folded folding, "
+        "wear wears wore worn wearing, mend mends mended mended mending, buy buys bought bought buying",
+        "the dress, *the shirts, the grey coat, *the curtains, a silk scarf, *the uniforms, the wedding gown",
+    ),
+    (
+        "the postman, *the drivers, the captain, *the sailors, the night porter",
+        "deliver delivers delivered delivered delivering, load loads loaded loaded loading, "
+        "bring brings brought brought bringing, open opens opened opened opening, "
+        "drop drops dropped dropped dropping, forget forgets forgot forgotten forgetting",
+        "the parcel, *the crates, the heavy trunk, *the suitcases, a wooden box, *the mail bags, the blue container",
+    ),
+    (
+        "the programmer, *the testers, the team leader, *the analysts, the intern",
+        "update updates updated updated updating, delete deletes deleted deleted deleting, "
+        "design designs designed designed designing, break breaks broke broken breaking, "
+        "rewrite rewrites rewrote rewritten rewriting, review reviews reviewed reviewed reviewing",
+        "the website, *the scripts, the main menu, *the log files, a search tool, *both databases, the login page",
+    ),
+)
+# Subjects that fit everywhere: (as subject, after "by", plural).
+PEOPLE = (
+    ("she", "her", False),
+    ("he", "him", False),
+    ("they", "them", True),
+    ("we", "us", True),
+    ("Maria", "Maria", False),
+    ("Tom", "Tom", False),
+    ("Aisha", "Aisha", False),
+    ("Peter and Ana", "Peter and Ana", True),
+)
+TENSES = (
+    "past",
+    "present",
+    "future",
+    "must",
+    "can",
+    "should",
+    "perfect",
+    "past perfect",
+    "was -ing",
+    "is -ing",
+    "did not",
+    "will not",
+)
+TIMES = {
+    "past": ("yesterday", "last week", "on Monday", "in the morning", "before lunch"),
+    "present": ("every day", "once a month", "on Fridays", "every spring"),
+    "future": ("tomorrow", "next week", "on Sunday", "this afternoon"),
+    "must": ("before noon", "by Friday", "this week"),
+    "perfect": ("since Monday", "this week", "today"),
+    "past perfect": ("by then", "before noon", "long before"),
+    "was -ing": ("at that time", "at noon", "when it started to rain"),
+    "is -ing": ("right now", "at the moment", "today"),
+}
+TIMES |= {
+    "can": TIMES["future"],
+    "should": TIMES["must"],
+    "did not": TIMES["past"],
+    "will not": TIMES["future"],
+}
+
+
+def _split(phrases: str) -> list[tuple[str, bool]]:
+    """A comma-separated list -> (phrase, is plural) pairs."""
+    return [(phrase.lstrip("*"), phrase.startswith("*")) for phrase in phrases.split(", ")]
+
+
+PARSED = tuple(
+    (
+        [(phrase, phrase, plural) for phrase, plural in _split(subjects)],
+        [tuple(verb.split(" ")) for verb in verbs.split(", ")],
+        _split(objects),
+    )
+    for subjects, verbs, objects in DOMAINS
+)
+
+
+def _verb_phrases(tense: str, verb: tuple[str, ...], plural: bool, object_plural: bool) -> tuple[str, str]:
+    """The active verb phrase, agreeing with the subject, and the passive one, agreeing with the object."""
+    base, third, past, participle, ing = verb
+    are, were, have = ("are", "were", "have") if plural else ("is", "was", "has")
+    o_are, o_were, o_have = ("are", "were", "have") if object_plural else ("is", "was", "has")
+    return {
+        "past": (past, f"{o_were} {participle}"),
+        "present": (base if plural else third, f"{o_are} {participle}"),
+        "future": (f"will {base}", f"will be {participle}"),
+        "must": (f"must {base}", f"must be {participle}"),
+        "can": (f"can {base}", f"can be {participle}"),
+        "should": (f"should {base}", f"should be {participle}"),
+        "perfect": (f"{have} {participle}", f"{o_have} been {participle}"),
+        "past perfect": (f"had {participle}", f"had been {participle}"),
+        "was -ing": (f"{were} {ing}", f"{o_were} being {participle}"),
+        "is -ing": (f"{are} {ing}", f"{o_are} being {participle}"),
+        "did not": (f"did not {base}", f"{o_were} not {participle}"),
+        "will not": (f"will not {base}", f"will not be {participle}"),
+    }[tense]
+
+
+def _place(sentence: str, time: str, where: str) -> str:
+    """The sentence with its time expression at the start, at the end, or left out."""
+    if where == "start":
+        sentence = f"{time}, {sentence}"
+    elif where == "end":
+        sentence = f"{sentence} {time}"
+    return upper_first(sentence) + "."
+
+
+def make_row(draw: Draw, index: int) -> Row:
+    tense = TENSES[index % len(TENSES)]
+    subjects, verbs, objects = draw.pick(PARSED)
+    subject, doer, plural = draw.pick(PEOPLE if draw.chance(0.3) else subjects)
+    verb = draw.pick(verbs)
+    patient, object_plural = draw.pick(objects)
+    active, passive = _verb_phrases(tense, verb, plural, object_plural)
+    time, where = draw.pick(TIMES[tense]), draw.pick(("start", "end", "end", "none"))
+    return Row(
+        (subject, verb, patient),
+        _place(f"{subject} {active} {patient}", time, where),
+        _place(f"{patient} {passive} by {doer}", time, where),
+    )
+
+
+PASSIVE = Task(
+    name="task04_active_to_passive",
+    instruction=(
+        "Rewrite the sentence in the passive voice. Turn the object into the subject, keep the tense, and "
+        "name the "
+        'doer after "by". A time expression stays where it was, at the start or at the end of the sentence.'
+    ),
+    suffix="Directly output only the rewritten sentence.",
+    labels=(),
+    seed=404,
+    make_row=make_row,
+    paraphrases=PASSIVE_PARAPHRASES,
+)
