@@ -27,15 +27,34 @@ ROOT = Path(__file__).resolve().parents[2]
 # Not the packages themselves: what is imported must be what was installed. Tests compile some of csrc/ for themselves.
 COPIED = ("tests", "tools", "benchmarks", "csrc", "examples", "docs", "README.md", "pyproject.toml")
 NATIVE_TESTS = (
-    "kernels/test_accumulate.py", "kernels/test_reweight.py", "kernels/test_reweight_calls.py", "kernels/test_prompt_state.py", "kernels/test_planner.py",
-    "kernels/test_trie.py", "scoring/test_score.py", "native/test_native.py", "native/test_native_attacks.py",
-)  # fmt: skip
+    "kernels/test_accumulate.py",
+    "kernels/test_reweight.py",
+    "kernels/test_reweight_calls.py",
+    "kernels/test_prompt_state.py",
+    "kernels/test_planner.py",
+    "kernels/test_trie.py",
+    "scoring/test_score.py",
+    "native/test_native.py",
+    "native/test_native_attacks.py",
+)
 # What an installation can lose: commands, examples, data and a model that ship, pages made of templates, both packages.
 INSTALLED_TESTS = (
-    "data/test_bundled_data.py", "cli/test_cli.py", "cli/test_cli_loading.py", "cli/test_cli_sequence.py", "cli/test_cli_train.py",
-    "cli/test_demo.py", "system/test_examples.py", "system/test_imports.py", "kernels/test_ops.py", "scoring/test_race.py", "report/test_report.py",
-    "report/test_report_attacks.py", "cli/test_tiny.py", "cli/test_tiny_base.py", "trainer/test_training.py",
-)  # fmt: skip
+    "data/test_bundled_data.py",
+    "cli/test_cli.py",
+    "cli/test_cli_loading.py",
+    "cli/test_cli_sequence.py",
+    "cli/test_cli_train.py",
+    "cli/test_demo.py",
+    "system/test_examples.py",
+    "system/test_imports.py",
+    "kernels/test_ops.py",
+    "scoring/test_race.py",
+    "report/test_report.py",
+    "report/test_report_attacks.py",
+    "cli/test_tiny.py",
+    "cli/test_tiny_base.py",
+    "trainer/test_training.py",
+)
 # These look at the checkout's files, not at the package.
 CHECKOUT_TESTS = ("system/test_readme.py", "native/test_build.py")
 MINUTE = 60.0

@@ -1,7 +1,7 @@
 """Audit the compiled modules: what they need of torch, how they load, and what nvcc made of the CUDA kernels; no GPU.
 
     python -m tests.native.native_audit                      # build everything afresh and check it
-    python -m tests.native.native_audit --against TORCH/lib  # and look the needed symbols up in another torch's libraries
+    python -m tests.native.native_audit --against TORCH/lib  # look the symbols up in another torch's libraries too
 
 Exits with 1 and the reasons if a module needs a torch symbol that `tests/stable_symbols.txt` does not list or any
 C++ symbol of torch, c10 or at; does not name libtorch_cpu among its needed libraries; names the folder it was built

@@ -71,9 +71,14 @@ LEFT_OUT = (
     "and not less_than and not under_compile"
 )
 TESTS = (
-    "kernels/test_accumulate.py", "kernels/test_reweight.py", "kernels/test_reweight_calls.py", "kernels/test_prompt_state.py", "kernels/test_planner.py",
-    "kernels/test_trie.py", "native/test_native_attacks.py",
-)  # fmt: skip
+    "kernels/test_accumulate.py",
+    "kernels/test_reweight.py",
+    "kernels/test_reweight_calls.py",
+    "kernels/test_prompt_state.py",
+    "kernels/test_planner.py",
+    "kernels/test_trie.py",
+    "native/test_native_attacks.py",
+)
 
 
 def runtime(name: str) -> str | None:

@@ -1,7 +1,7 @@
 """Worlds of forked ranks for tests/test_sharding.py: torch and transformers are imported once, then each world forks.
 
-``python -m tests.scoring.ranks_child OUT SPEC``: SPEC is a JSON list of {"name", "world", "scene", ...}; OUT gets one JSON
-object, by name what each rank found: its exit code and "result", or "error", "kind", "rank" and "after" (seconds).
+``python -m tests.scoring.ranks_child OUT SPEC``: SPEC is a JSON list of {"name", "world", "scene", ...}; OUT gets one
+JSON object, by name what each rank found: its exit code and "result", or "error", "kind", "rank" and "after" (seconds).
 """
 
 from __future__ import annotations
