@@ -11,8 +11,8 @@ import torch
 
 import sapo_kernels as sk
 from sapo_peft import tiny_model, tiny_tokenizer
+from sapo_peft.cli import main as cli
 from sapo_peft.cli import score as score_command
-from sapo_peft.cli.main import main as cli
 from tests.cli import cli_helpers
 from tests.cli.cli_helpers import PROMPTS, ROWS, SCORE, one_line_error, ranks
 

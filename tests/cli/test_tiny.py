@@ -122,7 +122,7 @@ def test_plain_scores_equal_each_sequence_alone(model, tokenizer):
 def test_score_prompts_agrees_with_the_plain_loop(model, tokenizer):
     cache = sk.ResponseCache.build(tokenizer, PROMPTS, EXAMPLES, suffix="Answer shortly.")
     scores = sk.score_prompts(model, cache)
-    assert scores.stats["road"] == "tree"
+    assert scores.stats["path"] == "tree"
     assert (scores.nll - plain_scores(model, cache)).abs().max() < 1e-4
 
 

@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
     """Score and print; every input is read and checked before the model is loaded."""
     import torch
 
-    from sapo_kernels.scoring.score import ROADS
+    from sapo_kernels.scoring.score import IMPLS as ROADS
 
     if args.impl not in ROADS:
         raise ValueError(f"--impl: wanted one of {', '.join(ROADS)}, got {args.impl!r}")
@@ -192,7 +192,7 @@ def _score(args, model, tokenizer, template, prompts: PromptSet, examples: Examp
 def _cost(scores: PromptScores) -> str:
     dense, done = scores.stats["dense_tokens"], scores.stats["trie_tokens"]
     text = f"Tokens: {done} computed for {dense} in all sequences"
-    if scores.stats["road"] == "tree":
+    if scores.stats["path"] == "tree":
         return f"{text} ({1 - done / dense:.0%} saved by shared prefixes: {dense / done:.2f}x)."
     return f"{text} (padded road, nothing is shared)."
 
