@@ -177,15 +177,15 @@ class PlainModel:
         """One cell, to compare with. `noise` is what is known of the error in low precision; None: measure it."""
         count = int(cache.response_lengths[cell])
         with reader.observed(count) as seen:
-            logits, nll = self.score(cache, cell, MORE_ROWS)
-        own = logits[-count:]
+            own, nll = self.score(cache, cell)
         low = not self.precise or own.dtype in LOW or any(one.dtype in LOW for one in seen)
         if low and noise is None:
-            noise = self._noise(cache, cell, logits)
+            noise = self._noise(cache, cell)
         head = agree(seen[-1].logits, own, low) if seen else None
         return Check(cell, own, head, nll, noise if low else None)
 
-    def _noise(self, cache: ResponseCache, cell: int, logits: torch.Tensor) -> tuple[float, float]:
+    def _noise(self, cache: ResponseCache, cell: int) -> tuple[float, float]:
+        logits = self.score(cache, cell, MORE_ROWS)[0]
         try:
             with _exact_products():
                 exact = self.score(cache, cell, MORE_ROWS)[0]

@@ -1,0 +1,78 @@
+"""What verification costs: a job without it, verified for the first time and again, in turn.
+
+    python -m benchmarks.verification --data DIR --vocab 50257      # ten tasks, about 1,000 cells each
+
+Processor time of one thread, which other load on the machine moves less than wall time; shares are of the job without
+verification, medians over the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+import sapo_kernels as sk
+from sapo_kernels.scoring import score
+from sapo_kernels.scoring.model_state import compilation_off, scoring_mode
+
+from .workload import build_cache, data_folder, load_tasks, load_tokenizer, qwen3_shaped
+
+
+def without(model, cache) -> None:
+    job = score.ScoringJob(model, cache, "auto", None, False)
+    with scoring_mode(model), compilation_off():
+        job.run("tree", [], None)
+
+
+def first(model, cache) -> None:
+    score._known.clear()
+    assert len(sk.score_prompts(model, cache, progress=False).stats["verified"]) == 2
+
+
+def again(model, cache) -> None:
+    assert len(sk.score_prompts(model, cache, progress=False).stats["verified"]) == 1
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--tasks", nargs="*")
+    parser.add_argument("--cells", type=int, default=1000)
+    parser.add_argument("--vocab", type=int, default=50257)
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    data = data_folder(args.data)
+    tokenizer = load_tokenizer(data / "gpt2tokenizer")
+    model, kinds = qwen3_shaped(args.vocab, args.hidden, args.layers), (without, first, again)
+    print(f"{'task':20s} {'cells':>6s} {'seconds':>8s} {'first':>7s} {'again':>7s}")
+    shares: dict[str, list[float]] = {"first": [], "again": []}
+    for task in load_tasks(data, args.tasks):
+        cache = build_cache(task, tokenizer, -(-args.cells // len(task.prompts)))
+        times: dict[str, list[float]] = {kind.__name__: [] for kind in kinds}
+        without(model, cache)  # plans
+        for _ in range(args.rounds):
+            for kind in kinds:
+                begin = time.process_time()
+                kind(model, cache)
+                times[kind.__name__].append(time.process_time() - begin)
+        base = statistics.median(times["without"])
+        for name, found in shares.items():
+            ratios = (a / b - 1 for a, b in zip(times[name], times["without"], strict=True))
+            found.append(statistics.median(ratios))
+        print(
+            f"{task.name[:20]:20s} {len(cache.lengths):6d} {base:8.2f} {shares['first'][-1]:7.1%} "
+            f"{shares['again'][-1]:7.1%}",
+            flush=True,
+        )
+    print(f"{'mean':20s} {'':6s} {'':8s} " + " ".join(f"{statistics.mean(v):7.1%}" for v in shares.values()))
+
+
+if __name__ == "__main__":
+    main()
