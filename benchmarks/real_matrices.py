@@ -4,10 +4,10 @@
     python -m benchmarks.real_matrices --out DIR --pack benchmarks/results/race_matrices_real.safetensors
 
 The data folder holds ``SUPERNI/`` and ``paraphrases.json``. For each task two states of the model: ``base``, as it
-comes, and ``tuned``, after 30 LoRA steps on the next task. All prompts are scored on the first examples; long inputs are cut,
-and a matrix has as many examples as its tokens allow. One safetensors file a matrix, written whole: a run that was
-stopped goes on with those that are missing. "nll" [K, M] float32, nats; "tokens" [K, M] int16; "responses" [M] int16,
-equal numbers for equal responses. `--pack` collects them under MODEL/TASK/STATE/.
+comes, and ``tuned``, after 30 LoRA steps on the next task. All prompts are scored on the first examples; long inputs
+are cut, and a matrix has as many examples as its tokens allow. One safetensors file a matrix, written whole: a run that
+was stopped goes on with those that are missing. "nll" [K, M] float32, nats; "tokens" [K, M] int16; "responses" [M]
+int16, equal numbers for equal responses. `--pack` collects them under MODEL/TASK/STATE/.
 
 Scores are made in bfloat16 by default, as on a GPU: on a CPU with bfloat16 instructions three times as fast as float32.
 """
