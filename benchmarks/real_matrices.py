@@ -6,8 +6,8 @@
 The data folder holds ``SUPERNI/`` and ``paraphrases.json``. For each task two states of the model: ``base``, as it
 comes, and ``tuned``, after 30 LoRA steps on the next task. All prompts are scored on the first examples; long inputs
 are cut, and a matrix has as many examples as its tokens allow. One safetensors file a matrix, written whole: a run that
-was stopped goes on with those that are missing. "nll" [K, M] float32, nats; "tokens" [K, M] int16; "responses" [M]
-int16, equal numbers for equal responses. `--pack` collects them under MODEL/TASK/STATE/.
+was stopped goes on with those that are missing. "nll" [K, M] float32, nats; "tokens" [K, M] int16. `--pack` collects
+them as MODEL/TASK/STATE/nll and MODEL/TASK/tokens.
 
 Scores are made in bfloat16 by default, as on a GPU: on a CPU with bfloat16 instructions three times as fast as float32.
 """
@@ -19,7 +19,6 @@ import hashlib
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 
 import sapo_kernels as sk
@@ -56,7 +55,7 @@ def build_cache(task: Task, tokenizer, examples: list[dict[str, str]], budget: i
 
 
 def tune(model, cache: sk.ResponseCache, prompt: int = 0):
-    """`model` with a LoRA on all linear layers after `STEPS` steps on the cells of one prompt."""
+    """`model` after `STEPS` steps of a LoRA on all linear layers, on the cells of one prompt; merged."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(0)
@@ -78,17 +77,7 @@ def tune(model, cache: sk.ResponseCache, prompt: int = 0):
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    return model.eval()
-
-
-def matrix(scores: sk.PromptScores, cache: sk.ResponseCache) -> dict[str, torch.Tensor]:
-    """The tensors of one file."""
-    _, responses = np.unique([str(list(ids)) for ids in cache.responses[0]], return_inverse=True)
-    return {
-        "nll": scores.nll.float(),
-        "tokens": scores.tokens.short(),
-        "responses": torch.from_numpy(responses).short(),
-    }
+    return model.merge_and_unload().eval()
 
 
 def make(name: str, dtype: torch.dtype, tasks: list[Task], out: Path, budget: int) -> None:
@@ -102,21 +91,22 @@ def make(name: str, dtype: torch.dtype, tasks: list[Task], out: Path, budget: in
     folder, file = resolve(name)
     if file is None:
         raise SystemExit(f"{name}: its package is not installed; see sapo_peft/gguf.py")
-    for at, task in enumerate(tasks):
-        for state in STATES:
+    # Tasks tell more than states: all as the model comes first.
+    for state in STATES:
+        for at, task in enumerate(tasks):
             path = out / f"{name}.{task.name}.{state}.safetensors"
             if path.exists():
                 continue
             started = time.perf_counter()
-            model, tokenizer = load_gguf(folder, file, dtype)
+            model, tokenizer = load_gguf(folder, file)
             if state == "tuned":
                 other = tasks[(at + 1) % len(tasks)]
-                rows = cut(other, tokenizer, INPUT_TOKENS)
-                model = tune(model, build_cache(other, tokenizer, rows, 0))
+                model = tune(model, build_cache(other, tokenizer, cut(other, tokenizer, INPUT_TOKENS), 0))
+            model = model.to(dtype)
             cache = build_cache(task, tokenizer, cut(task, tokenizer, INPUT_TOKENS), budget)
             prepared = time.perf_counter() - started
             scores = sk.score_prompts(model, cache, progress=False)
-            atomic_write(path, save(matrix(scores, cache)))
+            atomic_write(path, save({"nll": scores.nll.float(), "tokens": scores.tokens.short()}))
             print(
                 f"{path.stem}: {cache.num_prompts} x {cache.num_examples}, {scores.stats['trie_tokens']} tokens, "
                 f"{scores.stats['seconds']:.0f} s after {prepared:.0f} s", flush=True,
@@ -145,8 +135,9 @@ def main() -> None:
     if args.pack:
         packed = {}
         for file in sorted(args.out.glob("*.safetensors")):
-            path = "/".join(file.stem.split("."))
-            packed |= {f"{path}/{name}": tensor for name, tensor in load_file(file).items()}
+            model, task, state = file.stem.split(".")
+            one = load_file(file)
+            packed |= {f"{model}/{task}/tokens": one["tokens"], f"{model}/{task}/{state}/nll": one["nll"]}
         atomic_write(args.pack, save(packed))
 
 

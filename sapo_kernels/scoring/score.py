@@ -18,8 +18,7 @@ from .model_state import claimed, compilation_off, is_out_of_memory, rope_kept, 
 from .prefix_cache import PrefixCache
 from .progress import Progress
 from .prompt_scores import PromptScores
-from .race import Contest, Race
-from .race_strata import responses_of
+from .race import Race, RaceState
 from .render import Template
 from .response_cache import ResponseCache
 
@@ -138,10 +137,10 @@ class ScoringJob:
             nll, computed, padded, reason = self.measure()
             report = None
         else:
-            contest = Contest(race, tokens, self.cache.prompts, responses_of(self.cache))
+            state = RaceState(race, tokens)
             self.prefixes = self._prefix_cache()
-            computed, padded, reason = self._hold(contest)
-            nll, tokens, report = contest.nll, np.where(contest.scored, tokens, 0), contest.report()
+            computed, padded, reason = self._hold(state)
+            nll, tokens, report = state.nll, np.where(state.scored, tokens, 0), state.report()
         scores = PromptScores(
             nll=torch.from_numpy(nll).view(shape),
             tokens=torch.from_numpy(tokens).clone(),
@@ -171,12 +170,12 @@ class ScoringJob:
         job.prefixes = self.prefixes
         return job
 
-    def _hold(self, contest: Contest) -> tuple[int, bool, str | None]:
-        """Score what a contest asks for, round by round; (computed tokens, padded, reason) as `measure` has them."""
+    def _hold(self, state: RaceState) -> tuple[int, bool, str | None]:
+        """Score what a state asks for, round by round; (computed tokens, padded, reason) as `measure` has them."""
         total, road, padded, reason = 0, self.impl, False, None
-        while (cells := contest.wanted()) is not None:
+        while (cells := state.wanted()) is not None:
             nll, computed, by_padded, why = self.part(cells, road).measure()
-            contest.add(cells, nll)
+            state.add(cells, nll)
             total, padded, reason = total + computed, padded or by_padded, reason or why
             if padded:  # one road for all rounds, and one line in the log about it
                 road, self.prefixes = "padded", None
