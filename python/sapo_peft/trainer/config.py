@@ -87,8 +87,6 @@ class SapoConfig:
     def _check_race(self) -> None:
         if not isinstance(self.race, Race):
             raise ValueError(f"race: wanted a sapo_kernels.Race or None, got {self.race!r}")
-        if self.race.memory:
-            raise ValueError(f"race: wanted one without a memory, as a run keeps its own, got {len(self.race.memory)}")
         if self.mode != "hard":
             raise ValueError(
                 f"race: wanted mode 'hard', got {self.mode!r}: draws go by the loss of every prompt, and a race "
