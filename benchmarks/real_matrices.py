@@ -80,10 +80,8 @@ def tune(model, cache: sk.ResponseCache, prompt: int = 0):
     return model.merge_and_unload().eval()
 
 
-def make(name: str, dtype: torch.dtype, tasks: list[Task], out: Path, budget: int) -> None:
-    """Every matrix of `tasks` that is not there."""
-    from safetensors.torch import save
-
+def load(name: str):
+    """(model in float32, tokenizer) of weights that are installed or a GGUF file."""
     from sapo_peft.gguf import load_gguf, resolve
     from sapo_peft.loading import quiet_libraries
 
@@ -91,14 +89,21 @@ def make(name: str, dtype: torch.dtype, tasks: list[Task], out: Path, budget: in
     folder, file = resolve(name)
     if file is None:
         raise SystemExit(f"{name}: its package is not installed; see sapo_peft/gguf.py")
+    return load_gguf(folder, file)
+
+
+def make(name: str, dtype: torch.dtype, tasks: list[Task], out: Path, budget: int) -> None:
+    """Every matrix of `tasks` that is not there."""
+    from safetensors.torch import save
+
     # Tasks tell more than states: all as the model comes first.
     for state in STATES:
         for at, task in enumerate(tasks):
-            path = out / f"{name}.{task.name}.{state}.safetensors"
+            path = out / f"{Path(name).stem.replace('.', '_')}.{task.name}.{state}.safetensors"
             if path.exists():
                 continue
             started = time.perf_counter()
-            model, tokenizer = load_gguf(folder, file)
+            model, tokenizer = load(name)
             if state == "tuned":
                 other = tasks[(at + 1) % len(tasks)]
                 model = tune(model, build_cache(other, tokenizer, cut(other, tokenizer, INPUT_TOKENS), 0))
