@@ -1,4 +1,4 @@
-// SAPO_CHECK: errors that name the operator, the argument, what was wanted and what was got.
+// SAPO_CHECK: errors that name the operator, the argument, what was expected and what was got.
 #pragma once
 
 #include <sstream>

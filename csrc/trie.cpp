@@ -142,8 +142,8 @@ void Planner::read(const int64_t* offsets, int64_t offsets_size, const int64_t* 
     // Offsets may be anything here, so the difference wraps around as numpy's does.
     const int64_t full = static_cast<int64_t>(static_cast<uint64_t>(stop) - static_cast<uint64_t>(first));
     if (context < 1 || context >= full) {
-      refuse_sequence(c, "expected at least 1 context and 1 response token, got a context of " + std::to_string(context) +
-                             " in " + std::to_string(full) + " tokens");
+      refuse_sequence(c, "expected at least 1 context and 1 response token, got a context of " +
+                             std::to_string(context) + " in " + std::to_string(full) + " tokens");
     }
     if (outside < 0 && (stop < 0 || stop > ids_size_)) outside = c;
     sequences_.push_back({first, full - 1, context, 0});

@@ -21,7 +21,7 @@ class Arguments:
 
     def tensor(self, name: str, value: torch.Tensor, dtype: torch.dtype, shape, written: bool = False) -> None:
         """A dense tensor of that dtype and shape; `written` ones share no memory with any other argument."""
-        head = f"{self.op}: {name}: wanted"
+        head = f"{self.op}: {name}: expected"
         if value.dtype != dtype:
             raise RuntimeError(f"{head} {_name(dtype)}, got {_name(value.dtype)}")
         if tuple(value.shape) != tuple(shape):

@@ -28,7 +28,7 @@ _ARCHIVES = ((b"\x1f\x8b", "gzip"), (b"PK\x03\x04", "zip"), (b"BZh", "bzip2"), (
 
 
 class DataError(ValueError):
-    """Outside data that is refused. The message names the file, the place, what was wanted and got."""
+    """Outside data that is refused. The message names the file, the place, what was expected and got."""
 
 
 def excerpt(text: object, limit: int = 60) -> str:

@@ -90,7 +90,7 @@ def _import_planner():
     except (ImportError, OSError) as error:
         return None, _refused("_planner", str(error), "numpy")
     if module.ABI != ABI:
-        return None, f"built for interface {module.ABI}, wanted {ABI}: build it again"
+        return None, f"built for interface {module.ABI}, expected {ABI}: build it again"
     return module, "loaded"
 
 

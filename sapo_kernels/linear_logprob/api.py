@@ -43,7 +43,7 @@ def linear_logprob(
         non-finite results, never a plausible number.
 
     Raises:
-        ValueError, TypeError: naming the argument, what was wanted and what was got; nothing was computed. Target ids
+        ValueError, TypeError: naming the argument, what was expected and what was got; nothing was computed. Target ids
             are checked on the host, which waits for the device once; `torch.ops.sapo_kernels.linear_logprob` does not.
         RuntimeError: an explicit ``impl`` that cannot run here.
 

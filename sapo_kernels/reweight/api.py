@@ -50,7 +50,7 @@ def reweight_(
     mean gets ``best = -1``; its probs and effective number stay as they are.
 
     Raises:
-        ValueError, TypeError: naming the argument, what was wanted and what was got; nothing was written.
+        ValueError, TypeError: naming the argument, what was expected and what was got; nothing was written.
         RuntimeError: the state's own tensors do not fit together; nothing was written.
 
     Numerics: float64, sums in a fixed order; the same bits on every device, compiled or not (the softmax's exp is our

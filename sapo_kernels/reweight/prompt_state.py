@@ -35,7 +35,7 @@ class PromptState:
             `reweight_`.
 
     Raises:
-        ValueError: naming the argument, what was wanted and what was got.
+        ValueError: naming the argument, what was expected and what was got.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class PromptState:
         """Copy what `state_dict` returned into this state of the same size, on any device.
 
         Raises:
-            ValueError, TypeError: naming the entry, what was wanted and what was got; nothing was written.
+            ValueError, TypeError: naming the entry, what was expected and what was got; nothing was written.
         """
         if set(state) != set(DTYPES):
             raise ValueError(f"state: expected the entries {sorted(DTYPES)}, got {sorted(map(str, state))[:20]}")

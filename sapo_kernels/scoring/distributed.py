@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -277,7 +277,7 @@ class ShardedJob(ScoringJob):
         options = (self.impl, self.max_tokens, len(self.shards), self.count, *_autocast(self.device))
         digests = (
             _digest(str(self.cache.num_examples), *self.cache.prompts, *(a.view(np.uint8).data for a in cells)),
-            _digest(repr(options), *_race_parts(race)),
+            _digest(repr(options), repr(race)),
             *_model_digests(self.model),
         )
         self.ranks.post(WORKING, torch.from_numpy(np.frombuffer(b"".join(d[:16] for d in digests), np.int64).copy()))
@@ -345,16 +345,6 @@ def _digest(*parts) -> bytes:
         part = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else bytes(part)
         state.update(len(part).to_bytes(8, "little") + part)
     return state.digest()
-
-
-def _race_parts(race: Race | None) -> list:
-    if race is None:
-        return []
-    parts: list = [repr([getattr(race, f.name) for f in fields(race) if f.name != "memory"])]
-    for old in race.memory:
-        parts += [old.nll.double().cpu().contiguous().numpy().view(np.uint8).data, repr(old.tokens.tolist())]
-        parts.append(repr(old.race and old.race.to_dict()))
-    return parts
 
 
 def _model_digests(model: nn.Module) -> tuple[bytes, bytes]:

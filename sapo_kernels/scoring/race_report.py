@@ -1,33 +1,26 @@
-"""RaceReport: what a race did to every prompt, and what it proves about the one it chose."""
+"""RaceReport: what a race did to every prompt."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..files import DataError, excerpt
 
 REASONS = ("winner", "worse", "within tolerance", "not finite")
+_MOST = 2**63 - 1
 
 
 @dataclass(frozen=True)
 class RaceReport:
-    """The outcome of `score_prompts` with a `Race`; differences are in nats per token, one entry a prompt.
+    """The outcome of `score_prompts` with a `Race`; lists have one entry a prompt.
 
     Attributes:
         winner: the prompt chosen; -1 if none had a finite loss.
         examples: how many examples each prompt was scored on.
         left: round, counted from 1, after which it was scored no more.
-        reason: "winner"; "worse" (shown not to be the best, or to lose no less than the winner); "within tolerance"
-            (shown to be at most the tolerance better than the winner, if better at all); "not finite".
-        against: the prompt it was last compared with; itself for the winner and for "not finite".
-        lower, upper: bounds on its loss minus the winner's over all examples, from the examples that both have; each
-            holds for a given pair with probability ``1 - delta``, at all numbers of examples at once, if the condition
-            that `Race` states holds for its differences. (0, 0) for the winner, NaN for "not finite".
-        regret: with probability ``1 - delta`` the winner's loss is no more than this above the lowest there is.
-        tolerance: differences up to this were left undecided.
-        delta: as in `Race`.
+        reason: "winner"; "worse" (its loss was above the leader's by more than chance explains, or after all examples);
+            "within tolerance" (it may be better than the leader, by no more than the tolerance); "not finite".
         rounds: examples that the prompts still in had after each round.
         cells, total: cells scored, and K * M.
     """
@@ -36,12 +29,6 @@ class RaceReport:
     examples: list[int]
     left: list[int]
     reason: list[str]
-    against: list[int]
-    lower: list[float]
-    upper: list[float]
-    regret: float
-    tolerance: float
-    delta: float
     rounds: list[int]
     cells: int
     total: int
@@ -51,48 +38,60 @@ class RaceReport:
         """Share of the cells that were not scored."""
         return 1.0 - self.cells / self.total
 
+    @property
+    def against(self) -> list[int]:
+        """The prompt that each loss is estimated against: the winner, which has all examples of the others."""
+        return [self.winner if self.winner >= 0 else k for k in range(len(self.examples))]
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; non-finite numbers become strings ("nan", "inf", "-inf")."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: [_plain(x) for x in v] if isinstance(v, list) else _plain(v) for name, v in values.items()}
+        """Plain JSON types."""
+        return asdict(self)
 
     @classmethod
     def from_dict(cls, data: Any, num_prompts: int) -> RaceReport:
-        """The inverse of `to_dict` for K prompts; raises `DataError` naming the field that does not fit."""
+        """The inverse of `to_dict` for K prompts; raises `DataError` naming the field that does not fit.
+
+        Fields that reports of earlier versions had are left out.
+        """
         if not isinstance(data, dict):
-            raise DataError(f"race: wanted an object, got {excerpt(data)}")
-        prompts, last = range(num_prompts), len(_list(data, "rounds", _whole, None))
+            raise DataError(f"race: expected an object, got {excerpt(data)}")
+        rounds = _numbers(data, "rounds", None, 1, _MOST)
+        reason = data.get("reason")
+        if not isinstance(reason, list) or len(reason) != num_prompts or any(one not in REASONS for one in reason):
+            raise DataError(f"race: reason: expected {num_prompts} of {REASONS}, got {excerpt(reason)}")
         return cls(
-            winner=_one(data, "winner", lambda v: _whole(v, -1, num_prompts - 1)),
-            examples=_list(data, "examples", _whole, num_prompts),
-            left=_list(data, "left", lambda v: _whole(v, 1, last), num_prompts),
-            reason=_list(data, "reason", lambda v: v if v in REASONS else None, num_prompts),
-            against=_list(data, "against", lambda v: v if type(v) is int and v in prompts else None, num_prompts),
-            lower=_list(data, "lower", read_nats, num_prompts),
-            upper=_list(data, "upper", read_nats, num_prompts),
-            regret=_one(data, "regret", read_nats),
-            tolerance=_one(data, "tolerance", read_nats),
-            delta=_one(data, "delta", read_nats),
-            rounds=_list(data, "rounds", _whole, None),
-            cells=_one(data, "cells", _whole),
-            total=_one(data, "total", lambda v: _whole(v, 1)),
+            winner=_number(data, "winner", -1, num_prompts - 1),
+            examples=_numbers(data, "examples", num_prompts, 0, _MOST),
+            left=_numbers(data, "left", num_prompts, 1, len(rounds)),
+            reason=reason,
+            rounds=rounds,
+            cells=_number(data, "cells", 0, _MOST),
+            total=_number(data, "total", 1, _MOST),
         )
 
     def __repr__(self) -> str:
-        if self.winner < 0:
-            return f"RaceReport(no winner, {self.cells} of {self.total} cells)"
-        return (
-            f"RaceReport(winner {self.winner}, at most {self.regret:.4f} nats per token above the best with "
-            f"probability {1 - self.delta:.3g}; {self.cells} of {self.total} cells in {len(self.rounds)} rounds)"
-        )
+        winner = f"winner {self.winner}" if self.winner >= 0 else "no winner"
+        return f"RaceReport({winner}, {self.cells} of {self.total} cells in {len(self.rounds)} rounds)"
 
 
-def _plain(value: Any) -> Any:
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+def _whole(value: Any, low: int, high: int) -> bool:
+    return type(value) is int and low <= value <= high
 
 
-def _whole(value: Any, low: int = 0, high: int = 2**63 - 1) -> int | None:
-    return value if type(value) is int and low <= value <= high else None
+def _number(data: dict, name: str, low: int, high: int) -> int:
+    if not _whole(value := data.get(name), low, high):
+        raise DataError(f"race: {name}: expected a whole number from {low} to {high}, got {excerpt(value)}")
+    return value
+
+
+def _numbers(data: dict, name: str, length: int | None, low: int, high: int) -> list[int]:
+    values = data.get(name)
+    if not isinstance(values, list) or len(values) != (len(values) if length is None else length):
+        raise DataError(f"race: {name}: expected a list of {length or 'numbers'}, got {excerpt(values)}")
+    for i, value in enumerate(values):
+        if not _whole(value, low, high):
+            raise DataError(f"race: {name}[{i}]: expected a whole number from {low} to {high}, got {excerpt(value)}")
+    return values
 
 
 def read_nats(value: Any) -> float | None:
@@ -103,21 +102,3 @@ def read_nats(value: Any) -> float | None:
         return float(value)
     except OverflowError:
         return None
-
-
-def _one(data: dict, name: str, read) -> Any:
-    value = read(data.get(name))
-    if value is None:
-        raise DataError(f"race: {name}: wanted another value, got {excerpt(data.get(name))}")
-    return value
-
-
-def _list(data: dict, name: str, read, length: int | None) -> list:
-    values = data.get(name)
-    if not isinstance(values, list) or (length is not None and len(values) != length):
-        raise DataError(f"race: {name}: wanted a list{f' of {length}' if length else ''}, got {excerpt(values)}")
-    made = [read(value) for value in values]
-    if None in made:
-        at = made.index(None)
-        raise DataError(f"race: {name}[{at}]: wanted another value, got {excerpt(values[at])}")
-    return made

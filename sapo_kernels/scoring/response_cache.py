@@ -205,7 +205,7 @@ class ResponseCache:
             max_target: longest response in tokens; the rest is cut, as in the paper.
 
         Raises:
-            ValueError, TypeError: naming the prompt or example, what was wanted and what was got.
+            ValueError, TypeError: naming the prompt or example, what was expected and what was got.
         """
         if not callable(tokenizer) or not hasattr(tokenizer, "all_special_tokens"):
             raise TypeError(f"tokenizer: expected a transformers tokenizer, got {type(tokenizer).__name__}")

@@ -27,8 +27,7 @@ from .model_state import (
 from .paths import ALONE, EQUAL, PADDED, PATHS, TREE, Paths
 from .prefix_cache import PrefixCache
 from .prompt_scores import PromptScores
-from .race import Contest, Race
-from .race_strata import responses_of
+from .race import Race, RaceState
 from .render import Template, without_empty_targets
 from .response_cache import ResponseCache
 from .verification import Check, Disagreement, PlainModel, chosen_cells
@@ -118,8 +117,6 @@ def score_prompts(
         examples = [] if examples is None else examples
         if skip_empty:
             examples, kept = without_empty_targets(examples)
-            if not all(kept) and race is not None and race.memory:
-                raise ValueError("skip_empty: expected no memory of a race beside examples that are left out")
         cache = ResponseCache.build(
             tokenizer, prompts, examples, template,
             suffix=suffix, text_word=text_word, max_source=max_source, max_target=max_target,
@@ -206,8 +203,8 @@ class ScoringJob(Paths):
         if race is None:
             found = self.measure()
         else:
-            contest, found = self._race(race, tokens)
-            tokens, report = np.where(contest.scored, tokens, 0), contest.report()
+            state, found = self._race(race, tokens)
+            tokens, report = np.where(state.scored, tokens, 0), state.report()
         scores = PromptScores(
             nll=torch.from_numpy(found.nll).view(shape),
             tokens=torch.from_numpy(tokens).clone(),
@@ -237,24 +234,24 @@ class ScoringJob(Paths):
         """A job of some of this one's cells."""
         return ScoringJob(self.model, self.cache.select(cells), self.impl, self.max_tokens, self.progress)
 
-    def _race(self, race: Race, tokens: np.ndarray) -> tuple[Contest, Measured]:
-        """Score what a contest asks for, round by round; from the beginning if the path changes on the way."""
+    def _race(self, race: Race, tokens: np.ndarray) -> tuple[RaceState, Measured]:
+        """Score what a race asks for, round by round; from the beginning if the path changes on the way."""
         settled = None
         while True:
-            contest = Contest(race, tokens, self.cache.prompts, responses_of(self.cache))
+            state = RaceState(race, tokens)
             self.prefixes = self._prefix_cache() if settled is None or settled.path == TREE else None
             try:
-                return contest, self._rounds(contest, settled)
+                return state, self._rounds(state, settled)
             except PathChanged as change:
                 (settled,) = change.args
 
-    def _rounds(self, contest: Contest, settled: Settled | None) -> Measured:
+    def _rounds(self, state: RaceState, settled: Settled | None) -> Measured:
         total, verified, difference = 0, [], 0.0
-        while (cells := contest.wanted()) is not None:
+        while (cells := state.wanted()) is not None:
             part = self.part(cells)
             part.prefixes, part.settled, part.quiet = self.prefixes, settled, self.quiet
             found = part.measure()
-            contest.add(cells, found.nll)
+            state.add(cells, found.nll)
             total, verified = total + found.computed, verified + found.verified
             difference = max(difference, found.difference)
             if settled is not None and part.settled.path != settled.path:
@@ -262,7 +259,7 @@ class ScoringJob(Paths):
             settled = part.settled
             if settled.path != TREE:
                 self.prefixes = None
-        return Measured(contest.nll, total, settled.path, settled.reason, verified, difference)
+        return Measured(state.nll, total, settled.path, settled.reason, verified, difference)
 
     def measure(self) -> Measured:
         """Score all cells, by the first path that agrees with the plain model."""

@@ -48,7 +48,7 @@ def tree_attention(
         [Tq, Hq, Dv] in q's dtype.
 
     Raises:
-        ValueError, TypeError: naming the argument, what was wanted and what was got; nothing was computed.
+        ValueError, TypeError: naming the argument, what was expected and what was got; nothing was computed.
         RuntimeError: an explicit ``impl`` that cannot run here.
 
     Numerics: softmax and accumulation in float32 (float64 for float64 inputs); deterministic. No backward.

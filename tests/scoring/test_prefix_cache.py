@@ -21,7 +21,7 @@ from tests.tolerances import TOLERANCES
 pytest.importorskip("transformers")
 ATOL = TOLERANCES["token nll"].atol
 # Everything is scored, round by round.
-ALL = sk.Race(delta=1e-300, relative=0.0, first=5, growth=1.5)
+ALL = sk.Race(delta=0, first=5, growth=1.5)
 
 
 def job(seed=0, prompts=5, examples=24, shared=9, vocabulary=250) -> sk.ResponseCache:
@@ -122,13 +122,14 @@ def test_the_reference_reads_whole_tries():
 
 
 def test_prompts_that_left_and_come_back(monkeypatch):
-    """A prompt that waits is not in the rounds between; when it is scored again, its prefix is computed again."""
+    """A prompt that was dropped is not in the rounds between; scored again, its prefix is computed again."""
     cache, model, full = job(5, prompts=3), build("llama"), plain_nll(build("llama"), job(5, prompts=3))
-    monkeypatch.setattr(score.Contest, "_judge", lambda contest: judge(contest))
 
-    def judge(contest):
-        contest.leader, contest.tolerance = 0, 0.0
-        contest.waiting[2] = len(contest.rounds) in (1, 2)
+    def judge(state):
+        state.active[2] = len(state.rounds) not in (1, 2)
+        state.active[1:] &= state.size < state.num_examples
+
+    monkeypatch.setattr(score.RaceState, "_judge", judge)
 
     scores = sk.score_prompts(model, cache, race=ALL)
     assert scores.scored.all() and scores.race.examples == [24] * 3

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import os
@@ -14,7 +13,7 @@ import pytest
 import torch
 
 import sapo_kernels as sk
-from sapo_kernels.scoring.distributed import _digest, _race_parts, cut
+from sapo_kernels.scoring.distributed import cut
 from sapo_kernels.scoring.ranks import ranks_of
 from tests.conftest import ROOT
 from tests.oracles import flatten, random_cells, small_qwen3
@@ -235,19 +234,6 @@ def test_one_process_alone_needs_no_group():
     raced = sk.score_prompts_sharded(model, many, shards=2, race=race)
     assert raced.best == sk.score_prompts(model, many, race=race, progress=False).best
     assert raced.race is not None and torch.equal(raced.nll.isnan(), raced.tokens == 0)
-
-
-def test_ranks_that_remember_another_race_are_told_apart():
-    """What a race said of itself is part of a memory, as the losses that it left are."""
-    job = tiny(), cache_of(4, 4, 16)
-    old = sk.score_prompts_sharded(*job, race=sk.Race(first=5, relative=0.1))
-    other = dataclasses.replace(old.race, winner=(old.race.winner + 1) % 4)
-
-    def remembered(report) -> bytes:
-        return _digest(*_race_parts(sk.Race(memory=dataclasses.replace(old, race=report))))
-
-    assert old.race is not None and remembered(old.race) == remembered(dataclasses.replace(old.race))
-    assert len({remembered(report) for report in (old.race, other, None)}) == 3
 
 
 def test_the_log_says_things_once(caplog):

@@ -66,8 +66,6 @@ class SapoCallback(TrainerCallback):
         self._scored_step: int | None = None
         # The scoring behind the choice where that is not the newest: the best model is an earlier one.
         self._of_best: Scoring | None = None
-        if self.rescorer:
-            self.rescorer.races.forget()
 
     @property
     def trainer(self) -> Any:
@@ -193,7 +191,7 @@ class SapoCallback(TrainerCallback):
         if self.rescorer is None:
             return
         with self.timed():
-            scoring = self.rescorer.score(model, self.trainer.state.global_step, reason, self._agree, self._planned())
+            scoring = self.rescorer.score(model, self.trainer.state.global_step, reason, self._agree)
         self.history = [*self.history, scoring][-MOST_HISTORY:]
         self._records = [*self._records, scoring_record(scoring)][-MOST_HISTORY:]
         self.switches += len(scoring.switches)
@@ -208,15 +206,6 @@ class SapoCallback(TrainerCallback):
                 f"to prompt {new} ({losses[new]:.4f} nats/token): {excerpt_line(self.choice.pools[task].prompts[new])}"
             )
         self._log(self.metrics(scoring))
-
-    def _planned(self) -> int:
-        """Scorings that the schedule holds after this one; those for drift cannot be foreseen."""
-        state, every, found = self.trainer.state, self.config.every_steps, 0
-        if every:
-            found += max(0, (state.max_steps - 1) // every - state.global_step // every)
-        if self.config.each_epoch:
-            found += max(0, math.ceil(state.num_train_epochs) - 1 - int(state.epoch or 0))
-        return found
 
     def _agree(self, sums):
         return _ranks.first_of(sums, self.trainer.args.device)

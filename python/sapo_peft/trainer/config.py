@@ -36,11 +36,10 @@ class SapoConfig:
         max_tokens: new tokens per forward when scoring, see `score_prompts`.
         template: layout of a cell, see `sapo_kernels.scoring.render.Renderer`.
         seed: of the draws in mode "soft".
-        race: a `sapo_kernels.Race` without a memory: score in rounds, and only what is needed to find the best prompt;
-            None: every cell. In mode "hard" with decay 0. What is chosen is the race's winner. The loss of a prompt
-            that left early is an estimate from the examples that it shares with those that beat it, and so are the
-            losses that are logged and written beside the adapter. A run keeps its own memory: the last scores of every
-            cell, which its first scoring makes if the schedule holds four more scorings, and the last race.
+        race: a `sapo_kernels.Race`: score in rounds, and only what is needed to find the best prompt; None: every cell.
+            In mode "hard" with decay 0. What is chosen is the race's winner. The loss of a prompt that was dropped
+            early is an estimate from the examples that it shares with the winner, and so are the losses that are logged
+            and written beside the adapter. Each scoring takes the examples in an order of its own.
 
     Raises:
         ValueError: naming the option, what was wanted and what was got.
@@ -88,8 +87,6 @@ class SapoConfig:
     def _check_race(self) -> None:
         if not isinstance(self.race, Race):
             raise ValueError(f"race: wanted a sapo_kernels.Race or None, got {self.race!r}")
-        if self.race.memory:
-            raise ValueError(f"race: wanted one without a memory, as a run keeps its own, got {len(self.race.memory)}")
         if self.mode != "hard":
             raise ValueError(
                 f"race: wanted mode 'hard', got {self.mode!r}: draws go by the loss of every prompt, and a race "

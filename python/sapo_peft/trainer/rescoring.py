@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,7 +16,6 @@ from sapo_kernels.scoring.distributed import DEFAULT_TIMEOUT, unshareable
 
 from .choice import Choice
 from .config import SapoConfig
-from .racing import Races
 from .ranks import several
 
 logger = logging.getLogger("sapo_peft")
@@ -64,7 +64,6 @@ class Rescorer:
             )
             for task, pool in choice.pools.items()
         }  # fmt: skip
-        self.races = Races(config.race, self.caches)
         self._told = False
 
     def _scores(self, model: Any, cache: sk.ResponseCache, race: sk.Race | None) -> sk.PromptScores:
@@ -80,16 +79,15 @@ class Rescorer:
             self._told, race = True, None
         return sk.score_prompts(model, cache, progress=False, race=race, **options)
 
-    def score(self, model: Any, step: int, reason: str, agree=None, more: int = 0) -> Scoring:
+    def score(self, model: Any, step: int, reason: str, agree=None) -> Scoring:
         """Score all pools and settle the choice.
 
-        `agree` maps float64 tensors, the [2, P, K] losses and counts first, to those of all ranks (rank 0's). `more`:
-        scorings that are planned after this one.
+        `agree` maps float64 tensors, the [2, P, K] losses and counts first, to those of all ranks (rank 0's).
 
         Each prompt enters the state with its loss and the response tokens that it was scored on. After a race the loss
-        is `PromptScores.loss`, that of the prompt it was last compared with plus their difference on the examples that
-        both have, since means over different examples cannot be compared; and only the winner may be selected, which
-        need not have the lowest of these estimates.
+        is `PromptScores.loss`, that of the winner plus their difference on the examples that both have, since means
+        over different examples cannot be compared; and only the winner may be selected, which need not have the lowest
+        of these estimates.
         """
         started = time.perf_counter()
         state, config = self.choice.state, self.config
@@ -97,8 +95,7 @@ class Rescorer:
         scored = []
         may = state.live.double()
         for p, (task, cache) in enumerate(self.caches.items()):
-            scores = self._scores(model, cache, self.races.next(task, step, more))
-            self.races.seen(task, scores)
+            scores = self._scores(model, cache, race_of(config.race, task, step))
             tokens = scores.tokens.sum(1)
             nll = scores.nll.sum(1) if scores.race is None else scores.loss * tokens
             sums[0, p, : cache.num_prompts], sums[1, p, : cache.num_prompts] = nll, tokens
@@ -130,6 +127,14 @@ class Rescorer:
             computed_tokens=sum(one.stats["trie_tokens"] for one in scored),
             cells_saved=None if config.race is None else _saved(scored),
         )
+
+
+def race_of(race: sk.Race | None, task: str, step: int) -> sk.Race | None:
+    """The race of a task's scoring, whose examples come in an order of their own: no few of them decide every time."""
+    if race is None:
+        return None
+    digest = hashlib.blake2b(f"{race.seed} {step} {task}".encode("utf-8", "surrogatepass"), digest_size=7)
+    return replace(race, seed=int.from_bytes(digest.digest(), "big"))
 
 
 def _saved(scored: Sequence[sk.PromptScores]) -> float:

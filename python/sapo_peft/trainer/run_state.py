@@ -111,7 +111,6 @@ class Setup:
 def state_of(callback: SapoCallback) -> dict[str, Any]:
     """Everything that a resumed run needs to choose as this one would."""
     choice, drift, trained = callback.choice, callback.drift, callback.trained
-    memory = callback.rescorer.races.record() if callback.rescorer else {}
     return {
         "version": STATE_VERSION,
         # The rows of everything below; the trainer sorts the keys of dictionaries.
@@ -126,7 +125,6 @@ def state_of(callback: SapoCallback) -> dict[str, Any]:
         "drift": {name: list(getattr(drift, name)) for name in ("first", "newest", "squares")},
         "trained": numbers({**vars(trained), "loss": float(trained.loss)}),
         "history": list(callback._records),
-        **({"memory": memory} if memory else {}),
     }
 
 
@@ -137,8 +135,6 @@ def restore(callback: SapoCallback, kept: Mapping[str, Any]) -> None:
         ValueError: see `Setup.check`.
     """
     callback.setup.check(kept)
-    if callback.rescorer:
-        callback.rescorer.races.restore(kept.get("memory", {}))
     choice = callback.choice
     choice.state.load_state_dict(_tensors(kept, choice))
     choice.chosen.copy_(torch.tensor(kept["chosen"]))

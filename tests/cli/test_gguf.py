@@ -1,0 +1,76 @@
+"""GGUF: names of packaged models, files, and what loading leaves behind."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+import torch
+
+from sapo_kernels.files import DataError
+from sapo_peft import gguf
+
+
+@pytest.fixture
+def packages(monkeypatch, tmp_path):
+    """Two distributions that hold a file in two parts; returns how to put another in their place."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "cache"))
+    held = {"a-part1": b"GGUF one", "a-part2": b" and two"}
+
+    def part(distribution, file):
+        path = tmp_path / f"{file}.{distribution}"
+        if distribution not in held:
+            return None
+        path.write_bytes(held[distribution])
+        return path
+
+    whole = hashlib.sha256(b"".join(held.values())).hexdigest()
+    monkeypatch.setattr(gguf, "_part", part)
+    monkeypatch.setitem(gguf.MODELS, "a", gguf.Packaged("hub/a", "a.gguf", whole, tuple(held)))
+    return held
+
+
+def test_parts_are_assembled_once_and_verified(packages, tmp_path):
+    folder, file = gguf.resolve("a")
+    path = tmp_path / "cache" / "sapo_peft" / "a.gguf"
+    assert (folder, file) == (str(path.parent), "a.gguf") and path.read_bytes() == b"GGUF one and two"
+    made = path.stat().st_mtime_ns
+    assert gguf.resolve("a") == (folder, file) and path.stat().st_mtime_ns == made
+    packages["a-part2"] = b" and TWO"
+    path.unlink()
+    with pytest.raises(DataError, match=r"--model a: .*a\.gguf: expected SHA-256 [0-9a-f]{64}, got"):
+        gguf.resolve("a")
+
+
+def test_without_its_package_a_name_is_a_hub_id(packages):
+    del packages["a-part1"]
+    assert gguf.resolve("a") == ("hub/a", None)
+
+
+def test_a_file_is_taken_by_its_path_and_others_are_refused(tmp_path):
+    good, bad = tmp_path / "model.gguf", tmp_path / "other.gguf"
+    good.write_bytes(b"GGUF")
+    bad.write_bytes(b"PK\x03\x04")
+    assert gguf.resolve(str(good)) == (str(tmp_path), "model.gguf")
+    for name, message in ((str(bad), "begins with GGUF, got b'PK"), ("none.gguf", "no such file"), ("gpt9", "smollm2")):
+        with pytest.raises(DataError, match=message):
+            gguf.resolve(name)
+    with pytest.raises(DataError, match=r"model\.gguf: cannot be loaded as GGUF"):
+        gguf.load_gguf(str(tmp_path), "model.gguf")
+
+
+@pytest.mark.parametrize("name", gguf.MODELS)
+def test_a_packaged_model_loads_and_saves_as_an_ordinary_one(name, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    folder, file = gguf.resolve(name)
+    if file is None:
+        pytest.skip(f"{name}: its package is not installed")
+    model, tokenizer = gguf.load_gguf(folder, file)
+    assert not model.training and {p.dtype for p in model.parameters()} == {torch.float32}
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids = torch.tensor([tokenizer("The three primary colours are red, blue and")["input_ids"]])
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, again(ids).logits)
+        assert tokenizer.decode(model(ids).logits[0, -1].argmax()).strip() == "yellow"
