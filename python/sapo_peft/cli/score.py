@@ -15,7 +15,8 @@ from ..terminal import MODEL_HELP, log_on_stderr, plain, terminal_width
 if TYPE_CHECKING:
     from sapo_kernels import PromptScores, ResponseCache
 
-    from ..data.examples import Examples, PromptSet
+    from ..data.examples import Examples
+    from ..data.prompt_pool import PromptPool
 
 MAX_TEMPLATE_BYTES = 2**20
 PLAIN_BATCH = 8
@@ -149,7 +150,7 @@ class _Times:
         return lines
 
 
-def _score(args, model, tokenizer, template, prompts: PromptSet, examples: Examples) -> _Times:
+def _score(args, model, tokenizer, template, prompts: PromptPool, examples: Examples) -> _Times:
     import sapo_kernels as sk
 
     from .ranking import ranked_table
@@ -212,24 +213,24 @@ def _compare(model: Any, cache: ResponseCache, scores: PromptScores) -> tuple[fl
     return seconds, float(difference.nan_to_num(nan=torch.inf).max())
 
 
-def _choice(scores: PromptScores, prompts: PromptSet) -> str:
+def _choice(scores: PromptScores, prompts: PromptPool) -> str:
     from .ranking import close_to_best, paired_difference
 
     best, others = scores.best, len(scores.prompts) - 1
     lines = [f"Train with prompt {best}: {plain(scores.prompts[best])}"]
-    if prompts.original_first and best != 0:
+    if best != 0:
         gain, error = paired_difference(scores.nll, scores.tokens, 0, best)
         lines.append(f"The original instruction (prompt 0) is {gain:.4f} +/- {error:.4f} nats per token worse.")
-    elif prompts.original_first:
+    else:
         lines.append("This is the original instruction.")
     if others:
         lines.append(f"{close_to_best(scores)} of {others} other prompts lie within two standard errors of it.")
     return "\n".join(lines)
 
 
-def _jobs(args: argparse.Namespace) -> list[tuple[PromptSet, Examples]]:
+def _jobs(args: argparse.Namespace) -> list[tuple[PromptPool, Examples]]:
     """The prompts and examples of every task to score, read and checked."""
-    from ..data.examples import read_examples, read_prompts
+    from ..data.tasks import read_task
 
     options = {
         "input_column": args.input_column,
@@ -241,36 +242,13 @@ def _jobs(args: argparse.Namespace) -> list[tuple[PromptSet, Examples]]:
         got = "--prompts" if args.data is None else "--data"
         raise ValueError(f"wanted --prompts and --data, or neither for the bundled tasks; got {got} only")
     if args.prompts is not None:
-        prompts = _read_prompts(args.prompts, args.task, Path(args.data))
-        return [(prompts, read_examples(args.data, task=args.task or prompts.task, **options))]
+        return [read_task(args.prompts, args.data, args.task, **options)]
 
     from ..assets import BUNDLED_DIR, task_names
 
     tasks = task_names() if args.task is None else [args.task]
     _note(args, f"no --prompts and --data: scoring the bundled task{'s' * (len(tasks) > 1)}")
-    return [(read_prompts(BUNDLED_DIR, task), read_examples(BUNDLED_DIR, task=task, **options)) for task in tasks]
-
-
-def _read_prompts(path: str, task: str | None, data: Path) -> PromptSet:
-    """The prompts of `task`, also of a saved pool; without one, of the task whose name the folder of the data has."""
-    from ..data.examples import PromptSet, TaskNameError, read_prompts
-    from ..data.prompt_pool import PromptPool, is_pool_file
-
-    if is_pool_file(path):
-        pool = PromptPool.read(path, task)
-        return PromptSet(
-            list(pool.prompts), pool.suffix, list(pool.labels), pool.task, pool.text_word, True, [os.fspath(path)]
-        )
-    try:
-        return read_prompts(path, task)
-    except TaskNameError as error:
-        if task is not None:
-            raise
-        folder = (data if data.is_dir() else data.parent).resolve().name
-        try:
-            return read_prompts(path, folder)
-        except TaskNameError:
-            raise error from None
+    return [read_task(BUNDLED_DIR, BUNDLED_DIR, task, **options) for task in tasks]
 
 
 def _template(text: str | None) -> str | None:
