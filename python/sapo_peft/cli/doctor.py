@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..terminal import plain
+from .main import describe
 
 TOLERANCE = 1e-4
 
@@ -39,7 +40,8 @@ def run(args: argparse.Namespace) -> int:
                 warnings.simplefilter("ignore")
                 said, mark = check(), "ok"
         except Exception as error:  # whatever it is, the other checks are still expected
-            said, mark = f"{type(error).__name__}: {error}", "FAILED"
+            known = isinstance(error, ModuleNotFoundError)
+            said, mark = describe(error) if known else f"{type(error).__name__}: {error}", "FAILED"
             failed += 1
         print(plain(f"  {mark:<7}{name:<22}{time.perf_counter() - started:6.2f} s  {said}"))
     return 1 if failed else 0
