@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..terminal import plain
-from .main import describe
+from .faults import describe
 
 TOLERANCE = 1e-4
 

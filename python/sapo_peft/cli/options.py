@@ -12,7 +12,7 @@ from transformers import HfArgumentParser
 
 from sapo_kernels.files import DataError, excerpt, read_text
 
-from .main import Parser
+from .faults import Parser
 
 MAX_CONFIG_BYTES = 2**20
 
