@@ -72,6 +72,8 @@ class OptionParser(Parser, HfArgumentParser):
                 raise DataError(f"{path}: {key}: expected a value, got none; leave the option out")
             if action.nargs == 0:
                 words += [option] if value is True else []
+            elif isinstance(value, list) and action.nargs is None:
+                raise DataError(f"{path}: {key}: expected one value, got {excerpt(value)}")
             elif isinstance(value, list):
                 words += [option, *map(_word, value)]
             else:

@@ -125,8 +125,8 @@ def _options(words: list[str]) -> tuple[argparse.Namespace, Any]:
     if options["output"] is None:
         raise ValueError("--output: expected a folder, got none")
     config = {entry.name: options.pop(entry.name) for entry in fields(own)}
-    given = {entry.name: options.pop(entry.name) for entry in fields(more)}
-    config["trainer"] = {name: value for name, value in given.items() if value != _default(more, name)} or None
+    given, unsaid = {entry.name: options.pop(entry.name) for entry in fields(more)}, vars(parser.parse_args([]))
+    config["trainer"] = {name: value for name, value in given.items() if value != unsaid[name]} or None
     if config["target_modules"] != "all-linear":
         config["target_modules"] = tuple(config["target_modules"].split(","))
     return argparse.Namespace(**options), SequenceConfig(**config)
@@ -164,11 +164,6 @@ def _trainer_options(arguments: type, config: type) -> type:
     ]  # fmt: skip
     group = {"_argument_group_name": "training (more options of transformers' TrainingArguments)"}
     return make_dataclass("TrainerOptions", found, namespace=group)
-
-
-def _default(kind: type, name: str) -> Any:
-    entry = kind.__dataclass_fields__[name]
-    return entry.default if entry.default is not MISSING else entry.default_factory()
 
 
 def _tasks(args: argparse.Namespace) -> tuple[list, str]:

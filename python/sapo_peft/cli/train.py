@@ -94,7 +94,7 @@ def _options(words: list[str]) -> dict[str, Any]:
     for name, (expected, holds) in _RULES.items():
         if options[name] is not None and not holds(options[name]):
             raise ValueError(f"--{name.replace('_', '-')}: expected {expected}, got {options[name]}")
-    for name, needed in (("data", "one"), ("output_dir", "--output with a folder"),
+    for name, needed in (("data", "one"), ("output_dir", "a folder"),
                          ("prompts", "a file with at least the original instruction")):  # fmt: skip
         if options[name] is None:
             raise ValueError(f"--{name.removesuffix('_dir')}: expected {needed}, got none")
