@@ -10,6 +10,7 @@ import torch
 import sapo_kernels as sk
 from sapo_peft import plain_loop, tiny_model, tiny_tokenizer
 from sapo_peft.cli import outputs, parts, ranking
+from sapo_peft.cli import score as score_command
 from tests.cli import cli_helpers
 from tests.cli.cli_helpers import PROMPTS, ROWS, SCORE, child, one_line_error, put, ranks
 
@@ -102,6 +103,9 @@ def test_race(files, sapo, monkeypatch):
 
 
 def test_options_reach_the_scoring(files, sapo, monkeypatch):
+    from sapo_kernels.scoring.score import IMPLS
+
+    assert score_command.IMPLS == IMPLS
     seen = {}
     build, score = sk.ResponseCache.build, sk.score_prompts
 

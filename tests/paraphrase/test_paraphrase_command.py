@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from sapo_peft.cli.main import main as cli
+from sapo_peft.cli import main as cli
 from sapo_peft.data.prompt_pool import PromptPool
 from sapo_peft.paraphrase.retry import Backoff
 from tests.cli import cli_helpers
