@@ -99,7 +99,29 @@ def _source(option: str, name: str, *needed: str) -> tuple[str, bool]:
     if looks_local or not _HUB_NAME.fullmatch(name):
         got = "a file" if path.is_file() else "no such folder"
         raise DataError(f"{option} {excerpt(name, 200)}: expected a folder or a hub name, got {got}")
+    if not _answers(name):
+        from huggingface_hub import snapshot_download
+
+        try:
+            return snapshot_download(name, local_files_only=True), True
+        except Exception as error:
+            why = "no such folder, and not loaded from the hub, which gives no answer"
+            raise DataError(f"{option} {name}: {why}") from error
     return name, False
+
+
+def _answers(name: str) -> bool:
+    """Whether the hub answers. The libraries would ask for a minute before they look at what is cached."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        HfApi().model_info(name, timeout=10)
+    except HfHubHTTPError:  # an answer, which the library will tell
+        return True
+    except Exception:
+        return False
+    return True
 
 
 def _load_model(name: str, dtype: Any) -> Any:
@@ -166,8 +188,8 @@ def _load_adapter(model: Any, name: str) -> Any:
 
         try:
             # Only these files: a pickled adapter is never fetched, hence never loaded.
-            expected = ["adapter_config.json", "adapter_model.safetensors"]
-            source = snapshot_download(name, allow_patterns=expected)
+            needed = ["adapter_config.json", "adapter_model.safetensors"]
+            source = snapshot_download(name, allow_patterns=needed)
         except Exception as error:
             raise DataError(_why("--adapter", name, False, error)) from error
     weights = Path(source, "adapter_model.safetensors")

@@ -104,7 +104,9 @@ def test_no_code_from_a_model_folder_and_no_hub(files, sapo, folder, monkeypatch
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).unlink(missing_ok=True)
     one_line_error(sapo(*SCORE, "--tokenizer", "m"), "tokenizer m", "tokenizer.json")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    # Without a network at once, and not after a minute of retries.
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *args, **options: 1 / 0)
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("asked again"))
     one_line_error(sapo(*SCORE, "--model", "nobody/no-such-model"), "--model nobody/no-such-model", "hub")
     if not torch.cuda.is_available():
         one_line_error(sapo(*SCORE, "--device", "cuda"), "--device cuda")

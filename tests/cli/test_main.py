@@ -34,7 +34,7 @@ def test_help_needs_no_torch():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60).returncode == 0
 
 
-@pytest.mark.parametrize("words", [SCORE, ("train",), ("sequence",), ("demo",)])
+@pytest.mark.parametrize("words", [SCORE, ("train",), ("sequence",)])
 def test_a_missing_package_is_named_with_its_extra(files, sapo, monkeypatch, words):
     def without(name, *args, real=builtins.__import__, **options):
         if name.partition(".")[0] == "transformers":
