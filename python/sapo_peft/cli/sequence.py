@@ -10,6 +10,7 @@ from dataclasses import MISSING, field, fields, make_dataclass
 from typing import Any, get_type_hints
 
 from ..terminal import MODEL_HELP, cut, log_on_stderr, plain, table, terminal_width
+from .faults import late_parser
 
 _EPILOG = """\
 The folder given with --output holds run.json, results.json and a folder a task (adapter, scores, metrics). The same
@@ -60,11 +61,7 @@ _DECIDED = {
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     """Declare `sapo sequence`; its options are read in `run`."""
-    parser = subparsers.add_parser(
-        "sequence", help="train on a sequence of tasks and measure forgetting", add_help=False, allow_abbrev=False
-    )
-    parser.set_defaults(late=True)
-    return parser
+    return late_parser(subparsers, "sequence", "train on a sequence of tasks and measure forgetting")
 
 
 def run(args: argparse.Namespace) -> int:

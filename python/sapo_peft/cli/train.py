@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..terminal import log_on_stderr, plain, say_notes
+from .faults import late_parser
 
 # The pool with its paraphrases, in the output folder.
 STORE = "sapo_pool.json"
@@ -37,11 +38,7 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     """Declare `sapo train`; its options are read in `run`."""
-    parser = subparsers.add_parser(
-        "train", help="fine-tune a LoRA adapter on the chosen prompt", add_help=False, allow_abbrev=False
-    )
-    parser.set_defaults(late=True)
-    return parser
+    return late_parser(subparsers, "train", "fine-tune a LoRA adapter on the chosen prompt")
 
 
 def run(args: argparse.Namespace) -> int:
