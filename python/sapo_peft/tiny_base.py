@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +75,6 @@ def sequence_tasks(names: Sequence[str], seed: int, test_examples: int | None = 
     for task in read_tasks(BUNDLED_DIR, names):
         train = list(task.train[:-TASTE_ROWS])
         random.Random(f"{seed}/{task.name}").shuffle(train)
-        pool = replace(task.pool, suffix="")
+        pool = task.pool.model_copy(update={"suffix": ""})
         found.append(SequenceTask.build(task.name, train, list(task.test[:test_examples]), pool))
     return found

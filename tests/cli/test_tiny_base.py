@@ -38,19 +38,15 @@ def test_toy_base_is_a_whole_checkpoint(toy):
 
 
 def test_second_call_trains_nothing(toy):
-    root, folder = toy
-    assert store.tiny_base_folder("toy", root, make=None) == folder
-    before = (folder / "model.safetensors").stat().st_mtime_ns
-
     def never(preset, folder):
         raise AssertionError("trained again")
 
+    root, folder = toy
     assert store.tiny_base_folder("toy", root, make=never) == folder
-    assert (folder / "model.safetensors").stat().st_mtime_ns == before
     assert [path.name for path in root.iterdir()] == [folder.name]
 
 
-@pytest.mark.parametrize("harm", ["cut", "missing", "manifest", "flipped"])
+@pytest.mark.parametrize("harm", ["cut", "missing", "manifest", "flipped", "foreign"])
 def test_a_torn_cache_is_made_again(toy, tmp_path, harm):
     folder = tmp_path / toy[1].name
     shutil.copytree(toy[1], folder)
@@ -60,10 +56,17 @@ def test_a_torn_cache_is_made_again(toy, tmp_path, harm):
         weights.unlink()
     elif harm == "manifest":
         (folder / store.MANIFEST).write_text('{"version": 1, "files"')
+    elif harm == "foreign":
+        # A manifest names files of its own folder only.
+        manifest = read_json(folder / store.MANIFEST)
+        manifest["files"]["../secret"] = hashlib.sha256(b"x").hexdigest()
+        (folder / store.MANIFEST).write_text(json.dumps(manifest))
+        (tmp_path / "secret").write_bytes(b"x")
     else:
         data[-1] ^= 1
         weights.write_bytes(data[:-100] if harm == "cut" else data)
     assert store.faults(folder)
+    (tmp_path / "secret").unlink(missing_ok=True)
 
     def copy(preset, staging):
         shutil.copytree(toy[1], staging, dirs_exist_ok=True)
@@ -84,24 +87,10 @@ def test_a_killed_training_publishes_nothing(tmp_path):
         store.tiny_base_folder("huge", tmp_path)
 
 
-def test_a_manifest_names_files_of_its_own_folder_only(toy, tmp_path):
-    folder = tmp_path / "base"
-    shutil.copytree(toy[1], folder)
-    manifest = read_json(folder / store.MANIFEST)
-    manifest["files"]["../secret"] = hashlib.sha256(b"x").hexdigest()
-    (tmp_path / "secret").write_bytes(b"x")
-    (folder / store.MANIFEST).write_text(json.dumps(manifest))
-    assert any("secret" in line for line in store.faults(folder))
-
-
-def test_the_hash_knows_every_field_of_the_preset():
+def test_training_is_deterministic_and_the_hash_knows_the_preset():
     one = store.content_hash(PRESETS["toy"])
-    assert one == store.content_hash(replace(PRESETS["toy"]))
     for field, value in (("steps", 7), ("seed", 1), ("learning_rate", 1e-3), ("taste", 0.25)):
         assert store.content_hash(replace(PRESETS["toy"], **{field: value})) != one
-
-
-def test_training_is_deterministic():
     preset = replace(PRESETS["toy"], steps=2)
     tokenizer = train_tokenizer(Corpus(0).vocabulary_texts(), preset.vocabulary)
     state = torch.get_rng_state()
@@ -175,13 +164,12 @@ def test_shipped_base_follows_instructions_and_prefers_wordings():
 def test_the_script_makes_such_a_base(tmp_path):
     """Trained anew, the base has the losses of the shipped one, up to what other rounding does to a training."""
     store.make_base(PRESETS["default"], tmp_path, print)
-    again, tokenizer = load(str(tmp_path), None, "float32", "cpu")
-    shipped, _ = load_tiny_base()
+    bases = load(str(tmp_path), None, "float32", "cpu"), load_tiny_base()
     for name in SEQUENCE:
         task = bundled(name)
         rows = json.loads((BUNDLED_DIR / f"SUPERNI/{name}/test.json").read_text(encoding="utf-8"))[:40]
-        both = [
-            sk.score_prompts(model, task.wordings, rows, tokenizer=tokenizer, suffix=task.suffix).loss
-            for model in (again, shipped)
-        ]
-        assert abs(float(both[0].mean() - both[1].mean())) < 0.5
+        made, shipped = (
+            sk.score_prompts(model, task.wordings, rows, tokenizer=tokenizer, suffix=task.suffix).loss.mean()
+            for model, tokenizer in bases
+        )
+        assert abs(float(made - shipped)) < 0.5

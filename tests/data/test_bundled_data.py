@@ -45,21 +45,14 @@ def test_there_are_six_tasks_and_nothing_else():
     assert len(TASKS) >= 6
     assert sorted(path.name for path in (BUNDLED_DIR / "SUPERNI").iterdir() if path.is_dir()) == sorted(TASKS)
     assert sorted(PARAPHRASES) == sorted(TASKS)
+    assert sum(path.stat().st_size for path in BUNDLED_DIR.rglob("*.json")) < 2.5 * 2**20
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_entry_and_sizes(task):
-    entry = INSTRUCTIONS[task]
-    assert set(entry) == {"instruction", "suffix", "labels", "size"}
-    assert entry["instruction"].strip() and entry["suffix"].strip()
-    assert entry["size"] == list(SIZES.values())
-    assert {split: len(rows) for split, rows in ROWS[task].items()} == SIZES
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_paraphrases(task):
+def test_prompts(task):
     entry, prompts = INSTRUCTIONS[task], PARAPHRASES[task]
-    assert len(prompts) >= 20
+    assert set(entry) == {"instruction", "suffix", "labels", "size"} and entry["size"] == list(SIZES.values())
+    assert entry["instruction"].strip() and entry["suffix"].strip() and len(prompts) >= 20
     assert all(prompt == prompt.strip() and prompt for prompt in prompts)
     assert len({normal(prompt) for prompt in [*prompts, entry["instruction"]]}) == len(prompts) + 1
     assert not any(normal(entry["suffix"]) in normal(prompt) for prompt in prompts)
@@ -68,32 +61,23 @@ def test_paraphrases(task):
             assert all(re.search(rf"\b{re.escape(label)}\b", prompt) for prompt in prompts), label
     # Wording and form vary: from one short line to several sentences or a list.
     lengths = sorted(map(len, prompts))
-    assert lengths[0] < 70 and lengths[-1] > 200
+    assert lengths[0] < 70 and lengths[-1] > 200 and len({prompt.split()[0] for prompt in prompts}) >= 12
     assert any("\n" in prompt for prompt in prompts) and any("?" in prompt for prompt in prompts)
-    assert len({prompt.split()[0] for prompt in prompts}) >= 12
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_rows_are_complete_and_labels_are_known(task):
+def test_rows(task):
+    """Complete, with known labels in like numbers, and no input twice: neither duplicates nor leaks nor conflicts."""
+    assert {split: len(rows) for split, rows in ROWS[task].items()} == SIZES
     labels = INSTRUCTIONS[task]["labels"]
     for row in all_rows(task):
-        assert set(row) == {"sentence", "label"}
-        assert row["sentence"] == row["sentence"].strip() and row["sentence"]
-        assert row["label"] == row["label"].strip() and row["label"]
+        assert set(row) == {"sentence", "label"} and all(text == text.strip() and text for text in row.values())
         assert not re.search(r"[{}]|  ", row["sentence"] + row["label"]), "an unfilled or empty template field"
         assert not labels or row["label"] in labels
-    if labels:
-        for split, rows in ROWS[task].items():
-            counts = Counter(row["label"] for row in rows)
-            assert set(counts) == set(labels)
-            assert min(counts.values()) > 0.8 * len(rows) / len(labels), split
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_no_duplicates_leaks_or_conflicts(task):
-    """One check for all three: an input occurs once over the splits together."""
-    counts = Counter(normal(row["sentence"]) for row in all_rows(task))
-    assert [text for text, count in counts.items() if count > 1] == []
+    for split, rows in ROWS[task].items() if labels else ():
+        counts = Counter(row["label"] for row in rows)
+        assert set(counts) == set(labels) and min(counts.values()) > 0.8 * len(rows) / len(labels), split
+    assert max(Counter(normal(row["sentence"]) for row in all_rows(task)).values()) == 1
 
 
 def test_no_set_of_items_twice():
@@ -103,11 +87,6 @@ def test_no_set_of_items_twice():
         assert max(counts.values()) == 1
     sets = [frozenset(row["label"].split(", ")) for row in all_rows(named("order"))]
     assert len(set(sets)) == len(sets)
-
-
-def test_total_size():
-    total = sum(path.stat().st_size for path in BUNDLED_DIR.rglob("*.json"))
-    assert total < 2.5 * 2**20
 
 
 def test_odd_word_fits_elsewhere_only():
@@ -293,23 +272,18 @@ def test_order_of_items():
 
 def test_task_orders():
     folders = [path for path in (BUNDLED_DIR / "CL_configs" / "order").iterdir() if path.is_dir()]
-    assert len(folders) == 2
     orders = set()
     for folder in folders:
-        steps = sorted(folder.iterdir(), key=lambda path: int(path.name.split("-")[0]))
         trained = []
-        for number, step in enumerate(steps, start=1):
-            train, dev, test = (
-                json.loads((step / f"{split}_tasks.json").read_text(encoding="utf-8")) for split in SIZES
-            )
-            (entry,) = train
+        for number, step in enumerate(sorted(folder.iterdir(), key=lambda path: int(path.name.split("-")[0])), start=1):
+            place = step.relative_to(BUNDLED_DIR)
+            (entry,), dev, test = (load(place / f"{split}_tasks.json") for split in SIZES)
             assert entry["sampling strategy"] == "full" and dev == []
             assert step.name == f"{number}-{entry['dataset_name'].split('_')[0]}"
             trained.append(entry["dataset_name"])
-        assert sorted(trained) == sorted(TASKS)
-        assert [entry["dataset_name"] for entry in test] == trained
+        assert sorted(trained) == sorted(TASKS) and [entry["dataset_name"] for entry in test] == trained
         orders.add(tuple(trained))
-    assert len(orders) == 2
+    assert len(folders) == len(orders) == 2
 
 
 def test_generator_reproduces_the_files():

@@ -41,7 +41,7 @@ def test_from_an_endpoint(sapo, files, monkeypatch):
         code, out, err = sapo(*ASK, "--paraphrase-with", server.url, "--model", "m", "--count", "4")
     assert code == 0 and err == ""
     assert "o: the original and its paraphrases: 4 kept, 1 merged, 2 rejected" in out
-    assert "wanted the label 'negative'" in out and "U+001B" in out and "\x1b" not in out and KEY not in out + err
+    assert "expected the label 'negative'" in out and "U+001B" in out and "\x1b" not in out and KEY not in out + err
     assert "endpoint:m  negative or positive?" in out and "Pool written to pool.json." in out
     assert all(len(line) <= 100 for line in out.splitlines())
     made = PromptPool.read("pool.json")
@@ -123,7 +123,7 @@ def test_from_a_file(sapo, files):
     (files / "o.json").write_text(json.dumps(["Use <x> positive"]))
     arguments = ("paraphrase", "--prompts", "o.json", "--out", "r.json", "--from", "f.txt", "--marker", "<x>")
     code, out, _ = sapo(*arguments)
-    assert code == 0 and "1 kept" in out and "wanted the marker '<x>'" in out
+    assert code == 0 and "1 kept" in out and "expected the marker '<x>'" in out
 
 
 def test_from_a_model(sapo, model, monkeypatch):

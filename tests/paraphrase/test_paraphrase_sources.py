@@ -180,7 +180,7 @@ def test_files(tmp_path):
         made.provenance[1] == "file:a\\n\\x1b\\udcff\u4f60.txt" == PromptPool.read(tmp_path / "out.json").provenance[1]
     )
     assert PromptPool.read(tmp_path / odd).task == "a\\n\\x1b\\udcff\u4f60"
-    with pytest.raises(DataError, match="unknown|wanted"):
+    with pytest.raises(DataError, match="'version': expected"):
         FileSource(put(tmp_path / "h.json", {"schema": "sapo_prompt_pool", "version": 9}))
     with pytest.raises(OSError, match="none"):
         FileSource(tmp_path / "none.txt")

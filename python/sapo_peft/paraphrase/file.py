@@ -37,7 +37,7 @@ def _texts(path: Path, task: str | None) -> list[tuple[str, str]]:
     """(prompt, source) pairs. The rules for prompts are those of the pool they go to, so lists are read as they are."""
     from sapo_kernels.files import read_json
 
-    from ..data.examples import read_prompts
+    from ..data.prompt_files import read_prompt_file
     from ..data.prompt_pool import MAX_POOL_BYTES
 
     if path.suffix.lower() == ".json" and path.is_file():
@@ -45,4 +45,4 @@ def _texts(path: Path, task: str | None) -> list[tuple[str, str]]:
         if isinstance(document, dict) and isinstance(document.get("schema"), str):
             pool = PromptPool.read(path, task)
             return list(zip(pool.prompts, pool.provenance, strict=True))
-    return [(text, "original") for text in read_prompts(path, task).prompts]
+    return [(text, "original") for text in read_prompt_file(path, task).texts]

@@ -7,13 +7,13 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from sapo_kernels.files import DataError, excerpt
 
-from ..data.examples import MAX_PROMPTS
+from ..data.prompt_files import MAX_PROMPTS
 from ..data.prompt_pool import PoolPrompt, PromptPool
 from .answers import Request
 
@@ -122,7 +122,7 @@ def gather(
             saved = f" (what arrived is in {store})" if store is not None and got else ""
             raise TooFewPrompts(f"{source.name}: wanted at least {minimum} paraphrases, got {got}{saved}; {remark}")
         _log.warning("%s: %s", source.name, remark)
-        pool = replace(pool, remarks=(*pool.remarks, remark))
+        pool = pool.with_remarks(remark)
     if store is not None:
         pool.save(store)
     return pool
