@@ -19,7 +19,6 @@ from sapo_peft.paraphrase import (
     SourceError,
     TooFewPrompts,
     gather,
-    local_model,
 )
 from sapo_peft.tiny_random import tiny_model, tiny_tokenizer
 from tests.cli.cli_helpers import put
@@ -51,7 +50,7 @@ def test_the_driver_asks_for_what_is_missing():
     source = Scripted(["a yes no", "bad"], ["A yes  no", "b yes no"], ["c yes no", "d yes no"])
     made = gather(POOL, source, 3)
     assert made.prompts[1:] == ("a yes no", "b yes no", "c yes no") and source.closed == 3
-    assert [r.wanted for r in source.requests] == [3, 2, 1] and [r.number for r in source.requests] == [0, 1, 2]
+    assert [r.wanted for r in source.requests] == [3, 2, 1]
     assert source.requests[2].known == made.prompts[1:3] and source.requests[0].labels == ("yes", "no")
     assert len(made.rejected) == len(made.merged) == 1 and made.remarks == ()
 
@@ -309,15 +308,12 @@ def test_without_a_chat_template(model, tokenizer):
     assert answer.texts == ("yes no",) and given[0].endswith("Answer:\n") and "<|im_start|>" not in given[0]
 
 
-@pytest.mark.parametrize(
-    "options", [{"per_call": 0}, {"max_new_tokens": True}, {"seed": -1}, {"temperature": 0.0}, {"top_p": 1.5}]
-)
+@pytest.mark.parametrize("options", [{"per_call": 0}, {"max_new_tokens": True}, {"seed": -1}])
 def test_bad_arguments_of_the_model_source(model, tokenizer, options):
-    with pytest.raises(ValueError, match="wanted"):
+    with pytest.raises(ValueError, match="expected"):
         LocalModelSource(model, tokenizer, **options)
 
 
 def test_the_name_comes_from_the_model(model, tokenizer):
     model.config._name_or_path = "/a/b/Qwen3-0.6B"
     assert LocalModelSource(model, tokenizer).name == "model:Qwen3-0.6B"
-    assert local_model.LocalModelSource is LocalModelSource
