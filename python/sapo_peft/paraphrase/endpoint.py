@@ -160,7 +160,7 @@ class EndpointSource:
         jitter = wait_random(0, self.backoff)
         growing = wait_exponential(self.backoff, _LONGEST_BACKOFF) + jitter
         replies: list[Reply] = []
-        answered = self._answered
+        answered, texts = self._answered, []
 
         async def send() -> Reply:
             replies.append(await self._send(client, request.message(count), deadline))
@@ -192,7 +192,6 @@ class EndpointSource:
                 return Answer((), self.name, fault)  # others are answered: the endpoint is there
         if reply.kind != "answer":
             return SourceError(f"{self.base_url}: {fault}{self._proxy()}")
-        texts: list[str] = []
         if fault is None:
             try:
                 texts, fault = request.read(reply.text, cut=reply.cut)
