@@ -55,7 +55,7 @@ class CopyPackages(build_py):
 def extensions():
     wanted = os.environ.get("SAPO_BUILD_NATIVE") or ("on" if sys.platform == "linux" else "off")
     if wanted not in ("on", "off"):
-        sys.exit(f"SAPO_BUILD_NATIVE: wanted on or off, got {wanted!r}")
+        sys.exit(f"SAPO_BUILD_NATIVE: expected on or off, got {wanted!r}")
     if wanted == "off":
         return []
     try:

@@ -12,12 +12,12 @@ template <typename Real>
 void check_cell(const Accumulate<Real>& a, int64_t cell) {
   const int64_t begin = a.cell_ptr[cell], end = a.cell_ptr[cell + 1], done = a.tokens[cell];
   SAPO_CHECK(0 <= begin && begin <= end && end <= a.entries, "accumulate_: cell_ptr: cell ", cell,
-             ": wanted an ascending range inside ", a.entries, " entries, got ", begin, " to ", end);
-  SAPO_CHECK(0 <= done && done <= end - begin, "accumulate_: tokens: cell ", cell, ": wanted from 0 to its ",
+             ": expected an ascending range inside ", a.entries, " entries, got ", begin, " to ", end);
+  SAPO_CHECK(0 <= done && done <= end - begin, "accumulate_: tokens: cell ", cell, ": expected from 0 to its ",
              end - begin, " entries, got ", done);
   for (int64_t e = begin + done; e < end; ++e) {
     const int64_t target = a.cell_target[e];
-    SAPO_CHECK(target >= a.start, "accumulate_: cell_target: cell ", cell, ": wanted its next target in this piece, ",
+    SAPO_CHECK(target >= a.start, "accumulate_: cell_target: cell ", cell, ": expected its next target in this piece, ",
                "which begins at ", a.start, ", or after it, got ", target, ": a piece was left out");
     if (target - a.start >= a.count) break;
   }

@@ -62,27 +62,27 @@ class Arguments {
     const auto sizes = value.sizes();
     const bool same_shape =
         static_cast<size_t>(value.dim()) == shape.size() && std::equal(shape.begin(), shape.end(), sizes.data());
-    SAPO_CHECK(value.scalar_type() == dtype, op_, ": ", name, ": wanted ", dtype_name(dtype), ", got ",
+    SAPO_CHECK(value.scalar_type() == dtype, op_, ": ", name, ": expected ", dtype_name(dtype), ", got ",
                dtype_name(value.scalar_type()));
-    SAPO_CHECK(same_shape, op_, ": ", name, ": wanted shape ", brackets(shape.begin(), shape.size()), ", got ",
+    SAPO_CHECK(same_shape, op_, ": ", name, ": expected shape ", brackets(shape.begin(), shape.size()), ", got ",
                brackets(sizes.data(), value.dim()));
-    SAPO_CHECK(value.is_contiguous(), op_, ": ", name, ": wanted contiguous strides, got ",
+    SAPO_CHECK(value.is_contiguous(), op_, ": ", name, ": expected contiguous strides, got ",
                brackets(value.strides().data(), value.dim()));
     int32_t type = 0;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(value.get(), &type));
     const int32_t index = value.get_device_index();
     SAPO_CHECK(type == device_type_ && (count_ == 0 || index == device_index_), op_, ": ", name,
-               ": wanted it on the device of the other arguments, got another (type ", type, ", index ", index,
+               ": expected it on the device of the other arguments, got another (type ", type, ", index ", index,
                " beside type ", device_type_, ", index ", count_ == 0 ? index : device_index_, ")");
     device_index_ = index;
     const char* first = static_cast<const char*>(value.data_ptr());
     const int64_t element = value.element_size();
     SAPO_CHECK(reinterpret_cast<uintptr_t>(first) % element == 0, op_, ": ", name,
-               ": wanted memory aligned to its elements, got an address that is not");
+               ": expected memory aligned to its elements, got an address that is not");
     const char* last = first + value.numel() * element;
     for (int i = 0; i < count_; ++i) {
       const bool apart = first >= seen_[i].last || last <= seen_[i].first;
-      SAPO_CHECK(apart || !(written || seen_[i].written), op_, ": ", name, ": wanted memory of its own, got some of ",
+      SAPO_CHECK(apart || !(written || seen_[i].written), op_, ": ", name, ": expected memory of its own, got some of ",
                  seen_[i].name, "'s");
     }
     SAPO_CHECK(count_ < kMost, op_, ": too many arguments");
@@ -91,7 +91,7 @@ class Arguments {
 
   // A finite number in [low, high].
   void number(const char* name, double value, double low, double high) const {
-    SAPO_CHECK(std::isfinite(value) && value >= low && value <= high, op_, ": ", name, ": wanted a number from ", low,
+    SAPO_CHECK(std::isfinite(value) && value >= low && value <= high, op_, ": ", name, ": expected a number from ", low,
                " to ", high, ", got ", value);
   }
 

@@ -16,16 +16,16 @@ namespace {
 
 // A conversion here would be a hidden copy, so anything but the one layout that can be read in place is refused.
 py::array flat_int64(const py::object& values, const char* name) {
-  const std::string wanted = std::string(name) + ": wanted a C-contiguous, aligned, flat numpy array of int64, got ";
+  const std::string wanted = std::string(name) + ": expected a C-contiguous, aligned, flat numpy array of int64, got ";
   if (!py::isinstance<py::array>(values)) {
-    throw py::type_error(wanted + py::str(py::type::handle_of(values).attr("__name__")).cast<std::string>());
+    throw py::type_error(expected + py::str(py::type::handle_of(values).attr("__name__")).cast<std::string>());
   }
   py::array array = py::reinterpret_borrow<py::array>(values);
   const py::dtype dtype = array.dtype();
   const bool native = dtype.kind() == 'i' && dtype.itemsize() == 8 && dtype.byteorder() == '=';
   const bool aligned = reinterpret_cast<uintptr_t>(array.data()) % alignof(int64_t) == 0;
   if (!native || !aligned || array.ndim() != 1 || !(array.flags() & py::array::c_style)) {
-    throw py::type_error(wanted + py::str(dtype).cast<std::string>() + " with strides " +
+    throw py::type_error(expected + py::str(dtype).cast<std::string>() + " with strides " +
                          py::str(array.attr("strides")).cast<std::string>());
   }
   return array;

@@ -52,11 +52,11 @@ class Options:
 
     def __post_init__(self):
         if self.cuda not in ("auto", "on", "off"):
-            raise BuildError(f"SAPO_BUILD_CUDA: wanted auto, on or off, got {self.cuda!r}")
+            raise BuildError(f"SAPO_BUILD_CUDA: expected auto, on or off, got {self.cuda!r}")
         if not re.fullmatch(r"\d{2,3}[af]?(;\d{2,3}[af]?)*(\+PTX)?", self.archs):
-            raise BuildError(f"SAPO_CUDA_ARCHS: wanted numbers like {DEFAULT_ARCHS!r}, got {self.archs!r}")
+            raise BuildError(f"SAPO_CUDA_ARCHS: expected numbers like {DEFAULT_ARCHS!r}, got {self.archs!r}")
         if self.cuda == "on" and nvcc() is None:
-            raise BuildError("SAPO_BUILD_CUDA=on: wanted nvcc on the PATH or in CUDA_HOME/bin, got none")
+            raise BuildError("SAPO_BUILD_CUDA=on: expected nvcc on the PATH or in CUDA_HOME/bin, got none")
 
     @property
     def builds_cuda(self) -> bool:
@@ -159,7 +159,7 @@ def _ninja() -> str:
     # The one beside this Python first: pip puts it there, and the environment may not be activated.
     found = shutil.which("ninja", path=str(Path(sys.executable).parent)) or shutil.which("ninja")
     if found is None:
-        raise BuildError("wanted ninja on the PATH (pip install ninja), got none")
+        raise BuildError("expected ninja on the PATH (pip install ninja), got none")
     return found
 
 
@@ -244,7 +244,7 @@ def _torch() -> tuple[list[str], list[str]]:
         import torch
         from torch.utils.cpp_extension import include_paths, library_paths
     except ImportError as error:
-        raise BuildError(f"wanted torch to compile against, got {error}; install it first") from None
+        raise BuildError(f"expected torch to compile against, got {error}; install it first") from None
     flags = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", *(f"-isystem{path}" for path in include_paths())]
     flags += [f"-ffile-prefix-map={path}=torch" for path in include_paths()]
     libraries = [*(f"-L{path}" for path in library_paths()), "-Wl,--no-as-needed", "-ltorch_cpu", "-lc10"]

@@ -7,7 +7,7 @@
 
 namespace sapo {
 
-// A message of the form "operator: argument: wanted ..., got ..."; torch hands it to Python as a RuntimeError.
+// A message of the form "operator: argument: expected ..., got ..."; torch hands it to Python as a RuntimeError.
 #define SAPO_CHECK(condition, ...)                            \
   do {                                                        \
     if (!(condition)) {                                       \

@@ -10,7 +10,7 @@ inline Reweight reweight_arguments(int32_t device_type, int32_t* device_index, c
                                    const Tensor& probs, const Tensor& best, const Tensor& effective, const Tensor& live,
                                    const Tensor& nll, const Tensor& tokens, double decay, double temperature,
                                    double floor) {
-  SAPO_CHECK(mean.dim() == 2, "reweight_: mean: wanted [pools, prompts], got ", mean.dim(), " dimensions");
+  SAPO_CHECK(mean.dim() == 2, "reweight_: mean: expected [pools, prompts], got ", mean.dim(), " dimensions");
   const int64_t pools = mean.size(0), prompts = mean.size(1);
   Arguments check("reweight_", device_type);
   check.tensor("mean", mean, ScalarType::Double, {pools, prompts}, true);

@@ -128,7 +128,7 @@ class Planner {
 void Planner::read(const int64_t* offsets, int64_t offsets_size, const int64_t* context_lengths, int64_t cells) {
   if (offsets_size != cells + 1 || offsets[0] != 0 || offsets[cells] != ids_size_) {
     const bool any = offsets_size > 0;
-    refuse("offsets: wanted [" + std::to_string(cells + 1) + "] from 0 to " + std::to_string(ids_size_) + ", got [" +
+    refuse("offsets: expected [" + std::to_string(cells + 1) + "] from 0 to " + std::to_string(ids_size_) + ", got [" +
            (any ? std::to_string(offsets[0]) : "") + "] to [" + (any ? std::to_string(offsets[offsets_size - 1]) : "") +
            "] in [" + std::to_string(offsets_size) + "]");
   }
@@ -142,7 +142,7 @@ void Planner::read(const int64_t* offsets, int64_t offsets_size, const int64_t* 
     // Offsets may be anything here, so the difference wraps around as numpy's does.
     const int64_t full = static_cast<int64_t>(static_cast<uint64_t>(stop) - static_cast<uint64_t>(first));
     if (context < 1 || context >= full) {
-      refuse_sequence(c, "wanted at least 1 context and 1 response token, got a context of " + std::to_string(context) +
+      refuse_sequence(c, "expected at least 1 context and 1 response token, got a context of " + std::to_string(context) +
                              " in " + std::to_string(full) + " tokens");
     }
     if (outside < 0 && (stop < 0 || stop > ids_size_)) outside = c;

@@ -15,6 +15,7 @@ from .scoring.race_report import RaceReport
 from .scoring.ranks import RankError
 from .scoring.response_cache import ResponseCache
 from .scoring.score import score_prompts
+from .scoring.verify import verify
 from .tree_attention.api import tree_attention
 from .trie.trie import TokenTrie, TriePass, plan_trie
 
@@ -34,6 +35,7 @@ __all__ = [
     "score_prompts",
     "score_prompts_sharded",
     "tree_attention",
+    "verify",
 ]
 
 __version__ = "0.1.0"

@@ -43,4 +43,4 @@ class Arguments:
     def number(self, name: str, value: float, low: float, high: float) -> None:
         """A finite number from `low` to `high`."""
         if not (math.isfinite(value) and low <= value <= high):
-            raise RuntimeError(f"{self.op}: {name}: wanted a number from {low:g} to {high:g}, got {value:g}")
+            raise RuntimeError(f"{self.op}: {name}: expected a number from {low:g} to {high:g}, got {value:g}")

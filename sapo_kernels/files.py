@@ -56,7 +56,7 @@ def atomic_write(path: str | os.PathLike, data: bytes | str) -> None:
         try:
             data = data.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise DataError(f"{path}: wanted text, got a lone surrogate at character {error.start}") from None
+            raise DataError(f"{path}: expected text, got a lone surrogate at character {error.start}") from None
     mode = None
     try:
         old = os.stat(path)
@@ -64,7 +64,7 @@ def atomic_write(path: str | os.PathLike, data: bytes | str) -> None:
         pass
     else:
         if not stat.S_ISREG(old.st_mode):
-            raise DataError(f"{path}: wanted a path for a regular file, got {_kind(old.st_mode)}")
+            raise DataError(f"{path}: expected a path for a regular file, got {_kind(old.st_mode)}")
         mode = stat.S_IMODE(old.st_mode)
 
     directory = os.path.dirname(path)
@@ -131,7 +131,7 @@ def read_bytes(path: str | os.PathLike, *, max_bytes: int = MAX_BYTES) -> bytes:
     try:
         mode = os.fstat(fd).st_mode
         if not stat.S_ISREG(mode):
-            raise DataError(f"{os.fspath(path)}: wanted a regular file, got {_kind(mode)}")
+            raise DataError(f"{os.fspath(path)}: expected a regular file, got {_kind(mode)}")
         # Counted while reading: the size in the directory may be wrong (/proc) or change.
         chunks, left = [], max_bytes + 1
         while left > 0 and (chunk := os.read(fd, min(left, 2**20))):
@@ -140,7 +140,7 @@ def read_bytes(path: str | os.PathLike, *, max_bytes: int = MAX_BYTES) -> bytes:
     finally:
         os.close(fd)
     if left <= 0:
-        raise DataError(f"{os.fspath(path)}: wanted at most {max_bytes} bytes, got a larger file")
+        raise DataError(f"{os.fspath(path)}: expected at most {max_bytes} bytes, got a larger file")
     return b"".join(chunks)
 
 
@@ -153,22 +153,22 @@ def read_text(path: str | os.PathLike, *, max_bytes: int = MAX_BYTES) -> str:
     data, name = read_bytes(path, max_bytes=max_bytes), os.fspath(path)
     for magic, what in _ARCHIVES:
         if data.startswith(magic):
-            raise DataError(f"{name}: wanted UTF-8 text, got a {what} archive; unpack it first")
+            raise DataError(f"{name}: expected UTF-8 text, got a {what} archive; unpack it first")
     if data.startswith((b"\xff\xfe\x00\x00", b"\x00\x00\xfe\xff")):
-        raise DataError(f"{name}: wanted UTF-8 text, got UTF-32; save it again as UTF-8")
+        raise DataError(f"{name}: expected UTF-8 text, got UTF-32; save it again as UTF-8")
     # ASCII in UTF-16 without a mark has a NUL as every second byte.
     unmarked = len(data) > 3 and (data[0] == 0) + (data[1] == 0) == 1
     if data.startswith((b"\xff\xfe", b"\xfe\xff")) or unmarked:
-        raise DataError(f"{name}: wanted UTF-8 text, got UTF-16; save it again as UTF-8")
+        raise DataError(f"{name}: expected UTF-8 text, got UTF-16; save it again as UTF-8")
     data = data.removeprefix(b"\xef\xbb\xbf")
     if (where := data.find(b"\0")) >= 0:
-        raise DataError(f"{name}: line {data.count(10, 0, where) + 1}: wanted text, got a NUL byte")
+        raise DataError(f"{name}: line {data.count(10, 0, where) + 1}: expected text, got a NUL byte")
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         got = f"byte 0x{data[error.start]:02x} at offset {error.start}"
-        raise DataError(f"{name}: line {line}: wanted UTF-8 text, got {got}") from None
+        raise DataError(f"{name}: line {line}: expected UTF-8 text, got {got}") from None
 
 
 def read_json(path: str | os.PathLike, *, max_bytes: int = MAX_BYTES, max_depth: int = MAX_DEPTH) -> Any:
@@ -184,7 +184,7 @@ def parse_json(text: str, name: str, *, max_depth: int = MAX_DEPTH) -> Any:
     surrogates and NUL.
     """
     if not text.strip():
-        raise DataError(f"{name}: wanted a JSON document, got an empty text")
+        raise DataError(f"{name}: expected a JSON document, got an empty text")
     if _depth(text, stop=max_depth) > max_depth:
         raise DataError(f"{name}: {_first_fault(text, max_depth)}")
     try:
@@ -266,12 +266,12 @@ def _first_fault(text: str, max_depth: int) -> str:
             except ValueError:
                 current[0] = token
             if current[0] in seen:
-                problem = f"wanted each key once, got {excerpt(current[0])} again"
+                problem = f"expected each key once, got {excerpt(current[0])} again"
             seen.add(current[0])
         elif kind == "mark" and token in "[{":
             stack.append((set(), [0]))
             if len(stack) > max_depth:
-                problem = f"wanted nesting of at most {max_depth} levels, got more"
+                problem = f"expected nesting of at most {max_depth} levels, got more"
         elif kind == "mark" and stack:
             if token in "]}":
                 stack.pop()
@@ -289,11 +289,11 @@ def _first_fault(text: str, max_depth: int) -> str:
 
 def _number_fault(token: str) -> str | None:
     if token in ("NaN", "Infinity", "-Infinity"):
-        return f"wanted a finite number, got {token}"
+        return f"expected a finite number, got {token}"
     if token.removeprefix("-").isdecimal():
-        return f"wanted at most {MAX_DIGITS} digits, got {len(token)}" if len(token) > MAX_DIGITS else None
+        return f"expected at most {MAX_DIGITS} digits, got {len(token)}" if len(token) > MAX_DIGITS else None
     try:
-        return None if math.isfinite(float(token)) else f"wanted a finite number, got {excerpt(token)}"
+        return None if math.isfinite(float(token)) else f"expected a finite number, got {excerpt(token)}"
     except ValueError:
         return None
 
@@ -311,7 +311,7 @@ def _check_strings(obj: Any, name: str) -> None:
             nul = "\0" in value
             if nul or any("\ud800" <= character <= "\udfff" for character in value):
                 what = "NUL character" if nul else "lone surrogate"
-                raise DataError(f"{name}: {_place(keys)}: wanted text, got a {what} in {excerpt(value)}")
+                raise DataError(f"{name}: {_place(keys)}: expected text, got a {what} in {excerpt(value)}")
 
 
 def _place(keys) -> str:

@@ -40,7 +40,7 @@ def _cut_off(path: Path) -> str:
     (table,) = struct.unpack_from("<Q", header, 40)
     entry, count = struct.unpack_from("<HH", header, 58)
     wanted, got = table + entry * count, path.stat().st_size
-    return f"{path.name} is cut off: wanted {wanted} bytes, got {got}" if got < wanted else ""
+    return f"{path.name} is cut off: expected {wanted} bytes, got {got}" if got < wanted else ""
 
 
 def _refused(name: str, reason: str, instead: str) -> str:

@@ -71,7 +71,7 @@ def resolve_impl(op: str, impl: str, device: torch.device, dtype: torch.dtype = 
         usable = triton_status(device)[0] and device.type != "cpu" and dtype != torch.float64
         return "triton" if usable else choices[1]
     if impl not in choices:
-        raise ValueError(f"{op}: impl: wanted 'auto' or one of {choices}, got {impl!r}")
+        raise ValueError(f"{op}: impl: expected 'auto' or one of {choices}, got {impl!r}")
     if impl == "triton":
         usable, why = triton_status(device)
         if not usable:
@@ -155,7 +155,8 @@ def _in_place_fake(op: str):
         for name, value in zip(names[1:], rest, strict=True):
             if isinstance(value, torch.Tensor) and value.device != first.device:
                 raise RuntimeError(
-                    f"{op}: {name}: wanted it on the device of the other arguments, {first.device}, got {value.device}"
+                    f"{op}: {name}: expected it on the device of the other arguments, {first.device}, got "
+                    f"{value.device}"
                 )
 
     return fake
@@ -176,12 +177,12 @@ def _watched(op: str):
             for i, value in enumerate(args[:tensors]):
                 if value.requires_grad:
                     name = arguments[i].name
-                    raise RuntimeError(f"{op}: {name}: wanted it without gradient, got requires_grad; detach() it")
+                    raise RuntimeError(f"{op}: {name}: expected it without gradient, got requires_grad; detach() it")
         outputs = args[:written]
         for i, value in enumerate(outputs):
             # torch would run the kernel on a copy, and fail after the other arguments have been written.
             if value.is_neg():
-                raise RuntimeError(f"{op}: {arguments[i].name}: wanted memory as it is, got a negated view")
+                raise RuntimeError(f"{op}: {arguments[i].name}: expected memory as it is, got a negated view")
         redispatch(keyset & below, *args)
         # A backward pass that saved one of them raises instead of using the new values.
         try:

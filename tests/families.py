@@ -1,7 +1,7 @@
 """Tiny random models of every decoder family, and the plain loop that judges their scores.
 
 Models are built from configurations alone and seeded. Every parameter is random, also those that start at zero or one
-(biases, norms, attention sinks, router corrections), so that nothing a road forgets can hide behind a neutral value.
+(biases, norms, attention sinks, router corrections), so that nothing a path forgets can hide behind a neutral value.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ class Family:
 
     Attributes:
         name: the row's name, `model_type` transformers' own.
-        road: "tree" or "padded", what ``impl="auto"`` must choose.
+        path: "tree", "padded" or "alone", what ``impl="auto"`` must choose.
         uses: what the attention calls must be given: "window", "softcap", "sinks".
         config: settings over `BASE`; None removes one.
     """
 
     name: str
     model_type: str
-    road: str
+    path: str
     uses: frozenset
     config: dict = field(hash=False)
 
@@ -69,8 +69,8 @@ def _tree(name: str, *uses: str, of: str | None = None, **config) -> Family:
     return Family(name, of or name, "tree", frozenset(uses), config)
 
 
-def _padded(name: str, *, of: str | None = None, **config) -> Family:
-    return Family(name, of or name, "padded", frozenset(), config)
+def _padded(name: str, *, of: str | None = None, path: str = "padded", **config) -> Family:
+    return Family(name, of or name, path, frozenset(), config)
 
 
 TREE = [
@@ -238,8 +238,8 @@ REFUSED = [
     _padded("xlstm", num_heads=4, num_blocks=2, chunk_size=16),
     _padded("openai-gpt", **GPT2),
     # Few indexer heads tie at zero, and a tie makes the plain model itself depend on the sequence's length.
-    _padded("deepseek_v32", index_topk=8, index_head_dim=16, index_n_heads=32, **ROUTED, **MLA),
-    _padded("minimax_m3-sparse", of="minimax_m3_vl_text", **MINIMAX_M3,
+    _padded("deepseek_v32", path="alone", index_topk=8, index_head_dim=16, index_n_heads=32, **ROUTED, **MLA),
+    _padded("minimax_m3-sparse", path="alone", of="minimax_m3_vl_text", **MINIMAX_M3,
             layer_types=["full_attention", "minimax_m3_sparse", "minimax_m3_sparse"]),
     _padded("roberta", is_decoder=True),
     _padded("bart", d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=48),
@@ -315,15 +315,15 @@ def cells(seed: int = 0, *, single: bool = True, inputs: tuple[int, ...] = (20, 
 
 @torch.no_grad()
 def plain_nll(model, cache: sk.ResponseCache, forward=None) -> torch.Tensor:
-    """[K, M] float64: each cell by the model's own forward on that sequence alone, nothing shared, nothing padded."""
+    """[K, M] float64: each cell by the model's own forward on that whole sequence alone, not padded."""
     was = [module for module in model.modules() if module.training]
     model.eval()
     rows = []
     for contexts, responses in zip(cache.contexts, cache.responses, strict=True):
         row = []
         for context, response in zip(contexts, responses, strict=True):
-            ids = torch.tensor([context + response[:-1]])
-            logits = (forward or model)(input_ids=ids, use_cache=False).logits[0, len(context) - 1 :]
+            ids = torch.tensor([context + response])
+            logits = (forward or model)(input_ids=ids, use_cache=False).logits[0, len(context) - 1 : -1]
             logprob = torch.log_softmax(logits.double(), -1)
             row.append(-logprob.gather(-1, torch.tensor(response)[:, None]).sum())
         rows.append(torch.stack(row))

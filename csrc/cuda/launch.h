@@ -21,7 +21,7 @@ template <typename Argument>
 void launch(void (*kernel)(Argument), int64_t blocks, int threads, void* stream, const Argument& argument,
             const char* op) {
   if (blocks > 0x7fffffff) {
-    throw std::runtime_error(std::string(op) + ": wanted fewer elements, got a grid of " + std::to_string(blocks));
+    throw std::runtime_error(std::string(op) + ": expected fewer elements, got a grid of " + std::to_string(blocks));
   }
 #ifdef __CUDACC__
   kernel<<<static_cast<unsigned>(blocks), threads, 0, static_cast<cudaStream_t>(stream)>>>(argument);

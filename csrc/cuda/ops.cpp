@@ -22,7 +22,7 @@ void* current_stream(int32_t device) {
     void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
     return library ? reinterpret_cast<Getter>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
   }();
-  SAPO_CHECK(getter, "sapo_kernels: wanted a torch with CUDA, got one without aoti_torch_get_current_cuda_stream");
+  SAPO_CHECK(getter, "sapo_kernels: expected a torch with CUDA, got one without aoti_torch_get_current_cuda_stream");
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(getter(device, &stream));
   return stream;

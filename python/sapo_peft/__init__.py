@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 _HOMES = {
     "Examples": "data.examples",
     "PromptPool": "data.prompt_pool",
-    "PromptSet": "data.examples",
     "SapoCallback": "trainer.callback",
     "SapoCollator": "trainer.collator",
     "SapoConfig": "trainer.config",
@@ -19,14 +18,13 @@ _HOMES = {
     "last_good_checkpoint": "trainer.checkpoints",
     "plain_scores": "plain_loop",
     "read_examples": "data.examples",
-    "read_prompts": "data.examples",
+    "read_prompts": "data.prompt_pool",
     "tiny_model": "tiny_random",
     "tiny_tokenizer": "tiny_random",
 }
 __all__ = [
     "Examples",
     "PromptPool",
-    "PromptSet",
     "SapoCallback",
     "SapoCollator",
     "SapoConfig",
@@ -40,8 +38,8 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .data.examples import Examples, PromptSet, read_examples, read_prompts
-    from .data.prompt_pool import PromptPool
+    from .data.examples import Examples, read_examples
+    from .data.prompt_pool import PromptPool, read_prompts
     from .plain_loop import plain_scores
     from .tiny_random import tiny_model, tiny_tokenizer
     from .trainer.attach import attach_sapo

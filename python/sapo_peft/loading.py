@@ -17,6 +17,7 @@ import torch
 from sapo_kernels.files import DataError, excerpt, read_json
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?")
+_LAYER = re.compile(r"\.\d+\.")
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -34,7 +35,7 @@ def pick_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         built = torch.version.cuda or torch.version.hip
         why = "no device is visible" if built else f"torch {torch.__version__} is built without it"
-        raise DataError(f"--device cuda: wanted a CUDA device, got none ({why})")
+        raise DataError(f"--device cuda: expected a CUDA device, got none ({why})")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
@@ -56,7 +57,7 @@ def load(name: str, adapter: str | None, dtype: str, device: str, tokenizer: str
     ``auto`` keeps the checkpoint's on a GPU and takes float32 on the CPU. tokenizer: a folder or hub name if it does
     not lie beside the model.
 
-    Raises: `DataError` naming the option, what was wanted and what was got.
+    Raises: `DataError` naming the option, what was expected and what was got.
     """
     place = pick_device(device)
     quiet_libraries()
@@ -92,12 +93,12 @@ def _source(option: str, name: str, *needed: str) -> tuple[str, bool]:
     path = Path(name).expanduser()
     if path.is_dir():
         if not any((path / file).is_file() for file in needed):
-            raise DataError(f"{option} {name}: wanted a folder with {' or '.join(needed)}, got one without")
+            raise DataError(f"{option} {name}: expected a folder with {' or '.join(needed)}, got one without")
         return str(path), True
     looks_local = name.startswith((".", "~", os.sep)) or name.count("/") > 1 or path.exists()
     if looks_local or not _HUB_NAME.fullmatch(name):
         got = "a file" if path.is_file() else "no such folder"
-        raise DataError(f"{option} {excerpt(name, 200)}: wanted a folder or a hub name, got {got}")
+        raise DataError(f"{option} {excerpt(name, 200)}: expected a folder or a hub name, got {got}")
     return name, False
 
 
@@ -107,8 +108,9 @@ def _load_model(name: str, dtype: Any) -> Any:
     source, local = _source("--model", name, "config.json")
     if local:
         read_json(Path(source, "config.json"))  # one clear message if it is damaged
+        _check_index(Path(source, "model.safetensors.index.json"))
         if not list(Path(source).glob("*.safetensors")):
-            raise DataError(f"--model {name}: wanted weights as .safetensors in this folder, got none")
+            raise DataError(f"--model {name}: expected weights as .safetensors in this folder, got none")
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             source,
@@ -120,12 +122,29 @@ def _load_model(name: str, dtype: Any) -> Any:
         )
     except Exception as error:
         raise DataError(_why("--model", name, local, error)) from error
-    for what, keys in (("missing", info["missing_keys"]), ("of another shape", info["mismatched_keys"])):
+    # Left over are parts of more layers than the configuration has; heads and towers that are not used are no fault.
+    shapes = {_LAYER.sub(".#.", name) for name in model.state_dict()}
+    left_over = [key for key in info["unexpected_keys"] if _LAYER.sub(".#.", key) in shapes]
+    for what, keys in (("missing", info["missing_keys"]), ("of another shape", info["mismatched_keys"]),
+                       ("of layers that config.json does not have", left_over)):  # fmt: skip
         if keys:
             first = sorted(str(key[0] if isinstance(key, tuple) else key) for key in keys)[0]
-            wanted = f"all weights of {type(model).__name__}"
-            raise DataError(f"--model {name}: wanted {wanted}, got {len(keys)} {what} ({first}, ...)")
+            expected = f"all weights of {type(model).__name__}"
+            raise DataError(f"--model {name}: expected {expected}, got {len(keys)} {what} ({first}, ...)")
     return model
+
+
+def _check_index(file: Path) -> None:
+    """An index may name files of its own folder only, and no pickles."""
+    if not file.exists():
+        return
+    index = read_json(file)
+    names = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(names, dict):
+        raise DataError(f"{file}: expected an object with 'weight_map', got {excerpt(index)}")
+    for key, name in names.items():
+        if not isinstance(name, str) or not name.endswith(".safetensors") or Path(name).name != name:
+            raise DataError(f"{file}: {excerpt(key)}: expected a .safetensors file in this folder, got {excerpt(name)}")
 
 
 def _load_tokenizer(name: str) -> Any:
@@ -147,14 +166,14 @@ def _load_adapter(model: Any, name: str) -> Any:
 
         try:
             # Only these files: a pickled adapter is never fetched, hence never loaded.
-            wanted = ["adapter_config.json", "adapter_model.safetensors"]
-            source = snapshot_download(name, allow_patterns=wanted)
+            expected = ["adapter_config.json", "adapter_model.safetensors"]
+            source = snapshot_download(name, allow_patterns=expected)
         except Exception as error:
             raise DataError(_why("--adapter", name, False, error)) from error
     weights = Path(source, "adapter_model.safetensors")
     if not weights.is_file():
         got = "none (pickled adapters are not loaded)"
-        raise DataError(f"--adapter {name}: wanted adapter_model.safetensors, got {got}")
+        raise DataError(f"--adapter {name}: expected adapter_model.safetensors, got {got}")
     read_json(Path(source, "adapter_config.json"))
     try:
         with warnings.catch_warnings():
@@ -162,7 +181,7 @@ def _load_adapter(model: Any, name: str) -> Any:
             wrapped = PeftModel.from_pretrained(model, source, is_trainable=False)
     except Exception as error:
         got = _first_line(error)
-        raise DataError(f"--adapter {name}: wanted an adapter for this model, got: {got}") from error
+        raise DataError(f"--adapter {name}: expected an adapter for this model, got: {got}") from error
     _check_adapter(wrapped, weights, name)
     return wrapped
 
@@ -174,13 +193,13 @@ def _check_adapter(model: Any, weights: Path, name: str) -> None:
 
     with safe_open(weights, framework="pt") as file:
         stored = set(file.keys())
-    wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     # PEFT adds whole embedding matrices to the file when they may have changed; those load by their plain names.
-    excess = stored - wanted - set(model.state_dict())
-    for what, keys in (("lacks", wanted - stored), ("has in excess", excess)):
+    excess = stored - expected - set(model.state_dict())
+    for what, keys in (("lacks", expected - stored), ("has in excess", excess)):
         if keys:
             got = f"one that {what} {len(keys)} tensors ({sorted(keys)[0]}, ...)"
-            raise DataError(f"--adapter {name}: wanted an adapter for this model, got {got}")
+            raise DataError(f"--adapter {name}: expected an adapter for this model, got {got}")
 
 
 def _why(option: str, name: str, local: bool, error: Exception) -> str:

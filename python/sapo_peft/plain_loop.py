@@ -11,7 +11,7 @@ from torch.nn import functional
 def plain_scores(model: Any, cache: Any, batch_size: int = 8) -> torch.Tensor:
     """Negative log-likelihood of every cell by padded batches, full logits and log-softmax.
 
-    Shares no code with the packed road: cells are taken prompt by prompt in the given order, `batch_size` at
+    Shares no code with the packed path: cells are taken prompt by prompt in the given order, `batch_size` at
     a time, padded on the right, and run through the model's own forward. Equals, for every cell alone,
     ``-log_softmax(model(context + response).logits.float())`` summed over the response tokens.
 

@@ -6,7 +6,7 @@ import logging
 import shutil
 import sys
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 # Help of the option --model, of several commands.
@@ -109,3 +109,9 @@ def log_on_stderr(name: str, quiet: bool, level: int | None = None) -> Iterator[
         logger.propagate = before[0]
         if level is not None:
             logger.setLevel(before[1])
+
+
+def say_notes(notes: Iterable[str], quiet: bool = False) -> None:
+    """Notes on stderr, a line each; nothing if `quiet`."""
+    for note in [] if quiet else notes:
+        print(f"sapo: note: {plain(note)}", file=sys.stderr)

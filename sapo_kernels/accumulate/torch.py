@@ -11,7 +11,7 @@ def accumulate_torch(nll, tokens, logprob, cell_target, cell_ptr, start: int) ->
     """See `accumulate.api.accumulate_`."""
     for name, value in (("nll", nll), ("logprob", logprob), ("cell_target", cell_target)):
         if value.dim() != 1:
-            raise RuntimeError(f"accumulate_: {name}: wanted 1 dimension, got {value.dim()}")
+            raise RuntimeError(f"accumulate_: {name}: expected 1 dimension, got {value.dim()}")
     cells, entries, count = len(nll), len(cell_target), len(logprob)
     check = Arguments("accumulate_")
     check.tensor("nll", nll, torch.float64, [cells], written=True)
@@ -20,21 +20,21 @@ def accumulate_torch(nll, tokens, logprob, cell_target, cell_ptr, start: int) ->
     check.tensor("cell_target", cell_target, torch.int64, [entries])
     check.tensor("cell_ptr", cell_ptr, torch.int64, [cells + 1])
     if start < 0:
-        raise RuntimeError(f"accumulate_: start: wanted at least 0, got {start}")
+        raise RuntimeError(f"accumulate_: start: expected at least 0, got {start}")
 
     begin, end = cell_ptr[:-1], cell_ptr[1:]
     bad = (begin < 0) | (begin > end) | (end > entries)
     if bad.any():
         c = int(bad.nonzero()[0])
         raise RuntimeError(
-            f"accumulate_: cell_ptr: cell {c}: wanted an ascending range inside {entries} entries, got "
+            f"accumulate_: cell_ptr: cell {c}: expected an ascending range inside {entries} entries, got "
             f"{int(begin[c])} to {int(end[c])}"
         )
     bad = (tokens < 0) | (tokens > end - begin)
     if bad.any():
         c = int(bad.nonzero()[0])
         raise RuntimeError(
-            f"accumulate_: tokens: cell {c}: wanted from 0 to its {int(end[c] - begin[c])} entries, got "
+            f"accumulate_: tokens: cell {c}: expected from 0 to its {int(end[c] - begin[c])} entries, got "
             f"{int(tokens[c])}"
         )
     total, cursor, values = nll.clone(), begin + tokens, logprob.double()
@@ -46,7 +46,7 @@ def accumulate_torch(nll, tokens, logprob, cell_target, cell_ptr, start: int) ->
         if (target < start).any():
             at = int((target < start).nonzero()[0])
             raise RuntimeError(
-                f"accumulate_: cell_target: cell {int(waiting[at])}: wanted its next target in this piece, which "
+                f"accumulate_: cell_target: cell {int(waiting[at])}: expected its next target in this piece, which "
                 f"begins at {start}, or after it, got {int(target[at])}: a piece was left out"
             )
         here = target - start < count

@@ -53,7 +53,7 @@ def linear_logprob(
     if target_ptr is None:
         if targets.shape != hidden.shape[:1]:
             raise ValueError(
-                f"linear_logprob: targets: wanted [{hidden.shape[0]}], one per row, got {list(targets.shape)}"
+                f"linear_logprob: targets: expected [{hidden.shape[0]}], one per row, got {list(targets.shape)}"
             )
         target_ptr = torch.arange(hidden.shape[0] + 1, device=hidden.device)
     _check(hidden, weight, targets, target_ptr, bias, scale, softcap)
@@ -66,31 +66,32 @@ def linear_logprob(
 def _check(hidden, weight, targets, target_ptr, bias, scale, softcap) -> None:
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or not weight.numel():
         raise ValueError(
-            f"linear_logprob: wanted hidden [R, D] and weight [V, D], got {list(hidden.shape)} and {list(weight.shape)}"
+            f"linear_logprob: expected hidden [R, D] and weight [V, D], got {list(hidden.shape)} and "
+            f"{list(weight.shape)}"
         )
     tensors = {"hidden": hidden, "weight": weight, "bias": bias}
     for name, t in tensors.items():
         if t is not None and (t.dtype not in DTYPES or t.dtype != hidden.dtype):
-            raise TypeError(f"linear_logprob: {name}: wanted one of {DTYPES}, the same as hidden, got {t.dtype}")
+            raise TypeError(f"linear_logprob: {name}: expected one of {DTYPES}, the same as hidden, got {t.dtype}")
     for name, t in {**tensors, "targets": targets, "target_ptr": target_ptr}.items():
         if t is not None and t.device != hidden.device:
-            raise ValueError(f"linear_logprob: {name}: wanted hidden's device {hidden.device}, got {t.device}")
+            raise ValueError(f"linear_logprob: {name}: expected hidden's device {hidden.device}, got {t.device}")
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"linear_logprob: bias: wanted [{weight.shape[0]}], got {list(bias.shape)}")
+        raise ValueError(f"linear_logprob: bias: expected [{weight.shape[0]}], got {list(bias.shape)}")
     for name, t, size in (("targets", targets, None), ("target_ptr", target_ptr, hidden.shape[0] + 1)):
         if t.dtype != torch.int64 or t.dim() != 1 or (size is not None and t.shape[0] != size):
             wanted = "1-D" if size is None else f"[{size}]"
-            raise ValueError(f"linear_logprob: {name}: wanted int64 {wanted}, got {t.dtype} {list(t.shape)}")
+            raise ValueError(f"linear_logprob: {name}: expected int64 {wanted}, got {t.dtype} {list(t.shape)}")
     if not math.isfinite(scale):
-        raise ValueError(f"linear_logprob: scale: wanted a finite number, got {scale}")
+        raise ValueError(f"linear_logprob: scale: expected a finite number, got {scale}")
     if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"linear_logprob: softcap: wanted a positive number or None, got {softcap}")
+        raise ValueError(f"linear_logprob: softcap: expected a positive number or None, got {softcap}")
     steps = target_ptr.diff()
     if int(target_ptr[0]) != 0 or int(target_ptr[-1]) != len(targets) or (len(steps) and int(steps.min()) < 0):
-        raise ValueError(f"linear_logprob: target_ptr: wanted 0 to {len(targets)} without a step back")
+        raise ValueError(f"linear_logprob: target_ptr: expected 0 to {len(targets)} without a step back")
     if len(targets):
         low, high = int(targets.min()), int(targets.max())
         if low < 0 or high >= weight.shape[0]:
             raise ValueError(
-                f"linear_logprob: targets: wanted ids in [0, {weight.shape[0]}), got {low if low < 0 else high}"
+                f"linear_logprob: targets: expected ids in [0, {weight.shape[0]}), got {low if low < 0 else high}"
             )

@@ -274,10 +274,10 @@ def linear_logprob_triton(hidden, weight, targets, target_ptr, bias, scale, soft
     rows, width = hidden.shape
     vocab = weight.shape[0]
     if hidden.dtype not in DTYPES:
-        raise TypeError(f"linear_logprob: impl='triton': wanted one of {DTYPES}, got {hidden.dtype}")
+        raise TypeError(f"linear_logprob: impl='triton': expected one of {DTYPES}, got {hidden.dtype}")
     for name, t in (("hidden", hidden), ("weight", weight)):
         if t.stride(-1) != 1:
-            raise ValueError(f"linear_logprob: {name}: wanted stride 1 in the last dimension, got {t.stride(-1)}")
+            raise ValueError(f"linear_logprob: {name}: expected stride 1 in the last dimension, got {t.stride(-1)}")
     logprob = torch.empty(targets.shape[0], dtype=torch.float32, device=hidden.device)
     lse = torch.empty(rows, dtype=torch.float32, device=hidden.device)
     if rows == 0:

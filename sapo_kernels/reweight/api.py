@@ -62,21 +62,21 @@ def reweight_(
     if nll.dim() == 1 and shape[0] == 1:
         nll, tokens = nll[None], tokens[None]
     if nll.dtype != torch.float64 or tokens.dtype != torch.int64:
-        raise TypeError(f"reweight_: wanted nll float64 and tokens int64, got {nll.dtype} and {tokens.dtype}")
+        raise TypeError(f"reweight_: expected nll float64 and tokens int64, got {nll.dtype} and {tokens.dtype}")
     if nll.shape != shape or tokens.shape != shape:
         raise ValueError(
-            f"reweight_: nll, tokens: wanted [pools, prompts] {list(shape)}, got {list(nll.shape)} and "
+            f"reweight_: nll, tokens: expected [pools, prompts] {list(shape)}, got {list(nll.shape)} and "
             f"{list(tokens.shape)}"
         )
     if nll.device != state.mean.device or tokens.device != state.mean.device:
         raise ValueError(
-            f"reweight_: nll, tokens: wanted the state's device {state.mean.device}, got {nll.device} and "
+            f"reweight_: nll, tokens: expected the state's device {state.mean.device}, got {nll.device} and "
             f"{tokens.device}"
         )
     if not (0.0 <= decay <= 1.0 and 0.0 <= floor <= 1.0 and 0.0 <= temperature < math.inf):
         raise ValueError(
-            f"reweight_: wanted decay and floor from 0 to 1 and a finite temperature of 0 or more, got decay={decay}, "
-            f"floor={floor}, temperature={temperature}"
+            f"reweight_: expected decay and floor from 0 to 1 and a finite temperature of 0 or more, got "
+            f"decay={decay}, floor={floor}, temperature={temperature}"
         )
     if nll.requires_grad:
         nll = nll.detach()

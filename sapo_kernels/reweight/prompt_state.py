@@ -45,7 +45,7 @@ class PromptState:
         device: torch.device | str | None = None,
     ):
         if type(num_pools) is not int or num_pools < 0:
-            raise ValueError(f"num_pools: wanted a whole number of at least 0, got {num_pools!r}")
+            raise ValueError(f"num_pools: expected a whole number of at least 0, got {num_pools!r}")
         same = type(num_prompts) is int
         counts = [num_prompts] * num_pools if same else num_prompts
         if (
@@ -54,7 +54,7 @@ class PromptState:
             or len(counts) != num_pools
             or any(type(n) is not int or n < 0 for n in counts)
         ):
-            raise ValueError(f"num_prompts: wanted a whole number or {num_pools} of them, got {num_prompts!r}")
+            raise ValueError(f"num_prompts: expected a whole number or {num_pools} of them, got {num_prompts!r}")
         size = num_prompts if same else max(counts, default=0)
         device = "cpu" if device is None else device
         # On the host by name: the caller may have another default device.
@@ -92,7 +92,7 @@ class PromptState:
         -1: call `reweight_` (tokens 0) after changing ``live`` to choose anew.
         """
         if type(n) is not int or n < 0:
-            raise ValueError(f"n: wanted a whole number of at least 0, got {n!r}")
+            raise ValueError(f"n: expected a whole number of at least 0, got {n!r}")
         if not self.probs.numel():
             return torch.full((self.num_pools, n), -1, dtype=torch.int64, device=self.device)
         # The first of independent clocks with rates p rings for prompt k with probability p[k]: no sums to round.
@@ -127,29 +127,29 @@ class PromptState:
             ValueError, TypeError: naming the entry, what was wanted and what was got; nothing was written.
         """
         if set(state) != set(DTYPES):
-            raise ValueError(f"state: wanted the entries {sorted(DTYPES)}, got {sorted(map(str, state))[:20]}")
+            raise ValueError(f"state: expected the entries {sorted(DTYPES)}, got {sorted(map(str, state))[:20]}")
         for name, dtype in DTYPES.items():
             value, own = state[name], getattr(self, name)
             if not isinstance(value, torch.Tensor) or value.dtype != dtype:
-                raise TypeError(f"state: {name}: wanted a {dtype} tensor, got {getattr(value, 'dtype', type(value))}")
+                raise TypeError(f"state: {name}: expected a {dtype} tensor, got {getattr(value, 'dtype', type(value))}")
             if value.shape != own.shape:
-                raise ValueError(f"state: {name}: wanted {list(own.shape)}, got {list(value.shape)}")
+                raise ValueError(f"state: {name}: expected {list(own.shape)}, got {list(value.shape)}")
         weight, probs, best = state["weight"], state["probs"], state["best"]
         if not bool((weight.isfinite() & (weight >= 0)).all()):
-            raise ValueError("state: weight: wanted finite numbers of at least 0, got others")
+            raise ValueError("state: weight: expected finite numbers of at least 0, got others")
         if not bool((probs.isfinite() & (probs >= 0) & (probs <= 1)).all()):
-            raise ValueError("state: probs: wanted numbers from 0 to 1, got others")
+            raise ValueError("state: probs: expected numbers from 0 to 1, got others")
         total = probs.sum(1)
         if not bool((((total - 1).abs() < 1e-6) | (total == 0)).all()):
-            raise ValueError("state: probs: wanted a sum of 1 (0 for a pool without prompts), got others")
+            raise ValueError("state: probs: expected a sum of 1 (0 for a pool without prompts), got others")
         if not bool(((best >= -1) & (best < self.num_prompts)).all()):
-            raise ValueError(f"state: best: wanted from -1 to {self.num_prompts - 1}, got {best.tolist()[:20]}")
+            raise ValueError(f"state: best: expected from -1 to {self.num_prompts - 1}, got {best.tolist()[:20]}")
         if not bool(state["effective"].isfinite().all()):
-            raise ValueError("state: effective: wanted finite numbers, got others")
+            raise ValueError("state: effective: expected finite numbers, got others")
         # A state whose tensors cannot all be written must not be written by half.
         for name in DTYPES:
             own = getattr(self, name)
             if own.requires_grad or not own.is_contiguous():
-                raise ValueError(f"{name}: wanted this state's tensor dense and without gradient, got another")
+                raise ValueError(f"{name}: expected this state's tensor dense and without gradient, got another")
         for name in DTYPES:
             getattr(self, name).copy_(state[name])

@@ -19,7 +19,7 @@ LARGEST = sys.float_info.max
 def reweight_torch(mean, weight, probs, best, effective, live, nll, tokens, decay, temperature, floor) -> None:
     """See `reweight.api.reweight_`."""
     if mean.dim() != 2:
-        raise RuntimeError(f"reweight_: mean: wanted [pools, prompts], got {mean.dim()} dimensions")
+        raise RuntimeError(f"reweight_: mean: expected [pools, prompts], got {mean.dim()} dimensions")
     check = Arguments("reweight_")
     for name, value in (("mean", mean), ("weight", weight), ("probs", probs)):
         check.tensor(name, value, torch.float64, mean.shape, written=True)

@@ -41,11 +41,11 @@ class CellSums:
         nll, tokens, wanted = (values.cpu() for values in (*self._sums, self._lists[1].diff()))
         if not torch.equal(tokens, wanted):
             cell = int((tokens != wanted).nonzero()[0])
-            raise RuntimeError(f"cell {cell}: wanted {int(wanted[cell])} log-probabilities, got {int(tokens[cell])}")
+            raise RuntimeError(f"cell {cell}: expected {int(wanted[cell])} log-probabilities, got {int(tokens[cell])}")
         # Surplus ones would have moved all that came after them to other cells.
         total = int(self._lists[0].max()) + 1
         if self._start != total:
-            raise RuntimeError(f"cells: wanted {total} log-probabilities, got {self._start}")
+            raise RuntimeError(f"cells: expected {total} log-probabilities, got {self._start}")
         return nll.numpy()
 
     def _accumulate(self, logprob: torch.Tensor) -> None:

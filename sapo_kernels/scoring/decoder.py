@@ -17,8 +17,9 @@ from torch import nn
 from ..tree_attention.api import tree_attention
 from ..trie.trie import TriePass
 from . import model_support as support
+from .fingerprint import configurations
 from .head import Batch, HeadReader
-from .model_state import BUSY
+from .model_state import BUSY, Unrecoverable
 from .prefix_cache import PassPrefixes, PrefixCache
 
 ATTENTION_NAME = "sapo_trie"
@@ -29,7 +30,7 @@ _running = threading.local()
 
 
 class NotTreeable(RuntimeError):
-    """The model asked its attention for something that the tree road cannot give; the message says what."""
+    """The model asked its attention for something that the tree path cannot give; the message says what."""
 
 
 @dataclass
@@ -45,7 +46,6 @@ class _TreeState:
     prefixes: PassPrefixes | None = None
     carry_on: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     calls: int = 0
-    windowed: int = 0
 
 
 def trie_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None,
@@ -53,7 +53,7 @@ def trie_attention(module, query, key, value, attention_mask, scaling=None, drop
     """The function behind transformers' attention interface: query [1, Hq, T, D] -> ([1, T, Hq, Dv], None)."""
     state: _TreeState | None = getattr(_running, "state", None)
     if state is None:
-        raise RuntimeError(BUSY)
+        raise Unrecoverable(BUSY)
     for name in FOREIGN_ARGUMENTS:
         if kwargs.get(name) is not None:
             raise NotTreeable(f"its attention takes {name}")
@@ -67,7 +67,6 @@ def trie_attention(module, query, key, value, attention_mask, scaling=None, drop
         raise NotTreeable(f"its attention sees {key.shape[2]} keys for {fresh} tokens")
 
     call, state.calls = state.calls, state.calls + 1
-    state.windowed += sliding_window is not None
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
     if not q.dtype == k.dtype == v.dtype:
         # Under autocast rotary embeddings leave q and k in float32; the plain attention would cast them too.
@@ -98,14 +97,7 @@ def trie_attention_installed(inner: nn.Module):
     from transformers import AttentionInterface
 
     AttentionInterface.register(ATTENTION_NAME, trie_attention)
-    configs, waiting = {}, [getattr(module, "config", None) for module in inner.modules()]
-    while waiting:
-        config = waiting.pop()
-        if hasattr(config, "_attn_implementation_internal") and id(config) not in configs:
-            configs[id(config)] = config
-            # The switch reaches parts of a configuration that no module holds.
-            waiting.extend(getattr(config, name, None) for name in config.sub_configs)
-    before = [(c, c._attn_implementation_internal) for c in configs.values()]
+    before = [(c, c._attn_implementation_internal) for c in configurations(inner)]
     text = support.text_config(inner)
     try:
         nested = text is not inner.config and "text_config" in getattr(inner.config, "sub_configs", {})
@@ -128,11 +120,12 @@ class TreeRunner:
         self, model: nn.Module, reader: HeadReader, impl: str, device: torch.device, prefixes: PrefixCache | None = None
     ):
         self.model, self.reader, self.impl, self.device, self.prefixes = model, reader, impl, device, prefixes
-        self.windowed = 0
         self._carried: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def run(self, trie: TriePass) -> torch.Tensor:
+    def run(self, trie: TriePass, checks=()) -> torch.Tensor:
         """Log-probabilities that became ready, in the order of the trie's targets; the last pass brings the rest.
+
+        checks: cells to verify that have rows in this pass, see `Batch`.
 
         If it raises, the carried keys and waiting rows are those of the pass before.
         """
@@ -151,13 +144,13 @@ class TreeRunner:
                     use_cache=False,
                     return_dict=True,
                 ),
-                Batch.of_pass(plan),
+                Batch.of_pass(plan, checks),
             )
         finally:
             _running.state = None
         if not state.calls:
             raise NotTreeable("it never calls transformers' attention interface")
-        self._carried, self.windowed = state.carry_on, state.windowed
+        self._carried = state.carry_on
         if prefixes is not None:
             self.prefixes.add(prefixes)
         return logprob

@@ -12,19 +12,22 @@ import contextlib
 import hashlib
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import torch
 from torch import nn
 
 from ..trie.trie import TokenTrie
-from .model_state import compilation_off, scoring_mode
+from .decoder import NotTreeable
+from .model_state import Unrecoverable, compilation_off, is_out_of_memory, scoring_mode
+from .paths import ALONE, Paths
 from .prompt_scores import PromptScores
 from .race import Race
 from .ranks import IDLE, WORKING, RankError, Ranks, patience, ranks_of
 from .response_cache import ResponseCache
 from .score import ScoringJob, check_choices
+from .verification import Check, Disagreement, PlainModel
 
 # What all ranks must have alike, by the order of its digests in the first round.
 ALIKE = ("prompts and examples", "options", "model", "weights")
@@ -35,6 +38,8 @@ COUNTS = (1, 2, 4, 8, 12, 24)
 LEAD = 4
 # Values of each weight that are compared.
 SAMPLE = 16
+# int64 of text: why a rank finds that a path is not to be taken.
+PROBLEM = 32
 
 _cuts: weakref.WeakKeyDictionary[ResponseCache, _Cuts] = weakref.WeakKeyDictionary()
 
@@ -87,20 +92,20 @@ def score_prompts_sharded(
     with contextlib.nullcontext() if ranks is None else ranks.together():
         check_choices(impl, max_tokens)
         if shards is not None and (type(shards) is not int or shards < 1):
-            raise ValueError(f"shards: wanted a whole number of at least 1, got {shards!r}")
+            raise ValueError(f"shards: expected a whole number of at least 1, got {shards!r}")
         cache = prompts
         if not isinstance(prompts, ResponseCache):
             cache = ResponseCache.build(
                 layout.pop("tokenizer", None), prompts, [] if examples is None else examples, **layout
             )
         elif examples is not None or layout:
-            raise ValueError(f"examples, {', '.join(layout) or 'layout'}: wanted none beside a ResponseCache")
+            raise ValueError(f"examples, {', '.join(layout) or 'layout'}: expected none beside a ResponseCache")
         if race is not None and not isinstance(race, Race):
-            raise TypeError(f"race: wanted a Race or None, got {type(race).__name__}")
+            raise TypeError(f"race: expected a Race or None, got {type(race).__name__}")
         job = ShardedJob(model, cache, impl, max_tokens, ranks, shards)
         if ranks:
             job.check_alike(race)
-        scores = job.run(race)
+        scores = job.score(race)
         scores.stats.update(shards=len(job.shards), world=job.world)
         return scores
 
@@ -155,39 +160,65 @@ class ShardedJob(ScoringJob):
         self.world = len(ranks.members) if ranks else 1
         self.own = ranks.members.index(ranks.rank) if ranks else 0
         self.shards = _shards(cache, shards, self.max_tokens)
-        self.quiet, self._told = self.own > 0, False
+        self.quiet = self.own > 0
 
     def _prefix_cache(self) -> None:
         # What a rank has kept would depend on the shards it had, and rounding depends on what is kept.
         return None
 
-    def part(self, cells: np.ndarray, road: str) -> ShardedJob:
-        return ShardedJob(self.model, self.cache.select(cells), road, self.max_tokens, self.ranks, self.count)
+    def part(self, cells: np.ndarray) -> ShardedJob:
+        return ShardedJob(self.model, self.cache.select(cells), self.impl, self.max_tokens, self.ranks, self.count)
 
-    def measure(self) -> tuple[np.ndarray, int, bool, str | None]:
+    def _checks(self, cells, before, plain) -> list[Check]:
+        # On every rank, for all must take the same path; forwards that gather weights are in step.
+        with self._gathering():
+            return super()._checks(cells, before, plain)
+
+    def attempt(self, path: str, checks: Sequence[Check], plain: PlainModel) -> tuple[np.ndarray, int]:
         # In turn: shards are about as large as each other.
         dealt = [self.shards[place :: self.world] for place in range(self.world)]
+        found, problem = [], ""
         with self._beating() if self.ranks else contextlib.nullcontext():
-            found = [self._shard(cache) for _, cache in dealt[self.own]]
-        # What a rank sends of a shard: the bits of its cells' float64 sums, computed tokens, whether padded.
-        own = [torch.zeros(0, dtype=torch.int64)]
-        for nll, computed, padded, _ in found:
-            own += [torch.from_numpy(nll).view(torch.int64), torch.tensor([computed, int(padded)])]
-        sizes = [[len(cells) + 2 for cells, _ in part] for part in dealt]
-        held = self.ranks.exchange(torch.cat(own), list(map(sum, sizes))) if self.ranks else [torch.cat(own)]
-        total, computed, padded = torch.full((len(self.cache.lengths),), torch.nan, dtype=torch.float64), 0, False
-        for part, size, values in zip(dealt, sizes, held, strict=True):
-            for (cells, _), sent in zip(part, values.split(size), strict=True):
-                total[cells] = sent[:-2].clone().view(torch.float64)
-                computed, padded = computed + int(sent[-2]), padded or bool(sent[-1])
-        return total.numpy(), computed, padded, next((reason for *_, reason in found if reason), None)
+            for cells, cache in dealt[self.own]:
+                if not problem:
+                    one, problem = self._shard(path, cells, cache, checks, plain)
+                found.append(one or (np.full(len(cells), np.nan), 0))
+        # What a rank sends of a shard: the bits of its cells' float64 sums, and computed tokens; then what went wrong.
+        own = []
+        for nll, computed in found:
+            own += [torch.from_numpy(nll).view(torch.int64), torch.tensor([computed])]
+        text = problem.encode()[: 8 * PROBLEM].ljust(8 * PROBLEM, b"\0")
+        own = torch.cat([*own, torch.from_numpy(np.frombuffer(text, np.int64).copy())])
+        sizes = [[*(len(cells) + 1 for cells, _ in part), PROBLEM] for part in dealt]
+        cached = self.ranks.exchange(own, list(map(sum, sizes))) if self.ranks else [own]
+        nll, computed = torch.full((len(self.cache.lengths),), torch.nan, dtype=torch.float64), 0
+        problems = []
+        for part, size, values in zip(dealt, sizes, cached, strict=True):
+            *shards, text = values.split(size)
+            problems.append(text.contiguous().numpy().tobytes().rstrip(b"\0").decode("utf-8", "replace"))
+            for (cells, _), sent in zip(part, shards, strict=True):
+                nll[cells] = sent[:-1].clone().view(torch.float64)
+                computed += int(sent[-1])
+        if any(problems):
+            raise Disagreement(next(filter(None, problems)))
+        return nll.numpy(), computed
 
-    def _shard(self, cache: ResponseCache) -> tuple[np.ndarray, int, bool, str | None]:
-        job = ScoringJob(self.model, cache, self.impl, self.max_tokens, False)
-        job.quiet = self.quiet or self._told
-        found = job.measure()
-        self._told = self._told or found[-1] is not None
-        return found
+    def _shard(self, path, cells, cache, checks, plain) -> tuple[tuple[np.ndarray, int] | None, str]:
+        """(what one shard gave, nothing), or (None, why no rank may take this path)."""
+        job = Paths(self.model, cache, self.op_impl, self.max_tokens, False)
+        job.through_model, job.put_rope_back = self.through_model, self.put_rope_back
+        places = {int(cell): place for place, cell in enumerate(cells)}
+        mine = {check.cell: replace(check, cell=places[check.cell]) for check in checks if check.cell in places}
+        try:
+            found = job.run(path, list(mine.values()), plain)
+        except Exception as error:
+            if isinstance(error, Unrecoverable) or is_out_of_memory(error) or path == ALONE:
+                raise
+            return None, str(error) if isinstance(error, (Disagreement, NotTreeable)) else f"it failed: {error!r}"
+        for check in checks:
+            if check.cell in mine:
+                check.worst = mine[check.cell].worst
+        return found, ""
 
     @contextlib.contextmanager
     def _beating(self):
@@ -257,7 +288,7 @@ class ShardedJob(ScoringJob):
             for rank, value in zip(self.ranks.members, column, strict=True):
                 if value != usual:
                     raise ValueError(
-                        f"rank {rank}: {what}: wanted the same on all {len(column)} ranks, got others than "
+                        f"rank {rank}: {what}: expected the same on all {len(column)} ranks, got others than "
                         f"{column.count(usual)} of them have"
                     )
 

@@ -2,15 +2,17 @@
 
 A pre-hook on the output head sees what the model itself would feed it. It takes the response rows and lets the model go
 on with none of them, so the model computes no logits; rows of several passes wait for each other, because a large
-vocabulary's weights are worth reading only for many rows at once. The first forward of a job sends one row through the
-model, and its logits check what the family does between the matrix product and the logits.
+vocabulary's weights are worth reading only for many rows at once. What the family does between the matrix product and
+the logits is in `model_support.head_transform`; every call compares whole logit rows with the model's own
+(verification.py).
 """
 
 from __future__ import annotations
 
 import contextlib
 import threading
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -18,8 +20,9 @@ from torch import nn
 from ..linear_logprob.torch import chunk_rows, logprob_of_logits
 from ..trie.trie import TriePass
 from . import model_support as support
-from .model_state import BUSY
+from .model_state import BUSY, Unrecoverable
 from .response_cache import ResponseCache
+from .verification import Check
 
 # The head's backend that goes with each choice of attention backend.
 OP_IMPL = {"auto": "auto", "triton": "triton", "sdpa": "torch", "reference": "reference"}
@@ -30,8 +33,8 @@ class Batch:
     """What one forward scores: inputs, the rows to read and what each row predicts.
 
     input_ids: [B, L]. rows: [R] indices into the B * L flattened rows. target_ptr, targets: as in `TriePass`.
-    attention_mask: [B, L] for the padded road, None for a trie pass. last: no later forward of the job will bring rows
-    to wait for.
+    attention_mask: [B, L] for the padded path, None for a trie pass. last: no later forward of the job will bring rows
+    to wait for. checks: cells to verify; for each its places among `rows`, and which of its response rows those are.
     """
 
     input_ids: torch.Tensor
@@ -40,28 +43,43 @@ class Batch:
     targets: torch.Tensor
     attention_mask: torch.Tensor | None = None
     last: bool = True
+    checks: list[tuple[Check, torch.Tensor, torch.Tensor]] = field(default_factory=list)
 
     @classmethod
-    def of_pass(cls, trie: TriePass) -> Batch:
-        return cls(trie.input_ids[None], trie.rows, trie.target_ptr, trie.targets, last=trie.last)
+    def of_pass(cls, trie: TriePass, checks=()) -> Batch:
+        return cls(trie.input_ids[None], trie.rows, trie.target_ptr, trie.targets, last=trie.last, checks=list(checks))
 
 
-def padded_batch(cache: ResponseCache, cells: list[int]) -> Batch:
-    """A right-padded batch of cells; the response rows are counted over the flattened [B, L] rows."""
-    lengths = cache.lengths[cells]
+def padded_batch(cache: ResponseCache, cells: list[int], checks: Sequence[Check] = ()) -> Batch:
+    """A right-padded batch of whole cells; the response rows are counted over the flattened [B, L] rows.
+
+    The last response token predicts nothing, and is there: what a model does may depend on how long a sequence is.
+    """
+    lengths = cache.lengths[cells] + 1
     width = int(lengths.max())
     input_ids = torch.zeros(len(cells), width, dtype=torch.int64)
     mask = torch.zeros(len(cells), width, dtype=torch.int64)
-    rows, targets = [], []
+    rows, targets, found, done = [], [], [], 0
     for b, c in enumerate(cells):
         first, context, length = int(cache.offsets[c]), int(cache.context_lengths[c]), int(lengths[b])
-        ids = torch.from_numpy(cache.ids[first : first + length + 1])
-        input_ids[b, :length] = ids[:-1]
+        ids = torch.from_numpy(cache.ids[first : first + length])
+        input_ids[b, :length] = ids
         mask[b, :length] = 1
-        rows.append(b * width + torch.arange(context - 1, length))
+        rows.append(b * width + torch.arange(context - 1, length - 1))
         targets.append(ids[context:])
+        own = torch.arange(length - context)
+        found += [(check, own + done, own) for check in checks if check.cell == c]
+        done += len(own)
     targets = torch.cat(targets)
-    return Batch(input_ids, torch.cat(rows), torch.arange(len(targets) + 1), targets, attention_mask=mask)
+    return Batch(input_ids, torch.cat(rows), torch.arange(len(targets) + 1), targets, mask, checks=found)
+
+
+@dataclass
+class Observed:
+    """logits: [n, V] that a reader makes of a plain forward's hidden states. dtype: what they are computed in."""
+
+    logits: torch.Tensor
+    dtype: torch.dtype
 
 
 class HeadReader:
@@ -74,12 +92,9 @@ class HeadReader:
         self.head, self.impl, self.through_model = inner.get_output_embeddings(), impl, through_model
         self.scale, self.softcap = support.head_transform(inner)
         self.vocabulary = support.vocabulary_size(inner)
-        self.dtype = torch.float32
-        self._excess: torch.Tensor | None = None
         self._waiting: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         self._batch: Batch | None = None
         self._logprob: torch.Tensor | None = None
-        self._expected: torch.Tensor | None = None
         self._own_call = False
         self._thread = threading.get_ident()
 
@@ -98,7 +113,7 @@ class HeadReader:
 
         After a forward whose batch is the last one, all of them are.
         """
-        self._batch, self._logprob, self._expected = batch, None, None
+        self._batch, self._logprob = batch, None
         waiting = list(self._waiting)
         try:
             logits = call().logits
@@ -106,27 +121,24 @@ class HeadReader:
                 raise RuntimeError("model: its forward does not go through its output embeddings; it cannot be scored")
             if self.through_model:
                 rows = logits.reshape(-1, logits.shape[-1])
+                for check, at, own in batch.checks:
+                    check.compare(own, rows[at.to(rows.device)])
                 return logprob_of_logits(rows, batch.targets.to(rows.device), batch.target_ptr.to(rows.device))[0]
-            if self._expected is not None:
-                self._check(logits)
             return self._logprob
         except BaseException:
             self._waiting = waiting
             raise
         finally:
-            self._batch = self._logprob = self._expected = None
+            self._batch = self._logprob = None
 
     def _hook(self, module, args):
         if threading.get_ident() != self._thread:
-            raise RuntimeError(BUSY)
+            raise Unrecoverable(BUSY)
         if self._own_call or self._batch is None:
             return None
         batch, hidden = self._batch, args[0]
         flat = hidden.reshape(-1, hidden.shape[-1])
         rows = flat[batch.rows.to(hidden.device)]
-        # Asked here, inside the forward: trainers wrap it in autocast and hand the logits out in float32.
-        autocast = torch.is_autocast_enabled(rows.device.type)
-        self.dtype = torch.get_autocast_dtype(rows.device.type) if autocast else rows.dtype
         self._logprob = torch.empty(0, device=hidden.device)
         if self.through_model:
             return (rows[None], *args[1:])
@@ -137,10 +149,8 @@ class HeadReader:
             # Inside the forward, where a sharded head has its weights together.
             self._logprob = self._project(*(torch.cat(parts) for parts in zip(*self._waiting, strict=True)))[0]
             self._waiting = []
-        if len(rows) and self._excess is None:
-            nothing = batch.targets[:0].to(rows.device)
-            self._expected = self._project(rows[:1], nothing, torch.zeros_like(batch.target_ptr[:1]).to(rows.device))[1]
-            return (rows[None, :1], *args[1:])
+        for check, at, own in batch.checks:
+            check.compare(own, self.logits(rows[at.to(rows.device)]))
         # Heads that are more than a matrix may not expect an empty input.
         keep = 0 if support.plain_head(self.head, rows, own_hooks=1) else 1
         return (flat[None, :keep], *args[1:])
@@ -155,8 +165,7 @@ class HeadReader:
             finally:
                 self._own_call = False
         weight, bias = self.head.weight, self.head.bias
-        autocast = torch.is_autocast_enabled(rows.device.type)
-        dtype = torch.get_autocast_dtype(rows.device.type) if autocast else weight.dtype
+        dtype = self._head_dtype(rows)
         rows, weight = rows.to(dtype), weight.to(dtype)
         # The operator itself: the public function would wait for the device to check ids that were checked on the host.
         return torch.ops.sapo_kernels.linear_logprob(
@@ -175,16 +184,43 @@ class HeadReader:
             parts.append(logprob_of_logits(logits, mine, begin, self.scale, self.softcap))
         return torch.cat([p for p, _ in parts]), torch.cat([lse for _, lse in parts])
 
-    def _check(self, logits: torch.Tensor) -> None:
-        """Keep the distance of our log-sum-exp from the model's on one row; reading it would wait for the device."""
-        own = torch.logsumexp(logits.reshape(-1, logits.shape[-1])[:1].float(), -1)
-        low = self.dtype in (torch.bfloat16, torch.float16)
-        slack = 0.05 + 0.02 * own.abs() if low else 1e-3 + 1e-4 * own.abs()
-        # NaN on both sides is a model with NaN weights: reported by cell, not here.
-        expected = self._expected.to(own.device, torch.float32)
-        both = own.isfinite() & expected.isfinite()
-        self._excess = torch.where(both, (own - expected).abs() / slack, torch.zeros_like(own)).amax()
+    def logits(self, rows: torch.Tensor) -> torch.Tensor:
+        """rows [R, D] -> [R, V], as the loss of these rows is computed from them; for a few rows, inside a forward."""
+        if not support.plain_head(self.head, rows, own_hooks=1):
+            self._own_call = True
+            try:
+                found = self.head(rows[None])[0]
+            finally:
+                self._own_call = False
+        else:
+            bias, dtype = self.head.bias, self._head_dtype(rows)
+            bias = None if bias is None else bias.to(dtype)
+            found = torch.nn.functional.linear(rows.to(dtype), self.head.weight.to(dtype), bias)
+        found = found if found.dtype == torch.float64 else found.float()
+        found = found * self.scale
+        return found if self.softcap is None else torch.tanh(found / self.softcap) * self.softcap
 
-    def agrees(self) -> bool:
-        """Whether the checked row had the model's own log-sum-exp within rounding."""
-        return self._excess is None or float(self._excess) <= 1.0
+    def _head_dtype(self, rows: torch.Tensor) -> torch.dtype:
+        if torch.is_autocast_enabled(rows.device.type):
+            return torch.get_autocast_dtype(rows.device.type)
+        weight = getattr(self.head, "weight", None)
+        return weight.dtype if isinstance(weight, torch.Tensor) else rows.dtype
+
+    @contextlib.contextmanager
+    def observed(self, count: int):
+        """Watch a plain forward of one sequence: yields a list that gets what this reader makes of its response rows.
+
+        Those are the last `count` rows but one.
+        """
+        seen: list[Observed] = []
+
+        def see(module, args):
+            if not self._own_call:
+                flat = args[0].reshape(-1, args[0].shape[-1])
+                seen.append(Observed(self.logits(flat[-count - 1 : -1]), self._head_dtype(flat)))
+
+        handle = self.head.register_forward_pre_hook(see)
+        try:
+            yield seen
+        finally:
+            handle.remove()

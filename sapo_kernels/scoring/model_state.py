@@ -11,6 +11,11 @@ from torch import nn
 
 BUSY = "this model is being scored by another thread; it cannot be used until that ends"
 
+
+class Unrecoverable(RuntimeError):
+    """An error that another way to score would not mend."""
+
+
 _lock = threading.Lock()
 _claimed: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _eager = {"threads": 0, "stance": None}
@@ -21,13 +26,29 @@ def claimed(inner: nn.Module):
     """This thread alone scores the model for the block: two would switch its attention and read each other's rows."""
     with _lock:
         if inner in _claimed:
-            raise RuntimeError(BUSY)
+            raise Unrecoverable(BUSY)
         _claimed.add(inner)
     try:
         yield
     finally:
         with _lock:
             _claimed.discard(inner)
+
+
+@contextlib.contextmanager
+def only_this_thread(inner: nn.Module):
+    """A forward of another thread raises during the block, instead of computing in another mode than it expects."""
+    thread = threading.get_ident()
+
+    def guard(module, args):
+        if threading.get_ident() != thread:
+            raise Unrecoverable(BUSY)
+
+    handle = inner.register_forward_pre_hook(guard, prepend=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextlib.contextmanager

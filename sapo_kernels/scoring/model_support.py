@@ -1,7 +1,6 @@
-"""What a model allows: which road it can take, and how its head turns hidden states into logits.
+"""What a model allows: which path it can take, and how its head turns hidden states into logits.
 
-Nothing here is trusted alone: `decoder` probes every model once, tree against plain forward, and checks the head's
-transform against the model's own logits in every call.
+Nothing here is trusted alone: every call compares some of its own cells with the plain model (verification.py).
 """
 
 from __future__ import annotations
@@ -39,9 +38,9 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, nn.Module]:
             )
         inner = model.get_base_model()
     if not hasattr(inner, "config") or not hasattr(inner, "get_output_embeddings"):
-        raise TypeError(f"model: wanted a transformers causal LM or a PeftModel of one, got {type(model).__name__}")
+        raise TypeError(f"model: expected a transformers causal LM or a PeftModel of one, got {type(model).__name__}")
     if getattr(inner.config, "is_encoder_decoder", False):
-        raise TypeError(f"model: wanted a decoder-only causal LM, got the encoder-decoder {type(inner).__name__}")
+        raise TypeError(f"model: expected a decoder-only causal LM, got the encoder-decoder {type(inner).__name__}")
     if inner.get_output_embeddings() is None:
         raise TypeError(f"model: {type(inner).__name__} has no output embeddings, so no log-probabilities")
     return model, inner
@@ -70,20 +69,29 @@ def rope_sets(config) -> list[dict]:
 
 
 def length_dependent(inner: nn.Module, longest: int) -> str | None:
-    """Why a token's rotary angles depend on the longest sequence of its forward, or None if they do not."""
+    """Why a token's rotary angles depend on the longest sequence of its forward, or None if they do not.
+
+    The modules are asked as well as the configuration: they are what computes.
+    """
     config = text_config(inner)
-    for parameters in rope_sets(config):
-        kind = parameters.get("rope_type") or parameters.get("type") or "default"
-        if not any(name in kind for name in ROPE_BY_LENGTH):
-            continue
-        limits = (
-            parameters.get("original_max_position_embeddings"),
-            getattr(config, "original_max_position_embeddings", None),
-            getattr(config, "max_position_embeddings", None),
-        )
-        original = min((limit for limit in limits if limit), default=0)
+    limits = [
+        getattr(config, "original_max_position_embeddings", None),
+        getattr(config, "max_position_embeddings", None),
+    ]
+    found = [
+        (parameters.get("rope_type") or parameters.get("type") or "default",
+         [parameters.get("original_max_position_embeddings"), *limits])
+        for parameters in rope_sets(config)
+    ]  # fmt: skip
+    for module in inner.modules():
+        kinds = module.__dict__.get("rope_type")
+        for kind in kinds.values() if isinstance(kinds, dict) else [kinds]:
+            own = [value for name, value in vars(module).items() if name.endswith("original_max_seq_len")]
+            found.append((str(kind), [*own, *limits]))
+    for kind, originals in found:
+        original = min((value for value in originals if value), default=0)
         # At exactly the original length a dynamic rope that has grown before stays grown.
-        if longest >= max(original, 1):
+        if any(name in kind for name in ROPE_BY_LENGTH) and longest >= max(original, 1):
             return f"rope type {kind!r} with sequences of {longest} tokens, {original} originally"
     return None
 
@@ -112,7 +120,7 @@ def too_long(inner: nn.Module, longest: int) -> str | None:
 def adapter_by_row(model: nn.Module) -> str | None:
     """Why an adapter acts by the place of its tokens in a row of the batch, or None.
 
-    The probe's ids hold no invocation tokens, so it cannot find this out.
+    Invocation tokens may be in few cells, which verification need not meet.
     """
     for name, config in (getattr(model, "peft_config", None) or {}).items():
         if getattr(config, "alora_invocation_tokens", None):
@@ -129,8 +137,8 @@ def input_device(inner: nn.Module) -> torch.device:
     return embedding.weight.device if visits is None else torch.device(visits)
 
 
-def tree_refusal(inner: nn.Module, longest: int) -> str | None:
-    """Why the tree road is closed to this class of model, or None; the probe decides the rest."""
+def tree_refusal(inner: nn.Module) -> str | None:
+    """Why the tree path is closed to this class of model, or None; verification decides the rest."""
     name, config = type(inner).__name__, text_config(inner)
     if not getattr(inner, "_can_set_attn_implementation", lambda: False)():
         return f"{name} does not go through transformers' attention interface"
@@ -143,24 +151,7 @@ def tree_refusal(inner: nn.Module, longest: int) -> str | None:
         return f"{name} takes no position_ids"
     if getattr(config, "model_type", "").startswith("llama4") and getattr(config, "attn_temperature_tuning", True):
         return f"{name} scales queries by their place in the batch"
-    return length_dependent(inner, longest)
-
-
-def lost_window(inner: nn.Module, longest: int, windowed: int) -> str | None:
-    """Why a sliding window of the configuration would be lost in the tree, or None.
-
-    `windowed` is how many attention calls of one forward were given a window. A family that builds its window into
-    the mask alone gives none, and sequences longer than the window would be scored as if it did not exist.
-    """
-    config = text_config(inner)
-    window = getattr(config, "sliding_window", None)
-    if not window or longest <= window:
-        return None
-    kinds = getattr(config, "layer_types", None)
-    wanted = sum(kind == "sliding_attention" for kind in kinds) if kinds else 1
-    if windowed >= wanted:
-        return None
-    return f"{type(inner).__name__}: {wanted} layers have a sliding window, {windowed} attention calls were given it"
+    return None
 
 
 def head_transform(inner: nn.Module) -> tuple[float, float | None]:
@@ -185,8 +176,8 @@ def head_transform(inner: nn.Module) -> tuple[float, float | None]:
     return float(scale), softcap
 
 
-def plain_head(head: nn.Module, hidden: torch.Tensor, own_hooks: int = 0) -> bool:
-    """Whether ``head(h)`` is exactly ``h @ head.weight.T + head.bias``.
+def plain_head(head: nn.Module, hidden: torch.Tensor | None = None, own_hooks: int = 0) -> bool:
+    """Whether ``head(h)`` is exactly ``h @ head.weight.T + head.bias``, for `hidden` if it is given.
 
     Adapters replace the module (PEFT's class is also called Linear), quantisers change the weight's type, offloading
     and other hooks act around it; all of them go through the module instead. `own_hooks` are the caller's own.
@@ -199,7 +190,6 @@ def plain_head(head: nn.Module, hidden: torch.Tensor, own_hooks: int = 0) -> boo
         type(weight) in (nn.Parameter, torch.Tensor)
         and weight.is_floating_point()
         and weight.dim() == 2
-        and weight.shape[1] == hidden.shape[-1]
-        and weight.device == hidden.device
+        and (hidden is None or (weight.shape[1] == hidden.shape[-1] and weight.device == hidden.device))
         and weight.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     )

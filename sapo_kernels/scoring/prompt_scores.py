@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,8 +28,9 @@ class PromptScores:
             NaN where a cell was not scored, or where the model gave NaN.
         tokens: [K, M] int64, response tokens of each cell; 0 where it was not scored. This alone tells the two apart.
         prompts: K strings.
-        stats: how it was made: "seconds", "dense_tokens" (of all K * M cells), "trie_tokens" (computed), "road" ("tree"
-            or "padded"), "impl", "reason".
+        stats: how it was made: "seconds", "dense_tokens" (of all K * M cells), "trie_tokens" (computed), "impl",
+            "path" ("tree", "padded" or "alone"), "reason" (why not a faster one), "verified" (cells that were compared
+            with the plain model), "difference" (the largest seen there, nats).
         race: what a race found, if there was one; then prompts were scored on different numbers of examples.
     """
 
@@ -37,6 +39,18 @@ class PromptScores:
     prompts: list[str]
     stats: dict[str, Any] = field(default_factory=dict)
     race: RaceReport | None = None
+
+    def spread(self, kept: Sequence[bool]) -> PromptScores:
+        """The scores of all M examples of which `kept` [M] were scored; the others have NaN and 0 tokens."""
+        kept = torch.tensor(kept)
+        places = kept.nonzero().flatten()
+        nll = torch.full((len(self.prompts), len(kept)), torch.nan, dtype=torch.float64)
+        tokens = torch.zeros(nll.shape, dtype=torch.int64)
+        nll[:, places], tokens[:, places] = self.nll, self.tokens
+        skipped = (~kept).nonzero().flatten().tolist()
+        if skipped:
+            logger.warning("%d examples (first: %d) have an empty target and were skipped", len(skipped), skipped[0])
+        return PromptScores(nll, tokens, self.prompts, {**self.stats, "skipped_examples": skipped}, self.race)
 
     @property
     def scored(self) -> torch.Tensor:
@@ -60,9 +74,9 @@ class PromptScores:
         winner's is the mean over its own examples.
         """
         if kind not in REDUCTIONS:
-            raise ValueError(f"kind: wanted one of {REDUCTIONS}, got {kind!r}")
+            raise ValueError(f"kind: expected one of {REDUCTIONS}, got {kind!r}")
         if batch_size < 1:
-            raise ValueError(f"batch_size: wanted at least 1, got {batch_size}")
+            raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
         size = {"token": self.nll.shape[1], "example": 1, "batch": batch_size}[kind]
         own = _mean_loss(self.nll, self.tokens, size, kind == "batch")
         if self.race is None:
@@ -144,18 +158,18 @@ class PromptScores:
         """The inverse of `to_dict`; raises `DataError` naming the field that does not fit."""
         if not isinstance(data, dict) or data.get("schema") != SCHEMA:
             got = data.get("schema") if isinstance(data, dict) else type(data).__name__
-            raise DataError(f"scores: schema: wanted {SCHEMA!r}, got {str(got)[:80]!r}")
+            raise DataError(f"scores: schema: expected {SCHEMA!r}, got {str(got)[:80]!r}")
         prompts, stats = data.get("prompts"), data.get("stats", {})
         if not isinstance(prompts, list) or not all(isinstance(p, str) for p in prompts):
-            raise DataError(f"scores: prompts: wanted a list of strings, got {excerpt(prompts)}")
+            raise DataError(f"scores: prompts: expected a list of strings, got {excerpt(prompts)}")
         if not isinstance(stats, dict):
-            raise DataError(f"scores: stats: wanted an object, got {excerpt(stats)}")
+            raise DataError(f"scores: stats: expected an object, got {excerpt(stats)}")
         counts = _matrix(data, "tokens", lambda value, _k, _m: _count(value))
         tokens = torch.tensor(counts, dtype=torch.int64)
         nll = torch.tensor(_matrix(data, "nll", lambda value, k, m: _loss(value, counts, k, m)), dtype=torch.float64)
         if nll.shape != tokens.shape or nll.shape[0] != len(prompts):
             raise DataError(
-                f"scores: wanted {len(prompts)} prompts with nll and tokens [{len(prompts)}, M], got "
+                f"scores: expected {len(prompts)} prompts with nll and tokens [{len(prompts)}, M], got "
                 f"{list(nll.shape)} and {list(tokens.shape)}"
             )
         race = None if "race" not in data else RaceReport.from_dict(data["race"], len(prompts))
@@ -218,10 +232,10 @@ def _matrix(data: dict[str, Any], name: str, read) -> list[list]:
     rows = data.get(name)
     well = isinstance(rows, list) and rows and all(isinstance(row, list) for row in rows)
     if not well or not rows[0] or any(len(row) != len(rows[0]) for row in rows):
-        raise DataError(f"scores: {name}: wanted K lists of M numbers each, got {excerpt(rows)}")
+        raise DataError(f"scores: {name}: expected K lists of M numbers each, got {excerpt(rows)}")
     result = [[read(value, k, m) for m, value in enumerate(row)] for k, row in enumerate(rows)]
     for k, row in enumerate(result):
         if None in row:
             m = row.index(None)
-            raise DataError(f"scores: {name}[{k}][{m}]: wanted a number, got {excerpt(rows[k][m])}")
+            raise DataError(f"scores: {name}[{k}][{m}]: expected a number, got {excerpt(rows[k][m])}")
     return result

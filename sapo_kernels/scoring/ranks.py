@@ -17,6 +17,8 @@ from collections import deque
 import torch
 import torch.distributed as dist
 
+from .model_state import Unrecoverable
+
 # ASKING: a gathering of the model's weights failed, and whoever is there may say so.
 WORKING, IDLE, FAILED, ASKING = 1, 0, 2, 3
 # int64 in the message of a round: a status and what the job puts behind it.
@@ -33,7 +35,7 @@ _abandoned: list[Ranks] = []
 _attempts: dict[tuple[int, ...], tuple[object, int]] = {}
 
 
-class RankError(RuntimeError):
+class RankError(Unrecoverable):
     """Another rank failed, was killed, or was not heard of within the deadline; `rank` is its global number."""
 
     def __init__(self, rank: int, reason: str):
@@ -49,11 +51,11 @@ def ranks_of(group, timeout: float) -> Ranks | None:
         RankError: a rank did not come within `timeout` seconds.
     """
     if not (isinstance(timeout, (int, float)) and math.isfinite(timeout) and timeout > 0):
-        raise ValueError(f"timeout: wanted seconds above 0, got {timeout!r}")
+        raise ValueError(f"timeout: expected seconds above 0, got {timeout!r}")
     if not (dist.is_available() and dist.is_initialized()):
         return None
     if dist.get_rank(group) < 0:
-        raise ValueError(f"group: wanted one that rank {dist.get_rank()} is in")
+        raise ValueError(f"group: expected one that rank {dist.get_rank()} is in")
     members = tuple(dist.get_process_group_ranks(group or dist.group.WORLD))
     if len(members) == 1:
         return None

@@ -42,9 +42,9 @@ class Renderer:
         if isinstance(template, str):
             missing = {"prompt", "input"} - set(_PLACEHOLDER.findall(template))
             if missing:
-                raise ValueError(f"template: wanted {{prompt}} and {{input}}, got none of {sorted(missing)}")
+                raise ValueError(f"template: expected {{prompt}} and {{input}}, got none of {sorted(missing)}")
         elif template is not None and not callable(template):
-            raise TypeError(f"template: wanted a string, a callable or None, got {type(template).__name__}")
+            raise TypeError(f"template: expected a string, a callable or None, got {type(template).__name__}")
 
     def render(self, prompt: str, example: Mapping[str, str]) -> Rendered:
         """Text of one cell; `example` has the keys "input" and "target"."""
@@ -53,7 +53,7 @@ class Renderer:
             if isinstance(made, tuple) and len(made) == 2 and all(isinstance(part, str) for part in made):
                 return Rendered(*made)
             if not isinstance(made, str):
-                raise TypeError(f"template: wanted a string or (context, response), got {type(made).__name__}")
+                raise TypeError(f"template: expected a string or (context, response), got {type(made).__name__}")
             turn = made
         elif self.template is not None:
             values = {"prompt": prompt, "input": example["input"]}
@@ -77,7 +77,7 @@ class Renderer:
             if turn.strip() in context:
                 break
         else:
-            raise ValueError("tokenizer: wanted a chat template that shows the user turn, got a text without it")
+            raise ValueError("tokenizer: expected a chat template that shows the user turn, got a text without it")
         answer = {"role": "assistant", "content": content(target)}
         full = self.tokenizer.apply_chat_template([user, answer], **options)
         if full.startswith(context) and target.strip() in full[len(context) :]:
@@ -109,20 +109,22 @@ def special_tokens(tokenizer) -> list[str]:
 def check_prompts(prompts: Sequence[str], specials: Sequence[str] = ()) -> list[str]:
     """The prompts as a list, or one error that names the first bad one."""
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
-        raise TypeError(f"prompts: wanted a list of strings, got {type(prompts).__name__}")
+        raise TypeError(f"prompts: expected a list of strings, got {type(prompts).__name__}")
     if not prompts:
-        raise ValueError("prompts: wanted at least one, got an empty list")
+        raise ValueError("prompts: expected at least one, got an empty list")
     for k, prompt in enumerate(prompts):
         if not isinstance(prompt, str):
-            raise TypeError(f"prompt {k}: wanted a string, got {type(prompt).__name__}")
+            raise TypeError(f"prompt {k}: expected a string, got {type(prompt).__name__}")
         if not prompt.strip():
-            raise ValueError(f"prompt {k}: wanted text, got an empty string")
+            raise ValueError(f"prompt {k}: expected text, got an empty string")
         _check_characters(prompt, f"prompt {k}")
         if "\0" in prompt:  # no report could be written with it
-            raise ValueError(f"prompt {k}: wanted text, got a NUL character")
+            raise ValueError(f"prompt {k}: expected text, got a NUL character")
         for special in specials:
             if special in prompt:
-                raise ValueError(f"prompt {k}: wanted plain text, got the tokenizer's special token {special!r} in it")
+                raise ValueError(
+                    f"prompt {k}: expected plain text, got the tokenizer's special token {special!r} in it"
+                )
     return list(prompts)
 
 
@@ -130,26 +132,37 @@ def check_examples(examples: Sequence[Mapping[str, str]]) -> list[dict[str, str]
     """The examples as {"input", "target"}, or one error that names the first bad one."""
     listed = hasattr(examples, "__len__") and hasattr(examples, "__getitem__")  # datasets.Dataset is no Sequence
     if isinstance(examples, (str, Mapping)) or not listed:
-        raise TypeError(f"examples: wanted a list of mappings, got {type(examples).__name__}")
+        raise TypeError(f"examples: expected a list of mappings, got {type(examples).__name__}")
     if not len(examples):
-        raise ValueError("examples: wanted at least one, got an empty list")
+        raise ValueError("examples: expected at least one, got an empty list")
     checked = []
     for m, example in enumerate(examples):
         if not isinstance(example, Mapping):
-            raise TypeError(f"example {m}: wanted a mapping with 'input' and 'target', got {type(example).__name__}")
+            raise TypeError(f"example {m}: expected a mapping with 'input' and 'target', got {type(example).__name__}")
         row = {}
         for key, other in (("input", "sentence"), ("target", "label")):
             found = key if key in example else other
             if found not in example:
-                raise ValueError(f"example {m}: wanted the key {key!r} (or {other!r}), got {sorted(map(str, example))}")
+                raise ValueError(
+                    f"example {m}: expected the key {key!r} (or {other!r}), got {sorted(map(str, example))}"
+                )
             if not isinstance(example[found], str):
-                raise TypeError(f"example {m}: {found!r}: wanted a string, got {type(example[found]).__name__}")
+                raise TypeError(f"example {m}: {found!r}: expected a string, got {type(example[found]).__name__}")
             _check_characters(example[found], f"example {m}: {found!r}")
             row[key] = example[found]
         if not row["target"].strip():
-            raise ValueError(f"example {m}: wanted a target, got an empty string")
+            raise ValueError(f"example {m}: expected a target, got an empty string")
         checked.append(row)
     return checked
+
+
+def without_empty_targets(examples: Sequence[Mapping[str, str]]) -> tuple[list, list[bool]]:
+    """(the examples whose target is not empty, for all M whether it is); what else is wrong is found where all are."""
+    targets = [
+        example.get("target", example.get("label")) if isinstance(example, Mapping) else None for example in examples
+    ]
+    kept = [not isinstance(target, str) or bool(target.strip()) for target in targets]
+    return [example for example, keep in zip(examples, kept, strict=True) if keep], kept
 
 
 def _check_characters(text: str, name: str) -> None:
@@ -157,4 +170,4 @@ def _check_characters(text: str, name: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ValueError(f"{name}: wanted text, got a lone surrogate at character {error.start}") from None
+        raise ValueError(f"{name}: expected text, got a lone surrogate at character {error.start}") from None

@@ -121,7 +121,7 @@ class ResponseCache:
 
     def _nested(self, first, stop) -> list[list[list[int]]]:
         if self.selected is not None:
-            raise ValueError("cache: wanted one of all cells, got a selection")
+            raise ValueError("cache: expected one of all cells, got a selection")
         flat = [self.ids[a:b].tolist() for a, b in zip(first, stop, strict=True)]
         return [flat[k * self.num_examples : (k + 1) * self.num_examples] for k in range(self.num_prompts)]
 
@@ -153,31 +153,31 @@ class ResponseCache:
             ValueError, TypeError: naming the cell that is missing, empty, ragged or not made of ids.
         """
         if not _size(contexts, "contexts") or not _size(contexts[0], "contexts[0]"):
-            raise ValueError("contexts: wanted at least one prompt and one example, got none")
+            raise ValueError("contexts: expected at least one prompt and one example, got none")
         num_examples = len(contexts[0])
         for k, row in enumerate(contexts):
             if _size(row, f"contexts[{k}]") != num_examples:
-                raise ValueError(f"contexts[{k}]: wanted {num_examples} examples as in contexts[0], got {len(row)}")
+                raise ValueError(f"contexts[{k}]: expected {num_examples} examples as in contexts[0], got {len(row)}")
         if not _size(responses, "responses") or not _size(responses[0], "responses[0]"):
-            raise ValueError("responses: wanted at least one, got none or an empty first response")
+            raise ValueError("responses: expected at least one, got none or an empty first response")
         shared = not _has_length(responses[0][0])
         if len(responses) != (num_examples if shared else len(contexts)):
             raise ValueError(
-                f"responses: wanted {num_examples} (one per example) or {len(contexts)} lists (one per prompt), got "
+                f"responses: expected {num_examples} (one per example) or {len(contexts)} lists (one per prompt), got "
                 f"{len(responses)}"
             )
         cells = []
         for k, row in enumerate(contexts):
             answers = responses if shared else responses[k]
             if _size(answers, f"responses[{k}]") != num_examples:
-                raise ValueError(f"responses[{k}]: wanted {num_examples} examples, got {len(answers)}")
+                raise ValueError(f"responses[{k}]: expected {num_examples} examples, got {len(answers)}")
             for m, context in enumerate(row):
                 cells.append((_ids(context, f"contexts[{k}][{m}]"), _ids(answers[m], f"response of cell ({k}, {m})")))
         names = [f"prompt {k}" for k in range(len(contexts))] if prompts is None else list(prompts)
         if isinstance(prompts, str) or not all(isinstance(name, str) for name in names):
-            raise TypeError("prompts: wanted a list of strings")
+            raise TypeError("prompts: expected a list of strings")
         if len(names) != len(contexts):
-            raise ValueError(f"prompts: wanted {len(contexts)} names, got {len(names)}")
+            raise ValueError(f"prompts: expected {len(contexts)} names, got {len(names)}")
         return cls(*_flatten(cells), names, num_examples, {})
 
     @classmethod
@@ -208,18 +208,18 @@ class ResponseCache:
             ValueError, TypeError: naming the prompt or example, what was wanted and what was got.
         """
         if not callable(tokenizer) or not hasattr(tokenizer, "all_special_tokens"):
-            raise TypeError(f"tokenizer: wanted a transformers tokenizer, got {type(tokenizer).__name__}")
+            raise TypeError(f"tokenizer: expected a transformers tokenizer, got {type(tokenizer).__name__}")
         specials = special_tokens(tokenizer)
         prompts, examples = check_prompts(prompts, specials), check_examples(examples)
         for name, size in (("max_source", max_source), ("max_target", max_target)):
             if type(size) is not int or size < 1:
-                raise ValueError(f"{name}: wanted a whole number of at least 1, got {size!r}")
+                raise ValueError(f"{name}: expected a whole number of at least 1, got {size!r}")
         for name, text in (("suffix", suffix), ("text_word", text_word)):
             if not isinstance(text, str):
-                raise TypeError(f"{name}: wanted a string, got {type(text).__name__}")
+                raise TypeError(f"{name}: expected a string, got {type(text).__name__}")
             found = [s for s in specials if s in text]
             if found:
-                raise ValueError(f"{name}: wanted plain text, got the tokenizer's special token {found[0]!r} in it")
+                raise ValueError(f"{name}: expected plain text, got the tokenizer's special token {found[0]!r} in it")
         renderer = Renderer(tokenizer, template, suffix, text_word)
         builder = CellBuilder(renderer, prompts, examples, max_source, max_target)
         cells = builder.cells()
@@ -280,7 +280,7 @@ class CellBuilder:
             k, m = divmod(c, size)
             if not context or not response:
                 what = "context" if not context else "response"
-                raise ValueError(f"prompt {k}, example {m}: wanted at least one {what} token, got none")
+                raise ValueError(f"prompt {k}, example {m}: expected at least one {what} token, got none")
             self.stats["truncated_targets"] += len(response) > self.max_target
             cells.append((np.asarray(context, np.int64), np.asarray(response[: self.max_target], np.int64)))
         for what in ("inputs", "targets"):
@@ -297,7 +297,7 @@ class CellBuilder:
         while length > self.max_source:
             if not keep:
                 raise ValueError(
-                    f"prompt {k}, example {m}: wanted a context of at most {self.max_source} tokens, got more even "
+                    f"prompt {k}, example {m}: expected a context of at most {self.max_source} tokens, got more even "
                     "without the input; shorten the prompt or raise max_source"
                 )
             # Never below nothing: in its place the input may be more tokens than alone.
@@ -320,7 +320,7 @@ def _token_ends(tokenizer, text: str) -> list[int]:
 def _size(values, name: str) -> int:
     """``len(values)`` of something that is indexed by position."""
     if isinstance(values, (str, bytes, Mapping)) or not _has_length(values):
-        raise TypeError(f"{name}: wanted a list, got {type(values).__name__}")
+        raise TypeError(f"{name}: expected a list, got {type(values).__name__}")
     return len(values)
 
 
@@ -336,11 +336,11 @@ def _ids(values, name: str) -> np.ndarray:
     try:
         array = np.asarray(values)
     except ValueError:  # lists of different lengths inside
-        raise TypeError(f"{name}: wanted a flat list of token ids, got nested lists") from None
+        raise TypeError(f"{name}: expected a flat list of token ids, got nested lists") from None
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-        raise TypeError(f"{name}: wanted a flat list of token ids, got {array.dtype} of shape {list(array.shape)}")
+        raise TypeError(f"{name}: expected a flat list of token ids, got {array.dtype} of shape {list(array.shape)}")
     if not array.size:
-        raise ValueError(f"{name}: wanted at least one token id, got none")
+        raise ValueError(f"{name}: expected at least one token id, got none")
     if int(array.min()) < 0:
         raise ValueError(f"{name}: token ids must not be negative, got {int(array.min())}")
     if int(array.max()) >= 2**63:

@@ -1,35 +1,50 @@
-"""score_prompts: the whole road from K prompts and M examples to their loss matrix."""
+"""score_prompts: from K prompts and M examples to their loss matrix, and the choice of the path on the way."""
 
 from __future__ import annotations
 
 import logging
 import time
+import weakref
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import nn
 
-from . import model_support as support
-from .cell_sums import CellSums
-from .compatibility import Verdict, verdict_for
-from .decoder import TreeRunner, run_padded, trie_attention_installed
-from .head import OP_IMPL, HeadReader, padded_batch
-from .model_state import claimed, compilation_off, is_out_of_memory, rope_kept, scoring_mode
+from . import model_support
+from .decoder import NotTreeable
+from .fingerprint import configurations, fingerprint, foreign_code
+from .model_state import (
+    Unrecoverable,
+    claimed,
+    compilation_off,
+    is_out_of_memory,
+    only_this_thread,
+    rope_kept,
+    scoring_mode,
+)
+from .paths import ALONE, EQUAL, PADDED, PATHS, TREE, Paths
 from .prefix_cache import PrefixCache
-from .progress import Progress
 from .prompt_scores import PromptScores
 from .race import Contest, Race
 from .race_strata import responses_of
-from .render import Template
+from .render import Template, without_empty_targets
 from .response_cache import ResponseCache
+from .verification import Check, Disagreement, PlainModel, chosen_cells
 
 logger = logging.getLogger("sapo_kernels")
 
-ROADS = ("auto", "tree", "padded", "triton", "sdpa", "reference")
+IMPLS = ("auto", "tree", "padded", "alone", "triton", "sdpa", "reference")
 # New tokens in one forward. A CPU wants activations that stay in its caches, a GPU enough work to fill it.
 DEFAULT_MAX_TOKENS = {"cpu": 1024, "cuda": 16384}
-# Logits that a head which must run through the model may write at once.
-MODEL_LOGITS_BYTES = 1 << 30
+# Cells from which on a second one is verified: at most one in ten.
+TWO_CHECKS = 20
+# Passes whose ends are verified where code that nobody knows is packed because the caller insists on it.
+VERIFIED_PASSES = 4
+_SPOKEN = {PADDED: "by the padded path", EQUAL: "each sequence without padding", ALONE: "each sequence alone"}
+# What is remembered of one model: it may be used in a few ways in turn (under autocast, with another adapter).
+_REMEMBERED = 16
 
 
 def score_prompts(
@@ -47,15 +62,20 @@ def score_prompts(
     impl: str = "auto",
     progress: bool | None = None,
     race: Race | None = None,
+    skip_empty: bool = False,
 ) -> PromptScores:
     """Negative log-likelihood of every example's target under every prompt, in one packed pass over a token trie.
 
-    Equal, up to rounding, to running the model on each of the K * M sequences alone::
+    Equal, up to rounding, to running the model on each of the K * M whole sequences alone::
 
         for k, prompt in enumerate(prompts):
             for m, example in enumerate(examples):
                 logits = model(ids(context) + ids(response)).logits
                 nll[k, m] = -log_softmax(logits)[response rows, response ids].sum()
+
+    Every call verifies that on one or two of its own cells, the longest among them. If they disagree, or if code that
+    is not a known library's runs in the model's forward (see `fingerprint.LIBRARIES`), the next path is taken: padded
+    batches, then each sequence alone; a line in the log says which and why.
 
     Args:
         model: a transformers causal LM or a PeftModel of one, trained or in training, on any device. It is left as it
@@ -66,18 +86,22 @@ def score_prompts(
         template, suffix, text_word, max_source, max_target: see `ResponseCache.build`.
         max_tokens: new tokens per forward; default 1024 on a CPU, 16384 on a GPU. Smaller saves memory and never
             recomputes a token.
-        impl: "auto"; "tree" or "padded" to insist on a road; "triton", "sdpa" or "reference" to insist on the tree road
-            with that backend.
+        impl: "auto"; "tree" to insist on the trie, "triton", "sdpa" or "reference" to insist on it with that backend;
+            "padded" for the model's own attention; "alone" for each sequence alone (of equal length together where
+            that is the same).
         progress: a bar on stderr; None shows it on a terminal only.
         race: score in rounds, and only what is needed to find the best prompt; see `Race`.
+        skip_empty: leave out examples whose target is empty, instead of raising; their cells have NaN and 0 tokens,
+            and ``stats["skipped_examples"]`` names them.
 
     Returns:
         `PromptScores` with nll [K, M] in nats (float64, CPU) and tokens [K, M]. After a race, cells that were not
         scored have NaN and 0 tokens, and ``race`` says what happened to each prompt.
 
     Raises:
-        ValueError, TypeError: naming the prompt, example or argument, what was wanted and what was got.
-        RuntimeError: ``impl="tree"`` (or a backend) on a model whose layers do not allow it, with the reason.
+        ValueError, TypeError: naming the prompt, example or argument, what was expected and what was got.
+        RuntimeError: ``impl="tree"`` (or a backend) on a model whose layers do not allow it, with the reason; a model
+            that gives another answer each time.
         torch.OutOfMemoryError: naming the cell that does not fit even alone; before that the pass is halved and redone.
 
     Numerics: fp32 within 1e-4 nats per token of the plain forward; cells are summed in float64 in response order. A
@@ -86,72 +110,116 @@ def score_prompts(
     """
     check_choices(impl, max_tokens)
     if race is not None and not isinstance(race, Race):
-        raise TypeError(f"race: wanted a Race or None, got {type(race).__name__}")
-    cache = prompts
+        raise TypeError(f"race: expected a Race or None, got {type(race).__name__}")
+    cache, kept = prompts, None
     if not isinstance(prompts, ResponseCache):
         if tokenizer is None:
-            raise ValueError("tokenizer: wanted one to read the prompts with, got None")
+            raise ValueError("tokenizer: expected one to read the prompts with, got None")
+        examples = [] if examples is None else examples
+        if skip_empty:
+            examples, kept = without_empty_targets(examples)
+            if not all(kept) and race is not None and race.memory:
+                raise ValueError("skip_empty: expected no memory of a race beside examples that are left out")
         cache = ResponseCache.build(
-            tokenizer, prompts, [] if examples is None else examples, template,
+            tokenizer, prompts, examples, template,
             suffix=suffix, text_word=text_word, max_source=max_source, max_target=max_target,
         )  # fmt: skip
-    elif examples is not None:
-        raise ValueError("examples: wanted none beside a ResponseCache, which holds its own")
+    elif examples is not None or skip_empty:
+        raise ValueError("examples, skip_empty: expected none beside a ResponseCache, which holds its own")
     elif (template, suffix, text_word, max_source, max_target) != (None, "", "Text", 1536, 128):
-        raise ValueError("template, suffix, text_word, max_source, max_target: wanted none beside a ResponseCache")
-    return ScoringJob(model, cache, impl, max_tokens, progress).run(race)
+        raise ValueError("template, suffix, text_word, max_source, max_target: expected none beside a ResponseCache")
+    scores = ScoringJob(model, cache, impl, max_tokens, progress).score(race)
+    return scores if kept is None else scores.spread(kept)
 
 
 def check_choices(impl: str, max_tokens: int | None) -> None:
     """Refuse an `impl` or `max_tokens` that is none."""
-    if impl not in ROADS:
-        raise ValueError(f"impl: wanted one of {ROADS}, got {impl!r}")
+    if impl not in IMPLS:
+        raise ValueError(f"impl: expected one of {IMPLS}, got {impl!r}")
     if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 1):
-        raise ValueError(f"max_tokens: wanted a whole number of at least 1, got {max_tokens!r}")
+        raise ValueError(f"max_tokens: expected a whole number of at least 1, got {max_tokens!r}")
 
 
-class ScoringJob:
+@dataclass
+class Measured:
+    """What a job found: [cells] nll in nats, computed tokens, and by which path, why that one, verified how far off.
+
+    verified: names of the cells that were compared with the plain model. difference: the largest seen, nats.
+    """
+
+    nll: np.ndarray
+    computed: int
+    path: str
+    reason: str | None
+    verified: list[str]
+    difference: float
+
+    @property
+    def name(self) -> str:
+        """The path as people know it."""
+        return ALONE if self.path == EQUAL else self.path
+
+
+@dataclass
+class Settled:
+    """What is known of a model as one fingerprint has it: the path that agreed, why not a faster one, its noise.
+
+    length: tokens of the longest sequence that was verified; a race's later rounds look at it.
+    """
+
+    path: str
+    reason: str | None
+    through_model: bool
+    noise: tuple[float, float] | None
+    length: int = 0
+
+
+class PathChanged(Exception):
+    """A later round of a race found that the path of the earlier ones is not the plain model's."""
+
+
+_known: weakref.WeakKeyDictionary[nn.Module, dict[int, Settled]] = weakref.WeakKeyDictionary()
+
+
+class ScoringJob(Paths):
     """The cells of one cache and how to score them on one model: one call of `score_prompts`."""
 
     # Another part of the same job, or another rank, says in the log what there is to say.
     quiet = False
-    # What the rounds of a race have in common.
-    prefixes: PrefixCache | None = None
+    # What the earlier rounds of a race settled.
+    settled: Settled | None = None
 
     def __init__(self, model, cache: ResponseCache, impl: str, max_tokens: int | None, progress: bool | None):
-        self.model, self.inner = support.unwrap(model)
-        self.cache, self.impl, self.progress = cache, impl, progress
-        self.op_impl = impl if impl in OP_IMPL else "auto"
-        self.device = support.input_device(self.inner)
+        super().__init__(model, cache, impl, max_tokens or 0, progress)
+        self.impl = impl
         self.max_tokens = max_tokens or DEFAULT_MAX_TOKENS.get(self.device.type, DEFAULT_MAX_TOKENS["cuda"])
-        self.longest = int(cache.lengths.max())
-        _check_ids(cache, support.vocabulary_size(self.inner))
-        refusal = support.too_long(self.inner, self.longest)
+        self.longest = int(cache.lengths.max()) + 1
+        _check_ids(cache, model_support.vocabulary_size(self.inner))
+        refusal = model_support.too_long(self.inner, self.longest)
         if refusal:
             raise ValueError(f"cell {cache.cell_name(int(cache.lengths.argmax()))}: {refusal}")
 
-    def run(self, race: Race | None = None) -> PromptScores:
+    def score(self, race: Race | None = None) -> PromptScores:
         started = time.perf_counter()
         shape = (self.cache.num_prompts, self.cache.num_examples)
-        tokens = self.cache.response_lengths.reshape(shape)
+        tokens, report = self.cache.response_lengths.reshape(shape), None
         if race is None:
-            nll, computed, padded, reason = self.measure()
-            report = None
+            found = self.measure()
         else:
-            contest = Contest(race, tokens, self.cache.prompts, responses_of(self.cache))
-            self.prefixes = self._prefix_cache()
-            computed, padded, reason = self._hold(contest)
-            nll, tokens, report = contest.nll, np.where(contest.scored, tokens, 0), contest.report()
+            contest, found = self._race(race, tokens)
+            tokens, report = np.where(contest.scored, tokens, 0), contest.report()
         scores = PromptScores(
-            nll=torch.from_numpy(nll).view(shape),
+            nll=torch.from_numpy(found.nll).view(shape),
             tokens=torch.from_numpy(tokens).clone(),
             prompts=list(self.cache.prompts),
             stats={
-                "road": "padded" if padded else "tree",
+                "path": found.name,
                 "impl": self.impl,
-                "reason": reason,
+                "reason": found.reason,
+                "verified": found.verified,
+                "difference": found.difference,
                 "dense_tokens": int(self.cache.lengths.sum()),
-                "trie_tokens": computed,
+                "trie_tokens": found.computed,
                 "seconds": time.perf_counter() - started,
                 **self.cache.stats,
             },
@@ -163,168 +231,161 @@ class ScoringJob:
 
     def _prefix_cache(self) -> PrefixCache | None:
         # The oracle of the attention reads the trie as a whole.
-        return None if self.impl in ("padded", "reference") else PrefixCache(self.cache)
+        return None if self.impl in ("padded", "alone", "reference") else PrefixCache(self.cache)
 
-    def part(self, cells: np.ndarray, road: str) -> ScoringJob:
+    def part(self, cells: np.ndarray) -> ScoringJob:
         """A job of some of this one's cells."""
-        job = ScoringJob(self.model, self.cache.select(cells), road, self.max_tokens, self.progress)
-        job.prefixes = self.prefixes
-        return job
+        return ScoringJob(self.model, self.cache.select(cells), self.impl, self.max_tokens, self.progress)
 
-    def _hold(self, contest: Contest) -> tuple[int, bool, str | None]:
-        """Score what a contest asks for, round by round; (computed tokens, padded, reason) as `measure` has them."""
-        total, road, padded, reason = 0, self.impl, False, None
+    def _race(self, race: Race, tokens: np.ndarray) -> tuple[Contest, Measured]:
+        """Score what a contest asks for, round by round; from the beginning if the path changes on the way."""
+        settled = None
+        while True:
+            contest = Contest(race, tokens, self.cache.prompts, responses_of(self.cache))
+            self.prefixes = self._prefix_cache() if settled is None or settled.path == TREE else None
+            try:
+                return contest, self._rounds(contest, settled)
+            except PathChanged as change:
+                (settled,) = change.args
+
+    def _rounds(self, contest: Contest, settled: Settled | None) -> Measured:
+        total, verified, difference = 0, [], 0.0
         while (cells := contest.wanted()) is not None:
-            nll, computed, by_padded, why = self.part(cells, road).measure()
-            contest.add(cells, nll)
-            total, padded, reason = total + computed, padded or by_padded, reason or why
-            if padded:  # one road for all rounds, and one line in the log about it
-                road, self.prefixes = "padded", None
-        return total, padded, reason
+            part = self.part(cells)
+            part.prefixes, part.settled, part.quiet = self.prefixes, settled, self.quiet
+            found = part.measure()
+            contest.add(cells, found.nll)
+            total, verified = total + found.computed, verified + found.verified
+            difference = max(difference, found.difference)
+            if settled is not None and part.settled.path != settled.path:
+                raise PathChanged(part.settled)
+            settled = part.settled
+            if settled.path != TREE:
+                self.prefixes = None
+        return Measured(contest.nll, total, settled.path, settled.reason, verified, difference)
 
-    def measure(self) -> tuple[np.ndarray, int, bool, str | None]:
-        """([K * M] nll, computed tokens, whether by the padded road, why the tree road is closed)."""
+    def measure(self) -> Measured:
+        """Score all cells, by the first path that agrees with the plain model."""
         with (
             claimed(self.inner),
             scoring_mode(self.model),
             compilation_off(),
-            rope_kept(self.inner) as self._put_rope_back,
+            rope_kept(self.inner) as self.put_rope_back,
         ):
-            verdict = verdict_for(self.model, self.inner, self.op_impl, self.device)
-            reason = self._tree_closed(verdict)
-            if reason is not None and self.impl not in ("auto", "padded"):
-                raise RuntimeError(f"impl={self.impl!r}: {reason}")
-            if reason is not None and self.impl == "auto" and not self.quiet:
-                logger.warning("scoring by the padded road: %s", reason)
-            padded = reason is not None or self.impl == "padded"
-            nll, computed = self._padded(verdict) if padded else self._tree(verdict)
-        return nll, computed, padded, reason
+            configs = configurations(self.model)
+            foreign = foreign_code(self.model, configs)
+            key = fingerprint(self.model, self.device, configs, self.impl)
+            with only_this_thread(self.inner):
+                return self._measure(_known.setdefault(self.inner, {}), key, foreign)
 
-    def _tree_closed(self, verdict: Verdict) -> str | None:
-        """Why the tree road is closed for this model and these lengths."""
-        if verdict.tree_reason:
-            return verdict.tree_reason
-        reason = support.adapter_by_row(self.model) or support.length_dependent(self.inner, self.longest)
-        return reason or support.lost_window(self.inner, self.longest, verdict.windowed)
+    def _measure(self, known: dict[int, Settled], key: int, foreign: str | None) -> Measured:
+        plain = PlainModel(self.model, self.inner, self.device, keep_rows=foreign is None)
+        if self.settled is not None and self.longest <= self.settled.length:
+            self.through_model = self.settled.through_model
+            nll, computed = self.attempt(self.settled.path, [], plain)
+            return Measured(nll, computed, self.settled.path, self.settled.reason, [], 0.0)
+        found, lasting = self._first_that_agrees(self.settled or known.get(key), foreign, plain)
+        if lasting:
+            while len(known) >= _REMEMBERED:
+                known.pop(next(iter(known)))
+            known[key] = self.settled
+        return found
 
-    def _reader(self, through_model: bool):
-        return HeadReader(self.inner, OP_IMPL[self.op_impl], through_model).installed()
+    def _first_that_agrees(
+        self, before: Settled | None, foreign: str | None, plain: PlainModel
+    ) -> tuple[Measured, bool]:
+        """(what was found, whether its path may be remembered); `settled` has the path."""
+        start, reason = self._start(foreign)
+        if before is not None and PATHS.index(before.path) > PATHS.index(start):
+            start, reason = self._allowed(before.path, before.reason)
+        checks = self._checks(self._cells(before, foreign), before, plain)
+        self.through_model = not all(check.head for check in checks)
+        lasting = any(check.finite for check in checks)
+        if not lasting and start in (TREE, PADDED):
+            start, reason = self._allowed(EQUAL, "its log-probabilities are not finite: nothing can be verified")
+        for path in PATHS[PATHS.index(start) :]:
+            if any(check.head is None for check in checks) and path != ALONE:
+                _, reason = self._allowed(ALONE, "its forward does not go through its output embeddings")
+                continue
+            if path in (PADDED, EQUAL) and len(checks) == 1:
+                checks = self._checks(chosen_cells(self.cache, 2), before, plain)
+            asked = {"padded": PADDED, "alone": EQUAL}.get(self.impl, TREE)
+            if PATHS.index(path) > PATHS.index(asked) and reason is not None and not self.quiet:
+                logger.warning("scoring %s: %s", _SPOKEN[path], reason)
+            try:
+                nll, computed = self.attempt(path, checks, plain)
+            except (Disagreement, NotTreeable) as error:
+                problem = str(error)
+            except Unrecoverable:
+                raise
+            except Exception as error:
+                if is_out_of_memory(error) or path == ALONE:
+                    raise
+                # It may have been a passing fault.
+                problem, lasting = f"it failed: {type(error).__name__}: {str(error)[:200]}", False
+            else:
+                self.settled = Settled(path, reason, self.through_model, checks[0].noise, self.longest)
+                names = [self.cache.cell_name(check.cell) for check in checks]
+                return Measured(nll, computed, path, reason, names, max(check.worst for check in checks)), lasting
+            if before is not None and before.noise is not None:
+                # The model's own error may have grown since it was measured.
+                self.settled = None
+                return self._first_that_agrees(None, foreign, plain)
+            following = PATHS[min(PATHS.index(path) + 1, len(PATHS) - 1)]
+            _, reason = self._allowed(following, f"{type(self.inner).__name__} by the {path} path: {problem}")
+        raise RuntimeError(
+            f"model: expected the same log-probabilities each time, got others for the same sequence ({reason}); it "
+            "cannot be scored"
+        )
 
-    def _budget(self, through_model: bool) -> int:
-        if not through_model:
-            return self.max_tokens
-        return max(1, min(self.max_tokens, MODEL_LOGITS_BYTES // (4 * support.vocabulary_size(self.inner))))
+    def _start(self, foreign: str | None) -> tuple[str, str | None]:
+        """(the first path to try, why not a faster one), before anything is computed."""
+        if foreign is not None and self.impl in ("auto", "padded", "alone"):
+            return ALONE, f"{foreign} is no library's code and may look at other sequences of its batch"
+        reason = model_support.length_dependent(self.inner, self.longest)
+        if reason or model_support.padding_matters(self.inner):
+            return self._allowed(EQUAL, reason or f"{type(self.inner).__name__} chooses its keys by the batch's length")
+        if reason := model_support.adapter_by_row(self.model) or model_support.tree_refusal(self.inner):
+            return self._allowed(PADDED, reason)
+        if self.impl in ("padded", "alone"):
+            return (PADDED if self.impl == "padded" else EQUAL), None
+        return TREE, None
 
-    def _tree(self, verdict: Verdict) -> tuple[np.ndarray, int]:
-        """([K * M] nll, computed tokens) by the tree road; memory comes before kept prefixes."""
-        return self._tree_once(verdict) or self._tree_once(verdict)
+    def _allowed(self, path: str, reason: str) -> tuple[str, str]:
+        """`path` and `reason`; raises if the caller insists on a faster path."""
+        if self.impl not in ("auto", "padded", "alone"):
+            raise RuntimeError(f"impl={self.impl!r}: {reason}")
+        return (EQUAL if self.impl == "alone" and path == PADDED else path), reason
 
-    def _tree_once(self, verdict: Verdict) -> tuple[np.ndarray, int] | None:
-        """As `_tree`; None if memory ran out and giving up the prefixes freed some."""
-        budget, prefixes = self._budget(verdict.through_model), self.prefixes
-        plan = self.cache.plan(budget) if prefixes is None else prefixes.begin(self.cache, budget)
-        trie, total, done = plan.trie, sum(len(step.input_ids) for step in plan.passes), 0
-        sums = CellSums(trie.cell_target, trie.cell_ptr)
-        with (
-            Progress(len(trie.leaf), trie.dense_tokens, total, self.progress) as bar,
-            trie_attention_installed(self.inner),
-            self._reader(verdict.through_model) as reader,
-        ):
-            runner = TreeRunner(self.model, reader, self.op_impl, self.device, prefixes)
-            waiting = list(reversed(plan.passes))
-            while waiting:
-                step = waiting.pop()
-                logprob = _unless_out_of_memory(lambda step=step: runner.run(step))
-                if logprob is not None:
-                    sums.add(logprob)
-                    done += len(step.input_ids)
-                    bar.update(step.cells_done, done)
-                    continue
-                if prefixes is not None and prefixes.give_up():
-                    return None
-                size = step.stop - step.start
-                if size == 1:
-                    cell = int(
-                        np.flatnonzero((trie.leaf >= step.start) & (trie.leaf < trie.subtree_end[step.start]))[0]
-                    )
-                    raise torch.OutOfMemoryError(
-                        f"cell {self.cache.cell_name(cell)}: does not fit, not even one token at a time"
-                    )
-                logger.warning("out of memory in a pass of %d tokens; halving it", size)
-                middle = step.start + size // 2
-                waiting += [trie.make_pass(middle, step.stop), trie.make_pass(step.start, middle)]
-            agrees = reader.agrees()
-        if not agrees:
-            return self._again_through_model(verdict, self._tree)
-        if prefixes is not None and _unless_out_of_memory(prefixes.end) is None:
-            prefixes.give_up()
-        return sums.nll(), total
+    def _cells(self, before: Settled | None, foreign: str | None) -> list[int]:
+        """The cells to verify: one, two of a model that is new, and more where code that nobody knows is packed."""
+        number = 2 if before is None and len(self.cache.lengths) >= TWO_CHECKS else 1
+        if foreign is None or self.impl in ("auto", "padded", "alone"):
+            return chosen_cells(self.cache, number)
+        plan = self.cache.plan(self._budget())
+        passes = [*plan.passes[: VERIFIED_PASSES // 2], *plan.passes[-VERIFIED_PASSES // 2 :]]
+        # The next leaf in depth-first order belongs to a cell that holds the token.
+        order = np.argsort(plan.trie.leaf, kind="stable")
+        tokens = [token for step in passes for token in (step.start, step.stop - 1)]
+        at_ends = order[np.searchsorted(plan.trie.leaf[order], tokens)]
+        return list(dict.fromkeys(self.cache.first_equal[[*chosen_cells(self.cache, 2), *at_ends]].tolist()))
 
-    def _padded(self, verdict: Verdict) -> tuple[np.ndarray, int]:
-        """([K * M] nll, computed tokens) by the model's own attention on right-padded batches of similar length."""
-        lengths, count = self.cache.lengths, self.cache.response_lengths
-        alone = verdict.alone or support.length_dependent(self.inner, self.longest) is not None
-        budget = self._budget(verdict.through_model)
-        # Rounding depends on a batch's shape, so equal cells are computed once: ties stay ties.
-        first = self.cache.first_equal
-        nll, computed, done = np.full(len(lengths), np.nan), 0, 0
-        with (
-            Progress(len(lengths), int(lengths.sum()), None, self.progress) as bar,
-            self._reader(verdict.through_model) as reader,
-        ):
-            waiting = _similar_lengths(np.unique(first), lengths, budget, alone)[::-1]
-            while waiting:
-                cells = waiting.pop()
-                batch = padded_batch(self.cache, cells)
-                self._put_rope_back()
-                logprob = _unless_out_of_memory(lambda batch=batch: run_padded(self.model, reader, batch, self.device))
-                if logprob is None:
-                    if len(cells) == 1:
-                        raise torch.OutOfMemoryError(
-                            f"cell {self.cache.cell_name(cells[0])}: does not fit, not even alone"
-                        )
-                    logger.warning("out of memory in a batch of %d sequences; halving it", len(cells))
-                    waiting += [cells[len(cells) // 2 :], cells[: len(cells) // 2]]
-                    continue
-                sums = CellSums(np.arange(len(logprob)), np.concatenate([[0], np.cumsum(count[cells])]))
-                sums.add(logprob)
-                nll[cells] = sums.nll()
-                computed, done = computed + batch.input_ids.numel(), done + int(np.isin(first, cells).sum())
-                bar.update(done, computed)
-            agrees = reader.agrees()
-        if not agrees:
-            return self._again_through_model(verdict, self._padded)
-        return nll[first], computed
+    def _checks(self, cells: list[int], before: Settled | None, plain: PlainModel) -> list[Check]:
+        """Cells by the plain model; others in the place of those whose losses are not finite, if there are any."""
+        reader, noise, checks = self.reader(), before.noise if before else None, []
+        others = chosen_cells(self.cache, len(cells) + 3)
+        for chosen in (cells, [cell for cell in others if cell not in cells][:3]):
+            for cell in chosen:
+                self.put_rope_back()
+                checks.append(plain.check(self.cache, cell, reader, noise))
+            self.put_rope_back()
+            if any(check.finite for check in checks):
+                break
+        return checks
 
-    def _again_through_model(self, verdict: Verdict, road):
-        logger.warning("the head's transform is not the model's; scoring again through its own logits")
-        return road(Verdict(verdict.tree_reason, True, verdict.alone, verdict.windowed))
-
-
-def _unless_out_of_memory(call):
-    """``call()``, or None if memory ran out; the failed frames are gone when this returns."""
-    try:
-        return call()
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return None
-
-
-def _similar_lengths(cells: np.ndarray, lengths: np.ndarray, budget: int, alone: bool) -> list[list[int]]:
-    """The cells in batches of at most `budget` padded tokens, longest first; with `alone`, of exactly one length."""
-    order = cells[np.argsort(-lengths[cells], kind="stable")].tolist()
-    batches: list[list[int]] = []
-    for cell in order:
-        batch = batches[-1] if batches else None
-        fits = batch is not None and (len(batch) + 1) * lengths[batch[0]] <= budget
-        if fits and (not alone or lengths[batch[0]] == lengths[cell]):
-            batch.append(cell)
-        else:
-            batches.append([cell])
-    return batches
+    def attempt(self, path: str, checks: Sequence[Check], plain: PlainModel) -> tuple[np.ndarray, int]:
+        """`run`; a job that is shared among ranks shares this out."""
+        return self.run(path, checks, plain)
 
 
 def _check_ids(cache: ResponseCache, vocabulary: int) -> None:

@@ -57,12 +57,12 @@ def tree_attention(
     if isinstance(trie, TokenTrie):
         passes = trie.passes()
         if len(passes) != 1:
-            raise ValueError("tree_attention: trie: wanted at least one token, got an empty trie")
+            raise ValueError("tree_attention: trie: expected at least one token, got an empty trie")
         trie = passes[0]
     _check(q, k, v, trie, scale, window, softcap, sinks)
     if trie.held and impl == "reference":
         # It reads who sees whom from the order of the keys, and held ones stand out of it.
-        raise ValueError("tree_attention: trie: wanted a pass without held tokens for impl='reference', got some")
+        raise ValueError("tree_attention: trie: expected a pass without held tokens for impl='reference', got some")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     plan = trie.to(q.device)
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
@@ -77,27 +77,27 @@ def _check(q, k, v, trie, scale, window, softcap, sinks) -> None:
     for name, t, tokens in (("q", q, fresh), ("k", k, keys), ("v", v, keys)):
         if t.dim() != 3 or t.shape[0] != tokens:
             raise ValueError(
-                f"tree_attention: {name}: wanted [{tokens}, heads, head_dim] for this pass, got {list(t.shape)}"
+                f"tree_attention: {name}: expected [{tokens}, heads, head_dim] for this pass, got {list(t.shape)}"
             )
         if t.dtype not in DTYPES or t.dtype != q.dtype:
-            raise TypeError(f"tree_attention: {name}: wanted one of {DTYPES}, the same as q, got {t.dtype}")
+            raise TypeError(f"tree_attention: {name}: expected one of {DTYPES}, the same as q, got {t.dtype}")
         if t.device != q.device:
-            raise ValueError(f"tree_attention: {name}: wanted q's device {q.device}, got {t.device}")
+            raise ValueError(f"tree_attention: {name}: expected q's device {q.device}, got {t.device}")
     if k.shape[1] != v.shape[1] or not k.shape[1] or not q.shape[1] or q.shape[1] % k.shape[1]:
         raise ValueError(
-            f"tree_attention: heads: wanted q heads a multiple of kv heads and as many k as v heads, got "
+            f"tree_attention: heads: expected q heads a multiple of kv heads and as many k as v heads, got "
             f"{q.shape[1]}, {k.shape[1]} and {v.shape[1]}"
         )
     if q.shape[2] != k.shape[2] or not q.shape[2] or not v.shape[2]:
-        raise ValueError(f"tree_attention: head_dim: wanted the same for q and k, got {q.shape[2]} and {k.shape[2]}")
+        raise ValueError(f"tree_attention: head_dim: expected the same for q and k, got {q.shape[2]} and {k.shape[2]}")
     if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"tree_attention: scale: wanted a finite number or None, got {scale}")
+        raise ValueError(f"tree_attention: scale: expected a finite number or None, got {scale}")
     if window is not None and window < 1:
-        raise ValueError(f"tree_attention: window: wanted at least 1 or None, got {window}")
+        raise ValueError(f"tree_attention: window: expected at least 1 or None, got {window}")
     if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"tree_attention: softcap: wanted a positive number or None, got {softcap}")
+        raise ValueError(f"tree_attention: softcap: expected a positive number or None, got {softcap}")
     if sinks is not None and (sinks.shape != q.shape[1:2] or sinks.device != q.device or sinks.dtype not in DTYPES):
         raise ValueError(
-            f"tree_attention: sinks: wanted a float tensor [{q.shape[1]}] on {q.device}, got {sinks.dtype} "
+            f"tree_attention: sinks: expected a float tensor [{q.shape[1]}] on {q.device}, got {sinks.dtype} "
             f"{list(sinks.shape)} on {sinks.device}"
         )

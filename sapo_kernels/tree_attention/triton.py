@@ -320,12 +320,12 @@ def tree_attention_triton(
     tokens, q_heads, head_k = q.shape
     keys, kv_heads, head_v = v.shape
     if q.dtype not in DTYPES:
-        raise TypeError(f"tree_attention: impl='triton': wanted one of {DTYPES}, got {q.dtype}")
+        raise TypeError(f"tree_attention: impl='triton': expected one of {DTYPES}, got {q.dtype}")
     if max(head_k, head_v) > 512:
-        raise ValueError(f"tree_attention: impl='triton': wanted head_dim up to 512, got {max(head_k, head_v)}")
+        raise ValueError(f"tree_attention: impl='triton': expected head_dim up to 512, got {max(head_k, head_v)}")
     for name, t in (("q", q), ("k", k), ("v", v)):
         if t.stride(-1) != 1:
-            raise ValueError(f"tree_attention: {name}: wanted stride 1 in the last dimension, got {t.stride(-1)}")
+            raise ValueError(f"tree_attention: {name}: expected stride 1 in the last dimension, got {t.stride(-1)}")
     # The interpreter truncates when it stores bfloat16: let it store float32 and round here.
     out = torch.empty(tokens, q_heads, head_v, dtype=torch.float32 if INTERPRET else q.dtype, device=q.device)
     blocks = block_start.shape[0] - 1

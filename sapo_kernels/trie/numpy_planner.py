@@ -60,7 +60,7 @@ def _checked_lengths(ids: np.ndarray, offsets: np.ndarray, context_lengths: np.n
     """[C] tokens of each sequence, after everything that could be wrong with the values has been refused."""
     if len(offsets) != len(context_lengths) + 1 or offsets[0] != 0 or offsets[-1] != len(ids):
         raise ValueError(
-            f"offsets: wanted [{len(context_lengths) + 1}] from 0 to {len(ids)}, got {offsets[:1]} to {offsets[-1:]} "
+            f"offsets: expected [{len(context_lengths) + 1}] from 0 to {len(ids)}, got {offsets[:1]} to {offsets[-1:]} "
             f"in {list(offsets.shape)}"
         )
     full = np.diff(offsets)
@@ -68,7 +68,7 @@ def _checked_lengths(ids: np.ndarray, offsets: np.ndarray, context_lengths: np.n
     if len(bad):
         c = int(bad[0])
         raise ValueError(
-            f"sequence {c}: wanted at least 1 context and 1 response token, got a context of "
+            f"sequence {c}: expected at least 1 context and 1 response token, got a context of "
             f"{int(context_lengths[c])} in {int(full[c])} tokens"
         )
     # Only differences that wrapped around get here with offsets that do not ascend.

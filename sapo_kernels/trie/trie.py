@@ -161,11 +161,11 @@ class TokenTrie:
         held: [U] bool, tokens that need not be computed, none of them a row; None: every token is new.
         """
         if max_tokens is not None and max_tokens < 1:
-            raise ValueError(f"max_tokens: wanted at least 1, got {max_tokens}")
+            raise ValueError(f"max_tokens: expected at least 1, got {max_tokens}")
         if block_tokens < 1:
-            raise ValueError(f"block_tokens: wanted at least 1, got {block_tokens}")
+            raise ValueError(f"block_tokens: expected at least 1, got {block_tokens}")
         if held is not None and held[self.row_token].any():
-            raise ValueError("held: wanted no token that predicts something, got some")
+            raise ValueError("held: expected no token that predicts something, got some")
         new = np.arange(len(self)) if held is None else np.flatnonzero(~held)
         total, start, done, result = len(self), 0, 0, []
         while start < total:
@@ -321,7 +321,7 @@ def plan_trie(ids: np.ndarray, offsets: np.ndarray, context_lengths: np.ndarray)
     for name, values in (("ids", ids), ("offsets", offsets), ("context_lengths", context_lengths)):
         array = np.asarray(values)
         if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-            raise TypeError(f"{name}: wanted a flat array of integers, got {array.dtype} {list(array.shape)}")
+            raise TypeError(f"{name}: expected a flat array of integers, got {array.dtype} {list(array.shape)}")
         # The one layout that the compiled planner reads in place; both planners check the values.
         arrays.append(np.require(array, np.int64, "CAE"))
     compiled = native.planner()

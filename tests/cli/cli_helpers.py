@@ -1,7 +1,10 @@
 """Fixtures and checks shared by the tests of the readers and of the command line."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -58,6 +61,25 @@ def ranks(out):
     """(prompt index, loss) of each line of the table."""
     rows = re.findall(r"^ *\d+ +(\d+) +([\d.]+)  ", out, re.MULTILINE)
     return [(int(index), float(loss)) for index, loss in rows]
+
+
+# A job in the background of a shell starts with SIGINT ignored, hence the handler.
+CHILD = f"""
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.path[:0] = {sys.path!r}
+from sapo_peft.cli.main import main
+"""
+
+
+def child(*arguments, **variables):
+    """The command line in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-c", f"{CHILD}sys.exit(main())", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
+    )
 
 
 SENTENCES = [

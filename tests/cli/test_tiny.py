@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from torch.nn import functional
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sapo_kernels as sk
 from sapo_peft import plain_scores, tiny_model, tiny_tokenizer
@@ -21,50 +22,26 @@ def tokenizer():
     return tiny_tokenizer()
 
 
-def test_model_shape(model):
-    assert type(model).__name__ == "Qwen3ForCausalLM" and not model.training
-    assert 1e6 <= sum(p.numel() for p in model.parameters()) <= 3e6
-    assert {p.dtype for p in model.parameters()} == {torch.float32}
-    config = model.config
-    assert (config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads) == (4, 4, 2)
-    assert model.get_output_embeddings().weight is not model.get_input_embeddings().weight
-    assert torch.isfinite(model(torch.arange(259)[None]).logits).all()
-
-
 def test_model_depends_on_its_arguments_only(model):
+    assert not model.training and model.config.num_hidden_layers == 4
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    again, other, large = tiny_model(), tiny_model(seed=1), tiny_model(vocab=300)
-    assert torch.equal(torch.get_rng_state(), before)
-    for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, dict(again.named_parameters())[name])
-    assert not torch.equal(model.lm_head.weight, other.lm_head.weight)
-    assert large.lm_head.weight.shape == (300, 128)
-
-
-def test_model_ignores_default_dtype(model):
     torch.set_default_dtype(torch.float64)
     try:
-        again = tiny_model()
+        again, other, large = tiny_model(), tiny_model(seed=1), tiny_model(vocab=300)
     finally:
         torch.set_default_dtype(torch.float32)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
-
-
-def test_model_is_the_same_in_another_process(model):
+    assert torch.equal(torch.get_rng_state(), before)
+    for one, two in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, two) and one.dtype == two.dtype == torch.float32
+    assert not torch.equal(model.lm_head.weight, other.lm_head.weight) and large.lm_head.weight.shape == (300, 128)
     code = "from sapo_peft import tiny_model; print(tiny_model().lm_head.weight.double().sum().item())"
-    done = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path[:0] = {sys.path!r}; {code}"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    command = [sys.executable, "-c", f"import sys; sys.path[:0] = {sys.path!r}; {code}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert float(done.stdout.split()[-1]) == model.lm_head.weight.double().sum().item(), done.stderr
 
 
-def test_model_survives_saving(model, tokenizer, tmp_path):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
+def test_both_survive_saving(model, tokenizer, tmp_path):
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     loaded, again = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
@@ -73,16 +50,10 @@ def test_model_survives_saving(model, tokenizer, tmp_path):
     assert again.chat_template == tokenizer.chat_template and again.eos_token_id == 258
 
 
-@pytest.mark.parametrize(
-    "text", ["", "plain text", " \n\t two  spaces\r\n", "\u00e9\u4f60\U0001f600\u202e", "\x00\x1b\x7f"]
-)
-def test_tokenizer_is_one_token_a_byte(tokenizer, text):
-    ids = tokenizer(text).input_ids
-    assert ids == list(text.encode()) and tokenizer.decode(ids) == text
-
-
-def test_tokenizer_special_tokens(tokenizer):
-    assert tokenizer.is_fast and len(tokenizer) == 259
+def test_tokenizer_is_one_token_a_byte(tokenizer):
+    for text in ("", " \n\t two  spaces\r\n", "\u00e9\u4f60\U0001f600\u202e", "\x00\x1b\x7f"):
+        ids = tokenizer(text).input_ids
+        assert ids == list(text.encode()) and tokenizer.decode(ids) == text
     assert (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id) == (258, 256, None)
     assert tokenizer("a<|im_start|>b<|im_end|><|endoftext|>").input_ids == [97, 257, 98, 258, 256]
 
@@ -91,9 +62,7 @@ def test_chat_template(tokenizer):
     messages = [{"role": "user", "content": "hi {x}"}, {"role": "assistant", "content": "yes"}]
     context = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
     assert context == "<|im_start|>user\nhi {x}<|im_end|>\n<|im_start|>assistant\n"
-    whole = tokenizer.apply_chat_template(messages, tokenize=False)
-    assert whole == context + "yes<|im_end|>\n"
-    assert tokenizer(whole).input_ids[: len(tokenizer(context).input_ids)] == tokenizer(context).input_ids
+    assert tokenizer.apply_chat_template(messages, tokenize=False) == context + "yes<|im_end|>\n"
 
 
 PROMPTS = ["Say yes or no.", "Is it so?", "Say yes or no."]
@@ -116,14 +85,8 @@ def test_plain_scores_equal_each_sequence_alone(model, tokenizer):
     for batch_size in (1, 2, 8, 100):
         nll = plain_scores(model, cache, batch_size)
         assert nll.dtype == torch.float64 and (nll - expected).abs().max() < 1e-4
-    assert torch.equal(plain_scores(model, cache, 1)[0], plain_scores(model, cache, 1)[2])
-
-
-def test_score_prompts_agrees_with_the_plain_loop(model, tokenizer):
-    cache = sk.ResponseCache.build(tokenizer, PROMPTS, EXAMPLES, suffix="Answer shortly.")
     scores = sk.score_prompts(model, cache)
-    assert scores.stats["road"] == "tree"
-    assert (scores.nll - plain_scores(model, cache)).abs().max() < 1e-4
+    assert scores.stats["trie_tokens"] < scores.stats["dense_tokens"] and (scores.nll - expected).abs().max() < 1e-4
 
 
 def test_plain_scores_put_the_training_flags_back(model, tokenizer, monkeypatch):

@@ -175,68 +175,68 @@ def test_slices_of_larger_tensors_side_by_side(impl):
 
 # What is wrong with a call, and what is said of it.
 REFUSED = {
-    "nll float32": (lambda a: {"nll": a["nll"].float()}, "nll: wanted float64, got float32"),
-    "tokens int32": (lambda a: {"tokens": a["tokens"].int()}, "tokens: wanted int64, got int32"),
-    "tokens float64": (lambda a: {"tokens": a["tokens"].double()}, "tokens: wanted int64, got float64"),
-    "logprob float16": (lambda a: {"logprob": a["logprob"].half()}, "logprob: wanted float32, got float16"),
-    "logprob bfloat16": (lambda a: {"logprob": a["logprob"].bfloat16()}, "logprob: wanted float32, got bfloat16"),
-    "logprob int64": (lambda a: {"logprob": a["logprob"].long()}, "logprob: wanted float32, got int64"),
-    "cell_target int32": (lambda a: {"cell_target": a["cell_target"].int()}, "cell_target: wanted int64, got int32"),
-    "cell_ptr bool": (lambda a: {"cell_ptr": a["cell_ptr"].bool()}, "cell_ptr: wanted int64, got bool"),
-    "nll 2-d": (lambda a: {"nll": a["nll"][None]}, "nll: wanted 1 dimension, got 2"),
-    "nll 0-d": (lambda a: {"nll": a["nll"][0]}, "nll: wanted 1 dimension, got 0"),
-    "logprob 2-d": (lambda a: {"logprob": a["logprob"][:, None]}, "logprob: wanted 1 dimension, got 2"),
-    "cell_target 2-d": (lambda a: {"cell_target": a["cell_target"].view(2, 3)}, "cell_target: wanted 1 dimension"),
-    "tokens short": (lambda a: {"tokens": a["tokens"][:2]}, r"tokens: wanted shape \[3\], got \[2\]"),
-    "tokens 2-d": (lambda a: {"tokens": a["tokens"][None]}, r"tokens: wanted shape \[3\], got \[1, 3\]"),
-    "cell_ptr short": (lambda a: {"cell_ptr": a["cell_ptr"][:3]}, r"cell_ptr: wanted shape \[4\], got \[3\]"),
-    "cell_ptr long": (lambda a: {"cell_ptr": a["cell_ptr"].repeat(2)}, r"cell_ptr: wanted shape \[4\], got \[8\]"),
-    "cell_ptr empty": (lambda a: {"cell_ptr": a["cell_ptr"][:0]}, r"cell_ptr: wanted shape \[4\], got \[0\]"),
+    "nll float32": (lambda a: {"nll": a["nll"].float()}, "nll: expected float64, got float32"),
+    "tokens int32": (lambda a: {"tokens": a["tokens"].int()}, "tokens: expected int64, got int32"),
+    "tokens float64": (lambda a: {"tokens": a["tokens"].double()}, "tokens: expected int64, got float64"),
+    "logprob float16": (lambda a: {"logprob": a["logprob"].half()}, "logprob: expected float32, got float16"),
+    "logprob bfloat16": (lambda a: {"logprob": a["logprob"].bfloat16()}, "logprob: expected float32, got bfloat16"),
+    "logprob int64": (lambda a: {"logprob": a["logprob"].long()}, "logprob: expected float32, got int64"),
+    "cell_target int32": (lambda a: {"cell_target": a["cell_target"].int()}, "cell_target: expected int64, got int32"),
+    "cell_ptr bool": (lambda a: {"cell_ptr": a["cell_ptr"].bool()}, "cell_ptr: expected int64, got bool"),
+    "nll 2-d": (lambda a: {"nll": a["nll"][None]}, "nll: expected 1 dimension, got 2"),
+    "nll 0-d": (lambda a: {"nll": a["nll"][0]}, "nll: expected 1 dimension, got 0"),
+    "logprob 2-d": (lambda a: {"logprob": a["logprob"][:, None]}, "logprob: expected 1 dimension, got 2"),
+    "cell_target 2-d": (lambda a: {"cell_target": a["cell_target"].view(2, 3)}, "cell_target: expected 1 dimension"),
+    "tokens short": (lambda a: {"tokens": a["tokens"][:2]}, r"tokens: expected shape \[3\], got \[2\]"),
+    "tokens 2-d": (lambda a: {"tokens": a["tokens"][None]}, r"tokens: expected shape \[3\], got \[1, 3\]"),
+    "cell_ptr short": (lambda a: {"cell_ptr": a["cell_ptr"][:3]}, r"cell_ptr: expected shape \[4\], got \[3\]"),
+    "cell_ptr long": (lambda a: {"cell_ptr": a["cell_ptr"].repeat(2)}, r"cell_ptr: expected shape \[4\], got \[8\]"),
+    "cell_ptr empty": (lambda a: {"cell_ptr": a["cell_ptr"][:0]}, r"cell_ptr: expected shape \[4\], got \[0\]"),
     **{
         f"{name} strided": (
             lambda a, name=name: {name: strided(a[name])},
-            rf"{name}: wanted contiguous strides, got \[2\]",
+            rf"{name}: expected contiguous strides, got \[2\]",
         )
         for name in ("nll", "tokens", "logprob", "cell_target", "cell_ptr")
     },
     "logprob of stride 0": (
         lambda a: {"logprob": a["logprob"][:1].expand(6)},
-        r"logprob: wanted contiguous strides, got \[0\]",
+        r"logprob: expected contiguous strides, got \[0\]",
     ),
     "nll as tokens": (
         lambda a: {"tokens": a["nll"].zero_().view(torch.int64)},
-        "tokens: wanted memory of its own, got some of nll's",
+        "tokens: expected memory of its own, got some of nll's",
     ),
     "nll as logprob": (
         lambda a: {"nll": (f := torch.zeros(6).double())[:3], "logprob": f},
-        "logprob: wanted memory of its own, got some of nll's",
+        "logprob: expected memory of its own, got some of nll's",
     ),
     "the last of nll is the first of logprob": (
         lambda a: {"nll": (f := torch.zeros(8).double())[:3], "logprob": f[2:]},
-        "logprob: wanted memory of its own, got some of nll's",
+        "logprob: expected memory of its own, got some of nll's",
     ),
     "the first of nll is the last of logprob": (
         lambda a: {"logprob": (f := torch.zeros(8).double())[:6], "nll": f[5:]},
-        "logprob: wanted memory of its own, got some of nll's",
+        "logprob: expected memory of its own, got some of nll's",
     ),
     "the last half of nll's last is logprob's": (
         lambda a: {"nll": (f := torch.zeros(20))[:6].view(torch.float64), "logprob": f[5:11]},
-        "logprob: wanted memory of its own, got some of nll's",
+        "logprob: expected memory of its own, got some of nll's",
     ),
     "nll within logprob": (
         lambda a: {"nll": (f := torch.zeros(9).double())[3:6], "logprob": f},
-        "logprob: wanted memory of its own, got some of nll's",
+        "logprob: expected memory of its own, got some of nll's",
     ),
     "the last token is the first of cell_target": (
         lambda a: {"tokens": (i := torch.zeros(8, dtype=torch.int64))[:3], "cell_target": i[2:]},
-        "cell_target: wanted memory of its own, got some of tokens's",
+        "cell_target: expected memory of its own, got some of tokens's",
     ),
     "the first token is the last of cell_ptr": (
         lambda a: {"cell_ptr": (i := torch.zeros(6, dtype=torch.int64))[:4], "tokens": i[3:]},
-        "cell_ptr: wanted memory of its own, got some of tokens's",
+        "cell_ptr: expected memory of its own, got some of tokens's",
     ),
-    "start -1": (lambda a: {"start": -1}, "start: wanted at least 0, got -1"),
-    "start at the bottom": (lambda a: {"start": LOW}, f"start: wanted at least 0, got {LOW}"),
+    "start -1": (lambda a: {"start": -1}, "start: expected at least 0, got -1"),
+    "start at the bottom": (lambda a: {"start": LOW}, f"start: expected at least 0, got {LOW}"),
 }
 # Not seen on the host where the lists are on another device: there such a cell becomes NaN.
 UNREADABLE = {
@@ -246,7 +246,10 @@ UNREADABLE = {
     "cell_ptr past the end": (lambda a: {"cell_ptr": int64(0, 3, 3, 7)}, "cell_ptr: cell 2: .* got 3 to 7"),
     "cell_ptr at the top": (lambda a: {"cell_ptr": int64(0, 3, 3, TOP)}, f"cell_ptr: cell 2: .* got 3 to {TOP}"),
     "cell_ptr up and down": (lambda a: {"cell_ptr": int64(0, 9, 3, 6)}, "cell_ptr: cell 0: .* got 0 to 9"),
-    "tokens below 0": (lambda a: {"tokens": int64(0, 0, -1)}, "tokens: cell 2: wanted from 0 to its 3 entries, got -1"),
+    "tokens below 0": (
+        lambda a: {"tokens": int64(0, 0, -1)},
+        "tokens: cell 2: expected from 0 to its 3 entries, got -1",
+    ),
     "tokens at the bottom": (lambda a: {"tokens": int64(LOW, 0, 0)}, f"tokens: cell 0: .* 3 entries, got {LOW}"),
     "tokens one too many": (lambda a: {"tokens": int64(0, 1, 0)}, "tokens: cell 1: .* its 0 entries, got 1"),
     "tokens at the top": (lambda a: {"tokens": int64(0, 0, TOP)}, f"tokens: cell 2: .* its 3 entries, got {TOP}"),
@@ -301,7 +304,7 @@ def test_both_refuse_in_the_same_words(name):
 def test_memory_that_is_not_aligned_is_refused(impl, name):
     given = arguments()
     given[name] = misaligned(given[name])
-    assert re.match(f"accumulate_: {name}: wanted memory aligned", refusal(impl.accumulate_, given.values()))
+    assert re.match(f"accumulate_: {name}: expected memory aligned", refusal(impl.accumulate_, given.values()))
 
 
 @pytest.mark.parametrize("name", ["tokens", "logprob", "cell_target", "cell_ptr"])
@@ -309,7 +312,7 @@ def test_another_device_is_refused_by_the_plain_one(name):
     given = arguments()
     given[name] = given[name].to("meta")
     text = refusal(Implementation("plain", "cpu").accumulate_, given.values())
-    assert text == f"accumulate_: {name}: wanted it on the device of the other arguments, cpu, got meta"
+    assert text == f"accumulate_: {name}: expected it on the device of the other arguments, cpu, got meta"
 
 
 @pytest.mark.gpu
@@ -325,7 +328,7 @@ def test_refused_on_the_gpu(name):
 def test_a_cpu_tensor_among_gpu_tensors_is_refused(name):
     given = arguments(device="cuda")
     given[name] = given[name].cpu()
-    assert "wanted it on the device of the other arguments" in refusal(op, given.values())
+    assert "expected it on the device of the other arguments" in refusal(op, given.values())
 
 
 @pytest.mark.gpu
@@ -364,7 +367,7 @@ def test_operator_is_the_public_function():
 def test_operator_refuses_a_meta_tensor_among_others(name):
     given = arguments()
     given[name] = given[name].to("meta")
-    assert re.match(r"accumulate_: \w+: wanted it on the device of the other", refusal(op, given.values()))
+    assert re.match(r"accumulate_: \w+: expected it on the device of the other", refusal(op, given.values()))
 
 
 def test_operator_does_nothing_on_meta_tensors():

@@ -102,7 +102,7 @@ def test_backends_are_resolved(op):
     for impl in (second, "reference"):
         assert resolve_impl(op, impl, torch.device("cpu")) == impl
     for impl in ("", "Triton", "cuda", "eager"):
-        with pytest.raises(ValueError, match=f"{op}: impl: wanted 'auto' or one of .*got '{impl}'"):
+        with pytest.raises(ValueError, match=f"{op}: impl: expected 'auto' or one of .*got '{impl}'"):
             resolve_impl(op, impl, torch.device("cpu"))
 
 

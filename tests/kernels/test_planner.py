@@ -251,7 +251,7 @@ WRONG = {
 def test_nothing_is_converted_silently(compiled, name, which):
     arguments = list(int64([1, 2, 3, 4], [0, 2, 4], [1, 1]))
     arguments[which] = WRONG[name](arguments[which])
-    with pytest.raises(TypeError, match=f"^{('ids', 'offsets', 'context_lengths')[which]}: wanted a C-contiguous"):
+    with pytest.raises(TypeError, match=f"^{('ids', 'offsets', 'context_lengths')[which]}: expected a C-contiguous"):
         compiled.plan(*arguments)
 
 

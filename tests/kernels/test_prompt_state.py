@@ -62,7 +62,7 @@ def test_the_default_is_one_prompt_and_dtypes_are_fixed():
 
 @pytest.mark.parametrize("pools", [-1, 1.0, True, None, "1"])
 def test_num_pools_is_refused(pools):
-    with pytest.raises(ValueError, match="num_pools: wanted a whole number of at least 0, got"):
+    with pytest.raises(ValueError, match="num_pools: expected a whole number of at least 0, got"):
         sk.PromptState(pools)
 
 
@@ -72,7 +72,7 @@ WRONG_COUNTS = [(0, -1), (2, -1), (0, True), (2, 2.0), (1, None), (2, "ab"), (2,
 
 @pytest.mark.parametrize("pools, prompts", WRONG_COUNTS)
 def test_num_prompts_is_refused(pools, prompts):
-    with pytest.raises(ValueError, match="num_prompts: wanted a whole number or .* of them, got"):
+    with pytest.raises(ValueError, match="num_prompts: expected a whole number or .* of them, got"):
         sk.PromptState(pools, prompts)
 
 
@@ -122,36 +122,36 @@ def put(name, at, value):
 
 
 REFUSED = {
-    "an entry short": (ValueError, lambda g: g.pop("best"), r"state: wanted the entries \['best', "),
-    "an entry more": (ValueError, lambda g: g.update(more=1), "wanted the entries .* got .*'more'"),
-    "nothing": (ValueError, lambda g: g.clear(), r"wanted the entries .* got \[\]"),
+    "an entry short": (ValueError, lambda g: g.pop("best"), r"state: expected the entries \['best', "),
+    "an entry more": (ValueError, lambda g: g.update(more=1), "expected the entries .* got .*'more'"),
+    "nothing": (ValueError, lambda g: g.clear(), r"expected the entries .* got \[\]"),
     "mean float32": (
         TypeError,
         entry("mean", torch.Tensor.float),
-        "mean: wanted a torch.float64 tensor, got torch.float32",
+        "mean: expected a torch.float64 tensor, got torch.float32",
     ),
-    "best int32": (TypeError, entry("best", torch.Tensor.int), "best: wanted a torch.int64 tensor, got torch.int32"),
-    "live uint8": (TypeError, entry("live", torch.Tensor.byte), "live: wanted a torch.bool tensor"),
+    "best int32": (TypeError, entry("best", torch.Tensor.int), "best: expected a torch.int64 tensor, got torch.int32"),
+    "live uint8": (TypeError, entry("live", torch.Tensor.byte), "live: expected a torch.bool tensor"),
     "a list": (
         TypeError,
         entry("weight", torch.Tensor.tolist),
-        "weight: wanted a torch.float64 tensor, got <class 'list'>",
+        "weight: expected a torch.float64 tensor, got <class 'list'>",
     ),
-    "another number of pools": (ValueError, entry("best", lambda v: v[1:]), r"best: wanted \[4\], got \[3\]"),
+    "another number of pools": (ValueError, entry("best", lambda v: v[1:]), r"best: expected \[4\], got \[3\]"),
     "another number of prompts": (
         ValueError,
         entry("live", lambda v: v[:, 1:]),
-        r"live: wanted \[4, 33\], got \[4, 32\]",
+        r"live: expected \[4, 33\], got \[4, 32\]",
     ),
-    "a row for all": (ValueError, entry("mean", lambda v: v[0]), r"mean: wanted \[4, 33\], got \[33\]"),
-    "weight below 0": (ValueError, put("weight", 40, -1.0), "weight: wanted finite numbers of at least 0"),
-    "weight NaN": (ValueError, put("weight", 0, math.nan), "weight: wanted finite"),
-    "weight infinite": (ValueError, put("weight", -1, math.inf), "weight: wanted finite"),
-    "probs NaN": (ValueError, put("probs", 131, math.nan), "probs: wanted numbers from 0 to 1"),
-    "probs above 1": (ValueError, put("probs", 0, 1.5), "probs: wanted numbers from 0 to 1"),
-    "probs below 0": (ValueError, put("probs", 0, -1e-9), "probs: wanted numbers from 0 to 1"),
-    "best below -1": (ValueError, put("best", 3, -2), "best: wanted from -1 to 32"),
-    "best past the end": (ValueError, put("best", 0, 33), "best: wanted from -1 to 32, got"),
+    "a row for all": (ValueError, entry("mean", lambda v: v[0]), r"mean: expected \[4, 33\], got \[33\]"),
+    "weight below 0": (ValueError, put("weight", 40, -1.0), "weight: expected finite numbers of at least 0"),
+    "weight NaN": (ValueError, put("weight", 0, math.nan), "weight: expected finite"),
+    "weight infinite": (ValueError, put("weight", -1, math.inf), "weight: expected finite"),
+    "probs NaN": (ValueError, put("probs", 131, math.nan), "probs: expected numbers from 0 to 1"),
+    "probs above 1": (ValueError, put("probs", 0, 1.5), "probs: expected numbers from 0 to 1"),
+    "probs below 0": (ValueError, put("probs", 0, -1e-9), "probs: expected numbers from 0 to 1"),
+    "best below -1": (ValueError, put("best", 3, -2), "best: expected from -1 to 32"),
+    "best past the end": (ValueError, put("best", 0, 33), "best: expected from -1 to 32, got"),
 }
 
 
@@ -281,5 +281,5 @@ def test_the_default_is_one_draw():
 
 @pytest.mark.parametrize("n", [-1, 1.0, True, None])
 def test_a_number_of_draws_that_is_refused(n):
-    with pytest.raises(ValueError, match="n: wanted a whole number of at least 0, got"):
+    with pytest.raises(ValueError, match="n: expected a whole number of at least 0, got"):
         sk.PromptState().sample(n)

@@ -58,14 +58,14 @@ def buffer(count: int) -> torch.Tensor:
 
 
 def number_text(name: str, high: str, got: str) -> str:
-    return rf"{name}: wanted a number from 0 to {re.escape(high)}, got {re.escape(got)}$"
+    return rf"{name}: expected a number from 0 to {re.escape(high)}, got {re.escape(got)}$"
 
 
 REFUSED = {
     **{
         f"{name} {dtype}".replace("torch.", ""): (
             lambda a, name=name, dtype=dtype: {name: a[name].to(dtype)},
-            f"{name}: wanted {right}, got {str(dtype).removeprefix('torch.')}",
+            f"{name}: expected {right}, got {str(dtype).removeprefix('torch.')}",
         )
         for name, right, dtypes in (
             ("mean", "float64", (torch.float32, torch.float16)),
@@ -79,79 +79,79 @@ REFUSED = {
         )
         for dtype in dtypes
     },
-    "live uint8": (lambda a: {"live": a["live"].byte()}, "live: wanted bool, got"),
-    "mean 1-d": (lambda a: {"mean": a["mean"][0]}, r"mean: wanted \[pools, prompts\], got 1 dimensions"),
-    "mean 3-d": (lambda a: {"mean": a["mean"][None]}, r"mean: wanted \[pools, prompts\], got 3 dimensions"),
+    "live uint8": (lambda a: {"live": a["live"].byte()}, "live: expected bool, got"),
+    "mean 1-d": (lambda a: {"mean": a["mean"][0]}, r"mean: expected \[pools, prompts\], got 1 dimensions"),
+    "mean 3-d": (lambda a: {"mean": a["mean"][None]}, r"mean: expected \[pools, prompts\], got 3 dimensions"),
     **{
         f"{name} of one pool less": (
             lambda a, name=name: {name: a[name][1:]},
-            rf"{name}: wanted shape \[3(, 40)?\], got \[2(, 40)?\]",
+            rf"{name}: expected shape \[3(, 40)?\], got \[2(, 40)?\]",
         )
         for name in TENSORS[1:]
     },
-    "one pool more": (lambda a: {"best": a["best"].repeat(2)}, r"best: wanted shape \[3\], got \[6\]"),
-    "one prompt less": (lambda a: {"nll": a["nll"][:, 1:].clone()}, r"nll: wanted shape \[3, 40\], got \[3, 39\]"),
-    "transposed": (lambda a: {"live": a["live"].T}, r"live: wanted shape \[3, 40\], got \[40, 3\]"),
-    "best 2-d": (lambda a: {"best": a["best"][:, None]}, r"best: wanted shape \[3\], got \[3, 1\]"),
-    "tokens 0-d": (lambda a: {"tokens": a["tokens"][0, 0]}, r"tokens: wanted shape \[3, 40\], got \[\]"),
+    "one pool more": (lambda a: {"best": a["best"].repeat(2)}, r"best: expected shape \[3\], got \[6\]"),
+    "one prompt less": (lambda a: {"nll": a["nll"][:, 1:].clone()}, r"nll: expected shape \[3, 40\], got \[3, 39\]"),
+    "transposed": (lambda a: {"live": a["live"].T}, r"live: expected shape \[3, 40\], got \[40, 3\]"),
+    "best 2-d": (lambda a: {"best": a["best"][:, None]}, r"best: expected shape \[3\], got \[3, 1\]"),
+    "tokens 0-d": (lambda a: {"tokens": a["tokens"][0, 0]}, r"tokens: expected shape \[3, 40\], got \[\]"),
     **{
         f"{name} strided": (
             lambda a, name=name: {name: strided(a[name])},
-            rf"{name}: wanted contiguous strides, got \[",
+            rf"{name}: expected contiguous strides, got \[",
         )
         for name in TENSORS
     },
     "mean by columns": (
         lambda a: {"mean": a["mean"].T.contiguous().T},
-        r"mean: wanted contiguous strides, got \[1, 3\]",
+        r"mean: expected contiguous strides, got \[1, 3\]",
     ),
     "one row for all": (
         lambda a: {"nll": a["nll"][:1].expand(3, 40)},
-        r"nll: wanted contiguous strides, got \[0, 1\]",
+        r"nll: expected contiguous strides, got \[0, 1\]",
     ),
-    "mean twice": (lambda a: {"weight": a["mean"]}, "weight: wanted memory of its own, got some of mean's"),
-    "probs is mean": (lambda a: {"probs": a["mean"]}, "probs: wanted memory of its own, got some of mean's"),
-    "nll is probs": (lambda a: {"nll": a["probs"]}, "nll: wanted memory of its own, got some of probs's"),
+    "mean twice": (lambda a: {"weight": a["mean"]}, "weight: expected memory of its own, got some of mean's"),
+    "probs is mean": (lambda a: {"probs": a["mean"]}, "probs: expected memory of its own, got some of mean's"),
+    "nll is probs": (lambda a: {"nll": a["probs"]}, "nll: expected memory of its own, got some of probs's"),
     "tokens is weight": (
         lambda a: {"tokens": a["weight"].view(torch.int64)},
-        "tokens: wanted memory of its own, got some of weight's",
+        "tokens: expected memory of its own, got some of weight's",
     ),
     "weight begins with mean's last": (
         lambda a: {"mean": (b := buffer(239))[:120].view(3, 40), "weight": b[119:].view(3, 40)},
-        "weight: wanted memory of its own, got some of mean's",
+        "weight: expected memory of its own, got some of mean's",
     ),
     "mean begins with weight's last": (
         lambda a: {"weight": (b := buffer(239))[:120].view(3, 40), "mean": b[119:].view(3, 40)},
-        "weight: wanted memory of its own, got some of mean's",
+        "weight: expected memory of its own, got some of mean's",
     ),
     "effective is in nll": (
         lambda a: {"nll": (b := buffer(120)).view(3, 40), "effective": b[60:63]},
-        "nll: wanted memory of its own, got some of effective's",
+        "nll: expected memory of its own, got some of effective's",
     ),
     "best is tokens' last": (
         lambda a: {"tokens": (b := torch.arange(122))[:120].view(3, 40), "best": b[119:]},
-        "tokens: wanted memory of its own, got some of best's",
+        "tokens: expected memory of its own, got some of best's",
     ),
     "live is a byte of effective": (
         lambda a: {
             "live": (b := torch.zeros(136, dtype=torch.bool))[:120].view(3, 40),
             "effective": b[112:].view(torch.float64),
         },
-        "live: wanted memory of its own, got some of effective's",
+        "live: expected memory of its own, got some of effective's",
     ),
     "live ends in effective's first byte": (
         lambda a: {
             "live": (b := torch.zeros(144, dtype=torch.bool))[1:121].view(3, 40),
             "effective": b[120:].view(torch.float64),
         },
-        "live: wanted memory of its own, got some of effective's",
+        "live: expected memory of its own, got some of effective's",
     ),
     "live begins with effective's last byte": (
         lambda a: {
             "effective": (b := torch.zeros(144, dtype=torch.bool))[:24].view(torch.float64),
             "live": b[23:143].view(3, 40),
         },
-        "live: wanted memory of its own, got some of effective's",
+        "live: expected memory of its own, got some of effective's",
     ),
     "decay below 0": (lambda a: {"decay": -1e-9}, number_text("decay", "1", "-1e-09")),
     "decay above 1": (lambda a: {"decay": 1.5}, number_text("decay", "1", "1.5")),
@@ -196,7 +196,7 @@ def test_both_refuse_in_the_same_words(name):
 def test_memory_that_is_not_aligned_is_refused(impl, name):
     given = arguments()
     given[name] = misaligned(given[name])
-    assert re.match(f"reweight_: {name}: wanted memory aligned", refusal(impl.reweight_, given.values()))
+    assert re.match(f"reweight_: {name}: expected memory aligned", refusal(impl.reweight_, given.values()))
 
 
 @pytest.mark.parametrize("name", TENSORS[1:])
@@ -204,7 +204,7 @@ def test_another_device_is_refused_by_the_plain_one(name):
     given = arguments()
     given[name] = given[name].to("meta")
     text = refusal(reweight_torch, given.values())
-    assert text == f"reweight_: {name}: wanted it on the device of the other arguments, cpu, got meta"
+    assert text == f"reweight_: {name}: expected it on the device of the other arguments, cpu, got meta"
 
 
 @pytest.mark.gpu
@@ -213,7 +213,7 @@ def test_another_device_is_refused_by_the_plain_one(name):
 def test_a_cpu_tensor_among_gpu_tensors_is_refused(name):
     given = arguments("cuda")
     given[name] = given[name].cpu()
-    assert "wanted it on the device of the other arguments" in refusal(op, given.values())
+    assert "expected it on the device of the other arguments" in refusal(op, given.values())
 
 
 @everywhere
@@ -254,11 +254,11 @@ def tensors_of(state: sk.PromptState) -> list[torch.Tensor]:
 
 # name: (error, what is changed of (nll, tokens, options), text)
 PUBLIC = {
-    "nll float32": (TypeError, lambda n, t: (n.float(), t, {}), "wanted nll float64 and tokens int64, got .*float32"),
-    "tokens int32": (TypeError, lambda n, t: (n, t.int(), {}), "wanted nll float64 .* torch.int32"),
+    "nll float32": (TypeError, lambda n, t: (n.float(), t, {}), "expected nll float64 and tokens int64, got .*float32"),
+    "tokens int32": (TypeError, lambda n, t: (n, t.int(), {}), "expected nll float64 .* torch.int32"),
     "prompts": (ValueError, lambda n, t: (n[:, 1:], t[:, 1:], {}), r"\[pools, prompts\] \[2, 33\], got \[2, 32\]"),
     "tokens of one pool": (ValueError, lambda n, t: (n, t[:1], {}), r"got \[2, 33\] and \[1, 33\]"),
-    "one dimension": (ValueError, lambda n, t: (n[0], t[0], {}), r"wanted \[pools, prompts\] \[2, 33\], got \[33\]"),
+    "one dimension": (ValueError, lambda n, t: (n[0], t[0], {}), r"expected \[pools, prompts\] \[2, 33\], got \[33\]"),
     "nll on another device": (ValueError, lambda n, t: (n.to("meta"), t, {}), "state's device cpu, got meta and cpu"),
     "tokens elsewhere": (ValueError, lambda n, t: (n, t.to("meta"), {}), "state's device cpu, got cpu and meta"),
     **{
@@ -288,11 +288,11 @@ def test_operator_refuses_a_state_that_does_not_fit():
         state = pool_state()
         setattr(state, name, value)
         assert re.match(
-            f"reweight_: {name}: wanted", refusal(lambda *_, s=state: sk.reweight_(s, *step()), tensors_of(state))
+            f"reweight_: {name}: expected", refusal(lambda *_, s=state: sk.reweight_(s, *step()), tensors_of(state))
         )
     state = pool_state()
     text = refusal(lambda *_: sk.reweight_(state, state.mean, step()[1]), tensors_of(state))
-    assert text == "reweight_: nll: wanted memory of its own, got some of mean's"
+    assert text == "reweight_: nll: expected memory of its own, got some of mean's"
 
 
 @pytest.mark.parametrize("pools, prompts", [(1, 7), (4, 33), (0, 3), (2, 0)])
@@ -330,7 +330,7 @@ def test_operator_passes_opcheck(temperature, device):
 def test_operator_refuses_a_meta_tensor_among_others(name):
     given = arguments()
     given[name] = given[name].to("meta")
-    assert re.match(r"reweight_: \w+: wanted it on the device of the other", refusal(op, given.values()))
+    assert re.match(r"reweight_: \w+: expected it on the device of the other", refusal(op, given.values()))
 
 
 def test_operator_does_nothing_on_meta_tensors():

@@ -249,7 +249,7 @@ def test_keys_that_the_caller_holds(case, impl, device, poisoned_outputs):
         keys = torch.from_numpy(np.concatenate([oracle.path(step.start)[:-1], inside[held[inside]], new])).long()
         call = functools.partial(sk.tree_attention, q[new], k[keys], v[keys], step.to(device), impl=impl, **options)
         if step.held and impl == "reference":
-            with pytest.raises(ValueError, match="trie: wanted a pass without held tokens"):
+            with pytest.raises(ValueError, match="trie: expected a pass without held tokens"):
                 call()
         else:
             assert_close("tree_attention fp32", call(), wanted[new])
@@ -267,35 +267,35 @@ BAD = {
     "q of integers": (
         lambda a: {"q": a["q"].int()},
         TypeError,
-        "q: wanted one of .*float32.*got torch.int32",
+        "q: expected one of .*float32.*got torch.int32",
     ),
     "k of another dtype": (lambda a: {"k": a["k"].double()}, TypeError, "k: .*same as q, got torch.float64"),
     "v of another dtype": (lambda a: {"v": a["v"].half()}, TypeError, "v: .*same as q, got torch.float16"),
     "k on another device": (
         lambda a: {"k": a["k"].to("meta")},
         ValueError,
-        "k: wanted q's device cpu, got meta",
+        "k: expected q's device cpu, got meta",
     ),
     "v on another device": (
         lambda a: {"v": a["v"].to("meta")},
         ValueError,
-        "v: wanted q's device cpu, got meta",
+        "v: expected q's device cpu, got meta",
     ),
     "q without heads": (
         lambda a: {"q": a["q"][:, 0]},
         ValueError,
-        r"q: wanted \[\d+, heads, head_dim\].*got \[",
+        r"q: expected \[\d+, heads, head_dim\].*got \[",
     ),
-    "q a token short": (lambda a: {"q": a["q"][1:]}, ValueError, "q: wanted .* for this pass, got"),
+    "q a token short": (lambda a: {"q": a["q"][1:]}, ValueError, "q: expected .* for this pass, got"),
     "k a token long": (
         lambda a: {"k": torch.cat([a["k"], a["k"][:1]])},
         ValueError,
-        "k: wanted .*for this pass",
+        "k: expected .*for this pass",
     ),
-    "v a token short": (lambda a: {"v": a["v"][:-1]}, ValueError, "v: wanted .* for this pass, got"),
-    "a batch axis": (lambda a: {"v": a["v"][None]}, ValueError, "v: wanted"),
-    "3 q heads, 2 kv": (lambda a: {"q": a["q"][:, :3]}, ValueError, "heads: wanted .*got 3, 2 and 2"),
-    "k and v heads": (lambda a: {"v": a["v"][:, :1]}, ValueError, "heads: wanted .*got 4, 2 and 1"),
+    "v a token short": (lambda a: {"v": a["v"][:-1]}, ValueError, "v: expected .* for this pass, got"),
+    "a batch axis": (lambda a: {"v": a["v"][None]}, ValueError, "v: expected"),
+    "3 q heads, 2 kv": (lambda a: {"q": a["q"][:, :3]}, ValueError, "heads: expected .*got 3, 2 and 2"),
+    "k and v heads": (lambda a: {"v": a["v"][:, :1]}, ValueError, "heads: expected .*got 4, 2 and 1"),
     "no kv heads": (
         lambda a: {"k": a["k"][:, :0], "v": a["v"][:, :0]},
         ValueError,
@@ -309,12 +309,12 @@ BAD = {
         "head_dim: .*got 0 and 0",
     ),
     "no v width": (lambda a: {"v": a["v"][..., :0]}, ValueError, "head_dim"),
-    "window 0": (lambda a: {"window": 0}, ValueError, "window: wanted at least 1 or None, got 0"),
-    "window -1": (lambda a: {"window": -1}, ValueError, "window: wanted at least 1 or None, got -1"),
+    "window 0": (lambda a: {"window": 0}, ValueError, "window: expected at least 1 or None, got 0"),
+    "window -1": (lambda a: {"window": -1}, ValueError, "window: expected at least 1 or None, got -1"),
     "softcap 0": (
         lambda a: {"softcap": 0.0},
         ValueError,
-        "softcap: wanted a positive number or None, got 0.0",
+        "softcap: expected a positive number or None, got 0.0",
     ),
     "softcap nan": (lambda a: {"softcap": float("nan")}, ValueError, "softcap: .*got nan"),
     "softcap inf": (lambda a: {"softcap": float("inf")}, ValueError, "softcap: .*got inf"),
@@ -323,12 +323,12 @@ BAD = {
     "sinks of kv heads": (
         lambda a: {"sinks": torch.zeros(2)},
         ValueError,
-        r"sinks: wanted a float tensor \[4\]",
+        r"sinks: expected a float tensor \[4\]",
     ),
     "sinks of integers": (lambda a: {"sinks": torch.zeros(4).int()}, ValueError, "sinks: .*got torch.int32"),
     "sinks elsewhere": (lambda a: {"sinks": torch.zeros(4, device="meta")}, ValueError, "sinks: .*on meta"),
     "sinks 2-D": (lambda a: {"sinks": torch.zeros(4, 1)}, ValueError, r"sinks: .*\[4, 1\]"),
-    "unknown impl": (lambda a: {"impl": "flash"}, ValueError, "impl: wanted 'auto' or one of .*got 'flash'"),
+    "unknown impl": (lambda a: {"impl": "flash"}, ValueError, "impl: expected 'auto' or one of .*got 'flash'"),
 }
 
 
@@ -343,7 +343,7 @@ def test_bad_arguments_are_named(name):
 
 def test_an_empty_trie_is_refused():
     empty = sk.plan_trie([], [0], [])
-    with pytest.raises(ValueError, match="trie: wanted at least one token"):
+    with pytest.raises(ValueError, match="trie: expected at least one token"):
         sk.tree_attention(*(torch.zeros(0, 1, 16) for _ in "qkv"), empty)
 
 

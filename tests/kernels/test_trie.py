@@ -239,15 +239,15 @@ def test_bad_sequences_are_named(cells, wanted):
 @pytest.mark.parametrize(
     "ids, offsets, context_lengths, error, wanted",
     [
-        ([1, 2, 3, 4], [0, 3], [1], ValueError, "offsets: wanted .*from 0 to 4"),
-        ([1, 2, 3], [1, 3], [1], ValueError, "offsets: wanted .*from 0 to 3"),
-        ([1, 2, 3], [0, 9], [1], ValueError, "offsets: wanted .*from 0 to 3"),
-        ([1, 2, 3, 4], [0, 2, 4], [1], ValueError, r"offsets: wanted \[2\]"),
-        ([1, 2, 3], [], [], ValueError, r"offsets: wanted \[1\]"),
+        ([1, 2, 3, 4], [0, 3], [1], ValueError, "offsets: expected .*from 0 to 4"),
+        ([1, 2, 3], [1, 3], [1], ValueError, "offsets: expected .*from 0 to 3"),
+        ([1, 2, 3], [0, 9], [1], ValueError, "offsets: expected .*from 0 to 3"),
+        ([1, 2, 3, 4], [0, 2, 4], [1], ValueError, r"offsets: expected \[2\]"),
+        ([1, 2, 3], [], [], ValueError, r"offsets: expected \[1\]"),
         ([1, 2, 3, 4], [0, 4, 2, 4], [1, 1, 1], ValueError, "sequence 1: .*in -2 tokens"),
-        ([1, 2, 3, 4], [0, 2, 4], 1, TypeError, "context_lengths: wanted a flat array of integers"),
-        ([1.5, 2, 3], [0, 3], [1], TypeError, "ids: wanted a flat array of integers, got float64"),
-        ([[1, 2, 3]], [0, 3], [1], TypeError, r"ids: wanted a flat array of integers, got int64 \[1, 3\]"),
+        ([1, 2, 3, 4], [0, 2, 4], 1, TypeError, "context_lengths: expected a flat array of integers"),
+        ([1.5, 2, 3], [0, 3], [1], TypeError, "ids: expected a flat array of integers, got float64"),
+        ([[1, 2, 3]], [0, 3], [1], TypeError, r"ids: expected a flat array of integers, got int64 \[1, 3\]"),
     ],
 )
 def test_arrays_that_do_not_fit_are_named(ids, offsets, context_lengths, error, wanted):
@@ -258,7 +258,7 @@ def test_arrays_that_do_not_fit_are_named(ids, offsets, context_lengths, error, 
 @pytest.mark.parametrize("arguments", [{"max_tokens": 0}, {"max_tokens": -3}, {"block_tokens": 0}])
 def test_bad_budgets_are_named(arguments):
     trie = plan_trie(*flatten(random_cells(4)))
-    with pytest.raises(ValueError, match=f"{next(iter(arguments))}: wanted at least 1"):
+    with pytest.raises(ValueError, match=f"{next(iter(arguments))}: expected at least 1"):
         trie.passes(**arguments)
 
 
@@ -294,5 +294,5 @@ def test_rows_must_be_computed():
     trie = plan_trie(*flatten(random_cells(0)))
     held = np.zeros(len(trie), dtype=bool)
     held[trie.row_token[0]] = True
-    with pytest.raises(ValueError, match="held: wanted no token that predicts something"):
+    with pytest.raises(ValueError, match="held: expected no token that predicts something"):
         trie.passes(7, held=held)

@@ -99,9 +99,9 @@ def wheel(source: Path, out: Path, native: str) -> Path:
     print(f"{built.name}: {built.stat().st_size / 1e6:.2f} MB, {len(names)} files, native: {modules}", flush=True)
     expected = 0 if native == "off" else 2 + bool(shutil.which("nvcc"))
     if len(modules) != expected or any(name.startswith(("csrc/", "tests/", "benchmarks/", "tools/")) for name in names):
-        raise RuntimeError(f"{built.name}: wanted {expected} native modules and the two packages only, got {names}")
+        raise RuntimeError(f"{built.name}: expected {expected} native modules and the two packages only, got {names}")
     if (native == "off") != built.name.endswith("py3-none-any.whl"):
-        raise RuntimeError(f"{built.name}: wanted the tag of its contents")
+        raise RuntimeError(f"{built.name}: expected the tag of its contents")
     return built
 
 
@@ -111,7 +111,7 @@ def digests(python: Path, folder: Path, loaded: bool) -> dict[str, str]:
     for module in ("_C", "_planner"):
         if (found["native"][module] == "loaded") != loaded:
             raise RuntimeError(
-                f"{module}: wanted it {'loaded' if loaded else 'absent'}, got {found['native'][module]!r}"
+                f"{module}: expected it {'loaded' if loaded else 'absent'}, got {found['native'][module]!r}"
             )
     return found["digests"]
 

@@ -46,7 +46,7 @@ def test_switches_say_what_they_want(monkeypatch, name, value, wanted):
 def test_cuda_on_without_nvcc_is_an_error_and_auto_is_not(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.delenv("CUDA_HOME", raising=False)
-    with pytest.raises(BuildError, match="SAPO_BUILD_CUDA=on: wanted nvcc"):
+    with pytest.raises(BuildError, match="SAPO_BUILD_CUDA=on: expected nvcc"):
         Options(cuda="on")
     assert build_native.modules(Options(cuda="auto")) == ["_C", "_planner"]
     assert build_native.modules(Options(cuda="off")) == ["_C", "_planner"]
@@ -133,4 +133,4 @@ def test_setup_refuses_an_unknown_switch():
         [sys.executable, "setup.py", "--name"], cwd=ROOT, env={**os.environ, "SAPO_BUILD_NATIVE": "perhaps"},
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
-    assert done.returncode != 0 and "SAPO_BUILD_NATIVE: wanted on or off, got 'perhaps'" in done.stderr
+    assert done.returncode != 0 and "SAPO_BUILD_NATIVE: expected on or off, got 'perhaps'" in done.stderr

@@ -64,7 +64,7 @@ def test_also_under_compile():
 def test_tensors_with_gradient_are_refused(name):
     arguments = accumulate_arguments()
     arguments[name].requires_grad_()
-    with pytest.raises(RuntimeError, match=f"accumulate_: {name}: wanted it without gradient"):
+    with pytest.raises(RuntimeError, match=f"accumulate_: {name}: expected it without gradient"):
         sk.accumulate_(*arguments.values())
     assert arguments["tokens"].tolist() == [0, 0]
     with torch.no_grad():
@@ -80,7 +80,7 @@ def test_a_loss_with_gradient_is_detached():
 
 def test_a_negated_view_is_refused_before_anything_is_written():
     arguments = accumulate_arguments(nll=torch._neg_view(torch.zeros(2, dtype=F64)))
-    with pytest.raises(RuntimeError, match="accumulate_: nll: wanted memory as it is, got a negated view"):
+    with pytest.raises(RuntimeError, match="accumulate_: nll: expected memory as it is, got a negated view"):
         sk.accumulate_(*arguments.values())
     assert arguments["tokens"].tolist() == [0, 0]
 

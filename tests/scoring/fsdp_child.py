@@ -19,7 +19,7 @@ def steps(model, cache) -> list:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(2):
         scores = sk.score_prompts(model, cache, progress=False)
-        found.append((scores.stats["road"], scores.nll.tolist()))
+        found.append((scores.stats["path"], scores.nll.tolist()))
         ids = torch.tensor([cache.contexts[scores.best][0] + cache.responses[scores.best][0]])
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()

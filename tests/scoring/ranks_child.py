@@ -321,7 +321,7 @@ def main() -> None:
     gathers_in_forward(tiny())
     threads = os.listdir("/proc/self/task") if os.path.isdir("/proc/self/task") else [""]
     if len(threads) != 1:
-        raise RuntimeError(f"wanted one thread before the forks, got {len(threads)}")
+        raise RuntimeError(f"expected one thread before the forks, got {len(threads)}")
     with tempfile.TemporaryDirectory() as folder:
         found = {case["name"]: run(case, folder) for case in json.loads(spec)}
     Path(out).write_text(json.dumps(found))

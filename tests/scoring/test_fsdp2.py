@@ -25,8 +25,8 @@ def test_a_sharded_model_is_scored_as_the_whole_one(tmp_path):
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
     for found in ranks:
         assert found["kinds"] == ["DTensor"], "nothing was sharded"
-        for (road, whole), (other, sharded) in zip(found["whole"], found["sharded"], strict=True):
-            assert road == other == "tree"
+        for (path, whole), (other, sharded) in zip(found["whole"], found["sharded"], strict=True):
+            assert path == other == "tree"
             assert torch.allclose(torch.tensor(whole), torch.tensor(sharded), rtol=0, atol=1e-5)
         assert found["whole"][0][1] != found["whole"][1][1], "the step changed nothing"
     assert ranks[0]["sharded"] == ranks[1]["sharded"]

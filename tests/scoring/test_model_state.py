@@ -122,22 +122,22 @@ def exact_copy(model):
     return exact
 
 
-def assert_no_worse(name: str, roads, dtype=torch.float32, autocast=contextlib.nullcontext):
+def assert_no_worse(name: str, paths, dtype=torch.float32, autocast=contextlib.nullcontext):
     """Mean error per token against float64: at most 1.5 times the plain forward's own, plus 1e-3 nats.
 
     Over three models: one expert routed otherwise after rounding moves the mean of a single one by half.
     """
-    own, errors = [], {road: [] for road in roads}
+    own, errors = [], {path: [] for path in paths}
     for seed in range(3):
         model, cache = build(name, seed=seed, dtype=dtype), cells(seed)
         exact, tokens = plain_nll(exact_copy(model), cache), torch.from_numpy(cache.response_lengths)
         with autocast():
             own.append(float(((plain_nll(model, cache) - exact).abs() / tokens.view_as(exact)).mean()))
-            for impl, max_tokens, road in roads:
+            for impl, max_tokens, path in paths:
                 scores = sk.score_prompts(model, cache, impl=impl, max_tokens=max_tokens)
-                assert scores.stats["road"] == road, scores.stats["reason"]
+                assert scores.stats["path"] == path, scores.stats["reason"]
                 error = float(((scores.nll - exact).abs() / scores.tokens).mean())
-                errors[impl, max_tokens, road].append(error)
+                errors[impl, max_tokens, path].append(error)
     plain = sum(own) / len(own)
     means = {f"{impl}@{size}": sum(e) / len(e) for (impl, size, _), e in errors.items()}
     text = ", ".join(f"{what} {error:.1e}" for what, error in {"plain": plain, **means}.items())
@@ -145,8 +145,8 @@ def assert_no_worse(name: str, roads, dtype=torch.float32, autocast=contextlib.n
     assert max(means.values()) <= 1.5 * plain + 1e-3, text
 
 
-TREE_ROADS = (("auto", 4096, "tree"), ("tree", 24, "tree"), ("padded", 200, "padded"))
-PADDED_ROADS = (("auto", 200, "padded"),)
+TREE_PATHS = (("auto", 4096, "tree"), ("tree", 24, "tree"), ("padded", 200, "padded"))
+PADDED_PATHS = (("auto", 200, "padded"),)
 
 
 LOW = ["llama-tied", "qwen3", "gemma2", "gemma3_text", "gpt_oss", "deepseek_v3", "gpt2", "phi"]
@@ -154,23 +154,23 @@ LOW = ["llama-tied", "qwen3", "gemma2", "gemma3_text", "gpt_oss", "deepseek_v3",
 
 @pytest.mark.parametrize("name", LOW)
 def test_bfloat16_is_as_good_as_the_plain_forward(name):
-    assert_no_worse(name, TREE_ROADS, torch.bfloat16)
+    assert_no_worse(name, TREE_PATHS, torch.bfloat16)
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma2", "gpt_oss", "gpt2"])
 def test_float16_is_as_good_as_the_plain_forward(name):
-    assert_no_worse(name, TREE_ROADS, torch.float16)
+    assert_no_worse(name, TREE_PATHS, torch.float16)
 
 
 @pytest.mark.parametrize("name", ["mamba2", "bloom"])
-def test_bfloat16_on_the_padded_road(name):
-    assert_no_worse(name, PADDED_ROADS, torch.bfloat16)
+def test_bfloat16_on_the_padded_path(name):
+    assert_no_worse(name, PADDED_PATHS, torch.bfloat16)
 
 
 @pytest.mark.parametrize("name", LOW)
 def test_autocast_is_as_good_as_the_plain_forward_under_autocast(name):
     """As the trainer runs fp32 weights: rotary embeddings leave q and k in fp32 there, v is bf16."""
-    assert_no_worse(name, TREE_ROADS, autocast=lambda: torch.autocast("cpu", torch.bfloat16))
+    assert_no_worse(name, TREE_PATHS, autocast=lambda: torch.autocast("cpu", torch.bfloat16))
 
 
 def test_autocast_and_plain_scoring_alternate(cache):
@@ -195,8 +195,8 @@ def test_forward_that_a_trainer_wrapped_in_autocast(name, scored, cache):
     model = accelerate.Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model)
     own = float((plain_nll(model, cache) - exact).abs().mean())
     assert own > 1e-4
-    for road in ("tree", "padded"):
-        scores = sk.score_prompts(model, cache, impl=road)
+    for path in ("tree", "padded"):
+        scores = sk.score_prompts(model, cache, impl=path)
         assert float((scores.nll - exact).abs().mean()) <= 1.5 * own + 1e-3
 
 

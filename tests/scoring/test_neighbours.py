@@ -51,7 +51,7 @@ def test_batch_reduction_is_what_trainer_evaluate_gives(batch_size, tmp_path):
     assert abs(wanted - float(scores.loss[0])) > 1e-4, "the job should tell the reductions apart"
 
 
-def test_activated_lora_takes_the_padded_road():
+def test_activated_lora_takes_the_padded_path():
     peft = pytest.importorskip("peft")
     cache = job()
     invocation = cache.contexts[0][0][2:4]
@@ -61,7 +61,7 @@ def test_activated_lora_takes_the_padded_road():
     )  # fmt: skip
     model = peft.get_peft_model(small_qwen3(), config).eval()
     scores = sk.score_prompts(model, cache)
-    assert scores.stats["road"] == "padded" and "invocation tokens" in scores.stats["reason"]
+    assert scores.stats["path"] == "padded" and "invocation tokens" in scores.stats["reason"]
     alone = []
     for context, response in zip(sum(cache.contexts, []), sum(cache.responses, []), strict=True):
         ids = torch.tensor([context + response])
@@ -106,7 +106,7 @@ def test_chat_template_that_shows_nothing_is_an_error():
 
 @pytest.mark.parametrize("option", [{"suffix": "x"}, {"template": "{prompt}{input}"}, {"max_target": 3}])
 def test_rendering_options_beside_a_cache_are_refused(option):
-    with pytest.raises(ValueError, match="wanted none beside a ResponseCache"):
+    with pytest.raises(ValueError, match="expected none beside a ResponseCache"):
         sk.score_prompts(small_qwen3(), job(), **option)
 
 
@@ -114,7 +114,7 @@ def test_rendering_options_beside_a_cache_are_refused(option):
     ("option", "message"),
     [
         ({"suffix": "a <|im_end|> b"}, "suffix: .*special token"),
-        ({"max_source": 2.5}, "max_source: wanted a whole number"),
+        ({"max_source": 2.5}, "max_source: expected a whole number"),
     ],
 )
 def test_bad_build_options_are_named(option, message):

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import sapo_kernels as sk
-from sapo_kernels.scoring import compatibility as probe
 from tests.families import build, cells, per_token_error, plain_nll, print_table
 from tests.tolerances import TOLERANCES
 
@@ -24,7 +23,7 @@ def cache():
 
 @pytest.fixture(scope="module")
 def table():
-    """Rows of (adapter, road or "moved" from the base model, difference), printed when the module is done."""
+    """Rows of (adapter, path or "moved" from the base model, difference), printed when the module is done."""
     rows: list[tuple[str, str, float]] = []
     yield rows
     print_table("largest difference from the plain forward, nats per token", rows)
@@ -55,12 +54,12 @@ def lora(targets=None, **options):
     return peft.LoraConfig(**{**settings, **options})
 
 
-def check(model, cache, table, what: str, base=None, *, road: str = "tree"):
-    """Tree road with small and large passes and padded road, each against the plain forward of `model` as it is."""
+def check(model, cache, table, what: str, base=None, *, path: str = "tree"):
+    """Tree path with small and large passes and padded path, each against the plain forward of `model` as it is."""
     plain = plain_nll(model, cache)
     for impl, max_tokens in (("auto", 4096), ("auto", 24), ("padded", 200)):
         scores = sk.score_prompts(model, cache, impl=impl, max_tokens=max_tokens)
-        assert scores.stats["road"] == ("padded" if impl == "padded" else road), scores.stats["reason"]
+        assert scores.stats["path"] == ("padded" if impl == "padded" else path), scores.stats["reason"]
         error = per_token_error(scores, plain)
         table.append((what, f"{impl}@{max_tokens}", error))
         assert error < TOLERANCE, f"{what}, impl={impl}, max_tokens={max_tokens}: {error:.3g} nats per token"
@@ -175,7 +174,7 @@ def test_refused_family_with_an_adapter(cache, table):
     base = build("mamba")
     base_nll = plain_nll(base, cache)
     model = adapted(base, lora(["in_proj", "x_proj"]))
-    check(model, cache, table, "mamba", base_nll, road="padded")
+    check(model, cache, table, "mamba", base_nll, path="padded")
 
 
 @pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig", "PromptEncoderConfig"])
@@ -207,11 +206,9 @@ def test_adapters_keep_their_flags_and_gradients(cache):
     assert model.active_adapters == ["default"]
 
 
-def test_changed_weights_need_no_new_probe(cache, monkeypatch):
-    """As in training: the adapter moves, the verdict stays, the scores follow."""
+def test_the_scores_follow_the_weights(cache):
     model = adapted(build("qwen3"), lora(ATTENTION))
     first = sk.score_prompts(model, cache)
-    monkeypatch.setattr(probe, "_probe", lambda *a: pytest.fail("probed again"))
     stir(model, "default")
     scores = sk.score_prompts(model, cache)
     assert per_token_error(scores, plain_nll(model, cache)) < TOLERANCE

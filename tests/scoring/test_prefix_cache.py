@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import sapo_kernels as sk
-from sapo_kernels.scoring import prefix_cache, score
+from sapo_kernels.scoring import decoder, head, paths, prefix_cache, score
 from sapo_kernels.scoring.prefix_cache import PrefixCache
+from sapo_kernels.scoring.verification import Disagreement
 from tests.families import TREE, build, per_token_error, plain_nll
 from tests.tolerances import TOLERANCES
 
@@ -109,7 +110,7 @@ def test_every_family_finds_its_prefixes(family):
     """Windows, softcaps, sinks, values of another width, layers that share keys: the prefix is what it was."""
     cache, model = job(3, prompts=3, examples=12), build(family.name)
     scores = sk.score_prompts(model, cache, race=ALL, max_tokens=50)
-    assert scores.stats["road"] == "tree" and scores.scored.all()
+    assert scores.stats["path"] == "tree" and scores.scored.all()
     assert scores.stats["trie_tokens"] < sum(rounds_of(cache, ALL)[0])
     assert per_token_error(scores, plain_nll(model, cache)) < ATOL
 
@@ -162,16 +163,16 @@ def test_there_is_room_for_so_much(share, monkeypatch):
 def test_memory_comes_before_prefixes(monkeypatch, caplog):
     """A pass of a later round that does not fit gives the prefixes up, and the round begins again without them."""
     cache, model = job(7), build("llama")
-    plain, run, failed = plain_nll(model, cache), sk.decoder.TreeRunner.run, []
+    plain, run, failed = plain_nll(model, cache), decoder.TreeRunner.run, []
 
-    def limited(runner, step):
+    def limited(runner, step, checks):
         if step.held and not failed:
             failed.append(step)
             raise torch.OutOfMemoryError("CUDA out of memory (staged)")
         assert not (failed and step.held)
-        return run(runner, step)
+        return run(runner, step, checks)
 
-    monkeypatch.setattr(sk.decoder.TreeRunner, "run", limited)
+    monkeypatch.setattr(decoder.TreeRunner, "run", limited)
     with caplog.at_level(logging.WARNING, "sapo_kernels"):
         scores = sk.score_prompts(model, cache, race=ALL, max_tokens=40)
     assert len(failed) == 1
@@ -180,25 +181,24 @@ def test_memory_comes_before_prefixes(monkeypatch, caplog):
     ]
     assert per_token_error(scores, plain) < ATOL
     tokens, _ = rounds_of(cache, ALL)
-    assert scores.stats["trie_tokens"] == sum(tokens) and scores.stats["road"] == "tree"
+    assert scores.stats["trie_tokens"] == sum(tokens) and scores.stats["path"] == "tree"
 
 
 @pytest.mark.parametrize("fails", [1, 2])
 def test_no_memory_in_the_first_round(fails, monkeypatch, caplog):
     """Nothing is kept from then on; the first pass is halved, a later one begins its round again."""
     cache, model, passes = job(7), build("llama"), []
-    run = sk.decoder.TreeRunner.run
+    run = decoder.TreeRunner.run
 
-    def limited(runner, step):
+    def limited(runner, step, checks):
         passes.append(step)
         if runner.prefixes is not None and sum(len(step.position) > 8 for step in passes) == fails:
             passes.append(step)
             raise torch.OutOfMemoryError("CUDA out of memory (staged)")
         assert not step.held
-        return run(runner, step)
+        return run(runner, step, checks)
 
-    sk.score_prompts(model, cache, max_tokens=40)  # the probe's passes are not meant
-    monkeypatch.setattr(sk.decoder.TreeRunner, "run", limited)
+    monkeypatch.setattr(decoder.TreeRunner, "run", limited)
     with caplog.at_level(logging.WARNING, "sapo_kernels"):
         scores = sk.score_prompts(model, cache, race=ALL, max_tokens=40)
     said = [r.getMessage() for r in caplog.records]
@@ -240,28 +240,30 @@ def test_what_is_kept_is_there_twice_at_most(monkeypatch):
     assert all(peak <= 2.05 * whole for peak, _ in seen[1:]), (seen, whole)
 
 
-def test_a_race_that_leaves_the_tree_keeps_nothing(monkeypatch):
-    cache, model, held = job(9), build("llama"), []
-    measure = score.ScoringJob.measure
+def test_a_race_that_leaves_the_tree_begins_again(monkeypatch):
+    """A later round has a longer cell, which the tree gets wrong: what the earlier rounds had is scored again too."""
+    cache, model, seen = job(9), build("llama"), []
+    run = paths.Paths.run
 
-    def later(self):
-        if self.selected_late():
-            self.impl = "padded"
-        held.append(self.prefixes)
-        return measure(self)
+    def wrong_when_longer(job, path, checks, plain):
+        seen.append((path, len(checks), job.prefixes is not None))
+        if path == "tree" and checks and len(seen) > 1:
+            raise Disagreement("it differs from the plain model by 1 nats")
+        return run(job, path, checks, plain)
 
-    monkeypatch.setattr(score.ScoringJob, "selected_late", lambda self: len(self.cache.selected) < 20, raising=False)
-    monkeypatch.setattr(score.ScoringJob, "measure", later)
+    monkeypatch.setattr(paths.Paths, "run", wrong_when_longer)
     scores = sk.score_prompts(model, cache, race=ALL)
-    assert scores.stats["road"] == "padded" and scores.scored.all()
-    assert held[0] is not None and held[-1] is None
+    assert scores.stats["path"] == "padded" and scores.scored.all()
+    changed = [path for path, *_ in seen].index("padded")
+    assert 1 < changed < len(seen) - 2 and seen[0][2] and not any(kept for *_, kept in seen[changed + 1 :])
+    assert sum(path == "padded" for path, *_ in seen) >= changed
     assert per_token_error(scores, plain_nll(model, cache)) < ATOL
 
 
 def test_the_bar_counts_what_is_computed(monkeypatch):
     shown = []
 
-    class Bar(score.Progress):
+    class Bar(paths.Progress):
         def __init__(self, cells, dense, total, show):
             super().__init__(cells, dense, total, False)
             shown.append([total, 0])
@@ -269,7 +271,7 @@ def test_the_bar_counts_what_is_computed(monkeypatch):
         def update(self, cells, done):
             shown[-1][1] = done
 
-    monkeypatch.setattr(score, "Progress", Bar)
+    monkeypatch.setattr(paths, "Progress", Bar)
     scores = sk.score_prompts(build("llama"), job(), race=ALL, max_tokens=40)
     assert [total for total, _ in shown] == [done for _, done in shown]
     assert sum(total for total, _ in shown) == scores.stats["trie_tokens"]
@@ -289,14 +291,14 @@ def test_no_memory_at_the_end_of_a_round_costs_the_prefixes_only(monkeypatch):
 
 def test_a_pass_that_does_not_fit_either_is_halved(monkeypatch, caplog):
     cache, model = job(7), build("llama")
-    run = sk.decoder.TreeRunner.run
+    run = decoder.TreeRunner.run
 
-    def limited(runner, step):
+    def limited(runner, step, checks):
         if len(step.position) > 45:
             raise torch.OutOfMemoryError("CUDA out of memory (staged)")
-        return run(runner, step)
+        return run(runner, step, checks)
 
-    monkeypatch.setattr(sk.decoder.TreeRunner, "run", limited)
+    monkeypatch.setattr(decoder.TreeRunner, "run", limited)
     with caplog.at_level(logging.WARNING, "sapo_kernels"):
         scores = sk.score_prompts(model, cache, race=ALL, max_tokens=60)
     assert "halving" in caplog.text
@@ -318,36 +320,18 @@ def test_nothing_is_left_behind(monkeypatch):
     assert kept() is None
 
 
-def test_a_head_that_is_scored_again_finds_the_same_prefixes(monkeypatch, caplog):
-    """A round may be run twice: through the fused head, and through the model's own logits when that disagrees."""
-    cache, model = job(9), build("llama")
-    plain, rounds = plain_nll(model, cache), []
-    agrees = sk.head.HeadReader.agrees
-
-    def once(reader):
-        rounds.append(reader.through_model)
-        return agrees(reader) and (reader.through_model or len(rounds) not in (2, 4))
-
-    monkeypatch.setattr(sk.head.HeadReader, "agrees", once)
-    scores = sk.score_prompts(model, cache, race=ALL, max_tokens=40)
-    assert rounds[:5] == [False, False, True, False, True]
-    assert per_token_error(scores, plain) < ATOL
-    tokens, again = rounds_of(cache, ALL)
-    assert scores.stats["trie_tokens"] == sum(tokens) - again
-
-
 def test_logits_of_the_model_keep_their_bound(monkeypatch):
     """A head whose transform is not known goes through the model, in passes of so many logits."""
     cache, model, passes = job(9), build("llama"), []
-    monkeypatch.setattr(sk.head.support, "head_transform", lambda model: (2.0, None))
-    monkeypatch.setattr(score, "MODEL_LOGITS_BYTES", 4 * 300 * 13)
-    run = sk.decoder.TreeRunner.run
+    monkeypatch.setattr(head.support, "head_transform", lambda model: (2.0, None))
+    monkeypatch.setattr(paths, "MODEL_LOGITS_BYTES", 4 * 300 * 13)
+    run = decoder.TreeRunner.run
 
-    def spy(runner, step):
+    def spy(runner, step, checks):
         passes.append((runner.reader.through_model, len(step.input_ids)))
-        return run(runner, step)
+        return run(runner, step, checks)
 
-    monkeypatch.setattr(sk.decoder.TreeRunner, "run", spy)
+    monkeypatch.setattr(decoder.TreeRunner, "run", spy)
     scores = sk.score_prompts(model, cache, race=ALL, max_tokens=40)
     assert per_token_error(scores, plain_nll(model, cache)) < ATOL
     through = [tokens for yes, tokens in passes if yes]

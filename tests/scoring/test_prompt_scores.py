@@ -106,10 +106,10 @@ def test_the_reduction_may_change_the_ranking():
 def test_bad_reductions_are_named():
     made = scores(MATRIX, COUNTS)
     for kind in ("mean", "", None):
-        with pytest.raises(ValueError, match="kind: wanted one of"):
+        with pytest.raises(ValueError, match="kind: expected one of"):
             made.reduce(kind)
     for batch_size in (0, -1):
-        with pytest.raises(ValueError, match=f"batch_size: wanted at least 1, got {batch_size}"):
+        with pytest.raises(ValueError, match=f"batch_size: expected at least 1, got {batch_size}"):
             made.reduce("batch", batch_size)
 
 
@@ -189,13 +189,13 @@ def test_bad_fields_are_refused(name):
 
 @pytest.mark.parametrize("field", ["schema", "prompts", "nll", "tokens"])
 def test_missing_fields_are_named(field):
-    with pytest.raises(DataError, match=f"scores: {field}: wanted"):
+    with pytest.raises(DataError, match=f"scores: {field}: expected"):
         PromptScores.from_dict({k: v for k, v in GOOD.items() if k != field})
 
 
 @pytest.mark.parametrize("data", [None, 5, "text", [], [GOOD], {}])
 def test_other_documents_are_refused(data):
-    with pytest.raises(DataError, match="scores: schema: wanted"):
+    with pytest.raises(DataError, match="scores: schema: expected"):
         PromptScores.from_dict(data)
 
 

@@ -246,7 +246,7 @@ BAD_OPTIONS = {
 @pytest.mark.parametrize("name", BAD_OPTIONS)
 def test_bad_options_are_named(name):
     for value in BAD_OPTIONS[name]:
-        with pytest.raises((ValueError, TypeError), match=f"^{name}: wanted"):
+        with pytest.raises((ValueError, TypeError), match=f"^{name}: expected"):
             sk.Race(**{name: value})
 
 
@@ -284,16 +284,16 @@ def test_null_stands_for_cells_not_scored_only():
 
 BAD_REPORTS = {
     "race: wanted an object": [None, 3, [], "won"],
-    "race: winner: wanted": [{"winner": 2}, {"winner": -2}, {"winner": True}, {"winner": None}],
+    "race: winner: expected": [{"winner": 2}, {"winner": -2}, {"winner": True}, {"winner": None}],
     "race: examples: wanted a list of 2": [{"examples": [1]}, {"examples": 3}],
-    r"race: examples\[1\]: wanted": [{"examples": [1, -1]}, {"examples": [1, 1.5]}, {"examples": [1, 2**63]}],
-    r"race: left\[0\]: wanted": [{"left": [0, 1]}, {"left": [9, 1]}],
-    r"race: reason\[0\]: wanted": [{"reason": ["lost", "worse"]}, {"reason": [[], "worse"]}],
-    r"race: against\[1\]: wanted": [{"against": [0, 2]}, {"against": [0, False]}],
+    r"race: examples\[1\]: expected": [{"examples": [1, -1]}, {"examples": [1, 1.5]}, {"examples": [1, 2**63]}],
+    r"race: left\[0\]: expected": [{"left": [0, 1]}, {"left": [9, 1]}],
+    r"race: reason\[0\]: expected": [{"reason": ["lost", "worse"]}, {"reason": [[], "worse"]}],
+    r"race: against\[1\]: expected": [{"against": [0, 2]}, {"against": [0, False]}],
     "race: against: prompt 0 is compared with itself": [{"against": [1, 0]}],
-    r"race: lower\[1\]: wanted": [{"lower": [0.0, "low"]}, {"lower": [0.0, 10**400]}],
-    "race: regret: wanted": [{"regret": "none"}, {"regret": None}],
-    "race: total: wanted": [{"total": 0}],
+    r"race: lower\[1\]: expected": [{"lower": [0.0, "low"]}, {"lower": [0.0, 10**400]}],
+    "race: regret: expected": [{"regret": "none"}, {"regret": None}],
+    "race: total: expected": [{"total": 0}],
     "race: rounds: wanted a list": [{"rounds": 3}],
 }
 
@@ -325,7 +325,7 @@ def test_a_model_is_raced(tiny_model, chat_tokenizer, impl):
     assert torch.equal(scores.tokens[scores.scored], full.tokens[scores.scored])
     assert float(full.loss[scores.best] - full.loss.min()) <= 0.05
     assert 0 < scores.stats["trie_tokens"] < full.stats["trie_tokens"]
-    assert scores.stats["dense_tokens"] == full.stats["dense_tokens"] and scores.stats["road"] == impl
+    assert scores.stats["dense_tokens"] == full.stats["dense_tokens"] and scores.stats["path"] == impl
     again = sk.score_prompts(tiny_model, cache, impl=impl, race=sk.Race(tolerance=0.05))
     assert again.race == scores.race and torch.equal(again.nll.nan_to_num(), scores.nll.nan_to_num())
 
@@ -342,7 +342,7 @@ def test_a_race_that_scores_everything_gives_the_same_matrix(tiny_model, chat_to
 def test_the_padded_road_is_announced_once_a_race(tiny_model, chat_tokenizer, monkeypatch, caplog):
     monkeypatch.setattr("sapo_kernels.scoring.model_support.adapter_by_row", lambda model: "its layers say so")
     scores = sk.score_prompts(tiny_model, PROMPTS, EXAMPLES, tokenizer=chat_tokenizer, race=sk.Race(delta=1e-9))
-    assert len(scores.race.rounds) > 1 and scores.stats["road"] == "padded"
+    assert len(scores.race.rounds) > 1 and scores.stats["path"] == "padded"
     assert [r.getMessage() for r in caplog.records] == ["scoring by the padded road: its layers say so"]
     assert scores.stats["reason"] == "its layers say so"
 

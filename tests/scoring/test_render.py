@@ -41,7 +41,7 @@ def test_placeholders_are_filled_once(tokenizer):
 @pytest.mark.parametrize(
     "template, wanted",
     [
-        ("{prompt}", r"wanted \{prompt\} and \{input\}, got none of \['input'\]"),
+        ("{prompt}", r"expected \{prompt\} and \{input\}, got none of \['input'\]"),
         ("{input}", r"got none of \['prompt'\]"),
         ("", r"got none of \['input', 'prompt'\]"),
         ("{ prompt } {input }", r"got none of \['input', 'prompt'\]"),
@@ -54,7 +54,7 @@ def test_a_template_without_a_placeholder_is_refused(tokenizer, template, wanted
 
 @pytest.mark.parametrize("template", [5, ["{prompt} {input}"], {"a": 1}, b"{prompt}{input}"])
 def test_a_template_of_another_kind_is_refused(tokenizer, template):
-    with pytest.raises(TypeError, match="template: wanted a string, a callable or None, got"):
+    with pytest.raises(TypeError, match="template: expected a string, a callable or None, got"):
         Renderer(tokenizer, template)
 
 
@@ -71,7 +71,7 @@ def test_a_callable_gives_the_turn_or_both_texts(tokenizer, chat_tokenizer):
 
 @pytest.mark.parametrize("made", [None, 5, ("a",), ("a", "b", "c"), ("a", 1), ["a", "b"]])
 def test_a_callable_that_gives_something_else_is_refused(tokenizer, made):
-    with pytest.raises(TypeError, match=r"template: wanted a string or \(context, response\), got"):
+    with pytest.raises(TypeError, match=r"template: expected a string or \(context, response\), got"):
         Renderer(tokenizer, lambda p, e: made).render("P", EXAMPLE)
 
 
@@ -115,14 +115,14 @@ def test_a_tokenizer_without_end_of_sequence():
 def test_prompts_are_checked():
     assert check_prompts(("a", "b", "a")) == ["a", "b", "a"], "duplicates are allowed"
     for prompts, error, wanted in (
-        ([], ValueError, "prompts: wanted at least one, got an empty list"),
-        ("abc", TypeError, "prompts: wanted a list of strings, got str"),
-        (None, TypeError, "prompts: wanted a list of strings, got NoneType"),
-        ({"a": 1}, TypeError, "prompts: wanted a list of strings, got dict"),
-        (["a", 5], TypeError, "prompt 1: wanted a string, got int"),
-        (["a", None], TypeError, "prompt 1: wanted a string, got NoneType"),
-        (["a", "b", ""], ValueError, "prompt 2: wanted text, got an empty string"),
-        (["\t\n \u2003"], ValueError, "prompt 0: wanted text"),
+        ([], ValueError, "prompts: expected at least one, got an empty list"),
+        ("abc", TypeError, "prompts: expected a list of strings, got str"),
+        (None, TypeError, "prompts: expected a list of strings, got NoneType"),
+        ({"a": 1}, TypeError, "prompts: expected a list of strings, got dict"),
+        (["a", 5], TypeError, "prompt 1: expected a string, got int"),
+        (["a", None], TypeError, "prompt 1: expected a string, got NoneType"),
+        (["a", "b", ""], ValueError, "prompt 2: expected text, got an empty string"),
+        (["\t\n \u2003"], ValueError, "prompt 0: expected text"),
         (["a", "b <|im_end|> c"], ValueError, r"prompt 1: .*special token '<\|im_end\|>'"),
     ):
         with pytest.raises(error, match=wanted):
@@ -142,22 +142,22 @@ def test_examples_are_checked():
     ]
     good = {"input": "i", "target": "t"}
     for examples, error, wanted in (
-        ([], ValueError, "examples: wanted at least one, got an empty list"),
-        (good, TypeError, "examples: wanted a list of mappings, got dict"),
-        ("abc", TypeError, "examples: wanted a list of mappings, got str"),
-        ([good, "x"], TypeError, "example 1: wanted a mapping with 'input' and 'target', got str"),
+        ([], ValueError, "examples: expected at least one, got an empty list"),
+        (good, TypeError, "examples: expected a list of mappings, got dict"),
+        ("abc", TypeError, "examples: expected a list of mappings, got str"),
+        ([good, "x"], TypeError, "example 1: expected a mapping with 'input' and 'target', got str"),
         (
             [good, {"input": "i"}],
             ValueError,
-            r"example 1: wanted the key 'target' \(or 'label'\), got \['input'\]",
+            r"example 1: expected the key 'target' \(or 'label'\), got \['input'\]",
         ),
-        ([{"target": "t"}], ValueError, r"example 0: wanted the key 'input' \(or 'sentence'\)"),
-        ([{}], ValueError, r"example 0: wanted the key .*got \[\]"),
-        ([{"input": None, "target": "t"}], TypeError, "example 0: 'input': wanted a string, got NoneType"),
-        ([good, {"input": "i", "target": 5}], TypeError, "example 1: 'target': wanted a string, got int"),
-        ([{"sentence": "s", "label": ["l"]}], TypeError, "example 0: 'label': wanted a string, got list"),
-        ([good, good, {"input": "i", "target": ""}], ValueError, "example 2: wanted a target, got an empty"),
-        ([{"input": "i", "target": " \n"}], ValueError, "example 0: wanted a target, got an empty"),
+        ([{"target": "t"}], ValueError, r"example 0: expected the key 'input' \(or 'sentence'\)"),
+        ([{}], ValueError, r"example 0: expected the key .*got \[\]"),
+        ([{"input": None, "target": "t"}], TypeError, "example 0: 'input': expected a string, got NoneType"),
+        ([good, {"input": "i", "target": 5}], TypeError, "example 1: 'target': expected a string, got int"),
+        ([{"sentence": "s", "label": ["l"]}], TypeError, "example 0: 'label': expected a string, got list"),
+        ([good, good, {"input": "i", "target": ""}], ValueError, "example 2: expected a target, got an empty"),
+        ([{"input": "i", "target": " \n"}], ValueError, "example 0: expected a target, got an empty"),
     ):
         with pytest.raises(error, match=wanted):
             check_examples(examples)

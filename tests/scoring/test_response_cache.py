@@ -138,7 +138,7 @@ def test_an_impossible_source_limit_is_an_error(chat_tokenizer):
     examples = [{"input": "a", "target": "t"}]
     frame = len(chat_tokenizer(TURN.format("Do it.", ""), add_special_tokens=False)["input_ids"])
     ResponseCache.build(chat_tokenizer, ["Do.", "Do it."], examples, max_source=frame)
-    with pytest.raises(ValueError, match=f"prompt 1, example 0: wanted a context of at most {frame - 1} tokens"):
+    with pytest.raises(ValueError, match=f"prompt 1, example 0: expected a context of at most {frame - 1} tokens"):
         ResponseCache.build(chat_tokenizer, ["Do.", "Do it."], examples, max_source=frame - 1)
 
 
@@ -165,19 +165,19 @@ def test_special_tokens_in_data_are_counted_and_named(tokenizer, caplog):
 @pytest.mark.parametrize(
     "arguments, error, wanted",
     [
-        ({"prompts": []}, ValueError, "prompts: wanted at least one, got an empty list"),
-        ({"prompts": ["P", " "]}, ValueError, "prompt 1: wanted text"),
+        ({"prompts": []}, ValueError, "prompts: expected at least one, got an empty list"),
+        ({"prompts": ["P", " "]}, ValueError, "prompt 1: expected text"),
         ({"prompts": ["P", "a\ud800"]}, ValueError, "prompt 1: .*lone surrogate at character 1"),
         ({"prompts": ["a\0b"]}, ValueError, "prompt 0: .*NUL"),
-        ({"examples": []}, ValueError, "examples: wanted at least one, got an empty list"),
-        ({"examples": [{"input": "i", "target": " "}]}, ValueError, "example 0: wanted a target"),
+        ({"examples": []}, ValueError, "examples: expected at least one, got an empty list"),
+        ({"examples": [{"input": "i", "target": " "}]}, ValueError, "example 0: expected a target"),
         ({"examples": [{"input": "\udc00", "target": "t"}]}, ValueError, "example 0: 'input': .*lone surrogate"),
         ({"examples": [{"sentence": "s", "label": "\ud800"}]}, ValueError, "example 0: 'label': .*lone surrogate"),
-        ({"max_source": 0}, ValueError, "max_source: wanted a whole number of at least 1, got 0"),
-        ({"max_target": -1}, ValueError, "max_target: wanted a whole number of at least 1, got -1"),
-        ({"template": "{prompt}"}, ValueError, "template: wanted"),
-        ({"template": lambda p, e: ("", "t")}, ValueError, "prompt 0, example 0: wanted at least one context token"),
-        ({"template": lambda p, e: ("c", "")}, ValueError, "prompt 0, example 0: wanted at least one response token"),
+        ({"max_source": 0}, ValueError, "max_source: expected a whole number of at least 1, got 0"),
+        ({"max_target": -1}, ValueError, "max_target: expected a whole number of at least 1, got -1"),
+        ({"template": "{prompt}"}, ValueError, "template: expected"),
+        ({"template": lambda p, e: ("", "t")}, ValueError, "prompt 0, example 0: expected at least one context token"),
+        ({"template": lambda p, e: ("c", "")}, ValueError, "prompt 0, example 0: expected at least one response token"),
     ],
 )
 def test_bad_arguments_are_named(tokenizer, arguments, error, wanted):
@@ -214,30 +214,30 @@ def test_ids_from_outside():
 @pytest.mark.parametrize(
     "contexts, responses, error, wanted",
     [
-        ([], [[1]], ValueError, "contexts: wanted at least one prompt and one example"),
-        ([[]], [[1]], ValueError, "contexts: wanted at least one prompt and one example"),
-        (5, [[1]], TypeError, "contexts: wanted a list, got int"),
-        ([1, 2], [[1]], TypeError, r"contexts\[0\]: wanted a list, got int"),
-        ({"a": 1}, [[1]], TypeError, "contexts: wanted a list, got dict"),
-        ([[[1], [2]], [[3]]], [[1], [2]], ValueError, r"contexts\[1\]: wanted 2 examples as in contexts\[0\], got 1"),
-        ([[1, 2]], [[1], [2]], TypeError, r"contexts\[0\]\[0\]: wanted a flat list of token ids"),
-        ([["ab"]], [[1]], TypeError, r"contexts\[0\]\[0\]: wanted a flat list of token ids"),
-        ([[[1.0]]], [[1]], TypeError, r"contexts\[0\]\[0\]: wanted a flat list of token ids, got float64"),
+        ([], [[1]], ValueError, "contexts: expected at least one prompt and one example"),
+        ([[]], [[1]], ValueError, "contexts: expected at least one prompt and one example"),
+        (5, [[1]], TypeError, "contexts: expected a list, got int"),
+        ([1, 2], [[1]], TypeError, r"contexts\[0\]: expected a list, got int"),
+        ({"a": 1}, [[1]], TypeError, "contexts: expected a list, got dict"),
+        ([[[1], [2]], [[3]]], [[1], [2]], ValueError, r"contexts\[1\]: expected 2 examples as in contexts\[0\], got 1"),
+        ([[1, 2]], [[1], [2]], TypeError, r"contexts\[0\]\[0\]: expected a flat list of token ids"),
+        ([["ab"]], [[1]], TypeError, r"contexts\[0\]\[0\]: expected a flat list of token ids"),
+        ([[[1.0]]], [[1]], TypeError, r"contexts\[0\]\[0\]: expected a flat list of token ids, got float64"),
         ([[[True]]], [[1]], TypeError, r"contexts\[0\]\[0\]: .*got bool"),
         ([[[1, None]]], [[1]], TypeError, r"contexts\[0\]\[0\]: .*got object"),
         ([[[[1], [2, 3]]]], [[1]], TypeError, r"contexts\[0\]\[0\]: .*got nested lists"),
-        ([[[1], []]], [[1], [2]], ValueError, r"contexts\[0\]\[1\]: wanted at least one token id, got none"),
+        ([[[1], []]], [[1], [2]], ValueError, r"contexts\[0\]\[1\]: expected at least one token id, got none"),
         ([[[1], [2, -3]]], [[1], [2]], ValueError, r"contexts\[0\]\[1\]: .*not be negative, got -3"),
         ([[[2**63]]], [[1]], ValueError, r"contexts\[0\]\[0\]: .*below 2\*\*63, got 9223372036854775808"),
-        ([[[1]]], [], ValueError, "responses: wanted at least one, got none"),
-        ([[[1]]], [[]], ValueError, "responses: wanted at least one, got none or an empty first response"),
-        ([[[1]]], 5, TypeError, "responses: wanted a list, got int"),
-        ([[[1]]], [5], TypeError, r"responses\[0\]: wanted a list, got int"),
-        ([[[1]]], [[1], [2]], ValueError, r"responses: wanted 1 \(one per example\) or 1 lists.*got 2"),
-        ([[[1], [2]]], [[[1]]], ValueError, r"responses\[0\]: wanted 2 examples, got 1"),
-        ([[[1], [2]]], [[1], []], ValueError, r"response of cell \(0, 1\): wanted at least one token id"),
+        ([[[1]]], [], ValueError, "responses: expected at least one, got none"),
+        ([[[1]]], [[]], ValueError, "responses: expected at least one, got none or an empty first response"),
+        ([[[1]]], 5, TypeError, "responses: expected a list, got int"),
+        ([[[1]]], [5], TypeError, r"responses\[0\]: expected a list, got int"),
+        ([[[1]]], [[1], [2]], ValueError, r"responses: expected 1 \(one per example\) or 1 lists.*got 2"),
+        ([[[1], [2]]], [[[1]]], ValueError, r"responses\[0\]: expected 2 examples, got 1"),
+        ([[[1], [2]]], [[1], []], ValueError, r"response of cell \(0, 1\): expected at least one token id"),
         ([[[1]], [[2]]], [[[1]], [[-1]]], ValueError, r"response of cell \(1, 0\): .*negative, got -1"),
-        ([[[1]], [[2]]], [[[1]], 7], TypeError, r"responses\[1\]: wanted a list, got int"),
+        ([[[1]], [[2]]], [[[1]], 7], TypeError, r"responses\[1\]: expected a list, got int"),
     ],
 )  # fmt: skip
 def test_bad_ids_are_named(contexts, responses, error, wanted):
@@ -247,7 +247,7 @@ def test_bad_ids_are_named(contexts, responses, error, wanted):
 
 def test_bad_names_are_refused():
     for prompts, error in ((["a"], ValueError), (["a", "b", "c"], ValueError), ("ab", TypeError), ([1, 2], TypeError)):
-        with pytest.raises(error, match="prompts: wanted"):
+        with pytest.raises(error, match="prompts: expected"):
             ResponseCache.from_token_ids([[[1]], [[2]]], [[3]], prompts=prompts)
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import sapo_kernels as sk
+from sapo_kernels.scoring import decoder, paths
 from sapo_kernels.scoring.progress import Progress
 from tests.oracles import random_cells, small_qwen3
 from tests.scoring.test_score import assert_right, naive
@@ -70,17 +71,25 @@ def training_model():
     return model
 
 
-class Interrupting:
-    """A forward hook that raises at its n-th call."""
+def interrupt(where: str, error, at: int, model, monkeypatch):
+    """Raise at the n-th call of something inside the model's forward; returns what undoes it."""
+    left = [at]
 
-    def __init__(self, module, error, at):
-        self.error, self.left = error, at
-        self.handle = module.register_forward_hook(self)
+    def count(*args, **kwargs):
+        left[0] -= 1
+        if left[0] == 0:
+            raise error
 
-    def __call__(self, *_):
-        self.left -= 1
-        if self.left == 0:
-            raise self.error
+    if where == "hook":  # the model is scored alone then
+        return model.model.layers[1].mlp.register_forward_hook(count).remove
+    plain = {"attention": decoder.tree_attention, "batch": paths.run_padded}[where]
+
+    def counted(*args, **kwargs):
+        count()
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(*((decoder, "tree_attention") if where == "attention" else (paths, "run_padded")), counted)
+    return monkeypatch.undo
 
 
 @pytest.mark.parametrize("impl", ["auto", "padded"])
@@ -93,29 +102,27 @@ def test_a_training_model_is_left_as_it_was(training_model, impl):
     assert_right(training_model.eval(), cache, scores)
 
 
-@pytest.mark.parametrize("impl", ["auto", "padded"])
+@pytest.mark.parametrize("where", ["hook", "attention", "batch"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError("broken"), SystemExit], ids=repr)
-@pytest.mark.parametrize("at", [1, 6, 14])  # in the probe's plain forward, later in the probe, in the scoring
-def test_an_exception_restores_everything(training_model, error, at, impl):
-    cache = cache_of(2)
-    if at == 14:
-        sk.score_prompts(training_model, cache, impl=impl)
-        at = 2
-    before = state_of(training_model)
-    hook = Interrupting(training_model.model.layers[1].mlp, error, at)
-    kind = error if isinstance(error, type) else type(error)
+@pytest.mark.parametrize("at", [1, 3])
+def test_an_exception_restores_everything(training_model, error, at, where, monkeypatch):
+    cache, before = cache_of(2), state_of(training_model)
+    undo = interrupt(where, error, at, training_model, monkeypatch)
+    during = state_of(training_model)
+    impl = "padded" if where == "batch" else "auto"
     try:
-        if kind is RuntimeError and at == 6:
-            # A failure of a foreign model on one of the probe's roads closes the road, it does not end the job.
-            sk.score_prompts(training_model, cache, impl=impl)
-        else:
-            with pytest.raises(kind):
+        if error is KeyboardInterrupt or error is SystemExit or where == "hook":
+            with pytest.raises(error if isinstance(error, type) else RuntimeError):
                 sk.score_prompts(training_model, cache, impl=impl, max_tokens=16)
+        else:  # the next path is taken
+            scores = sk.score_prompts(training_model, cache, impl=impl, max_tokens=16)
+            assert "broken" in scores.stats["reason"]
     finally:
-        hook.handle.remove()
-    assert hook.left <= 0
+        assert_same(during, state_of(training_model))
+        undo()
     assert_same(before, state_of(training_model))
     scores = sk.score_prompts(training_model, cache, impl=impl)
+    assert scores.stats["path"] == ("padded" if where == "batch" else "tree")
     assert_right(training_model.eval(), cache, scores)
 
 
@@ -162,13 +169,28 @@ def test_no_log_lines_when_nothing_happens(tiny_model, caplog):
 
 
 class Paused:
-    """A thread that scores and stops inside the model's forward until it is let go."""
+    """A thread that scores and stops inside the model's forward until it is let go.
 
-    def __init__(self, model, cache, **options):
+    where: by a hook of the test's own (the model is scored alone then), in the tree's attention, or before a batch.
+    """
+
+    def __init__(self, model, cache, where="hook", **options):
         self.inside, self.go = threading.Event(), threading.Event()
         self.result = self.error = None
         self.thread = threading.Thread(target=self._run, args=(model, cache, options), daemon=True)
-        self.handle = model.model.layers[0].register_forward_hook(self._pause)
+        self.patch = pytest.MonkeyPatch()
+        if where == "hook":
+            self.undo = model.model.layers[0].register_forward_hook(self._pause).remove
+            return
+        module, name = {"attention": (decoder, "tree_attention"), "batch": (paths, "run_padded")}[where]
+        plain = getattr(module, name)
+
+        def pausing(*args, **kwargs):
+            self._pause()
+            return plain(*args, **kwargs)
+
+        self.patch.setattr(module, name, pausing)
+        self.undo = self.patch.undo
 
     def _pause(self, *_):
         if threading.current_thread() is self.thread:
@@ -192,20 +214,24 @@ class Paused:
     def finish(self):
         self.go.set()
         self.thread.join(60)
-        self.handle.remove()
+        self.undo()
         assert not self.thread.is_alive()
 
 
-@pytest.mark.parametrize("impl", ["auto", "padded"])
-def test_two_threads_score_two_models(impl):
+WHERE = pytest.mark.parametrize("where", ["hook", "attention", "batch"])
+
+
+@WHERE
+def test_two_threads_score_two_models(where):
     """Interleaved in the worst way: both inside at once, the first to begin ends first."""
     models, caches = [small_qwen3(seed=s) for s in (0, 1)], [cache_of(5), cache_of(6)]
     before = [state_of(model) for model in models]
-    with (
-        Paused(models[0], caches[0], impl=impl) as first,
-        Paused(models[1], caches[1], impl=impl) as second,
-    ):
-        first.finish()
+    impl = "padded" if where == "batch" else "auto"
+    with Paused(models[0], caches[0], where, impl=impl) as first:
+        with Paused(models[1], caches[1], where, impl=impl) as second:
+            # The patches are undone in the reverse order.
+            first.go.set()
+            first.thread.join(60)
         second.finish()
     assert stance() == "default", "torch.compile works again afterwards"
     for model, cache, was, paused in zip(models, caches, before, (first, second), strict=True):
@@ -234,15 +260,15 @@ def test_many_threads_score_many_models():
     assert stance() == "default"
 
 
-@pytest.mark.parametrize("impl", ["auto", "padded"])
-def test_a_model_that_is_being_scored_cannot_be_used(tiny_model, impl):
+@WHERE
+def test_a_model_that_is_being_scored_cannot_be_used(tiny_model, where):
     """By another thread: a forward or a second scoring raises instead of giving or causing a wrong number."""
     cache, ids = cache_of(7), torch.tensor([[1, 2, 3, 4]])
     with torch.no_grad():
         plain = tiny_model(input_ids=ids).logits
-    sk.score_prompts(tiny_model, cache, impl=impl)  # the probe is behind us: the thread stops inside a pass
+    impl = "padded" if where == "batch" else "auto"
     before = state_of(tiny_model)
-    with Paused(tiny_model, cache, impl=impl) as paused:
+    with Paused(tiny_model, cache, where, impl=impl) as paused:
         with pytest.raises(RuntimeError, match="being scored by another thread"), torch.no_grad():
             tiny_model(input_ids=ids)
         with pytest.raises(RuntimeError, match="being scored"):
@@ -253,13 +279,3 @@ def test_a_model_that_is_being_scored_cannot_be_used(tiny_model, impl):
     with torch.no_grad():
         assert torch.equal(tiny_model(input_ids=ids).logits, plain)
     assert_right(tiny_model, cache, sk.score_prompts(tiny_model, cache, impl=impl))
-
-
-def test_a_model_is_scored_by_one_thread_at_a_time(tiny_model):
-    """Also while nothing is installed on it yet: the first thread is still in its probe."""
-    cache = cache_of(9)
-    with Paused(tiny_model, cache) as paused, pytest.raises(RuntimeError, match="being scored"):
-        sk.score_prompts(tiny_model, cache)
-    assert paused.error is None
-    assert_right(tiny_model, cache, paused.result)
-    assert_right(tiny_model, cache, sk.score_prompts(tiny_model, cache))

@@ -130,7 +130,7 @@ def test_the_rank_that_holds_something_else_is_named(few):
     ranks = results(few["alike"])
     for what in ("prompts and examples", "options", "model", "weights"):
         for result in ranks:
-            assert result["said"][what].startswith(f"rank 1: {what}: wanted the same on all 3 ranks"), what
+            assert result["said"][what].startswith(f"rank 1: {what}: expected the same on all 3 ranks"), what
     assert len({result["after"] for result in ranks}) == 1
 
 
@@ -255,8 +255,9 @@ def test_the_log_says_things_once(caplog):
     model.get_input_embeddings().weight.data[:] = float("nan")
     with caplog.at_level("WARNING", "sapo_kernels"):
         scores = sk.score_prompts_sharded(model, cache_of(1, 2, 6), shards=4)
-    assert scores.nonfinite == [0, 1] and scores.stats["road"] == "padded" and scores.stats["reason"]
-    assert [m.split(":")[0] for m in caplog.messages] == ["scoring by the padded road", "prompt 0", "prompt 1"]
+    assert scores.nonfinite == [0, 1] and scores.stats["path"] == "alone" and scores.stats["reason"]
+    said = ["scoring each sequence without padding", "prompt 0", "prompt 1"]
+    assert [m.split(":")[0] for m in caplog.messages] == said
 
 
 def test_cells_are_named_as_the_caller_numbers_them():
@@ -272,16 +273,16 @@ def test_cells_are_named_as_the_caller_numbers_them():
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"shards": 0}, "shards: wanted a whole number"),
-        ({"shards": True}, "shards: wanted a whole number"),
-        ({"timeout": 0}, "timeout: wanted seconds above 0"),
-        ({"timeout": float("nan")}, "timeout: wanted seconds above 0"),
-        ({"timeout": "60"}, "timeout: wanted seconds above 0"),
-        ({"impl": "fast"}, "impl: wanted one of"),
-        ({"max_tokens": 0}, "max_tokens: wanted"),
-        ({"examples": [{"input": "a", "target": "b"}]}, "wanted none beside a ResponseCache"),
-        ({"suffix": "x"}, "suffix: wanted none beside a ResponseCache"),
-        ({"race": "fast"}, "race: wanted a Race"),
+        ({"shards": 0}, "shards: expected a whole number"),
+        ({"shards": True}, "shards: expected a whole number"),
+        ({"timeout": 0}, "timeout: expected seconds above 0"),
+        ({"timeout": float("nan")}, "timeout: expected seconds above 0"),
+        ({"timeout": "60"}, "timeout: expected seconds above 0"),
+        ({"impl": "fast"}, "impl: expected one of"),
+        ({"max_tokens": 0}, "max_tokens: expected"),
+        ({"examples": [{"input": "a", "target": "b"}]}, "expected none beside a ResponseCache"),
+        ({"suffix": "x"}, "suffix: expected none beside a ResponseCache"),
+        ({"race": "fast"}, "race: expected a Race"),
     ],
 )
 def test_bad_options_are_refused(options, match):

@@ -137,12 +137,12 @@ def test_rows_come_from_files_lists_and_datasets(tmp_path):
 @pytest.mark.parametrize(
     "rows, error, words",
     [
-        (iter([]), TypeError, "train: wanted a list of rows or a Dataset"),
-        ({"input": "a"}, TypeError, "wanted a list of rows"),
-        ([], DataError, "train: wanted at least one row, got none"),
-        ([{"input": "a", "target": 3}], DataError, "train: row 0: 'target': wanted text, got int"),
-        ([{"input": "a", "target": "b"}, "x"], DataError, "train: row 1: wanted an object"),
-        ([{"input": "a", "target": None}], DataError, "wanted text, got NoneType"),
+        (iter([]), TypeError, "train: expected a list of rows or a Dataset"),
+        ({"input": "a"}, TypeError, "expected a list of rows"),
+        ([], DataError, "train: expected at least one row, got none"),
+        ([{"input": "a", "target": 3.5}], DataError, "train: row 0: 'target': expected text, got float"),
+        ([{"input": "a", "target": "b"}, "x"], DataError, "train: row 1: expected an object"),
+        ([{"input": "a", "target": None}], DataError, "expected text, got NoneType"),
         ([{"input": "a", "target": ""}], DataError, "at least one row with a label"),
         (None, DataError, "train: wanted rows, got none"),
     ],

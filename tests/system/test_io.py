@@ -69,7 +69,7 @@ def test_write_refuses_directory_and_fifo(tmp_path):
     (tmp_path / "d").mkdir()
     os.mkfifo(tmp_path / "f")
     for name in ("d", "f"):
-        with pytest.raises(DataError, match="wanted a path for a regular file"):
+        with pytest.raises(DataError, match="expected a path for a regular file"):
             atomic_write(tmp_path / name, b"x")
     with pytest.raises(FileNotFoundError):
         atomic_write(tmp_path / "missing" / "a", b"x")
@@ -263,25 +263,25 @@ BAD = {
     "empty": (b"", "empty"),
     "only spaces": (b" \n\t ", "empty"),
     "only a byte-order mark": (b"\xef\xbb\xbf", "empty"),
-    "NaN": (b'{"a": [1, NaN]}', "line 1 column 11 ($['a'][1]): wanted a finite number, got NaN"),
+    "NaN": (b'{"a": [1, NaN]}', "line 1 column 11 ($['a'][1]): expected a finite number, got NaN"),
     "Infinity": (b"[Infinity]", "got Infinity"),
     "-Infinity": (b"[-Infinity]", "got -Infinity"),
-    "1e999": (b'[0,\n {"x": 1e999}]', "line 2 column 8 ($[1]['x']): wanted a finite number, got '1e999'"),
+    "1e999": (b'[0,\n {"x": 1e999}]', "line 2 column 8 ($[1]['x']): expected a finite number, got '1e999'"),
     "-1e999": (b"-1e999", "got '-1e999'"),
     "duplicate key": (
         b'{"a": 1,\n "b": 2, "a": 3}',
-        "line 2 column 10 ($['a']): wanted each key once, got 'a'",
+        "line 2 column 10 ($['a']): expected each key once, got 'a'",
     ),
-    "duplicate key, escaped": (b'[{"ab": 1, "a\\u0062": 3}]', "wanted each key once, got 'ab' again"),
+    "duplicate key, escaped": (b'[{"ab": 1, "a\\u0062": 3}]', "expected each key once, got 'ab' again"),
     "duplicate key, inner": (b'{"x": [{"a": {"b": 1, "b": 1}}]}', "($['x'][0]['a']['b'])"),
-    "duplicate empty key": (b'{"": 1, "": 2}', "wanted each key once"),
+    "duplicate empty key": (b'{"": 1, "": 2}', "expected each key once"),
     "depth 65": (nested(65).encode(), "nesting of at most 64"),
     "depth 100,000": (nested(100_000).encode(), "nesting of at most 64"),
     "depth 100,000, open": (b"[" * 100_000, "nesting of at most 64"),
     "depth, objects": (b'{"a":' * 100_000, "nesting of at most 64"),
     "5,000 digits": (b"[" + b"9" * 5000 + b"]", "at most 128 digits, got 5000"),
     "-5,000 digits": (b"-" + b"9" * 5000, "at most 128 digits"),
-    "lone surrogate": (b'{"a": ["\\ud800"]}', "$['a'][0]: wanted text, got a lone surrogate"),
+    "lone surrogate": (b'{"a": ["\\ud800"]}', "$['a'][0]: expected text, got a lone surrogate"),
     "lone low surrogate": (b'"\\uDC00x"', "lone surrogate"),
     "lone surrogate in a key": (b'{"\\ud800": 1}', "lone surrogate"),
     "reversed pair": (b'"\\ude00\\ud83d"', "lone surrogate"),
@@ -289,10 +289,10 @@ BAD = {
     "raw NUL": (b'["a\x00b"]', "NUL"),
     "NUL padding": (b'["a"]' + b"\0" * 100, "NUL byte"),
     "raw control character": (b'["a\nb"]', "Invalid control character"),
-    "Latin-1": (b'{"a":\n "caf\xe9"}', "line 2: wanted UTF-8 text, got byte 0xe9 at offset 11"),
-    "overlong UTF-8": (b'"\xc0\xaf"', "wanted UTF-8"),
-    "surrogate in UTF-8": (b'"\xed\xa0\x80"', "wanted UTF-8"),
-    "cut character": (b'"\xe4\xbd', "wanted UTF-8"),
+    "Latin-1": (b'{"a":\n "caf\xe9"}', "line 2: expected UTF-8 text, got byte 0xe9 at offset 11"),
+    "overlong UTF-8": (b'"\xc0\xaf"', "expected UTF-8"),
+    "surrogate in UTF-8": (b'"\xed\xa0\x80"', "expected UTF-8"),
+    "cut character": (b'"\xe4\xbd', "expected UTF-8"),
     "UTF-16 LE, mark": ('["a"]'.encode("utf-16"), "got UTF-16"),
     "UTF-16 BE, mark": (b"\xfe\xff" + '["a"]'.encode("utf-16-be"), "got UTF-16"),
     "UTF-16 LE": ('["a"]'.encode("utf-16-le"), "got UTF-16"),
@@ -322,7 +322,7 @@ BAD = {
     "bad escape": (b'"\\x41"', "not valid JSON"),
     "bare word": (b"hello", "not valid JSON"),
     "HTML": (b"<!DOCTYPE html><html>", "not valid JSON"),
-    "pickle": (b"\x80\x04K\x01.", "wanted UTF-8"),
+    "pickle": (b"\x80\x04K\x01.", "expected UTF-8"),
     "no-break space": ("\u00a0[1]".encode(), "not valid JSON"),
     "second byte-order mark": (b"\xef\xbb\xbf\xef\xbb\xbf[]", "not valid JSON"),
 }
@@ -352,7 +352,7 @@ def test_size_bound_is_exact(tmp_path):
     path = tmp_path / "a.json"
     path.write_bytes(b'"' + b"x" * 98 + b'"')
     assert len(read_json(path, max_bytes=100)) == 98
-    with pytest.raises(DataError, match="wanted at most 99 bytes"):
+    with pytest.raises(DataError, match="expected at most 99 bytes"):
         read_json(path, max_bytes=99)
 
 
@@ -369,7 +369,7 @@ def test_sparse_gigabyte_is_refused_quickly(tmp_path):
 def test_directory_fifo_and_device_are_refused_without_blocking(tmp_path):
     os.mkfifo(tmp_path / "f.json")
     for path, what in ((tmp_path, "a directory"), (tmp_path / "f.json", "a FIFO"), ("/dev/zero", "a device")):
-        with pytest.raises(DataError, match=f"wanted a regular file, got {what}"):
+        with pytest.raises(DataError, match=f"expected a regular file, got {what}"):
             read_json(path)
     with pytest.raises(FileNotFoundError):
         read_json(tmp_path / "none.json")

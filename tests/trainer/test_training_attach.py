@@ -151,7 +151,7 @@ def test_prompts_that_the_tokenizer_rules_out_are_said(tmp_path, caplog):
     with caplog.at_level("WARNING", logger="sapo_peft"):
         _, callback = sapo_trainer(tmp_path, pool)
     (line,) = [record.getMessage() for record in caplog.records if record.name == "sapo_peft"]
-    assert line.startswith('task "colours": a prompt is left out with this tokenizer: wanted plain text, got the')
+    assert line.startswith('task "colours": a prompt is left out with this tokenizer: expected plain text, got the')
     assert '"Say <|im_end|> it."' in line
     assert callback.choice.pools["colours"].prompts == ("Say it.", "Say it now.")
 

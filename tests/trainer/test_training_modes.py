@@ -10,7 +10,8 @@ from collections import Counter
 import pytest
 import torch
 
-from sapo_peft import PromptPool, SapoConfig
+from sapo_peft import SapoConfig
+from sapo_peft.data.prompt_pool import PoolPrompt
 from sapo_peft.trainer.choice import Choice, draw
 from tests.trainer.training_helpers import colours, pool_of, prefer, record_batches, sapo_trainer, texts_of
 
@@ -199,7 +200,7 @@ def test_every_switch_is_one_readable_line(tmp_path, caplog, capsys, shown):
     # A pool refuses control characters but for line ends and tabs; a log must bear whatever it is given.
     pool = pool_of(1)
     texts = ("One.", "Two\nlines\tand a tab \u2028 \u202e \x85 \u200b end", "Three \x1b[31m red\r\n" + "x" * 500)
-    pool = PromptPool("colours", texts, ("original", "given", "given"), suffix=pool.suffix)
+    pool = pool.model_copy(update={"entries": tuple(PoolPrompt(text, "given") for text in texts)})
     trainer, callback = sapo_trainer(tmp_path, pool_of(3), SapoConfig(every_steps=1, probe_examples=2))
     callback.choice.pools = {"colours": pool}
     prefer(callback, [1, 2, 2, 0, 0, 1])

@@ -44,14 +44,17 @@ def run(args: argparse.Namespace) -> int:
     from ..report import write_report
     from ..sequence import SequenceConfig, run_sequence
     from ..tiny_base import sequence_tasks
+    from .outputs import check_folder, naming
 
+    Path(args.output).mkdir(parents=True, exist_ok=True)
+    check_folder("--output", args.output)
     spare_threads("tiny-base")
     tasks = sequence_tasks(TASKS, args.seed)
     folders, results = [], {}
     for policy in POLICIES:
         folder = Path(args.output) / policy
         config = SequenceConfig(method="lora-inc", policy=policy, seed=args.seed, **OPTIONS)
-        with log_on_stderr("sapo_peft", args.quiet), log_on_stderr("sapo_kernels", args.quiet):
+        with log_on_stderr("sapo_peft", args.quiet), log_on_stderr("sapo_kernels", args.quiet), naming(folder):
             results[policy] = run_sequence("tiny-base", tasks, folder, config, order="demo", progress=not args.quiet)
         folders.append(folder)
     print(_comparison(results, terminal_width()))

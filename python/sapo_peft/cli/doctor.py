@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..terminal import plain
+from .faults import describe
 
 TOLERANCE = 1e-4
 
@@ -38,8 +39,9 @@ def run(args: argparse.Namespace) -> int:
             with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 said, mark = check(), "ok"
-        except Exception as error:  # whatever it is, the other checks are still wanted
-            said, mark = f"{type(error).__name__}: {error}", "FAILED"
+        except Exception as error:  # whatever it is, the other checks are still expected
+            known = isinstance(error, ModuleNotFoundError)
+            said, mark = describe(error) if known else f"{type(error).__name__}: {error}", "FAILED"
             failed += 1
         print(plain(f"  {mark:<7}{name:<22}{time.perf_counter() - started:6.2f} s  {said}"))
     return 1 if failed else 0
@@ -65,7 +67,7 @@ def _operators() -> str:
     for name, value in ours.items():
         if not torch.equal(value.nan_to_num() if value.is_floating_point() else value,
                            plainly[name].nan_to_num() if value.is_floating_point() else plainly[name]):  # fmt: skip
-            raise RuntimeError(f"reweight_: {name}: wanted the bits of plain torch, got others; build again")
+            raise RuntimeError(f"reweight_: {name}: expected the bits of plain torch, got others; build again")
     return "reweight_ has the bits of plain torch"
 
 
@@ -78,25 +80,22 @@ def _planner() -> str:
     draw = np.random.default_rng(0)
     lengths = draw.integers(3, 30, 200)
     job = [draw.integers(0, 4, lengths.sum()), np.concatenate([[0], np.cumsum(lengths)]), draw.integers(1, lengths)]
-    trie, wanted = sk.plan_trie(*job), plan_numpy(*job)
-    if any(not np.array_equal(getattr(trie, name), value) for name, value in wanted.items()):
-        raise RuntimeError("plan_trie: wanted the plan of numpy, got another; build again")
+    trie, expected = sk.plan_trie(*job), plan_numpy(*job)
+    if any(not np.array_equal(getattr(trie, name), value) for name, value in expected.items()):
+        raise RuntimeError("plan_trie: expected the plan of numpy, got another; build again")
     return f"{trie.dense_tokens} tokens in {len(trie)} nodes, as numpy plans them"
 
 
 def _tiny_job():
     """(model, tokenizer, prompts, examples) of a bundled task."""
     from ..assets import BUNDLED_DIR, task_names
-    from ..data.examples import read_examples, read_prompts
+    from ..data.examples import read_examples
+    from ..data.prompt_pool import PromptPool
     from ..tiny_random import tiny_model, tiny_tokenizer
 
     task = task_names()[0]
-    return (
-        tiny_model(),
-        tiny_tokenizer(),
-        read_prompts(BUNDLED_DIR, task),
-        read_examples(BUNDLED_DIR, task=task, limit=8),
-    )
+    examples = read_examples(BUNDLED_DIR, task=task, limit=8)
+    return tiny_model(), tiny_tokenizer(), PromptPool.read(BUNDLED_DIR, task), examples
 
 
 def _scoring() -> str:
@@ -112,7 +111,7 @@ def _scoring() -> str:
     difference = float(((scores.nll - plain_scores(model, cache)) / scores.tokens).abs().max())
     if not difference <= TOLERANCE:
         raise RuntimeError(
-            f"score_prompts: wanted at most {TOLERANCE} nats/token off the plain loop, got {difference:.1e}"
+            f"score_prompts: expected at most {TOLERANCE} nats/token off the plain loop, got {difference:.1e}"
         )
     return f"4 prompts x 4 examples in {seconds:.2f} s, {difference:.0e} nats/token off the plain loop"
 
@@ -139,7 +138,7 @@ def _training() -> str:
         trainer.train()
         trainer.save_model(folder)
         if not os.path.exists(os.path.join(folder, "sapo_prompts.json")):
-            raise RuntimeError("attach_sapo: wanted sapo_prompts.json beside the adapter, got none")
+            raise RuntimeError("attach_sapo: expected sapo_prompts.json beside the adapter, got none")
     return f"2 steps of LoRA, scored once in {callback.score_seconds:.2f} s"
 
 

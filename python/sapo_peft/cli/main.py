@@ -1,5 +1,8 @@
 """The console script `sapo`. One module a subcommand: `add_parser(subparsers)`, `run(args) -> exit code`.
 
+A subcommand that takes the options of transformers' dataclasses (`late` among the defaults of its parser) reads its
+words itself, in `run`, from `args.words`: the parser here needs neither transformers nor torch.
+
 Exit codes: 0 done, 1 done but a check failed, 2 a fault in the call or its data (one line on stderr, no
 traceback unless ``--debug``), 130 interrupted, 141 the reader of the output went away.
 """
@@ -12,34 +15,27 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+
+from .faults import Parser, describe
 
 # A new subcommand is one file and one entry here. The modules import torch only when they run.
 COMMANDS = ("score", "train", "sequence", "report", "paraphrase", "doctor", "demo")
-# Errors whose message is written for people; any other type is named in front of its message.
-_SPEAKING = (ValueError, RuntimeError, NotImplementedError, ImportError)
-
-
-class _Parser(argparse.ArgumentParser):
-    """Errors on one line, in the same form as all others."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"sapo: error: {_one_line(message)} (see {self.prog} --help)\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser with every subcommand; `args.run` is the function to call."""
-    parser = _Parser(
+    parser = Parser(
         prog="sapo",
         description="State-Adaptive Prompt Optimization: train with the prompt that hurts least.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
-    subparsers = parser.add_subparsers(metavar="COMMAND", parser_class=_Parser)
+    subparsers = parser.add_subparsers(metavar="COMMAND", parser_class=Parser)
     for name in COMMANDS:
         command = importlib.import_module(f".{name}", __package__)
         command_parser = command.add_parser(subparsers)
-        command_parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        if not command_parser.get_default("late"):
+            command_parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
         command_parser.set_defaults(run=command.run)
     return parser
 
@@ -52,8 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     debug = False
     try:
-        args = build_parser().parse_args(argv)
-        debug = getattr(args, "debug", False)
+        parser = build_parser()
+        args, args.words = parser.parse_known_args(argv)
+        if args.words and not getattr(args, "late", False):
+            parser.error(f"unrecognized arguments: {' '.join(args.words)}")
+        debug = getattr(args, "debug", False) or "--debug" in args.words
         code = _dispatch(args)
         sys.stdout.flush()
         return code
@@ -82,22 +81,6 @@ def _dispatch(args: argparse.Namespace) -> int:
         build_parser().print_help()
         return 0
     return args.run(args)
-
-
-def describe(error: BaseException) -> str:
-    """One printable line for an exception."""
-    if isinstance(error, OSError) and error.strerror:
-        name = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
-        return _one_line(f"{name}{error.strerror}")
-    text = str(error) or "no message"
-    return _one_line(text if isinstance(error, _SPEAKING) else f"{type(error).__name__}: {text}")
-
-
-def _one_line(text: str, limit: int = 1000) -> str:
-    from ..terminal import plain
-
-    text = " ".join(text.split())
-    return plain(text if len(text) <= limit else text[: limit - 3] + "...")
 
 
 def _drop_stdout() -> None:

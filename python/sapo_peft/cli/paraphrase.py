@@ -56,7 +56,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Ask, check, write and print; the original and the arguments are checked before anything is asked."""
-    from ..data.examples import MAX_PROMPTS
+    from ..data.prompt_files import MAX_PROMPTS
     from ..data.prompt_pool import PromptPool
     from ..paraphrase import gather
 

@@ -7,15 +7,15 @@ import os
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..terminal import MODEL_HELP, log_on_stderr, plain, terminal_width
+from ..terminal import MODEL_HELP, log_on_stderr, plain, say_notes, terminal_width
 
 if TYPE_CHECKING:
     from sapo_kernels import PromptScores, ResponseCache
 
-    from ..data.examples import Examples, PromptSet
+    from ..data.examples import Examples
+    from ..data.prompt_pool import PromptPool
 
 MAX_TEMPLATE_BYTES = 2**20
 PLAIN_BATCH = 8
@@ -24,34 +24,31 @@ EXAMPLES = 250
 BUNDLED_EXAMPLES = 8
 # Largest difference to the plain loop that float32 rounding explains, nats per token.
 TOLERANCE = 1e-4
+IMPLS = ("auto", "tree", "padded", "alone", "triton", "sdpa", "reference")
+# How a file of scores begins.
+OURS = b'"sapo_kernels.PromptScores/'
 _EPILOG = """\
 Without --prompts and --data the bundled tasks are scored; with --model tiny (the default) nothing is
 downloaded. The loss is the sum of the negative log-likelihoods of the response tokens over their number, in
 nats. Its difference to the best prompt comes with a standard error that is paired over the examples: the loss
 is a ratio of two sums, it is linearised, and the error is that of the mean difference of the residuals.
+With --out, what is scored is kept in FILE.part until all is done: after Ctrl-C the same command with --resume goes on.
 """
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     """Declare the options of `sapo score`."""
     parser = subparsers.add_parser(
-        "score",
-        help="rank prompts by their loss under a model",
-        description=__doc__,
-        epilog=_EPILOG,
+        "score", help="rank prompts by their loss under a model", description=__doc__, epilog=_EPILOG,
         allow_abbrev=False,
-    )
+    )  # fmt: skip
     add = parser.add_argument
-    add(
-        "--model",
-        default="tiny",
-        metavar="DIR_OR_ID",
-        help=MODEL_HELP,
-    )
+    add("--model", default="tiny", metavar="DIR_OR_ID", help=MODEL_HELP)
     add("--adapter", metavar="DIR_OR_ID", help="PEFT adapter to score with")
     add("--tokenizer", metavar="DIR_OR_ID", help="tokenizer, if it does not lie beside the model")
-    add("--prompts", metavar="FILE", help="prompts: JSON, one per line in a .txt file, or a folder")
-    add("--data", metavar="FILE_OR_DIR", help="examples: .json, .jsonl, .csv, .tsv or a task folder")
+    add("--prompts", metavar="FILE", help="prompts: JSON, one per line in a .txt file, a saved pool, or a folder")
+    data = "examples: .json, .jsonl, .csv, .tsv, .parquet, a task folder, or a dataset of the hub (owner/name)"
+    add("--data", metavar="FILE_OR_DIR", help=data)
     add("--task", metavar="NAME", help="task, where the files hold several")
     counts = f"number of examples (default {EXAMPLES}, of the bundled tasks {BUNDLED_EXAMPLES} each)"
     add("--examples", type=_positive, metavar="N", help=counts)
@@ -61,49 +58,46 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     add("--template", metavar="FILE_OR_STRING", help="user turn with {prompt} and {input}")
     add("--suffix", metavar="TEXT", help="answer-format line after the input (default: the task's own)")
     add("--text-word", metavar="WORD", help="word that heads the input (default: the task's own or Text)")
-    add(
-        "--max-source",
-        type=_positive,
-        default=1536,
-        metavar="N",
-        help="longest context in tokens (default 1536)",
-    )
-    add(
-        "--max-target",
-        type=_positive,
-        default=128,
-        metavar="N",
-        help="longest response in tokens (default 128)",
-    )
-    add("--impl", default="auto", help="auto, tree, padded, or a backend of the tree")
+    for option, most, what in (("--max-source", 1536, "context"), ("--max-target", 128, "response")):
+        add(option, type=_positive, default=most, metavar="N", help=f"longest {what} in tokens (default {most})")
+    add("--race", action="store_true", help="score only the cells that it takes to find the best prompt")
+    add("--impl", default="auto", choices=IMPLS, help="how to score; auto finds the fastest way that is right")
     add("--max-tokens", type=_positive, metavar="N", help="new tokens per forward")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     add("--compare", action="store_true", help="also run the plain loop and compare times and values")
     add("--out", metavar="FILE", help="write the scores as JSON")
+    add("--resume", action="store_true", help="go on from a call with the same --out that was stopped")
+    add("--overwrite", action="store_true", help="replace what is at --out, whatever it is")
+    add("--full", action="store_true", help="the full text of every prompt")
     add("--quiet", action="store_true", help="no progress and no notes, the result only")
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
     """Score and print; every input is read and checked before the model is loaded."""
-    import torch
+    from .outputs import check_file
+    from .parts import Parts
 
-    from sapo_kernels.scoring.score import ROADS
-
-    if args.impl not in ROADS:
-        raise ValueError(f"--impl: wanted one of {', '.join(ROADS)}, got {args.impl!r}")
     if args.template is not None and (args.suffix is not None or args.text_word is not None):
-        raise ValueError("--template: wanted it alone, got --suffix or --text-word too; write them into it")
-    _check_out(args.out)
+        raise ValueError("--template: expected it alone, got --suffix or --text-word too; write them into it")
+    if args.resume and (args.race or args.out is None):
+        raise ValueError("--resume: expected it with --out, and without --race, whose rounds are not kept")
+    check_file("--out", args.out, (args.prompts, args.data, args.template), OURS, args.overwrite)
     template = _template(args.template)
     jobs = _jobs(args)
-    if args.out is not None and len(jobs) > 1:
-        raise ValueError(f"--out: wanted one task, got {len(jobs)}; choose one with --task")
-    if template is not None and any(prompts.suffix for prompts, _ in jobs):
-        _note(args, "--template: the task's own suffix is not added; write it into the template if it is wanted")
-    for prompts, examples in jobs:
-        _note(args, *prompts.notes(), *examples.notes())
+    if args.out is not None:
+        if len(jobs) > 1:
+            raise ValueError(f"--out: expected one task, got {len(jobs)}; choose one with --task")
+        check_file("--out", args.out, (jobs[0][1].source,), OURS, args.overwrite)
+    if template is not None and any(pool.suffix for pool, _ in jobs):
+        say_notes(["--template: the task's own suffix is not added; write it into the template if it is wanted"],
+                  args.quiet)  # fmt: skip
+    for pool, examples in jobs:
+        say_notes([*pool.notes(), *examples.notes()], args.quiet)
+    parts = Parts(args.out, _record(args, template, *jobs[0]), resume=args.resume, overwrite=args.overwrite)
+
+    import torch
 
     from ..loading import load, spare_threads
 
@@ -111,10 +105,10 @@ def run(args: argparse.Namespace) -> int:
     model, tokenizer = load(args.model, args.adapter, args.dtype, args.device, args.tokenizer)
     total = _Times()
     with log_on_stderr("sapo_kernels", args.quiet):
-        for number, (prompts, examples) in enumerate(jobs):
+        for number, (pool, examples) in enumerate(jobs):
             if number:
                 print()
-            total.add(_score(args, model, tokenizer, template, prompts, examples))
+            total.add(_score(args, model, tokenizer, template, pool, examples, parts, first=number == 0))
     if len(jobs) > 1:
         print("\n".join(["", f"All {len(jobs)} tasks together:", *total.lines()]))
     if total.difference > TOLERANCE and next(model.parameters()).dtype == torch.float32:
@@ -149,56 +143,86 @@ class _Times:
         return lines
 
 
-def _score(args, model, tokenizer, template, prompts: PromptSet, examples: Examples) -> _Times:
+def _score(args, model, tokenizer, template, pool: PromptPool, examples: Examples, parts, first: bool) -> _Times:
     import sapo_kernels as sk
 
-    from .ranking import ranked_table
+    from .ranking import best_texts, conclusion, ranked_table, rendered_example
 
     started = time.perf_counter()
+    suffix, word = parts.record["suffix"], parts.record["text_word"]
+    if not first:
+        suffix, word = _wording(args, pool)
     cache = sk.ResponseCache.build(
-        tokenizer,
-        prompts.prompts,
-        examples,
-        template=template,
-        suffix=prompts.suffix if args.suffix is None else args.suffix,
-        text_word=prompts.text_word if args.text_word is None else args.text_word,
-        max_source=args.max_source,
-        max_target=args.max_target,
-    )
+        tokenizer, pool.prompts, examples, template=template, suffix=suffix, text_word=word,
+        max_source=args.max_source, max_target=args.max_target,
+    )  # fmt: skip
     times = _Times(prepare=time.perf_counter() - started)
     started = time.perf_counter()
-    progress = False if args.quiet else None
-    scores = sk.score_prompts(model, cache, impl=args.impl, max_tokens=args.max_tokens, progress=progress)
+    scores = _scores(args, model, cache, parts)
     times.score = time.perf_counter() - started
-    if args.out is not None:
-        # Before the comparison and the printing: neither may cost the result.
-        scores.save(args.out)
 
     weight = next(model.parameters())
     where = f"{args.model}, {str(weight.dtype).removeprefix('torch.')} on {weight.device.type}"
-    size = f"{len(prompts.prompts)} prompts x {len(examples)} of {examples.total} examples"
-    print(plain(f"{prompts.task or args.data}: {size}, {where}"))
-    print(ranked_table(scores, terminal_width()))
+    width = 10**9 if args.full else terminal_width()
+    print(plain(f"{pool.task}: {len(pool.prompts)} prompts x {len(examples)} of {examples.total} examples, {where}"))
+    print(ranked_table(scores, width))
+    if not args.full:
+        print("\n".join(best_texts(scores)))
+    if first and not args.quiet:
+        print("\n".join(rendered_example(tokenizer, cache, scores.ranking()[0], 6 * width)))
     print(_cost(scores))
+    # Before the comparison, which takes long, and after the table: neither may cost the other.
+    if args.out is not None:
+        _save(args.out, scores, parts)
     if args.compare:
         times.plain, times.difference = _compare(model, cache, scores)
     print("\n".join(times.lines()))
-    print(_choice(scores, prompts))
+    print("\n".join(conclusion(scores, random=args.model == "tiny" and args.adapter is None)))
     if args.out is not None:
         print(f"Scores written to {plain(args.out)}.")
     return times
 
 
+def _scores(args: argparse.Namespace, model: Any, cache: ResponseCache, parts: Any) -> PromptScores:
+    """In parts where they are kept or where nobody sees a bar; else at once."""
+    import sapo_kernels as sk
+
+    lines = not args.quiet and not sys.stderr.isatty()
+    options = {"impl": args.impl, "max_tokens": args.max_tokens, "progress": False if args.quiet else None}
+    if args.race:
+        return sk.score_prompts(model, cache, race=sk.Race(), **options)
+    if parts.path is None and not lines:
+        return sk.score_prompts(model, cache, **options)
+    try:
+        return parts.score(model, cache, lines, **options)
+    except KeyboardInterrupt:
+        if count := parts.kept():
+            said = f"{count} scored cells are kept in {parts.path}; the same command with --resume goes on"
+            print(f"\nsapo: {plain(said)}", file=sys.stderr)
+        raise
+
+
+def _save(out: str, scores: PromptScores, parts: Any) -> None:
+    from sapo_kernels.files import write_json
+
+    from .outputs import naming
+
+    with naming(out):
+        write_json(out, {**scores.to_dict(), **parts.record, "ranking": scores.ranking()})
+    parts.done()
+
+
 def _cost(scores: PromptScores) -> str:
     dense, done = scores.stats["dense_tokens"], scores.stats["trie_tokens"]
     text = f"Tokens: {done} computed for {dense} in all sequences"
-    if scores.stats["road"] == "tree":
-        return f"{text} ({1 - done / dense:.0%} saved by shared prefixes: {dense / done:.2f}x)."
-    return f"{text} (padded road, nothing is shared)."
+    saved = f"{1 - done / dense:.0%} saved: {dense / done:.2f}x" if done < dense else "nothing is shared"
+    cells = int((scores.tokens > 0).sum())
+    race = f" The race scored {cells} of {scores.tokens.numel()} cells." if cells < scores.tokens.numel() else ""
+    return f"{text} ({saved}).{race}"
 
 
 def _compare(model: Any, cache: ResponseCache, scores: PromptScores) -> tuple[float, float]:
-    """(seconds of the plain loop, largest difference of a cell in nats per token)."""
+    """(seconds of the plain loop, largest difference of a scored cell in nats per token)."""
     import torch
 
     from ..plain_loop import plain_scores
@@ -207,29 +231,14 @@ def _compare(model: Any, cache: ResponseCache, scores: PromptScores) -> tuple[fl
     nll = plain_scores(model, cache, PLAIN_BATCH)
     seconds = time.perf_counter() - started
     # Cells that both find NaN, or both infinite, agree.
-    same = (nll == scores.nll) | (nll.isnan() & scores.nll.isnan())
+    same = (nll == scores.nll) | (nll.isnan() & scores.nll.isnan()) | (scores.tokens == 0)
     difference = torch.where(same, 0.0, (nll - scores.nll).abs() / scores.tokens)
     return seconds, float(difference.nan_to_num(nan=torch.inf).max())
 
 
-def _choice(scores: PromptScores, prompts: PromptSet) -> str:
-    from .ranking import close_to_best, paired_difference
-
-    best, others = scores.best, len(scores.prompts) - 1
-    lines = [f"Train with prompt {best}: {plain(scores.prompts[best])}"]
-    if prompts.original_first and best != 0:
-        gain, error = paired_difference(scores.nll, scores.tokens, 0, best)
-        lines.append(f"The original instruction (prompt 0) is {gain:.4f} +/- {error:.4f} nats per token worse.")
-    elif prompts.original_first:
-        lines.append("This is the original instruction.")
-    if others:
-        lines.append(f"{close_to_best(scores)} of {others} other prompts lie within two standard errors of it.")
-    return "\n".join(lines)
-
-
-def _jobs(args: argparse.Namespace) -> list[tuple[PromptSet, Examples]]:
+def _jobs(args: argparse.Namespace) -> list[tuple[PromptPool, Examples]]:
     """The prompts and examples of every task to score, read and checked."""
-    from ..data.examples import read_examples, read_prompts
+    from ..data.tasks import read_task
 
     options = {
         "input_column": args.input_column,
@@ -239,38 +248,32 @@ def _jobs(args: argparse.Namespace) -> list[tuple[PromptSet, Examples]]:
     }
     if (args.prompts is None) != (args.data is None):
         got = "--prompts" if args.data is None else "--data"
-        raise ValueError(f"wanted --prompts and --data, or neither for the bundled tasks; got {got} only")
+        raise ValueError(f"expected --prompts and --data, or neither for the bundled tasks; got {got} only")
     if args.prompts is not None:
-        prompts = _read_prompts(args.prompts, args.task, Path(args.data))
-        return [(prompts, read_examples(args.data, task=args.task or prompts.task, **options))]
+        return [read_task(args.prompts, args.data, args.task, **options)]
 
     from ..assets import BUNDLED_DIR, task_names
 
     tasks = task_names() if args.task is None else [args.task]
-    _note(args, f"no --prompts and --data: scoring the bundled task{'s' * (len(tasks) > 1)}")
-    return [(read_prompts(BUNDLED_DIR, task), read_examples(BUNDLED_DIR, task=task, **options)) for task in tasks]
+    say_notes([f"no --prompts and --data: scoring the bundled task{'s' * (len(tasks) > 1)}"], args.quiet)
+    return [read_task(BUNDLED_DIR, BUNDLED_DIR, task, **options) for task in tasks]
 
 
-def _read_prompts(path: str, task: str | None, data: Path) -> PromptSet:
-    """The prompts of `task`, also of a saved pool; without one, of the task whose name the folder of the data has."""
-    from ..data.examples import PromptSet, TaskNameError, read_prompts
-    from ..data.prompt_pool import PromptPool, is_pool_file
+def _wording(args: argparse.Namespace, pool: PromptPool) -> tuple[str, str]:
+    """(suffix, text word): the options', else the task's own."""
+    return (pool.suffix if args.suffix is None else args.suffix,
+            pool.text_word if args.text_word is None else args.text_word)  # fmt: skip
 
-    if is_pool_file(path):
-        pool = PromptPool.read(path, task)
-        return PromptSet(
-            list(pool.prompts), pool.suffix, list(pool.labels), pool.task, pool.text_word, True, [os.fspath(path)]
-        )
-    try:
-        return read_prompts(path, task)
-    except TaskNameError as error:
-        if task is not None:
-            raise
-        folder = (data if data.is_dir() else data.parent).resolve().name
-        try:
-            return read_prompts(path, folder)
-        except TaskNameError:
-            raise error from None
+
+def _record(args: argparse.Namespace, template: str | None, pool: PromptPool, examples: Examples) -> dict[str, Any]:
+    """What the scores of a job depend on, beside the cells themselves; written with them."""
+    suffix, word = _wording(args, pool)
+    return {
+        "model": args.model, "adapter": args.adapter, "tokenizer": args.tokenizer, "dtype": args.dtype,
+        "task": pool.task, "data": examples.source, "columns": list(examples.columns), "template": template,
+        "suffix": suffix, "text_word": word, "max_source": args.max_source, "max_target": args.max_target,
+        "impl": args.impl,
+    }  # fmt: skip
 
 
 def _template(text: str | None) -> str | None:
@@ -280,23 +283,8 @@ def _template(text: str | None) -> str | None:
     if text is None or "{prompt}" in text or "{input}" in text:
         return text
     if not os.path.exists(text):
-        raise ValueError(f"--template: wanted a text with {{prompt}} and {{input}} or a file, got {text[:80]!r}")
+        raise ValueError(f"--template: expected a text with {{prompt}} and {{input}} or a file, got {text[:80]!r}")
     return read_text(text, max_bytes=MAX_TEMPLATE_BYTES).removesuffix("\n").removesuffix("\r")
-
-
-def _check_out(path: str | None) -> None:
-    """Find out now, not after an hour of scoring, that the result cannot be written."""
-    if path is None:
-        return
-    folder = Path(path).resolve().parent
-    if Path(path).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise ValueError(f"--out {path}: wanted a file in a folder that can be written to, got none")
-
-
-def _note(args: argparse.Namespace, *notes: str) -> None:
-    for note in notes:
-        if not args.quiet:
-            print(f"sapo: note: {plain(note)}", file=sys.stderr)
 
 
 def _positive(text: str) -> int:
@@ -305,5 +293,5 @@ def _positive(text: str) -> int:
     except ValueError:
         value = 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"wanted a whole number of at least 1, got {text[:40]!r}")
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text[:40]!r}")
     return value

@@ -6,99 +6,84 @@ import argparse
 import os
 import sys
 import warnings
-from dataclasses import fields
-from typing import Any
+from dataclasses import MISSING, field, fields, make_dataclass
+from typing import Any, get_type_hints
 
-from ..sequence.config import EVALUATE, METHODS, POLICIES, SequenceConfig
 from ..terminal import MODEL_HELP, cut, log_on_stderr, plain, table, terminal_width
 
 _EPILOG = """\
 The folder given with --output holds run.json, results.json and a folder a task (adapter, scores, metrics). The same
-command goes on where a run was stopped, however it was; other options in the same folder are refused.
+command goes on where a run was stopped, however it was; other options in the same folder are refused. A YAML file given
+with --config holds the same options by their long names; options on the command line win.
 """
-_DEFAULTS = {field.name: field.default for field in fields(SequenceConfig)}
-# Option, field of SequenceConfig, help; "%s" is the default.
-_NUMBERS: tuple[tuple[str, str, type, str], ...] = (
-    ("train-examples", "train_examples", int, "train on the first so many examples of each task (default %s)"),
-    ("test-examples", "test_examples", int, "evaluate on the first so many of each task (default: all)"),
-    ("probe-examples", "probe_examples", int, "examples to score prompts on (default %s)"),
-    ("epochs", "epochs", float, "passes over the examples of a task (default %s)"),
-    ("max-steps", "max_steps", int, "optimizer steps a task, instead of epochs"),
-    ("batch-size", "batch_size", int, "(default %s)"),
-    ("gradient-accumulation", "gradient_accumulation", int, "batches per optimizer step (default %s)"),
-    ("lr", "learning_rate", float, "peak learning rate, cosine after a warm-up (default %s)"),
-    ("warmup", "warmup", float, "share of the steps (default %s)"),
-    ("weight-decay", "weight_decay", float, "(default %s)"),
-    ("max-grad-norm", "max_grad_norm", float, "(default %s)"),
-    ("lora-r", "lora_r", int, "rank (default %s)"),
-    ("lora-alpha", "lora_alpha", int, "scale (default %s)"),
-    ("lora-dropout", "lora_dropout", float, "(default %s)"),
-    ("lambda-1", "lambda_1", float, "weight of the orthogonality of o-lora (default %s)"),
-    ("max-source", "max_source", int, "longest context in tokens (default %s)"),
-    ("max-target", "max_target", int, "longest response in tokens (default %s)"),
-    ("max-new-tokens", "max_new_tokens", int, "longest answer (default: the longest target of a task's test examples)"),
-    ("eval-batch-size", "eval_batch_size", int, "answers generated together (default %s)"),
-    ("every-steps", "every_steps", int, "with sapo, score again after that many steps of a task"),
-    ("drift", "drift", float, "with sapo, score again when the loss is that many standard errors off the prediction"),
-    ("logging-steps", "logging_steps", int, "steps that one reported loss is the mean of (default %s)"),
-    ("seed", "seed", int, "(default %s)"),
-)
-_SWITCHES: tuple[tuple[str, str, str], ...] = (
-    ("each-epoch", "each_epoch", "with sapo, score again at each epoch of a task"),
-    ("eval-loss", "eval_loss", "measure the loss of the targets too"),
-    ("score-always", "score_always", "score every pool before its task under any policy"),
-    ("bf16", "bf16", "train in bfloat16 autocast"),
-    ("gradient-checkpointing", "gradient_checkpointing", "recompute activations"),
-)
+# Those of `SequenceConfig`.
+_HELP = {
+    "method": "how adapters follow each other",
+    "policy": "which prompt a task is trained with",
+    "train_examples": "train on the first so many examples of each task",
+    "test_examples": "evaluate on the first so many of each task (default: all)",
+    "probe_examples": "examples to score prompts on",
+    "epochs": "passes over the examples of a task",
+    "max_steps": "optimizer steps a task, instead of epochs",
+    "batch_size": "examples a batch",
+    "gradient_accumulation": "batches per optimizer step",
+    "learning_rate": "peak learning rate, cosine after a warm-up",
+    "warmup": "share of the steps",
+    "lora_r": "rank",
+    "lora_alpha": "scale",
+    "lora_dropout": "dropout",
+    "target_modules": "module names with commas",
+    "lambda_1": "weight of the orthogonality of o-lora",
+    "max_source": "longest context in tokens",
+    "max_target": "longest response in tokens",
+    "max_new_tokens": "longest answer (default: the longest target of a task's test examples)",
+    "eval_batch_size": "answers generated together",
+    "evaluate": "all tasks after each; those seen; or each when learned and all at the end",
+    "generate": "answers; without them and with --eval-loss the loss alone",
+    "eval_loss": "measure the loss of the targets too",
+    "score_always": "score every pool before its task under any policy",
+    "every_steps": "with sapo, score again after that many steps of a task",
+    "each_epoch": "with sapo, score again at each epoch of a task",
+    "drift": "with sapo, score again when the loss is that many standard errors off the prediction",
+    "race": "with sapo, score only the cells that it takes to find the best prompt",
+    "logging_steps": "steps that one reported loss is the mean of",
+    "bf16": "train in bfloat16 autocast",
+    "gradient_checkpointing": "recompute activations",
+}
+# What the run decides about its trainer.
+_DECIDED = {
+    "output_dir", "num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size", "disable_tqdm",
+    "gradient_accumulation_steps", "warmup_steps", "save_strategy", "report_to", "data_seed", "use_cpu", "debug",
+    "remove_unused_columns", "logging_nan_inf_filter", "resume_from_checkpoint", "load_best_model_at_end",
+}  # fmt: skip
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
-    """Declare the options of `sapo sequence`."""
+    """Declare `sapo sequence`; its options are read in `run`."""
     parser = subparsers.add_parser(
-        "sequence", help="train on a sequence of tasks and measure forgetting", description=__doc__, epilog=_EPILOG,
-        allow_abbrev=False,
-    )  # fmt: skip
-    add = parser.add_argument
-    add("--model", default="tiny", help=MODEL_HELP)
-    add("--tokenizer", help="tokenizer, if it does not lie beside the model")
-    add("--data", metavar="DIR", help="folder of task folders (default: the bundled tasks)")
-    add(
-        "--order",
-        metavar="NAME",
-        help="order in CL_configs/order, in DIR or beside it (default: bundled_a without --data)",
+        "sequence", help="train on a sequence of tasks and measure forgetting", add_help=False, allow_abbrev=False
     )
-    add("--tasks", metavar="A,B,...", help="task folders in this order, instead of --order")
-    add("--prompts", metavar="PATH", help="prompts, if they are not with the data: folder or JSON file")
-    add("--output", metavar="DIR", required=True, help="folder of the run")
-    add("--method", choices=METHODS, default=_DEFAULTS["method"], help="(default %(default)s)")
-    add("--policy", choices=POLICIES, default=_DEFAULTS["policy"], help="(default %(default)s)")
-    text = "all tasks after each; those seen; or each when learned and all at the end (default %(default)s)"
-    add("--evaluate", choices=EVALUATE, default=_DEFAULTS["evaluate"], help=text)
-    add("--target-modules", default=_DEFAULTS["target_modules"], help="module names with commas (default %(default)s)")
-    for option, name, kind, text in _NUMBERS:
-        default = _DEFAULTS[name]
-        add(f"--{option}", dest=name, type=kind, default=default, metavar=kind.__name__.upper(),
-            help=text % f"{default:g}" if "%s" in text else text)  # fmt: skip
-    for option, name, text in _SWITCHES:
-        add(f"--{option}", dest=name, action="store_true", help=text)
-    add("--no-generate", dest="generate", action="store_false", help="no answers: with --eval-loss the loss alone")
-    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the weights")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default %(default)s)")
-    add("--quiet", action="store_true", help="no notes and no progress")
+    parser.set_defaults(late=True)
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
     """Run or continue the sequence; everything but the model is read and checked before the model is loaded."""
-    modules = args.target_modules
-    options = {name: getattr(args, name) for name in _DEFAULTS if name != "target_modules"}
-    config = SequenceConfig(**options, target_modules=modules if modules == "all-linear" else tuple(modules.split(",")))
+    args, config = _options(args.words)
     tasks, order = _tasks(args)
     from ..loading import spare_threads
     from ..sequence.runner import run_sequence
+    from .outputs import check_folder, naming
 
+    if os.path.isdir(args.output):
+        check_folder("--output", args.output)
     spare_threads(args.model)
-    with log_on_stderr("sapo_peft", args.quiet), log_on_stderr("sapo_kernels", args.quiet), warnings.catch_warnings():
+    with (
+        log_on_stderr("sapo_peft", args.quiet),
+        log_on_stderr("sapo_kernels", args.quiet),
+        warnings.catch_warnings(),
+        naming(args.output),
+    ):
         # Of the libraries about each other.
         warnings.simplefilter("ignore", FutureWarning)
         try:
@@ -114,12 +99,79 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _options(words: list[str]) -> tuple[argparse.Namespace, Any]:
+    """(options of the command, the configuration of the run)."""
+    from transformers import TrainingArguments
+
+    from ..sequence.config import SequenceConfig
+    from .options import OptionParser
+
+    own, more = _run_options(SequenceConfig), _trainer_options(TrainingArguments, SequenceConfig)
+    usage = "sapo sequence --output DIR [--data DIR] [--order NAME | --tasks A,B,...] [--config YAML] [options]"
+    parser = OptionParser([own, more], prog="sapo sequence", usage=usage, description=__doc__, epilog=_EPILOG)
+    add = parser.add_argument
+    add("--model", default="tiny", help=MODEL_HELP)
+    add("--tokenizer", help="tokenizer, if it does not lie beside the model")
+    add("--data", metavar="DIR", help="folder of task folders (default: the bundled tasks)")
+    where = "in CL_configs/order, in DIR or beside it (default: bundled_a without --data)"
+    add("--order", metavar="NAME", help=f"order {where}")
+    add("--tasks", metavar="A,B,...", help="task folders in this order, instead of --order")
+    add("--prompts", metavar="PATH", help="prompts, if they are not with the data: folder or JSON file")
+    add("--output", metavar="DIR", help="folder of the run")
+    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the weights")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add("--quiet", action="store_true", help="no notes and no progress")
+    options = parser.read(words)
+    if options["output"] is None:
+        raise ValueError("--output: expected a folder, got none")
+    config = {entry.name: options.pop(entry.name) for entry in fields(own)}
+    given, unsaid = {entry.name: options.pop(entry.name) for entry in fields(more)}, vars(parser.parse_args([]))
+    config["trainer"] = {name: value for name, value in given.items() if value != unsaid[name]} or None
+    if config["target_modules"] != "all-linear":
+        config["target_modules"] = tuple(config["target_modules"].split(","))
+    return argparse.Namespace(**options), SequenceConfig(**config)
+
+
+def _run_options(config: type) -> type:
+    """The fields of `SequenceConfig` with their help and today's other names."""
+    from ..sequence.config import EVALUATE, METHODS, POLICIES
+
+    choices = {"method": METHODS, "policy": POLICIES, "evaluate": EVALUATE}
+    hints = {**get_type_hints(config), "target_modules": str}
+    found = []
+    for entry in fields(config):
+        if entry.name == "trainer":
+            continue
+        shown = f" (default {entry.default})" if entry.default not in (None, False) else ""
+        extra: dict[str, Any] = {"help": f"{_HELP.get(entry.name, '')}{shown}".strip()}
+        if entry.name in choices:
+            extra["choices"] = choices[entry.name]
+        if entry.name == "learning_rate":
+            extra["aliases"] = ["--lr"]
+        found.append((entry.name, hints[entry.name], field(default=entry.default, metadata=extra)))
+    return make_dataclass("RunOptions", found, namespace={"_argument_group_name": "the run"})
+
+
+def _trainer_options(arguments: type, config: type) -> type:
+    """Every option of transformers' trainer that neither the run has nor decides."""
+    known = _DECIDED | {entry.name for entry in fields(config)}
+    hints = get_type_hints(arguments)
+    found = [
+        (entry.name, hints[entry.name], field(metadata=entry.metadata, **(
+            {"default": entry.default} if entry.default is not MISSING else {"default_factory": entry.default_factory}
+        )))
+        for entry in fields(arguments) if entry.init and entry.name not in known
+    ]  # fmt: skip
+    group = {"_argument_group_name": "training (more options of transformers' TrainingArguments)"}
+    return make_dataclass("TrainerOptions", found, namespace=group)
+
+
 def _tasks(args: argparse.Namespace) -> tuple[list, str]:
     """(tasks, name of the order)."""
     from ..sequence.tasks import read_order, read_tasks
 
     if args.order and args.tasks:
-        raise ValueError("--order, --tasks: wanted one of them, got both")
+        raise ValueError("--order, --tasks: expected one of them, got both")
     if args.data is None:
         from ..assets import BUNDLED_DIR
 
@@ -128,7 +180,7 @@ def _tasks(args: argparse.Namespace) -> tuple[list, str]:
     if args.tasks:
         return read_tasks(args.data, args.tasks.split(","), args.prompts), ""
     if args.order is None:
-        raise ValueError("--order: wanted the name of an order in CL_configs/order, or --tasks, got neither")
+        raise ValueError("--order: expected the name of an order in CL_configs/order, or --tasks, got neither")
     return read_order(args.data, args.order, args.prompts), args.order
 
 

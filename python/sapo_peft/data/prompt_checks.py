@@ -84,25 +84,25 @@ def fault(
     specials: Sequence[str] = (),
     max_characters: int,
 ) -> str | None:
-    """Why `text` cannot be a prompt of a pool ("wanted ..., got ..."), or None.
+    """Why `text` cannot be a prompt of a pool ("expected ..., got ..."), or None.
 
     required: label names to be there as whole words. markers: texts to be there as they are. specials: special
     tokens of the tokenizer, none of which may occur.
     """
     # The length first: the other rules look at every character.
     if len(text) > max_characters:
-        return f"wanted at most {max_characters} characters, got {len(text)}"
+        return f"expected at most {max_characters} characters, got {len(text)}"
     if problem := character_fault(text):
-        return f"wanted plain text, got {problem}"
+        return f"expected plain text, got {problem}"
     if not normalised(text):
-        return "wanted text, got an empty prompt"
+        return "expected text, got an empty prompt"
     for special in specials:
         if special in text:
-            return f"wanted plain text, got the tokenizer's special token {excerpt(special)} in it"
+            return f"expected plain text, got the tokenizer's special token {excerpt(special)} in it"
     for label in required:
         if not occurs(label, text):
-            return f"wanted the label {excerpt(label)} as the original has it, got a prompt without it"
+            return f"expected the label {excerpt(label)} as the original has it, got a prompt without it"
     for marker in markers:
         if marker not in text:
-            return f"wanted the marker {excerpt(marker)}, got a prompt without it"
+            return f"expected the marker {excerpt(marker)}, got a prompt without it"
     return None

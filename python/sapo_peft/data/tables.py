@@ -1,153 +1,152 @@
-"""Rows of JSON, JSONL and CSV files as tables with named columns; parsed one row at a time."""
+"""Rows with named columns: JSON, JSONL, CSV, Parquet, datasets of the Hugging Face hub, and rows in memory.
+
+Text files are read with the standard library and not with `datasets`, which reads the label "None" of a CSV file as
+missing and "007" as 7, shifts the columns of a row with a cell too many, and turns JSON strings into dates.
+"""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sapo_kernels.files import DataError, excerpt, parse_json, read_json, read_text
 
 MAX_DATA_BYTES = 256 * 2**20
-MAX_FIELD_CHARS = 131_072  # also the limit of Python's csv module
-
-INPUT_COLUMNS = ("input", "sentence", "text", "question", "prompt")
-TARGET_COLUMNS = ("target", "label", "output", "answer")
-Chosen = tuple[str | None, str | None]
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?::[\w.-]+)?")
 
 
-@dataclass
-class Table:
-    """Rows of a file, parsed one at a time: `parse(row, place)` gives the mapping, `where(i)` its place."""
+class Table(NamedTuple):
+    """Columns, number of rows, and the rows one by one with their places ("row 3", "line 4").
 
-    rows: Sequence[Any]
-    columns: tuple[str, str]
-    parse: Callable[[Any, str], Any] = lambda row, place: row
-    lines: Sequence[int] | None = None
+    `label_names`: of columns whose integers stand for names, the function from one to the other.
+    """
 
-    def where(self, index: int) -> str:
-        return f"row {index}" if self.lines is None else f"line {self.lines[index]}"
+    columns: list[str]
+    total: int
+    rows: Iterator[tuple[str, Any]]
+    label_names: Mapping[str, Callable[[int], str]] = {}
 
 
-def _read_json_rows(file: Path, chosen: Chosen) -> Table:
+def _json_rows(file: Path) -> Table:
     try:
         document = read_json(file, max_bytes=MAX_DATA_BYTES)
     except DataError as error:
-        if "Extra data" in str(error):
-            raise DataError(f"{error} (if every line is one JSON object, name the file .jsonl)") from None
-        raise
+        hint = " (if every line is one JSON object, name the file .jsonl)" if "Extra data" in str(error) else ""
+        raise DataError(f"{error}{hint}") from None
     if isinstance(document, dict) and isinstance(document.get("Instances"), list):
-        document, chosen = document["Instances"], (chosen[0] or "input", chosen[1] or "output")
+        document = document["Instances"]
     if not isinstance(document, list) or not document:
-        wanted = "a list of rows or an object with 'Instances'"
-        raise DataError(f"{file}: wanted {wanted}, got {excerpt(document)}")
-    return Table(document, _columns(_keys(document[0], f"{file}: row 0"), chosen, f"{file}: row 0"))
+        raise DataError(f"{file}: expected a list of rows or an object with 'Instances', got {excerpt(document)}")
+    return rows_of(document, str(file))
 
 
-def _read_json_lines(file: Path, chosen: Chosen) -> Table:
+def _json_lines(file: Path) -> Table:
     text = read_text(file, max_bytes=MAX_DATA_BYTES)
-    numbered = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if not numbered:
-        raise DataError(f"{file}: wanted one JSON object a line, got an empty file")
-    place = f"{file}: line {numbered[0][0]}"
-    columns = _columns(_keys(parse_json(numbered[0][1], place), place), chosen, place)
-    return Table([line for _, line in numbered], columns, parse_json, [number for number, _ in numbered])
+    lines = [(f"line {number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not lines:
+        raise DataError(f"{file}: expected one JSON object a line, got an empty file")
+    place = f"{file}: {lines[0][0]}"
+    columns = keys_of(parse_json(lines[0][1], place), place)
+    return Table(columns, len(lines), ((where, parse_json(line, f"{file}: {where}")) for where, line in lines))
 
 
-def _read_csv(file: Path, chosen: Chosen) -> Table:
+def _csv(file: Path) -> Table:
     text = read_text(file, max_bytes=MAX_DATA_BYTES)
-    header_line = text.split("\n", 1)[0]
-    semicolon = ";" in header_line and "," not in header_line
-    delimiter = "\t" if file.suffix.lower() == ".tsv" else ";" if semicolon else ","
+    head = text.split("\n", 1)[0]
+    delimiter = "\t" if file.suffix.lower() == ".tsv" else ";" if ";" in head and "," not in head else ","
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
-        numbered = [(reader.line_num, cells) for cells in reader if cells]
+        rows = [(f"line {reader.line_num}", cells) for cells in reader if cells]
     except csv.Error as error:
         raise DataError(f"{file}: line {reader.line_num}: not valid CSV: {error}") from None
-    if not numbered:
-        raise DataError(f"{file}: wanted a header line and rows, got an empty file")
-    header = numbered.pop(0)[1]
-    if len(set(header)) != len(header):
-        raise DataError(f"{file}: line 1: wanted each column once, got {excerpt(header)}")
+    if not rows:
+        raise DataError(f"{file}: expected a header line and rows, got an empty file")
+    columns = rows.pop(0)[1]
+    if len(set(columns)) != len(columns):
+        raise DataError(f"{file}: line 1: expected each column once, got {excerpt(columns)}")
 
-    def parse(cells: list[str], place: str) -> dict[str, str]:
-        if len(cells) != len(header):
-            raise DataError(f"{place}: wanted {len(header)} cells, got {len(cells)}")
-        return dict(zip(header, cells, strict=True))
+    def named() -> Iterator[tuple[str, Any]]:
+        for where, cells in rows:
+            if len(cells) != len(columns):
+                raise DataError(f"{file}: {where}: expected {len(columns)} cells, got {len(cells)}")
+            yield where, dict(zip(columns, cells, strict=True))
 
-    columns = _columns(header, chosen, f"{file}: line 1")
-    return Table([cells for _, cells in numbered], columns, parse, [number for number, _ in numbered])
+    return Table(columns, len(rows), named())
 
 
-READERS: dict[str, Callable[[Path, Chosen], Table]] = {
-    ".json": _read_json_rows,
-    ".jsonl": _read_json_lines,
-    ".ndjson": _read_json_lines,
-    ".csv": _read_csv,
-    ".tsv": _read_csv,
+def _parquet(file: Path) -> Table:
+    import datasets
+    from pyarrow import ArrowException, parquet
+
+    try:
+        found = parquet.read_metadata(file)
+        # What the columns take when they are unpacked.
+        size = sum(found.row_group(index).total_byte_size for index in range(found.num_row_groups))
+        if size > MAX_DATA_BYTES:
+            raise DataError(f"{file}: expected at most {MAX_DATA_BYTES} bytes, got {size}")
+        return rows_of(datasets.Dataset(parquet.read_table(file)), str(file))
+    except ArrowException as error:
+        raise DataError(f"{file}: expected a Parquet file, got: {excerpt(str(error), 200)}") from None
+
+
+READERS: dict[str, Callable[[Path], Table]] = {
+    ".json": _json_rows,
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
+    ".csv": _csv,
+    ".tsv": _csv,
+    ".parquet": _parquet,
 }
 
 
-def table_of(rows: Any, source: str, chosen: Chosen) -> Table:
-    """Rows in memory: a sequence of mappings, or a `datasets.Dataset`."""
-    place = f"{source}: row 0"
-    names = getattr(rows, "column_names", None)
-    return Table(rows, _columns(list(names) if names is not None else _keys(rows[0], place), chosen, place))
+def hub_table(name: str, split: str) -> Table:
+    """A split of a dataset on the hub, "owner/name" or "owner/name:configuration"; nothing in it is executed."""
+    import datasets
+
+    path, _, configuration = name.partition(":")
+    try:
+        found = datasets.load_dataset(path, configuration or None, split=split)
+    except Exception as error:
+        text = " ".join(str(error).split())
+        raise DataError(f"{name}: no such file, and not loaded from the hub: {excerpt(text, 300)}") from None
+    return rows_of(found, name)
+
+
+def rows_of(rows: Any, source: str) -> Table:
+    """Rows in memory: a sequence of mappings or a `datasets.Dataset`.
+
+    Raises: `DataError` for no rows or a first row that is no mapping; `TypeError` for anything else, such as a stream.
+    """
+    sized = hasattr(rows, "__len__") and hasattr(rows, "__getitem__")
+    if not sized or isinstance(rows, (str, bytes, Mapping)):
+        raise TypeError(f"{source}: expected a list of rows or a Dataset, got {type(rows).__name__}")
+    if not len(rows):
+        raise DataError(f"{source}: expected at least one row, got none")
+    features = getattr(rows, "features", None) or {}
+    names = {column: kind.int2str for column, kind in features.items() if hasattr(kind, "int2str")}
+    columns = list(features) or keys_of(rows[0], f"{source}: row 0")
+    return Table(columns, len(rows), ((f"row {index}", row) for index, row in enumerate(rows)), names)
 
 
 def file_type(file: Path, known: Iterable[str]) -> str:
+    """The ending of a file's name, one of `known`."""
     suffix = file.suffix.lower()
     if suffix not in known:
-        raise DataError(f"{file}: wanted a file name ending in {', '.join(known)}, got {excerpt(suffix)}")
+        raise DataError(f"{file}: expected a file name ending in {', '.join(known)}, got {excerpt(suffix)}")
     return suffix
 
 
-def _keys(row: Any, place: str) -> list[str]:
-    if not isinstance(row, dict):
-        raise DataError(f"{place}: wanted an object, got {excerpt(row)}")
+def keys_of(row: Any, place: str) -> list[str]:
+    """The column names of one row."""
+    if not isinstance(row, Mapping):
+        raise DataError(f"{place}: expected an object, got {excerpt(row)}")
     return list(row)
 
 
-def _columns(names: list[str], chosen: Chosen, place: str) -> tuple[str, str]:
-    for pair in (("input", "target"), ("sentence", "label")):
-        if chosen == (None, None) and set(pair) <= set(names):
-            return pair
-    result = []
-    for what, column, known in zip(("input", "target"), chosen, (INPUT_COLUMNS, TARGET_COLUMNS), strict=True):
-        candidates = [column] if column else [name for name in known if name not in chosen]
-        found = [name for name in candidates if name in names]
-        if len(found) != 1:
-            wanted = excerpt(column) if column else f"(exactly one of {', '.join(known)})"
-            got = ", ".join(map(excerpt, names[:20]))
-            raise DataError(f"{place}: wanted the {what} column {wanted}, got the columns {got}")
-        result += found
-    if result[0] == result[1]:
-        raise DataError(f"{place}: wanted two different columns, got {excerpt(result[0])} for both")
-    return result[0], result[1]
-
-
-def text_and_targets(row: Any, columns: tuple[str, str], place: str) -> tuple[str, list[str]]:
-    """Input text and the target texts (several only where an ``output`` list holds several)."""
-    for column in columns:
-        if column not in _keys(row, place):
-            got = ", ".join(map(excerpt, list(row)[:20])) or "an empty object"
-            raise DataError(f"{place}: wanted the field {excerpt(column)}, got {got}")
-    source, target = (row[column] for column in columns)
-    targets = target if isinstance(target, list) and columns[1] == "output" else [target]
-    if not targets:
-        raise DataError(f"{place}: wanted a label in {excerpt(columns[1])}, got an empty list")
-    check_text(source, f"{place}: {excerpt(columns[0])}")
-    for text in targets:
-        check_text(text, f"{place}: {excerpt(columns[1])}")
-    return source, targets
-
-
-def check_text(value: Any, place: str) -> str:
-    if not isinstance(value, str):
-        raise DataError(f"{place}: wanted text, got {type(value).__name__} {excerpt(value)}")
-    if len(value) > MAX_FIELD_CHARS:
-        raise DataError(f"{place}: wanted at most {MAX_FIELD_CHARS} characters, got {len(value)}")
-    return value
+def shown(names: Sequence[str]) -> str:
+    """Column names inside a message."""
+    return ", ".join(map(excerpt, names[:20]))

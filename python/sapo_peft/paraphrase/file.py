@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..data.examples import read_prompts
+from ..data.prompt_files import read_prompt_file
 from ..data.prompt_pool import PromptPool, file_source, is_pool_file
 from .answers import Request
 from .source import Answer, Deadline
@@ -29,7 +29,7 @@ class FileSource:
             pool = PromptPool.read(path, task)
             self._prompts = list(zip(pool.prompts, pool.provenance, strict=True))
         else:
-            self._prompts = [(text, "original") for text in read_prompts(path, task).prompts]
+            self._prompts = [(text, "original") for text in read_prompt_file(Path(path), task).texts]
 
     def paraphrase(self, request: Request, deadline: Deadline) -> Iterator[Answer]:
         for text, source in self._prompts:

@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 
 from sapo_kernels.files import DataError, excerpt
 
-from ..data.examples import MAX_PROMPTS
+from ..data.prompt_files import MAX_PROMPTS
 from ..data.prompt_pool import PoolPrompt, PromptPool, is_pool_file
 from .answers import Request
 
@@ -127,7 +127,7 @@ def gather(
                     f"{source.name}: expected at least {minimum} paraphrases, got {got}{saved}; {remark}"
                 )
             _log.warning("%s: %s", source.name, remark)
-            pool = replace(pool, remarks=(*pool.remarks, remark))
+            pool = pool.with_remarks(remark)
         if store is not None:
             pool.save(store)
     return pool

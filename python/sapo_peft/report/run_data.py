@@ -14,7 +14,7 @@ from typing import Any
 
 from sapo_kernels.files import DataError, excerpt
 
-from ..data.examples import MAX_PROMPTS
+from ..data.prompt_files import MAX_PROMPTS
 from ..sequence.folder import task_folder
 from ..sequence.metrics import sequence_metrics
 from ..sequence.tasks import MAX_NAME, MAX_TASKS

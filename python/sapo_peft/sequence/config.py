@@ -42,6 +42,8 @@ class SequenceConfig:
         score_always: score every pool before its task also where the policy does not need it.
         every_steps, each_epoch, drift: with "sapo", score again inside a task, see `SapoConfig`. Off: the paper.
         logging_steps: steps that one reported loss is the mean of.
+        race: with "sapo", score only the cells that it takes to find the best prompt.
+        trainer: more options of transformers' `TrainingArguments` by name, for those that are not here.
         seed: of everything drawn. What a task draws depends on the seed and its place only, so runs that differ in
             their policy are paired: same initial adapters, same order of examples.
         bf16, gradient_checkpointing: of the trainer.
@@ -83,6 +85,8 @@ class SequenceConfig:
     seed: int = 0
     bf16: bool = False
     gradient_checkpointing: bool = False
+    race: bool = False
+    trainer: dict[str, Any] | None = None
 
     def __post_init__(self):
         for name, known in (("method", METHODS), ("policy", POLICIES), ("evaluate", EVALUATE)):
@@ -94,7 +98,7 @@ class SequenceConfig:
         for name in ("train_examples", "test_examples", "max_steps", "max_new_tokens", "every_steps"):
             if getattr(self, name) is not None:
                 _count(name, getattr(self, name))
-        for name in ("generate", "eval_loss", "score_always", "each_epoch", "bf16", "gradient_checkpointing"):
+        for name in ("generate", "eval_loss", "score_always", "each_epoch", "bf16", "gradient_checkpointing", "race"):
             if type(getattr(self, name)) is not bool:
                 raise ValueError(f"{name}: wanted True or False, got {getattr(self, name)!r}")
         for name, most in (("warmup", 1.0), ("weight_decay", math.inf), ("max_grad_norm", math.inf),
@@ -119,14 +123,17 @@ class SequenceConfig:
             if not isinstance(modules, (tuple, list)) or not modules or not all(isinstance(m, str) for m in modules):
                 raise ValueError(f"target_modules: wanted 'all-linear' or a list of module names, got {modules!r}")
             object.__setattr__(self, "target_modules", tuple(modules))
-        if self.policy != "sapo" and (self.every_steps or self.each_epoch or self.drift is not None):
+        if self.policy != "sapo" and (self.every_steps or self.each_epoch or self.drift is not None or self.race):
             raise ValueError(
-                f"every_steps, each_epoch, drift: wanted them with policy sapo only, got policy {self.policy}"
+                f"every_steps, each_epoch, drift, race: wanted them with policy sapo only, got policy {self.policy}"
             )
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
+        # Runs of before these were options have neither.
+        new = {"race": False, "trainer": None}
+        values = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
+        return {name: v for name, v in values.items() if name not in new or v != new[name]}
 
 
 def derived_seed(seed: int, task: int, purpose: str) -> int:

@@ -12,8 +12,9 @@ from typing import Any
 
 from sapo_kernels.files import DataError, excerpt, read_json
 
-from ..data.examples import DATA_FOLDERS, Examples, TaskNameError, examples_from_rows, read_examples, read_prompts
-from ..data.prompt_pool import PromptPool, is_pool_file
+from ..data.examples import Examples, read_examples
+from ..data.names import DATA_FOLDERS, TaskNameError
+from ..data.prompt_pool import PromptPool
 from ..data.tables import READERS
 
 MAX_ORDER_BYTES = 2**20
@@ -151,20 +152,13 @@ def read_tasks(
 
 def _pool(data: str | os.PathLike, name: str, prompts: str | os.PathLike | None) -> PromptPool:
     source = data if prompts is None else prompts
-    if is_pool_file(source):
-        return PromptPool.read(source, name)
-    found = read_prompts(source, name)
-    if not found.original_first:
-        raise DataError(f"{source}: task {excerpt(name)}: wanted its instruction too, got paraphrases only")
-    return PromptPool.from_prompt_set(found, task=name)
+    return PromptPool.read(source, name, needs_original=True)
 
 
 def _rows(rows: Any, name: str, split: str, columns: tuple[str | None, str | None]) -> Examples:
     if isinstance(rows, Examples):
         return rows
-    if isinstance(rows, (str, os.PathLike)):
-        return read_examples(rows, *columns, skip_empty=True)
-    return examples_from_rows(rows, f"task {excerpt(name)}: {split}", *columns, skip_empty=True)
+    return read_examples(rows, *columns, skip_empty=True, name=f"task {excerpt(name)}: {split}")
 
 
 def _order_folder(data: Path, order: str) -> Path:

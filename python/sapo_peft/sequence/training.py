@@ -151,7 +151,7 @@ def train_task(
             mode="soft" if config.policy == "sample" else "hard", at_start=sapo, every_steps=config.every_steps,
             each_epoch=config.each_epoch, drift=config.drift, probe_examples=config.probe_examples,
             max_source=config.max_source, max_target=config.max_target, train_max_target=config.max_target,
-            seed=derived_seed(config.seed, index, "sample"),
+            seed=derived_seed(config.seed, index, "sample"), race=sk.Race() if config.race else None,
         )  # fmt: skip
         callback = attach_sapo(trainer, task.pool, {task.pool.task: probe} if sapo else None, options)
         if not sapo:
@@ -242,7 +242,7 @@ def _trainer(
         weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm, logging_steps=config.logging_steps,
         save_strategy="no", report_to=[], disable_tqdm=True, seed=seed, data_seed=seed, bf16=config.bf16,
         use_cpu=cpu, remove_unused_columns=False, logging_nan_inf_filter=False,
-        **({"gradient_checkpointing": True} if config.gradient_checkpointing else {}),
+        **({"gradient_checkpointing": True} if config.gradient_checkpointing else {}), **(config.trainer or {}),
     )  # fmt: skip
     # Several visible GPUs would make the trainer copy the model to all of them for every batch.
     arguments._n_gpu = min(arguments.n_gpu, 1)

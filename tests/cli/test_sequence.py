@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from sapo_peft.assets import BUNDLED_DIR
-from tests.cli.cli_helpers import one_line_error, put, sapo  # noqa: F401
+from tests.cli import cli_helpers
+from tests.cli.cli_helpers import child, one_line_error, put
 from tests.oracles import small_qwen3
 from tests.sequence.sequence_helpers import everything
-from tests.trainer.training_helpers import environment
 
+sapo = cli_helpers.sapo
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 SMALL = ("--train-examples", 2, "--test-examples", 2, "--probe-examples", 1, "--epochs", 1, "--max-new-tokens", 3,
          "--batch-size", 2, "--device", "cpu")  # fmt: skip
@@ -30,7 +28,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr("sapo_peft.tiny_random.tiny_model", lambda: small_qwen3(2816))
 
 
-def test_a_run_its_report_and_going_on(tiny, sapo, tmp_path, monkeypatch):  # noqa: F811
+def test_a_run_its_report_and_going_on(tiny, sapo, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     command = ("sequence", "--tasks", "task02_odd_one_out,task03_message_field", "--output", tmp_path / "run", *SMALL)
     code, out, err = sapo(*command, "--method", "o-lora")
@@ -47,71 +45,81 @@ def test_a_run_its_report_and_going_on(tiny, sapo, tmp_path, monkeypatch):  # no
     assert "sapo: 0/2 all tasks: evaluate, 4 examples" in err and "sapo: 2/2 task03_message_field: train, 1 step" in err
     before = everything(tmp_path / "run")
     assert sapo(*command, "--method", "o-lora", "--quiet")[:2] == (0, out)
-    one_line_error(sapo(*command), "method: wanted 'o-lora', as this run began with, got 'lora-inc'")
+    one_line_error(sapo(*command), "method: ", "'o-lora', as this run began with, got 'lora-inc'")
     assert everything(tmp_path / "run") == before
+    assert not {"race", "trainer"} & set(json.loads((tmp_path / "run" / "run.json").read_text())["config"])
+
+
+def test_a_file_with_options_of_the_run_and_of_the_trainer(tiny, sapo, tmp_path):
+    text = "tasks: task02_odd_one_out\nlr: 1e-3\nadam_beta2: 0.98\nrace: true\nquiet: true\nepochs: 3\n"
+    file = put(tmp_path / "run.yaml", text + "target_modules: q_proj,v_proj\n")
+    small = [*map(str, SMALL), "--epochs", "1"]
+    code, _, err = sapo("sequence", "--config", file, "--output", tmp_path / "run", *small)
+    assert (code, err) == (0, "")
+    config = json.loads((tmp_path / "run" / "run.json").read_text())["config"]
+    assert (config["learning_rate"], config["epochs"], config["race"]) == (1e-3, 1.0, True)
+    assert config["trainer"] == {"adam_beta2": 0.98} and config["target_modules"] == ["q_proj", "v_proj"]
+    one_line_error(
+        sapo("sequence", "--config", put(tmp_path / "b.yaml", "save_strategy: no")), "b.yaml", "sapo sequence"
+    )
 
 
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (("--order", "nowhere"), ["wanted an order in CL_configs/order, got 'nowhere'", "'bundled_a', 'bundled_b'"]),
+        (("--order", "nowhere"), ["an order in CL_configs/order, got 'nowhere'", "'bundled_a', 'bundled_b'"]),
         (("--tasks", "task02"), ["exact name 'task02'"]),
-        (("--tasks", "a", "--order", "b"), ["--order, --tasks: wanted one of them, got both"]),
-        (("--data", BUNDLED_DIR), ["--order: wanted the name of an order"]),
-        (("--data", "/nowhere", "--order", "a"), ["/nowhere: wanted a folder with tasks, got no such folder"]),
-        (("--epochs", "0"), ["epochs: wanted more than 0"]),
+        (("--tasks", "a", "--order", "b"), ["--order, --tasks: expected one of them, got both"]),
+        (("--data", BUNDLED_DIR), ["--order: expected the name of an order"]),
+        (("--data", "/nowhere", "--order", "a"), ["/nowhere: ", "a folder with tasks, got no such folder"]),
+        (("--epochs", "0"), ["epochs: ", "more than 0"]),
         (("--train-examples", "x"), ["--train-examples"]),
         (("--policy", "best"), ["--policy"]),
-        (("--no-generate",), ["generate, eval_loss: wanted at least one of them"]),
+        (("--no-generate",), ["generate, eval_loss: ", "at least one of them"]),
         (("--policy", "worst", "--each-epoch"), ["policy sapo only"]),
+        (("--policy", "worst", "--race"), ["policy sapo only"]),
         (("--model", "./nowhere", "--tasks", "task02_odd_one_out"), ["--model './nowhere'", "no such folder"]),
+        (("--output", "{file}", "--tasks", "task02_odd_one_out"), ["file"]),
+        (("--output", "/proc/none", "--tasks", "task02_odd_one_out"), ["/proc/none"]),
     ],
 )
-def test_faults_are_one_line(sapo, tmp_path, arguments, words):  # noqa: F811
+def test_faults_are_one_line(sapo, tmp_path, arguments, words):
+    file = put(tmp_path / "file", "text")
+    arguments = [str(one).replace("{file}", str(file)) for one in arguments]
     one_line_error(sapo("sequence", "--output", tmp_path / "run", *arguments), *words)
-    assert not (tmp_path / "run" / "run.json").exists()
-
-
-def test_the_output_must_be_a_folder(sapo, tmp_path):  # noqa: F811
-    file = put(tmp_path / "f", "text")
-    one_line_error(sapo("sequence", "--output", file, "--tasks", "task02_odd_one_out"), str(file))
+    assert not (tmp_path / "run" / "run.json").exists() and file.read_text() == "text"
 
 
 def test_control_c_says_how_to_go_on(tmp_path):
     """In a process of its own: 130, one line, and the folder can be continued."""
-    options = ("--order", "bundled_a", "--output", str(tmp_path / "r"), *map(str, SMALL))
-    command = [sys.executable, "-m", "sapo_peft.cli", "sequence", *options]
-    child = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = child("sequence", "--order", "bundled_a", "--output", tmp_path / "r", *SMALL)
     until = time.monotonic() + 300
     try:
-        while not (tmp_path / "r" / "run.json").exists() and child.poll() is None and time.monotonic() < until:
+        while not (tmp_path / "r" / "run.json").exists() and process.poll() is None and time.monotonic() < until:
             time.sleep(0.01)
-        os.kill(child.pid, signal.SIGINT)
-        out, err = child.communicate(timeout=300)
+        process.send_signal(signal.SIGINT)
+        out, err = (text.decode() for text in process.communicate(timeout=300))
     finally:
-        if child.poll() is None:
-            child.kill()
-            child.wait(60)
-    assert child.returncode == 130 and out == "", err
+        process.kill()
+    assert process.returncode == 130 and out == "", err
     assert f"sapo: stopped; the same command goes on in {tmp_path}/r" in err and "Traceback" not in err
     assert json.loads((tmp_path / "r" / "run.json").read_text())["status"] == "running"
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"no folder {SHARED}")
 @pytest.mark.parametrize("examples", [2, pytest.param(64, marks=pytest.mark.slow)])
-def test_a_published_order(sapo, tmp_path, examples, request):  # noqa: F811
+def test_a_published_order(sapo, tmp_path, examples, request):
     """Shortened; at nightly size with the tiny model as it is."""
     limits = ("--train-examples", examples, "--epochs", 1, "--test-examples", 1, "--probe-examples", 1)
     if examples == 2:
         request.getfixturevalue("tiny")
         limits += ("--max-new-tokens", 2)
-    code, out, err = sapo(
-        "sequence", "--data", SHARED / "SUPERNI", "--order", "ni_seq_c1", "--output", tmp_path / "run", *limits
-    )
+    where = ("--data", SHARED / "SUPERNI", "--order", "ni_seq_c1", "--output", tmp_path / "run")
+    code, _, err = sapo("sequence", *where, *limits)
     assert code == 0, err
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert [choice["task"][:8] for choice in results["choices"]] == ["task195_", "task1310", "task273_", "task611_",
-                                                                     "task224_"]  # fmt: skip
+    names = ["task195_", "task1310", "task273_", "task611_", "task224_"]
+    assert [choice["task"][:8] for choice in results["choices"]] == names
     matrix = results["metrics"]["rougeL"]["R"]
     assert len(matrix) == 6 and all(0.0 <= value <= 1.0 for row in matrix for value in row)
     assert all(results["metrics"]["rougeL"][name] is not None for name in ("AP", "BWT", "BWT_last", "FWT"))

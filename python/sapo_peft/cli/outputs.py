@@ -1,0 +1,93 @@
+"""Files and folders that commands write: refused where they would do harm, named where writing fails."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sapo_kernels.files import DataError
+
+# How writers of tensors say that a file could not be written; they name neither it nor the cause.
+_WRITERS = re.compile(r"inline_container|basic_ios|iostream error|SafetensorError|PytorchStreamWriter")
+_PROBE_BYTES = 2**20
+
+
+def check_file(
+    option: str, path: str | None, inputs: Iterable[str | os.PathLike | None], ours: bytes, overwrite: bool
+) -> None:
+    """Refuse an output file that is an input, that exists and is not ours, or that cannot be written.
+
+    ours: what stands in the first bytes of files that this command writes; they are replaced without asking.
+
+    Raises: `DataError` naming the option, what was expected and got.
+    """
+    if path is None:
+        return
+    file = Path(path)
+    if file.is_dir() or not file.resolve().parent.is_dir():
+        raise DataError(f"{option} {path}: expected a file in a folder that is there, got none")
+    if file.exists():
+        for name in inputs:
+            if name is not None and os.path.exists(name) and os.path.samefile(name, file):
+                raise DataError(f"{option} {path}: expected another file than the input {os.fspath(name)}")
+        if not overwrite and not _is_ours(file, ours):
+            raise DataError(
+                f"{option} {path}: expected a new file or one that this command wrote, got another one; "
+                "--overwrite replaces it"
+            )
+    check_folder(option, file.resolve().parent)
+
+
+def check_folder(option: str, folder: str | os.PathLike) -> None:
+    """Find out now, not after an hour, that nothing can be written to a folder that exists."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"\0")
+    except OSError as error:
+        got = error.strerror or str(error)
+        raise DataError(f"{option} {os.fspath(folder)}: expected a folder that can be written to, got: {got}") from None
+
+
+def _is_ours(file: Path, ours: bytes) -> bool:
+    # A FIFO nobody writes to would block for ever.
+    if not file.is_file():
+        return False
+    with open(file, "rb") as opened:
+        return ours in opened.read(256)
+
+
+@contextmanager
+def naming(path: str | os.PathLike) -> Iterator[None]:
+    """Failures to write inside say which file or folder it was, and why."""
+    try:
+        yield
+    except OSError as error:
+        # Temporary files are nothing that a user knows.
+        known = error.filename is not None and not str(error.filename).endswith(".tmp")
+        if known or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+    except Exception as error:
+        if not _WRITERS.search(f"{type(error).__name__} {error}"):
+            raise
+        cause = _cause(path)
+        raise (
+            OSError(cause.errno, cause.strerror, os.fspath(path))
+            if cause
+            else OSError(None, f"writing failed: {error}", os.fspath(path))
+        ) from error
+
+
+def _cause(path: str | os.PathLike) -> OSError | None:
+    """What the system says to a megabyte in that folder."""
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    try:
+        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+            file.write(bytes(_PROBE_BYTES))
+    except OSError as error:
+        return error
+    return None

@@ -1,0 +1,119 @@
+"""Scoring in parts of the examples: what is scored is kept, and a call that was stopped can be gone on from."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import sys
+import time
+from typing import Any
+
+import torch
+
+import sapo_kernels as sk
+from sapo_kernels.files import DataError, excerpt, read_json, write_json
+
+from .outputs import naming
+
+# Examples of the first part and of the others. Each part computes the shared prefixes of the prompts anew; the first
+# is short, so that the time that is left is known early.
+FIRST, OTHERS = 16, 64
+LINE_SECONDS = 30.0
+# The record, beside the scores in the same file: what a part must have been made with.
+RECORD = "made_with"
+
+
+class Parts:
+    """Scores of one job as they grow; with a file, that is ``FILE.part`` until the result is written.
+
+    record: plain JSON values that decide the scores; a part with another record is not gone on from.
+    """
+
+    def __init__(self, out: str | None, record: dict[str, Any], *, resume: bool, overwrite: bool):
+        self.path = None if out is None else f"{out}.part"
+        self.record = record
+        there = self.path is not None and os.path.exists(self.path)
+        if there and not resume and not overwrite:
+            raise DataError(f"{self.path}: expected no scores of a call that was stopped; --resume goes on with them, "
+                            "--overwrite begins anew")  # fmt: skip
+        self.resumed = there and resume
+
+    def score(self, model: Any, cache: sk.ResponseCache, lines: bool, **options: Any) -> sk.PromptScores:
+        """`score_prompts` part by part; with `lines`, a line on stderr every half minute says how far it is."""
+        contexts, responses, size = cache.contexts, cache.responses, cache.num_examples
+        self.record["cells"] = _digest(cache)
+        shape = (cache.num_prompts, size)
+        nll, tokens = torch.full(shape, torch.nan, dtype=torch.float64), torch.zeros(shape, dtype=torch.int64)
+        found = sk.PromptScores(nll, tokens, list(cache.prompts), {"seconds": 0.0})
+        if self.resumed:
+            found = self._read(shape)
+            nll, tokens = found.nll, found.tokens
+        begun, begun_with, said = time.monotonic(), int((tokens > 0).sum()), time.monotonic()
+        for first, last in _bounds(size):
+            if bool((tokens[:, first:last] > 0).all()):
+                continue
+            rows = [[row[first:last] for row in cells] for cells in (contexts, responses)]
+            part = sk.score_prompts(model, sk.ResponseCache.from_token_ids(*rows, cache.prompts), **options)
+            nll[:, first:last], tokens[:, first:last] = part.nll, part.tokens
+            found.stats = _added(found.stats, part.stats)
+            if self.path is not None and last < size:
+                with naming(self.path):
+                    write_json(self.path, {**found.to_dict(), RECORD: self.record})
+            done, now = int((tokens > 0).sum()), time.monotonic()
+            if lines and last < size and now - said >= LINE_SECONDS:
+                left = (now - begun) / (done - begun_with) * (tokens.numel() - done)
+                print(f"sapo: {done} of {tokens.numel()} cells scored, {_duration(left)} left", file=sys.stderr)
+                said = now
+        return found
+
+    def kept(self) -> int:
+        """Cells that lie in the file."""
+        with contextlib.suppress(OSError, DataError):
+            if self.path is not None and os.path.exists(self.path):
+                return int((sk.PromptScores.load(self.path).tokens > 0).sum())
+        return 0
+
+    def done(self) -> None:
+        """The result is written: the parts are not needed any more."""
+        if self.path is not None:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.path)
+
+    def _read(self, shape: tuple[int, int]) -> sk.PromptScores:
+        found, record = sk.PromptScores.load(self.path), read_json(self.path).get(RECORD)
+        for name, value in self.record.items():
+            got = record.get(name) if isinstance(record, dict) else None
+            if got != value:
+                raise DataError(f"{self.path}: {name}: expected {excerpt(value)} as now, got {excerpt(got)}; "
+                                "--overwrite begins anew")  # fmt: skip
+        if tuple(found.nll.shape) != shape:
+            raise DataError(f"{self.path}: expected {shape} cells, got {tuple(found.nll.shape)}")
+        return found
+
+
+def _bounds(size: int) -> list[tuple[int, int]]:
+    ends = [*range(FIRST, size, OTHERS), size]
+    return list(zip([0, *ends[:-1]], ends, strict=True))
+
+
+def _digest(cache: sk.ResponseCache) -> str:
+    """Of the token ids of all cells."""
+    found = hashlib.sha256()
+    for array in (cache.ids, cache.offsets, cache.context_lengths):
+        found.update(array.astype("int64").tobytes())
+    return found.hexdigest()
+
+
+def _added(stats: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """Numbers of the parts are summed, what is said in words is the newest part's."""
+    counts = {name: stats.get(name, 0) + value for name, value in more.items()
+              if isinstance(value, (int, float)) and not isinstance(value, bool)}  # fmt: skip
+    if "difference" in more:
+        counts["difference"] = max(stats.get("difference", 0.0), more["difference"])
+    return {**more, **counts}
+
+
+def _duration(seconds: float) -> str:
+    minutes = seconds / 60
+    return f"about {minutes / 60:.1f} h" if minutes >= 90 else f"about {max(1, round(minutes))} min"

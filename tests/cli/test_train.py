@@ -1,0 +1,280 @@
+"""`sapo train`: options, YAML, refusals, and what a run leaves behind."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from dataclasses import fields
+
+import pytest
+from transformers import TrainingArguments
+
+from sapo_peft import PromptPool
+from sapo_peft.assets import BUNDLED_DIR
+from sapo_peft.cli import train
+from sapo_peft.cli.main import main
+from sapo_peft.data.prompt_pool import PoolPrompt
+from tests.cli import cli_helpers
+from tests.cli.cli_helpers import child, one_line_error, put
+
+sapo = cli_helpers.sapo
+
+# Seconds until a child process must have ended.
+DEADLINE = 300
+TASK = "task01_product_note_polarity"
+DATA = str(BUNDLED_DIR / "SUPERNI" / TASK)
+SMALL = """
+max_steps: 4
+lr: 1e-3          # text in YAML 1.1
+examples: 16
+every-steps: 2
+probe-examples: 2
+batch-size: 2
+logging-steps: 1
+save-steps: 2
+lora-r: 2
+"""
+# The options of before transformers' own were there too.
+NAMES = """
+model tokenizer data prompts paraphrase-with paraphrase-model paraphrases output task examples mode temperature
+floor every-steps each-epoch drift race probe-examples max-source max-target train-max-target max-tokens epochs
+max-steps batch-size gradient-accumulation lr lora-r lora-alpha lora-dropout target-modules logging-steps
+save-steps seed workers bf16 gradient-checkpointing dtype device report-to resume
+"""
+
+
+@pytest.fixture
+def words(tmp_path) -> list[str]:
+    """A small run in the folder `out`."""
+    config = put(tmp_path / "run.yaml", SMALL)
+    prompts = put(tmp_path / "prompts.json", ["Is it positive, negative or mixed?", "Say: positive, negative, mixed."])
+    found = {"data": DATA, "prompts": prompts, "output": tmp_path / "out", "config": config, "device": "cpu"}
+    return ["train", *(str(word) for name, value in found.items() for word in (f"--{name}", value))]
+
+
+def test_every_option_of_the_trainer_is_there_and_every_old_name(words, sapo):
+    options = train._options(words[1:])
+    assert {entry.name for entry in fields(TrainingArguments) if entry.init} <= set(options)
+    text = sapo("train", "--help")[1]
+    assert all(f"--{name}" in text for name in NAMES.split())
+
+
+def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(tmp_path, words):
+    more = "weight_decay: 0.1\nlr_scheduler_kwargs: {num_cycles: 2}\ninclude_for_metrics: [loss, inputs]\nbf16: false\n"
+    put(tmp_path / "run.yaml", SMALL + more)
+    found = train._options([*words[1:], "--max-steps", "7", "--adam_beta2", "0.98", "--each-epoch"])
+    assert (found["max_steps"], found["learning_rate"], found["every_steps"]) == (7, 1e-3, 2)
+    assert (found["mode"], found["num_train_epochs"], found["each_epoch"], found["resume"]) == (
+        "hard",
+        1.0,
+        True,
+        False,
+    )
+    arguments = train._arguments(found, evaluated=False)
+    assert (arguments.weight_decay, arguments.adam_beta2, arguments.bf16) == (0.1, 0.98, False)
+    assert arguments.lr_scheduler_kwargs == {"num_cycles": 2} and arguments.include_for_metrics == ["loss", "inputs"]
+    assert arguments.use_cpu and arguments.report_to == [] and arguments.lr_scheduler_type == "cosine"
+    assert (arguments.per_device_train_batch_size, arguments.save_steps, arguments.seed) == (2, 2, 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("steps: 3", "one of the options of sapo train --help, got 'steps'"),
+        ("config: x.yaml", "one of the options of sapo train --help, got 'config'"),
+        ("max-steps: three", "invalid int value: 'three'"),
+        ("max-steps: true", "invalid int value: 'True'"),
+        ("mode: loud", "--mode: invalid choice: 'loud'"),
+        ("lr: [1, 2]", "lr: expected one value, got [1, 2]"),
+        ("race: perhaps", "--race: Truthy value expected"),
+        ("- 1", "expected options by name"),
+        ("a: b: c", "expected YAML"),
+        ("x: !!python/object/apply:os.system ['echo hi']", "expected YAML"),
+        ("", "expected options by name, got None"),
+        ("lr: 1e-3\nlr: 1e-2", "expected each option once, got 'lr' again"),
+        ("max-steps: 1\nmax_steps: 2", "expected each option once, got 'max_steps' again"),
+        ("lr: 1\nlearning_rate: 2", "expected each option once, got 'learning_rate' again"),
+        ("? [1]\n: 2", "expected"),
+        ("max-steps: null", "max-steps: expected a value, got none"),
+        ("a: &a [*a]", "expected YAML"),
+        ("env: {HOME: /x}", "one of the options"),
+        ("[" * 5000, "expected YAML"),
+        ("\t\x01\x02", "bad.yaml"),
+    ],
+    ids=range(20),
+)
+def test_a_faulty_file_is_one_line(tmp_path, sapo, text, expected):
+    path = put(tmp_path / "bad.yaml", text)
+    one_line_error(sapo("train", "--config", path), str(path), expected)
+
+
+def test_no_file_and_no_text_is_one_line(tmp_path, sapo):
+    put(tmp_path / "bytes.yaml", bytes(range(256)))
+    put(tmp_path / "large.yaml", "# " + "x" * 2**21)
+    for name in ("none.yaml", "bytes.yaml", "large.yaml", "."):
+        one_line_error(sapo("train", "--config", tmp_path / name), str(tmp_path))
+
+
+REFUSED = [
+    ("--output", None, "--output: expected a folder, got none"),
+    ("--data", None, "--data: expected one, got none"),
+    ("--prompts", None, "--prompts: expected a file"),
+    ("--prompts", "{out}/none.json", "none.json"),
+    ("--data", "{out}/none", "none"),
+    ("--task", "task02_odd_one_out", "task: expected none"),
+    ("--max-steps", "0", "--max-steps: expected a whole number of at least 1, got 0"),
+    ("--epochs", "nan", "--num-train-epochs: expected a number above 0, got nan"),
+    ("--batch-size", "0", "--per-device-train-batch-size: expected"),
+    ("--lr", "inf", "--learning-rate: expected a number of at least 0, got inf"),
+    ("--lora-dropout", "1", "--lora-dropout: expected a number of at least 0 and below 1, got 1.0"),
+    ("--seed", "-1", "--seed: expected a whole number from 0 to 2**32 - 1, got -1"),
+    ("--workers", "-1", "--dataloader-num-workers: expected"),
+    ("--examples", "0", "--examples: expected"),
+    ("--every-steps", "0", "every_steps: "),
+    ("--temperature", "-1", "temperature: "),
+    ("--eval-fraction", "1", "--eval-fraction: expected a number of at least 0 and below 1"),
+    ("--early-stopping-patience", "2", "--early-stopping-patience: expected --eval-data or --eval-fraction too"),
+    ("--paraphrase-with", "http://127.0.0.1:1/v1", "--paraphrase-model: expected"),
+    ("--model", "{out}/none", "--model"),
+    ("--output", "{out}/prompts.json", "prompts.json: expected a folder, got a file"),
+    ("--output", "/proc/none", "/proc/none"),
+    ("--nonsense", "1", "unrecognized arguments: --nonsense 1"),
+]
+
+
+@pytest.mark.parametrize(("option", "value", "expected"), REFUSED, ids=range(len(REFUSED)))
+def test_bad_values_are_refused_before_the_model_is_loaded(tmp_path, sapo, words, option, value, expected, monkeypatch):
+    monkeypatch.setattr("sapo_peft.tiny_random.tiny_model", lambda: pytest.fail("the model was loaded"))
+    if value is None:
+        place = words.index(option)
+        words[place : place + 2] = []
+    else:
+        words += [option, value.replace("{out}", str(tmp_path))]
+    one_line_error(sapo(*words), expected)
+    assert not list((tmp_path / "out").glob("*"))
+
+
+def test_a_run_and_its_resumption(tmp_path, words, sapo):
+    code, out, err = sapo(*words, "--resume")
+    assert code == 0 and "No checkpoint to resume from: a new run." in out, err
+    assert "trained with prompt" in out and "SAPO: 2 scorings took" in out
+    folder = tmp_path / "out"
+    (entry,) = json.loads((folder / "sapo_prompts.json").read_text())["tasks"].values()
+    assert entry["prompt"] in out and entry["loss"] <= entry["original_loss"]
+    before = (folder / "adapter_model.safetensors").read_bytes()
+    # A new run does not mix with another's.
+    one_line_error(sapo(*words), "expected a folder without checkpoints, got one with checkpoint-4; continue")
+
+    # The newest checkpoint was cut off: the run goes on from the one before and ends with the same bytes.
+    broken = folder / "checkpoint-4" / "optimizer.pt"
+    broken.write_bytes(broken.read_bytes()[:-100])
+    code, out, _ = sapo(*words, "--resume")
+    assert code == 0 and "checkpoint-2" in out.split("Resuming from ")[1].splitlines()[0]
+    assert (folder / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_evaluation_and_early_stopping(tmp_path, words, sapo):
+    """A share of the examples is held out; without a better loss the run stops, with the best adapter."""
+    more = (
+        "--eval-fraction",
+        "0.25",
+        "--early-stopping-patience",
+        "1",
+        "--save-steps",
+        "1",
+        "--lr",
+        "0",
+        "--max-steps",
+        9,
+    )
+    code, out, _ = sapo(*words, *more)
+    assert code == 0 and out.count("'eval_loss'") == 2, out
+    state = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())
+    assert state["global_step"] == 2 and state["best_global_step"] == 1 and state["num_train_epochs"] == 2
+    rows = [{"sentence": "a", "label": "positive"}, {"sentence": "b", "label": "negative"}]
+    other = str(tmp_path / "other")
+    data = (
+        "--eval-data",
+        put(tmp_path / "eval.json", rows),
+        "--output",
+        other,
+        "--max-steps",
+        1,
+        "--eval_strategy",
+        "epoch",
+    )
+    assert "'eval_loss'" in sapo(*words, *data, "--max-steps", 8)[1]
+    one_line_error(sapo(*words, *data, "--eval-fraction", 0.1), "--eval-data, --eval-fraction: expected one of them")
+
+
+def test_a_write_that_fails_names_the_folder_and_the_cause(tmp_path, words, sapo, monkeypatch):
+    from sapo_peft.cli import outputs
+
+    def full(*args, **options):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+
+    monkeypatch.setattr("torch.save", full)
+    monkeypatch.setattr(outputs, "_cause", lambda path: OSError(28, "No space left on device"))
+    code, _, err = sapo(*words)
+    assert code == 2 and f"sapo: error: {tmp_path}/out: No space left on device" in err
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path, words):
+    """130, one line with the step, no traceback; then --resume continues."""
+    process = child(*words, "--max-steps", 100_000, "--batch-size", 1, "--probe-examples", 1)
+    try:
+        until = time.monotonic() + DEADLINE
+        while not list((tmp_path / "out").glob("checkpoint-*/trainer_state.json")) and time.monotonic() < until:
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        errors = process.communicate(timeout=DEADLINE)[1].decode()
+    finally:
+        process.kill()
+    assert process.returncode == 130, errors[-2000:]
+    assert "--resume continues from the last checkpoint" in errors and "sapo: interrupted" in errors
+    assert int(errors.split("stopped after step ")[1].split(";")[0]) >= 2 and "Traceback" not in errors
+
+
+def test_paraphrases_from_a_local_model_are_kept(tmp_path, words, sapo, monkeypatch):
+    """A random model says nothing that passes: the run goes on with the prompts that are there, and says so."""
+    from sapo_peft import tiny_model, tiny_tokenizer
+    from sapo_peft.paraphrase import LocalModelSource
+
+    # It never ends by itself; a shorter answer is as bad.
+    defaults = {**LocalModelSource.__init__.__kwdefaults__, "max_new_tokens": 24}
+    monkeypatch.setattr(LocalModelSource.__init__, "__kwdefaults__", defaults)
+    tiny_model().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    more = ("--max-steps", 1, "--paraphrase-with", tmp_path / "model", "--paraphrases", 1)
+    code, _, err = sapo(*words, *more)
+    assert code == 0 and err.count("0 of the 1 paraphrases asked for are there") == 1
+    assert (tmp_path / "out" / "sapo_pool.json").is_file() and (tmp_path / "out" / "sapo_prompts.json").is_file()
+
+
+def test_a_resumed_run_keeps_the_paraphrases_it_began_with(tmp_path, words, sapo, monkeypatch):
+    """Fewer had come than were asked for: asking for the rest would make another pool, which cannot be resumed."""
+    pytest.importorskip("openai", reason="openai is not installed")
+    monkeypatch.setenv("OPENAI_API_KEY", "k")
+
+    def gather(pool, source, wanted, store):
+        assert wanted == 5 and not store.exists(), "asked once"
+        pool = pool.extended([PoolPrompt("Which is it: positive, negative or mixed?", "asked")])
+        pool.save(store)
+        return pool
+
+    monkeypatch.setattr("sapo_peft.paraphrase.gather", gather)
+    words += ["--paraphrase-with", "http://127.0.0.1:1/v1", "--paraphrase-model", "m", "--paraphrases", "5"]
+    assert sapo(*words)[0] == 0
+    assert "trained with prompt" in sapo(*words, "--max-steps", "6", "--resume")[1]
+    (entry,) = json.loads((tmp_path / "out" / "sapo_prompts.json").read_text())["tasks"].values()
+    assert entry["prompts"] == 3 and (tmp_path / "out" / "checkpoint-6").is_dir()
+
+
+def test_a_saved_pool_can_be_scored_and_trained_on(tmp_path, words):
+    pool = PromptPool.build(TASK, "Is it positive, negative or mixed?", ["Say which: positive, negative, mixed."])
+    pool.save(tmp_path / "prompts.json")
+    assert main(["score", "--prompts", str(tmp_path / "prompts.json"), "--data", DATA, "--examples", "2"]) == 0
+    assert main([*words, "--max-steps", "1"]) == 0
+    assert json.loads((tmp_path / "out" / "sapo_prompts.json").read_text())["tasks"][TASK]["prompts"] == 2
