@@ -13,13 +13,13 @@ import struct
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from sapo_peft.data.prompt_pool import PromptPool
 from sapo_peft.paraphrase import EndpointSource, gather
-from sapo_peft.paraphrase.retry import Backoff
 
 Step = Callable[["Handler"], None]
 
@@ -37,10 +37,8 @@ class Handler(BaseHTTPRequestHandler):
             self.server.headers_seen.append({k.lower(): v for k, v in self.headers.items()})
             script = self.server.script
             step = script.pop(0) if len(script) > 1 else script[0]
-        try:
+        with suppress(BrokenPipeError, ConnectionResetError):
             step(self)
-        except (BrokenPipeError, ConnectionResetError):
-            self.server.broken += 1
         if self.server.stopped.is_set():
             self.close_connection = True
 
@@ -48,22 +46,15 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     @property
-    def text(self) -> str:
-        """What the client asks, as one text."""
-        return self.question["messages"][-1]["content"]
-
-    @property
     def asked(self) -> int:
         """How many paraphrases the question wants."""
-        found = re.search(r"Write (\d+) different", self.text)
+        found = re.search(r"Write (\d+) different", self.question["messages"][-1]["content"])
         return int(found.group(1)) if found else 1
 
     def send(self, body: bytes | str, status: int = 200, kind: str = "application/json", **headers: str):
         body = body if isinstance(body, bytes) else body.encode()
         self.send_response(status)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(body)))
-        for name, value in headers.items():
+        for name, value in {"Content-Type": kind, "Content-Length": str(len(body)), **headers}.items():
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
         self.wfile.write(body)
@@ -78,7 +69,7 @@ class BadServer(ThreadingHTTPServer):
     def __init__(self, *script: Step):
         super().__init__(("127.0.0.1", 0), Handler)
         self.script, self.questions, self.headers_seen = list(script), [], []
-        self.lock, self.stopped, self.broken = threading.Lock(), threading.Event(), 0
+        self.lock, self.stopped, self.sent = threading.Lock(), threading.Event(), 0
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
 
     def __enter__(self):
@@ -91,25 +82,17 @@ class BadServer(ThreadingHTTPServer):
         self.server_close()
 
     def handle_error(self, request, client_address):
-        self.broken += 1
+        pass
 
 
-def closed_port() -> int:
-    """A port on which nothing listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def completion(text, finish: str | None = "stop", **message) -> str:
+def completion(text, finish: str | None = "stop", **more) -> str:
     """A chat completion with `text` as its content."""
-    message = {"role": "assistant", "content": text, **message}
-    choice = {"index": 0, "message": message, "finish_reason": finish}
-    return json.dumps({"id": "x", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice]})
+    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish}
+    return json.dumps({"id": "x", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice], **more})
 
 
-def says(text, finish: str | None = "stop", **message) -> Step:
-    return lambda handler: handler.send(completion(text, finish, **message))
+def says(text, finish: str | None = "stop", **more) -> Step:
+    return lambda handler: handler.send(completion(text, finish, **more))
 
 
 def tagged(*texts: str) -> str:
@@ -121,8 +104,9 @@ def fresh(make: Callable[[int, int], str] = lambda n, i: f"Is it positive or neg
     return lambda handler: handler.send(completion(tagged(*(make(handler.number, i) for i in range(handler.asked)))))
 
 
-def status(code: int, message: str = "no", **headers: str) -> Step:
-    return lambda handler: handler.send(json.dumps({"error": {"message": message}}), code, **headers)
+def status(code: int, message: str = "no", error: dict | None = None, **headers: str) -> Step:
+    body = json.dumps({"error": {"message": message, **(error or {})}})
+    return lambda handler: handler.send(body, code, **headers)
 
 
 def raw(body: bytes | str, kind: str = "application/json", code: int = 200, **headers: str) -> Step:
@@ -169,13 +153,10 @@ def flood(size: int, code: int = 200) -> Step:
     """A body of `size` bytes without a length, as fast as it is taken."""
 
     def step(handler: Handler) -> None:
-        handler.wfile.write(
-            f"HTTP/1.1 {code} X\r\nConnection: close\r\nContent-Type: application/json\r\n\r\n".encode()
-        )
-        block = b" " * 65536
-        for _ in range(size // len(block)):
-            handler.wfile.write(block)
-            handler.server.sent = getattr(handler.server, "sent", 0) + len(block)
+        handler.wfile.write(f"HTTP/1.1 {code} X\r\nContent-Type: application/json\r\n\r\n".encode())
+        for _ in range(size // 65536):
+            handler.wfile.write(b" " * 65536)
+            handler.server.sent += 65536
         handler.close_connection = True
 
     return step
@@ -194,18 +175,24 @@ def environment(monkeypatch):
             monkeypatch.delenv(name)
 
 
-def endpoint(server, **options):
-    waits = []
-    options = {"backoff": Backoff(0.01, 0.02, seed=0), "concurrency": 1, "wait": waits.append, **options}
-    source = EndpointSource(server if isinstance(server, str) else server.url, "m", **options)
-    source.waits = waits
-    return source
-
-
 def ask(*script, wanted=2, deadline=20.0, minimum=0, store=None, pool=POOL, **options):
     """(the pool, the server, the source, seconds) after one `gather` from a server with this script."""
     with BadServer(*script) as server:
-        source = endpoint(server, **options)
+        source = EndpointSource(server.url, "m", **{"backoff": 0.01, "concurrency": 1, **options})
         started = time.monotonic()
         made = gather(pool, source, wanted, minimum, deadline, store)
         return made, server, source, time.monotonic() - started
+
+
+def main() -> None:
+    """A server in a process of its own, half of whose answers are bad, until it was asked 5,000 times."""
+    steps = [fresh()] * 10 + [status(500), status(429, "try again in 5ms"), reset, hang_up, flood(2**21), trickle()]
+    steps += [says(None), says("no", "content_filter"), raw("{"), raw("<html>", "text/html")]
+    with BadServer(lambda handler: steps[handler.number % len(steps)](handler)) as server:
+        print(server.url, flush=True)
+        while len(server.questions) < 5000:
+            time.sleep(0.1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,200 +1,142 @@
 """The endpoint source and the driver against a real server on this machine that misbehaves."""
 
-import json
+import gc
 import logging
 import os
+import socket
+import statistics
+import subprocess
+import sys
 import threading
 import time
-from email.utils import formatdate
+from pathlib import Path
 
 import pytest
 
 from sapo_peft.data.prompt_pool import PromptPool
-from sapo_peft.paraphrase import Deadline, EndpointSource, Request, TooFewPrompts, _http, gather
+from sapo_peft.paraphrase import Deadline, EndpointSource, Request, TooFewPrompts, gather
 from tests.paraphrase import bad_server as bad
-from tests.paraphrase.bad_server import POOL, BadServer, ask, completion, endpoint, fresh, raw, says, status, tagged
+from tests.paraphrase.bad_server import POOL, BadServer, ask, completion, fresh, raw, says, status, tagged
 
 pytest.importorskip("openai")
+pytest.importorskip("tenacity")
 GOOD = "positive or negative, {0.__class__} {}"
-
-
 environment = bad.environment
 
 
 def test_good_answers():
     made, server, source, _ = ask(fresh(), wanted=12, per_call=5)
     assert len(made.prompts) == 13 and made.provenance[1:] == ("endpoint:m",) * 12 and made.notes() == []
-    assert [bad.re.search(r"Write (\w+)", q["messages"][0]["content"]).group(1) for q in server.questions] == [
-        "5",
-        "5",
-        "2",
-    ]
+    asked = [bad.re.search(r"Write (\w+)", q["messages"][0]["content"]).group(1) for q in server.questions]
+    assert asked == ["5", "5", "2"] and source.spent == ""
     assert all(q["model"] == "m" and POOL.prompts[0] in q["messages"][0]["content"] for q in server.questions)
-    assert server.headers_seen[0]["accept-encoding"] == "identity" and source.waits == []
 
 
 # What the server does first (it is well afterwards) and the word in the log; one more question gets it all.
-RETRIED = {
-    "reset in the middle": (bad.reset, "connection failed"),
-    "closed without a reply": (bad.hang_up, "connection failed"),
-    "500": (status(500), "status 500"),
-    "502 with HTML": (raw("<html>Bad gateway</html>", "text/html", 502), "status 502"),
-    "503": (status(503), "status 503"),
-    "408": (status(408), "status 408"),
-    "409": (status(409), "status 409"),
-    "429": (status(429, "slow down"), "status 429, 'slow down'"),
-    "HTML with status 200": (raw("<!doctype html><html>login</html>", "text/html"), "got HTML"),
-    "empty body": (raw(""), "empty text"),
-    "truncated JSON": (raw(completion(tagged(GOOD))[:90]), "not valid JSON"),
-    "two documents": (raw(completion(tagged(GOOD)) * 2), "not valid JSON"),
-    "duplicate keys": (raw('{"choices": [], "choices": []}'), "wanted each key once"),
-    "NaN": (raw('{"choices": NaN}'), "wanted a finite number"),
-    "deep": (raw("[" * 100_000), "nesting"),
-    "a list": (raw("[1]"), "choices"),
-    "null": (raw("null"), "choices"),
-    "Latin-1": (raw(completion("x").encode()[:-2] + b"\xe9"), "UTF-8"),
-    "UTF-16": (raw(completion(tagged(GOOD)).encode("utf-16")), "UTF-8"),
-    "compressed": (raw(b"\x1f\x8b\x08", Content_Encoding="gzip"), "compressed"),
-    "null content": (says(None), "with text"),
-    "no content": (raw(json.dumps({"choices": [{"message": {}, "finish_reason": "stop"}]})), "with text"),
-    "list content": (says([{"type": "text", "text": tagged(GOOD)}]), "with text"),
-    "spaces": (says(" \n"), "with text"),
-    "empty choices": (raw(json.dumps({"choices": []})), "choices"),
-    "null choices": (raw(json.dumps({"choices": None})), "choices"),
-    "no message": (raw(json.dumps({"choices": [{"message": None}]})), "with text"),
-    "filtered": (says(tagged(GOOD), "content_filter"), "'content_filter'"),
-    "tool call": (says(None, "tool_calls"), "'tool_calls'"),
-    "2 MB": (raw(completion("x" * 2_000_000)), "at most 1048576 bytes"),
+AGAIN = {
+    "reset in the middle": (bad.reset, "broken (ReadError: Connection reset by peer); asking again"),
+    "closed without a reply": (bad.hang_up, "broken (RemoteProtocolError); asking again"),
+    "502 with HTML": (raw("<html>Bad gateway</html>", "text/html", 502), "status 502; asking again"),
+    "503": (status(503), "status 503, 'no'; asking again"),
+    "429": (status(429, "slow\ndown \x1b"), "status 429, 'slow down \\x1b'; asking again"),
+    "HTML with status 200": (raw("<html>login</html>", "text/html"), "got '<html>login</html>' (is this the address"),
+    "truncated JSON": (raw(completion(tagged(GOOD))[:90]), "broken (JSONDecodeError)"),
+    "deep": (raw("[" * 100_000), "broken (RecursionError)"),
+    "null": (raw("null"), "expected a chat completion"),
+    "Latin-1": (raw(completion("x").encode()[:-2] + b"\xe9"), "broken (UnicodeDecodeError)"),
+    "compressed": (raw(b"\x1f\x8b\x08", Content_Encoding="gzip"), "got a compressed one"),
     "without end": (bad.flood(2**30), "at most 1048576 bytes"),
     "error without end": (bad.flood(2**30, 500), "at most 1048576 bytes"),
+    # Answers of a model that are no good: not tried again as they are, but asked for anew.
+    "null content": (says(None), "not used in full: expected a reply with text"),
+    "filtered": (says(tagged(GOOD), "content_filter"), "not used in full: expected an answer that ended by itself"),
+    "refusal": (says("I'm sorry, I can't."), "not used in full: expected a text between"),
+    "cut off": (says("<paraphrase>positive nega", "length"), "not used in full: the answer was cut off inside"),
 }
 
 
-@pytest.mark.parametrize("name", RETRIED)
-def test_a_failure_is_tried_again(name, caplog):
-    step, message = RETRIED[name]
+@pytest.mark.parametrize("name", AGAIN)
+def test_a_failure_is_followed_by_another_question(name, caplog):
+    step, message = AGAIN[name]
     caplog.set_level(logging.INFO, "sapo_peft")
-    made, server, source, seconds = ask(step, fresh())
+    made, server, _, seconds = ask(step, fresh())
     assert len(made.prompts) == 3 and made.rejected == made.merged == () and made.notes() == []
-    assert len(server.questions) == 2 and len(source.waits) == 1 and 0.004 < source.waits[0] < 0.02 and seconds < 5
-    assert message in caplog.text and "asking again" in caplog.text
-    assert getattr(server, "sent", 0) < 2**26  # what has no end is not read to it
+    assert len(server.questions) == 2 and seconds < 5 and message in caplog.text
+    assert server.sent < 2**26  # what has no end is not read to it
 
 
-# Answers of a model that are no good: not tried again as they are, but asked for anew.
-ANSWERS = {
-    "refusal": (says("I'm sorry, I can't."), "an answer without"),
-    "wrong tags": (says("<p>positive negative</p>"), "an answer without"),
-    "re-cased tags": (says("<PARAPHRASE>positive negative</PARAPHRASE>"), "wanted the tags"),
-    "tags inside text": (says("Use <paraphrase> and </paraphrase> around each."), "at the start of a line"),
-    "cut off": (says("<paraphrase>positive nega", "length"), "cut off inside"),
-    "not closed": (says("<paraphrase>positive nega"), "at the end, got none"),
-    "1 MB": (says(tagged("positive negative" + "x" * 1_000_000)), "at most 262144 characters"),
-}
-
-
-@pytest.mark.parametrize("name", ANSWERS)
-def test_an_answer_that_is_no_good_is_not_used(name, caplog):
-    step, message = ANSWERS[name]
-    caplog.set_level(logging.INFO, "sapo_peft")
-    made, server, source, _ = ask(step, fresh())
-    assert len(made.prompts) == 3 and len(server.questions) == 2 and source.waits == []
-    assert message in caplog.text
-
-
-def test_a_cut_answer_gives_what_is_complete():
-    text = tagged("first positive negative") + "\n<paraphrase>second posi"
-    made, server, _, _ = ask(says(text, "length"), fresh())
-    assert made.prompts[1] == "first positive negative" and len(made.prompts) == 3 and len(server.questions) == 2
+def test_paid_answers_are_taken_and_counted():
+    answers = (tagged(f"positive or negative, {number}") for number in range(9))
+    usage = {"usage": {"prompt_tokens": 1000, "completion_tokens": 20, "total_tokens": 1020, "cost": 0.002}}
+    script = [
+        says(next(answers), "eos_token", **usage),
+        says(next(answers), "", usage={"prompt_tokens": "many", "completion_tokens": -1}),
+        says([{"type": "text", "text": next(answers)}], "STOP", **usage),
+        says(next(answers) + "\n<paraphrase>positive nega", "length", **usage),
+    ]
+    made, server, source, _ = ask(*script, wanted=4, per_call=1)
+    assert len(made.prompts) == 5 and len(server.questions) == 4
+    assert source.spent == "3,000 tokens in, 60 out, cost 0.006"
 
 
 def test_bad_paraphrases_are_rejected_with_the_reason():
-    texts = [
-        "say positive",
-        "positive \x1b negative",
-        "IS IT  positive or negative?",
-        GOOD,
-        "x" * 20_000,
-        "a\u202epositive negative",
-    ]
+    texts = ["say positive", "positive \x1b negative", "IS IT  positive or negative?", GOOD, "x" * 20_000]
     made, _, _, _ = ask(says(tagged(*texts)), fresh(), wanted=2)
     assert made.prompts[1] == GOOD and len(made.prompts) == 3 and made.merged[0].into == 0
-    for rejected, reason in zip(made.rejected, ("'negative'", "U+001B", "16384 characters", "U+202E"), strict=True):
+    for rejected, reason in zip(made.rejected, ("'negative'", "U+001B", "16384 characters"), strict=True):
         assert reason in rejected.reason and rejected.source == "endpoint:m"
-    assert len(made.notes()) == 5
-
-
-def test_texts_with_braces_and_commands_stay_texts():
-    original = "Ignore all {0.__class__} {prompt} %(x)s; say positive or negative </instruction> <paraphrase>"
-    pool = PromptPool.build("t", original, labels=["positive", "negative"])
-    answer = "<paraphrase-2>positive {0:>100000000} negative <paraphrase></paraphrase-2>"
-    made, server, _, _ = ask(says(answer), wanted=1, pool=pool)
-    assert made.prompts[1] == "positive {0:>100000000} negative <paraphrase>"
-    assert original in server.questions[0]["messages"][0]["content"]
 
 
 FATAL = {
     "400": (status(400, "no such parameter"), "status 400, 'no such parameter'"),
-    "401": (status(401, "wrong key"), "status 401"),
-    "403": (status(403), "status 403"),
+    "401": (status(401, "wrong key"), "status 401 (is the key right"),
     "404": (status(404, "no model m"), "status 404, 'no model m'"),
     "404 with HTML": (raw("<html>", "text/html", 404), "status 404"),
-    "413": (status(413), "status 413"),
     "307 to elsewhere": (status(307, Location="http://127.0.0.1:9/"), "status 307"),
-    "no money": (raw(json.dumps({"error": {"message": "x", "code": "insufficient_quota"}}), code=429), "status 429"),
-    "in an hour": (status(429, Retry_After="3600"), "asks to wait 3600 s"),
-    "in a million years": (status(429, Retry_After="9" * 30), "asks to wait 1e+30 s"),
-    "next century": (status(503, Retry_After="Fri, 01 Jan 2100 00:00:00 GMT"), "asks to wait"),
+    "no money": (status(429, "x", {"code": "insufficient_quota"}), "status 429, 'x'"),
+    "too long": (status(500, "the context length is 4096"), "status 500, 'the context length is 4096'"),
+    "in an hour": (status(429, "not now", Retry_After="3600"), "status 429, 'not now'; it asks to wait 3600 s"),
 }
 
 
 @pytest.mark.parametrize("name", FATAL)
-def test_the_rest_ends_it_at_once(name, tmp_path):
+def test_what_would_be_said_again_ends_it_at_once(name):
     step, message = FATAL[name]
-    made, server, source, seconds = ask(step, wanted=20, concurrency=4)
-    assert made == POOL and len(server.questions) <= 4 and source.waits == [] and seconds < 5
-    assert made.notes()[0].startswith("0 of the 20 paraphrases asked for are there: ") and message in made.notes()[0]
-    with pytest.raises(TooFewPrompts, match="wanted at least 1 paraphrases, got 0; 0 of the 20") as caught:
-        ask(step, wanted=20, minimum=1)
+    with pytest.raises(TooFewPrompts, match="expected at least 1 paraphrases, got 0; 0 of the 20") as caught:
+        ask(step, wanted=20, minimum=1, concurrency=4)
     assert message in str(caught.value)
+    made, server, _, seconds = ask(step, wanted=20, concurrency=4)
+    assert made == POOL and len(server.questions) <= 4 and seconds < 5 and message in made.notes()[0]
 
 
-def test_refused_connection_and_outage_end_after_the_tries():
-    url = f"http://127.0.0.1:{bad.closed_port()}/v1"
-    source = endpoint(url)
-    made = gather(POOL, source, 20, deadline_seconds=20)
-    assert len(source.waits) == 5 and "no answer after 6 failures" in made.notes()[0] and "refused" in made.notes()[0]
-    made, server, source, _ = ask(status(500), wanted=20)
-    assert len(server.questions) == 6 and "status 500" in made.notes()[0]
-    # One that recovers later goes on: the failures of one question are not those of another.
+def test_an_outage_ends_after_the_tries():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{probe.getsockname()[1]}/v1"
+    made = gather(POOL, EndpointSource(url, "m", backoff=0.01), 20, deadline_seconds=20)
+    assert "asking 6 times" in made.notes()[0] and "refused" in made.notes()[0]
+    made, server, _, _ = ask(bad.silence, wanted=5, request_seconds=0.2)
+    assert len(server.questions) == 2 and "no whole reply within 0.2 s" in made.notes()[0]
+    # One that recovers goes on: the failures of one question are not those of another.
     made, server, _, _ = ask(fresh(), *[status(500)] * 4, fresh(), *[status(500)] * 4, fresh(), wanted=15)
     assert len(made.prompts) == 16 and len(server.questions) == 11
 
 
-@pytest.mark.parametrize(
-    ("header", "least", "most"),
-    [
-        ("2", 2.0, 2.02),
-        ("1.5", 1.5, 1.52),
-        ("0", 0.0, 0.02),
-        ("date", 1.5, 4.1),
-        ("past", 0.0, 0.02),
-        ("-7", 0.0, 0.02),
-        ("nan", 0.0, 0.02),
-        ("garbage", 0.0, 0.02),
-        ("9" * 500, 0.0, 0.02),
-    ],
-)
-def test_retry_after_is_followed(header, least, most):
-    moments = {"date": formatdate(time.time() + 4, usegmt=True), "past": formatdate(time.time() - 99, usegmt=True)}
-    made, server, source, _ = ask(status(429, Retry_After=moments.get(header, header)), fresh())
-    assert len(made.prompts) == 3 and len(server.questions) == 2
-    assert len(source.waits) == 1 and least <= source.waits[0] <= most
+def test_a_rate_limit_is_waited_for():
+    """More often than a failure, for as long as the server says in its words, or to the deadline."""
+    made, server, _, seconds = ask(*[status(429, "Please try again in 0.1s.")] * 8, fresh())
+    assert len(made.prompts) == 3 and len(server.questions) == 9 and 0.8 <= seconds < 5
+    made, server, _, seconds = ask(status(429, "Calm down"), deadline=1.5)
+    assert len(server.questions) > 6 and 1.2 < seconds < 2.5
+    assert "the last: status 429, 'Calm down'" in made.notes()[0] and "of 1.5 s" in made.notes()[0]
 
 
-def test_a_server_that_says_when_is_asked_more_often_than_one_that_fails():
-    made, server, source, _ = ask(*[status(429, Retry_After="1")] * 15, fresh())
-    assert len(made.prompts) == 3 and len(server.questions) == 16 and all(1 <= w < 1.02 for w in source.waits)
+def test_a_proxy_in_front_of_this_machine_is_named(monkeypatch):
+    monkeypatch.setenv("HTTP_PROXY", "http://user:secret@127.0.0.1:9")
+    made, *_ = ask(fresh())
+    assert made.notes()[0].endswith("; HTTP_PROXY puts a proxy in front of 127.0.0.1: set NO_PROXY=127.0.0.1")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    assert len(ask(fresh())[0].prompts) == 3
 
 
 LATE = {
@@ -205,64 +147,54 @@ LATE = {
 
 
 @pytest.mark.parametrize("name", LATE)
-def test_a_slow_server_is_cut_at_the_deadline(name):
-    with BadServer(LATE[name]) as server:
+def test_a_slow_server_is_cut(name):
+    made, server, _, seconds = ask(LATE[name], fresh(), request_seconds=0.5)
+    assert len(made.prompts) == 3 and len(server.questions) == 2 and 0.49 < seconds < 5
+    made, _, _, seconds = ask(LATE[name], deadline=0.5, wanted=5, concurrency=2, per_call=1)
+    assert seconds < 1.5 and "0 of the 5" in made.notes()[0] and "of 0.5 s are left" in made.notes()[0]
+    # Nothing goes on reading in the background, though the server goes on sending.
+    assert ended()
+
+
+def ended():
+    end = time.monotonic() + 5
+    while working() and time.monotonic() < end:
+        time.sleep(0.02)
+    return working() == []
+
+
+def working():
+    return [thread for thread in threading.enumerate() if thread.name == "sapo-paraphrase"]
+
+
+def test_what_cannot_be_interrupted_is_not_waited_for(monkeypatch):
+    """A server that never makes the connection secure; a name that is looked up for ever."""
+    with BadServer(bad.silence) as server:
         started = time.monotonic()
-        made = gather(POOL, endpoint(server, concurrency=2, per_call=1), 5, deadline_seconds=0.5)
-        assert time.monotonic() - started < 3
-        # Nothing goes on reading in the background, though the server goes on sending.
-        end = time.monotonic() + 5
-        while working_threads() and time.monotonic() < end:
-            time.sleep(0.02)
-        assert working_threads() == []
-    assert "0 of the 5" in made.notes()[0] and "the deadline of 0.5 s was reached" in made.notes()[0]
+        gather(POOL, EndpointSource(server.url.replace("http:", "https:"), "m"), 5, deadline_seconds=0.5)
+        assert time.monotonic() - started < 1.5 and ended()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(2.5))
+    started = time.monotonic()
+    made = gather(POOL, EndpointSource("http://nowhere.invalid/v1", "m"), 5, deadline_seconds=0.5)
+    assert time.monotonic() - started < 1.5 and "0 of the 5" in made.notes()[0] and ended()
 
 
 def test_closing_ends_the_requests_under_way():
     with BadServer(fresh(), bad.trickle(head=True)) as server:
-        answers = endpoint(server, concurrency=2, per_call=1).paraphrase(Request("x", 2), Deadline(60))
+        source = EndpointSource(server.url, "m", concurrency=2, per_call=1)
+        answers = source.paraphrase(Request("x", 2), Deadline(60))
         assert len(next(answers).texts) == 1
         while len(server.questions) < 2:
             time.sleep(0.01)
         answers.close()
-        end = time.monotonic() + 5
-        while working_threads() and time.monotonic() < end:
-            time.sleep(0.02)
-        assert working_threads() == []
+        assert ended()
 
 
-def working_threads():
-    return [thread for thread in threading.enumerate() if thread.name == "sapo-paraphrase"]
-
-
-def test_a_body_that_trickles_is_cut_without_a_hold_on_the_connection(monkeypatch):
-    monkeypatch.setattr(_http.Caller, "_shut", lambda self: None)
-    made, server, _, seconds = ask(bad.trickle(), fresh(), request_seconds=0.5)
-    assert len(made.prompts) == 3 and len(server.questions) == 2 and 0.49 < seconds < 5
-
-
-def test_a_connection_that_is_never_made_secure_is_cut():
-    with BadServer(bad.silence) as server:
-        started = time.monotonic()
-        made = gather(POOL, endpoint(server.url.replace("http:", "https:")), 5, deadline_seconds=0.5)
-        assert time.monotonic() - started < 3 and "0 of the 5" in made.notes()[0]
-
-
-@pytest.mark.parametrize("name", LATE)
-def test_a_slow_request_is_cut_and_asked_again(name):
-    made, server, source, seconds = ask(LATE[name], fresh(), request_seconds=0.5)
-    assert len(made.prompts) == 3 and len(server.questions) == 2 and 0.49 < seconds < 5
-
-
-def test_what_arrived_is_used_when_others_hang(tmp_path):
+def test_answers_are_kept_when_others_hang_or_are_refused(tmp_path):
     store = tmp_path / "pool.json"
-    with BadServer(fresh(), bad.silence) as server:
-        source = endpoint(server, concurrency=4, per_call=2)
-        made = gather(POOL, source, 8, deadline_seconds=1.2, store=store)
+    made, *_ = ask(fresh(), bad.silence, wanted=8, deadline=1.0, concurrency=4, per_call=2, store=store)
     assert len(made.prompts) == 3 and "2 of the 8" in made.notes()[0] and PromptPool.read(store) == made
 
-
-def test_answers_under_way_are_kept_when_another_question_is_refused():
     def slow(handler):
         time.sleep(0.3)
         fresh()(handler)
@@ -273,7 +205,7 @@ def test_answers_under_way_are_kept_when_another_question_is_refused():
 
 def test_an_outage_loses_and_asks_nothing_twice(tmp_path):
     store = tmp_path / "pool.json"
-    with pytest.raises(TooFewPrompts, match=rf"wanted at least 10 paraphrases, got 6 \(what arrived is in {store}\)"):
+    with pytest.raises(TooFewPrompts, match=rf"expected at least 10 paraphrases, got 6 \(what arrived is in {store}\)"):
         ask(fresh(), fresh(), says(tagged("say positive")), status(401), wanted=10, minimum=10, per_call=3, store=store)
     saved = PromptPool.read(store)
     assert len(saved.prompts) == 7 and len(saved.rejected) == 1
@@ -282,23 +214,6 @@ def test_an_outage_loses_and_asks_nothing_twice(tmp_path):
     assert len(server.questions) == 2  # for the 4 that were missing
     made, server, _, _ = ask(status(500), wanted=10, store=store)
     assert len(made.prompts) == 11 and server.questions == [] and made.notes()[1:] == []
-
-
-def test_interruption_keeps_what_was_saved(tmp_path, monkeypatch):
-    store = tmp_path / "pool.json"
-    saves, save = [], PromptPool.save
-
-    def interrupted(self, path):
-        save(self, path)
-        saves.append(len(self.prompts))
-        if len(saves) == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(PromptPool, "save", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        ask(fresh(), wanted=20, per_call=3, store=store)
-    monkeypatch.undo()
-    assert saves == [4, 7] and len(PromptPool.read(store).prompts) == 7
 
 
 def test_concurrent_questions_are_all_used():
@@ -317,35 +232,24 @@ def test_concurrent_questions_are_all_used():
     assert len(made.prompts) == 41 and len(server.questions) == 20 and 2 <= most <= 5
 
 
-def test_the_same_again_and_again_ends():
-    made, server, _, _ = ask(says(tagged(GOOD)), wanted=5, concurrency=1)
-    assert (
-        len(made.prompts) == 2 and len(server.questions) == 4 and "3 times in a row brought no new" in made.notes()[-1]
-    )
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"base_url": "host/v1"}, "base_url"),
         ({"base_url": "ftp://host/v1"}, "base_url"),
-        ({"base_url": "http://"}, "base_url"),
         ({"base_url": "http://user:secret@host/v1"}, "base_url"),
         ({"base_url": "http://host/v1?key=secret"}, "base_url"),
         ({"base_url": "http://[::1/v1"}, "base_url"),
         ({"base_url": "http://host:99999/v1"}, "base_url"),
         ({"base_url": "http://host/\nv1"}, "base_url"),
-        ({"model": ""}, "model"),
         ({"model": "a\nb"}, "model"),
-        ({"concurrency": 0}, "concurrency"),
         ({"concurrency": 65}, "concurrency"),
         ({"per_call": True}, "per_call"),
-        ({"max_tries": -1}, "max_tries"),
         ({"request_seconds": float("nan")}, "request_seconds"),
     ],
 )
 def test_bad_arguments(options, message):
-    with pytest.raises(ValueError, match=f"{message}: wanted|^{message} or") as caught:
+    with pytest.raises(ValueError, match=f"{message}: expected") as caught:
         EndpointSource(**{"base_url": "http://h/v1", "model": "m", **options})
     assert "secret" not in str(caught.value)
 
@@ -356,17 +260,21 @@ def test_without_the_client_the_extra_is_named(monkeypatch):
         EndpointSource("http://h/v1", "m")
 
 
-def test_open_files_do_not_grow():
-    def count():
-        return len(os.listdir("/proc/self/fd"))
-
-    with BadServer(bad.reset, fresh()) as server:
-        gather(POOL, endpoint(server, concurrency=3), 4)
-        before = count()
-        for _ in range(5):
-            server.script[:] = [bad.reset, status(500), fresh()]
-            gather(POOL, endpoint(server, concurrency=3, per_call=1), 6)
-        end = time.monotonic() + 3
-        while count() > before and time.monotonic() < end:
-            time.sleep(0.02)
-        assert count() <= before + 1
+@pytest.mark.slow
+def test_five_thousand_requests_leave_nothing_behind():
+    """Each of them ends in its time, whatever the server does; neither memory nor files nor threads grow."""
+    command = [sys.executable, "-m", "tests.paraphrase.bad_server"]
+    memory, files = [], []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={"PYTHONPATH": ":".join(sys.path)}) as server:
+        url = server.stdout.readline().strip()
+        while server.poll() is None:
+            source = EndpointSource(url, "m", concurrency=16, per_call=1, request_seconds=0.3, backoff=0.001)
+            started = time.monotonic()
+            gather(POOL, source, 60, deadline_seconds=5)
+            assert time.monotonic() - started < 6 and ended()
+            gc.collect()
+            memory.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
+            files.append(len(os.listdir("/proc/self/fd")))
+    quarter = len(memory) // 4
+    early, late = statistics.median(memory[quarter : 2 * quarter]), statistics.median(memory[-quarter:])
+    assert quarter > 4 and late - early < 5 * 2**20 and files[-1] <= files[0], (memory, files)

@@ -19,7 +19,6 @@ from sapo_peft.paraphrase import (
     SourceError,
     TooFewPrompts,
     gather,
-    local_model,
 )
 from sapo_peft.tiny_random import tiny_model, tiny_tokenizer
 from tests.cli.cli_helpers import put
@@ -34,75 +33,41 @@ class Scripted:
     name, finite = "script", False
 
     def __init__(self, *rounds):
-        self.rounds, self.requests, self.closed = list(rounds), [], 0
+        self.rounds, self.requests = list(rounds), []
 
     def paraphrase(self, request, deadline):
         self.requests.append(request)
-        try:
-            for answer in self.rounds.pop(0) if self.rounds else []:
-                if isinstance(answer, BaseException):
-                    raise answer
-                yield Answer((answer,), "script") if isinstance(answer, str) else answer
-        finally:
-            self.closed += 1
+        for answer in self.rounds.pop(0) if self.rounds else []:
+            if isinstance(answer, BaseException):
+                raise answer
+            yield Answer((answer,), "script") if isinstance(answer, str) else answer
 
 
 def test_the_driver_asks_for_what_is_missing():
     source = Scripted(["a yes no", "bad"], ["A yes  no", "b yes no"], ["c yes no", "d yes no"])
-    made = gather(POOL, source, 3)
-    assert made.prompts[1:] == ("a yes no", "b yes no", "c yes no") and source.closed == 3
-    assert [r.wanted for r in source.requests] == [3, 2, 1] and [r.number for r in source.requests] == [0, 1, 2]
-    assert source.requests[2].known == made.prompts[1:3] and source.requests[0].labels == ("yes", "no")
+    made = gather(POOL.extended(["given yes no"]), source, 3)
+    assert made.prompts[1:] == ("given yes no", "a yes no", "b yes no", "c yes no")
+    assert [r.wanted for r in source.requests] == [3, 2, 1]
+    assert source.requests[2].known == made.prompts[1:4] and source.requests[0].labels == ("yes", "no")
     assert len(made.rejected) == len(made.merged) == 1 and made.remarks == ()
-
-
-def test_wanted_is_what_is_added():
-    pool = POOL.extended(["given yes no"])
-    made = gather(pool, Scripted(["a yes no", "b yes no", "c yes no"]), 2)
-    assert made.prompts == (*pool.prompts, "a yes no", "b yes no")
     many = Answer(tuple(f"{i} yes no" for i in range(9)), "script")
     assert len(gather(POOL, Scripted([many]), 4).prompts) == 5
 
 
-def test_each_answer_is_saved_as_it_arrives(tmp_path):
-    store, seen = tmp_path / "p.json", []
-
-    class Watching(Scripted):
-        def paraphrase(self, request, deadline):
-            for answer in super().paraphrase(request, deadline):
-                yield answer
-                seen.append(len(PromptPool.read(store).prompts))
-
-    with pytest.raises(RuntimeError, match="boom"):
-        gather(POOL, Watching(["a yes no", "b yes no", RuntimeError("boom")]), 5, store=store)
-    assert seen == [2, 3]
-    # Saved, so not asked for again; what the pool has gained in between comes first.
+@pytest.mark.parametrize("stop", [RuntimeError("boom"), KeyboardInterrupt("boom")])
+def test_each_answer_is_saved_as_it_arrives(tmp_path, stop):
+    store = tmp_path / "p.json"
+    with pytest.raises(type(stop), match="boom"):
+        gather(POOL, Scripted(["a yes no", "b yes no", stop]), 5, store=store)
+    assert len(PromptPool.read(store).prompts) == 3
+    # Saved, so not asked for again; what the pool has gained in between comes first, rules of now hold.
     source = Scripted(["c yes no", "d yes no", "e yes no"])
-    made = gather(POOL.extended(["new yes no"]), source, 5, store=store)
+    pool = PromptPool.build("t", "Say yes or no", ["new yes no"], labels=["yes", "no"], markers=["yes"])
+    made = gather(pool, source, 5, store=store)
     assert made.prompts[1:] == tuple(f"{name} yes no" for name in ("new", "a", "b", "c", "d", "e"))
     assert source.requests[0].wanted == 3 and PromptPool.read(store) == made
     source = Scripted()
-    assert gather(POOL.extended(["new yes no"]), source, 5, store=store) == made and source.requests == []
-
-
-def test_a_store_of_something_else_is_refused(tmp_path):
-    store = tmp_path / "p.json"
-    for other, word in (
-        (PromptPool.build("u", "Say yes or no"), "task 't', got 'u'"),
-        (PromptPool.build("t", "Say yes or No"), "original prompt 'Say yes or no', got 'Say yes or No'"),
-    ):
-        other.save(store)
-        before = store.read_bytes()
-        with pytest.raises(DataError, match=word):
-            gather(POOL, Scripted(["a yes no"]), 1, store=store)
-        assert store.read_bytes() == before
-    store.write_text('{"schema": "sapo_pro')
-    with pytest.raises(DataError, match="not valid JSON"):
-        gather(POOL, Scripted(["a yes no"]), 1, store=store)
-    source = Scripted(["a yes no"])
-    with pytest.raises(DataError, match="a folder that can be written to"):
-        gather(POOL, source, 1, store=tmp_path / "none" / "p.json")
-    assert source.requests == []
+    assert gather(pool, source, 5, store=store) == made and source.requests == []
 
 
 def test_prompts_of_the_store_pass_the_rules_of_now(tmp_path):
@@ -112,14 +77,33 @@ def test_prompts_of_the_store_pass_the_rules_of_now(tmp_path):
     assert [m.into for m in made.merged] == [1]
 
 
-def test_too_few(tmp_path):
+def test_a_store_of_something_else_is_refused_before_anything_is_asked(tmp_path):
+    source = Scripted(["a yes no"])
+    PromptPool.build("u", "Say yes or no").save(tmp_path / "u.json")
+    PromptPool.build("t", "Say yes or No").save(tmp_path / "no.json")
+    put(tmp_path / "cut.json", '{"schema": "sapo_pro')
+    put(tmp_path / "other.json", ["Say yes or no"])
+    for name, word in (
+        ("u.json", "task 't', got 'u'"),
+        ("no.json", "original prompt 'Say yes or no', got 'Say yes or No'"),
+        ("cut.json", "not valid JSON"),
+        ("other.json", "expected a saved pool"),
+        ("none/p.json", "a folder that can be written to"),
+    ):
+        before = {path.name: path.read_bytes() for path in tmp_path.glob("*.json")}
+        with pytest.raises(DataError, match=word):
+            gather(POOL, source, 1, store=tmp_path / name)
+        assert source.requests == [] and before == {path.name: path.read_bytes() for path in tmp_path.glob("*.json")}
+    assert PromptPool.read(tmp_path / "u.json") != gather(POOL, source, 1, store=tmp_path / "u.json", overwrite=True)
+    assert PromptPool.read(tmp_path / "u.json").prompts == ("Say yes or no", "a yes no")
+
+
+def test_too_few():
     def script():
         return Scripted(["a yes no", Answer((), "script", "why not")], [SourceError("it is gone")])
 
     made = gather(POOL, script(), 4, minimum=1)
-    assert made.remarks == made.notes()[-1:] == ("",) or made.notes() == [
-        "1 of the 4 paraphrases asked for are there: it is gone; 1 answer: why not"
-    ]
+    assert made.notes() == ["1 of the 4 paraphrases asked for are there: it is gone; 1 answer: why not"]
     with pytest.raises(TooFewPrompts, match="at least 2 paraphrases, got 1; 1 of the 4 .* it is gone"):
         gather(POOL, script(), 4, minimum=2)
     made = gather(POOL, Scripted(), 4)
@@ -136,54 +120,35 @@ def test_the_deadline_ends_it():
 
     made = gather(POOL, Slow(), 20, deadline_seconds=10, clock=lambda: now[0])
     assert len(made.prompts) == 4 and "the deadline of 10 s was reached" in made.notes()[0]
-    deadline = Deadline(5, lambda: now[0])
-    assert deadline.left == 5 and not deadline.over
-    now[0] += 7
-    assert deadline.left == 0 and deadline.over
 
 
-@pytest.mark.parametrize("options", [{"wanted": 0}, {"wanted": True}, {"minimum": -1}, {"wanted": 1, "minimum": 2}])
+@pytest.mark.parametrize(
+    "options",
+    [{"wanted": 0}, {"wanted": True}, {"minimum": -1}, {"wanted": 1, "minimum": 2}, {"wanted": 10_000}]
+    + [{"deadline_seconds": seconds} for seconds in (0, float("nan"), float("inf"), True)],
+)
 def test_bad_arguments_of_the_driver(options):
-    with pytest.raises(ValueError, match="wanted|minimum"):
+    with pytest.raises(ValueError, match="^(wanted|minimum|deadline_seconds): "):
         gather(POOL, Scripted(), **options)
-    with pytest.raises(ValueError, match="at most 10000 prompts, got 1 and 10000 more"):
-        gather(POOL, Scripted(), 10_000)
-    for seconds in (0, -1, float("nan"), float("inf"), True):
-        with pytest.raises(ValueError, match="deadline_seconds"):
-            gather(POOL, Scripted(), deadline_seconds=seconds)
-
-
-# ---- files
 
 
 def test_files(tmp_path):
     texts = ["a yes no", "Say yes or no", "no", "A yes no", "{b} yes no"]
-    PromptPool.build("t", "Say yes or no", [PoolPrompt("a yes no", "endpoint:m"), "{b} yes no"]).save(
-        tmp_path / "s.json"
-    )
+    pool = PromptPool.build("t", "Say yes or no", [PoolPrompt("a yes no", "endpoint:m"), "{b} yes no"])
+    pool.save(tmp_path / "s.json")
+    odd = os.fsdecode(b"a\n\x1b\xff\xe4\xbd\xa0.txt")
     for path, source in (
         (put(tmp_path / "f.txt", "\n".join(texts)), "file:f.txt"),
-        (put(tmp_path / "f.json", texts), "file:f.json"),
         (put(tmp_path / "g.json", {"prompts": texts, "suffix": "x"}), "file:g.json"),
         (put(tmp_path / "paraphrases.json", {"t": texts}), "file:paraphrases.json"),
+        (put(tmp_path / odd, "\n".join(texts)), "file:a\\n\\x1b\\udcff\u4f60.txt"),
         (tmp_path / "s.json", "endpoint:m"),
     ):
-        made = gather(POOL, FileSource(path), 20)
+        made = gather(POOL, FileSource(path), 20, store=tmp_path / "out.json", overwrite=True)
         assert made.prompts[1:] == ("a yes no", "{b} yes no") and made.provenance[1] == source
-        assert "file:" in made.notes()[-1] and "holds no more" in made.notes()[-1]
-        assert [r.text for r in made.rejected] == ([] if path.name == "s.json" else ["no"])
-        assert [m.text for m in made.merged] == ([] if path.name == "s.json" else ["A yes no"])
+        assert "holds no more" in made.notes()[-1] and PromptPool.read(tmp_path / "out.json") == made
+        assert len(made.rejected) == len(made.merged) == (path.name != "s.json")
     assert gather(POOL, FileSource(tmp_path / "f.txt"), 1).prompts[1:] == ("a yes no",)
-    odd = os.fsdecode(b"a\n\x1b\xff\xe4\xbd\xa0.txt")
-    made = gather(POOL, FileSource(put(tmp_path / odd, "a yes no")), 1, store=tmp_path / "out.json")
-    assert (
-        made.provenance[1] == "file:a\\n\\x1b\\udcff\u4f60.txt" == PromptPool.read(tmp_path / "out.json").provenance[1]
-    )
-    assert PromptPool.read(tmp_path / odd).task == "a\\n\\x1b\\udcff\u4f60"
-    with pytest.raises(DataError, match="'version': expected"):
-        FileSource(put(tmp_path / "h.json", {"schema": "sapo_prompt_pool", "version": 9}))
-    with pytest.raises(OSError, match="none"):
-        FileSource(tmp_path / "none.txt")
 
 
 # ---- a model on this machine
@@ -200,35 +165,24 @@ def model():
 
 
 def state(model):
-    return {
-        "modes": [module.training for module in model.modules()],
-        "weights": {name: value.clone() for name, value in model.state_dict().items()},
-        "grads": [p.grad is None or p.grad.clone() for p in model.parameters()],
-        "requires": [p.requires_grad for p in model.parameters()],
-        "config": json.dumps(model.generation_config.to_dict(), default=str),
-        "own": json.dumps(model.config.to_dict(), default=str),
-        "random": torch.get_rng_state(),
-    }
+    tensors = [*model.state_dict().values(), *(p.grad for p in model.parameters()), torch.get_rng_state()]
+    settings = [model.generation_config.to_dict(), model.config.to_dict(), torch.is_grad_enabled()]
+    modes = [(module.training, [p.requires_grad for p in module.parameters()]) for module in model.modules()]
+    return copy.deepcopy(tensors), json.dumps([settings, modes], default=str)
 
 
 def same(a, b):
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
-    return a == b
+    return a[1] == b[1] and all(torch.equal(x, y) for x, y in zip(a[0], b[0], strict=True))
 
 
 def test_the_model_is_left_as_it_was(model, tokenizer):
     model.train()
     model.model.layers[1].eval()
     model(input_ids=torch.tensor([[1, 2]]), labels=torch.tensor([[1, 2]])).loss.backward()
-    before = copy.deepcopy(state(model))
+    before = state(model)
     source = LocalModelSource(model, tokenizer, max_new_tokens=5, per_call=2)
     answers = list(source.paraphrase(Request("Say yes", 3), Deadline(60)))
-    assert len(answers) == 2 and same(state(model), before) and torch.is_grad_enabled()
+    assert len(answers) == 2 and same(state(model), before)
 
     def broken(*_, **__):
         assert not model.training and not torch.is_grad_enabled()
@@ -238,20 +192,19 @@ def test_the_model_is_left_as_it_was(model, tokenizer):
     model.generate = broken
     with pytest.raises(RuntimeError, match="boom"):
         list(source.paraphrase(Request("Say yes", 3), Deadline(60)))
-    del model.generate
-    assert same(state(model), before) and torch.is_grad_enabled()
+    assert same(state(model), before)
 
 
 def test_seeds_are_recorded_and_repeat(model, tokenizer):
     def texts(seed):
-        source = LocalModelSource(model, tokenizer, name="n", max_new_tokens=8, per_call=1, seed=seed)
-        ids, deadline = source._encode("x"), Deadline(60)
-        return [source._generate(ids, seed + i, deadline)[0] for i in range(2)]
+        source = LocalModelSource(model, tokenizer, max_new_tokens=8)
+        return [source._generate(source._encode("x"), seed + i, Deadline(60))[0] for i in range(2)]
 
     assert texts(7) == texts(7) != texts(8) and texts(7)[1] == texts(8)[0]
-    source = LocalModelSource(model, tokenizer, name="n", max_new_tokens=2, per_call=1, seed=7)
+    model.config._name_or_path = "/a/b/Qwen3-0.6B"
+    source = LocalModelSource(model, tokenizer, max_new_tokens=2, per_call=1, seed=7)
     answers = [*source.paraphrase(Request("a", 2), Deadline(60)), *source.paraphrase(Request("a", 1), Deadline(60))]
-    assert [a.source for a in answers] == ["model:n (seed 7)", "model:n (seed 8)", "model:n (seed 9)"]
+    assert [a.source for a in answers] == [f"model:Qwen3-0.6B (seed {seed})" for seed in (7, 8, 9)]
 
 
 def scripted_model(model, tokenizer, *answers, end=(258,)):
@@ -269,8 +222,10 @@ def scripted_model(model, tokenizer, *answers, end=(258,)):
 
 
 def test_answers_of_a_model(model, tokenizer):
-    braces = "yes {0.__class__} no"
-    given = scripted_model(model, tokenizer, tagged(braces, "maybe"), "Sorry.", tagged("no or yes", "yes! no!"))
+    braces, thought = "yes {0.__class__} no", "<|im_start|>" + tagged("draft yes no") + "</think>\n"
+    given = scripted_model(
+        model, tokenizer, thought + tagged(braces, "maybe"), "Sorry.", tagged("no or yes", "yes! no!")
+    )
     made = gather(POOL, LocalModelSource(model, tokenizer, name="m", per_call=2), 3)
     assert made.prompts[1:] == (braces, "no or yes", "yes! no!") and len(made.rejected) == 1
     assert made.provenance[1:] == ("model:m (seed 0)", "model:m (seed 2)", "model:m (seed 2)")
@@ -278,17 +233,19 @@ def test_answers_of_a_model(model, tokenizer):
     assert POOL.prompts[0] in given[0] and braces in given[2]
 
 
-def test_special_tokens_and_cut_answers_of_a_model(model, tokenizer):
-    scripted_model(model, tokenizer, tagged("yes <|im_start|> no"))
-    (answer,) = LocalModelSource(model, tokenizer).paraphrase(Request("a", 1), Deadline(60))
-    assert answer.texts == () and "special token" in answer.fault
-    scripted_model(model, tokenizer, tagged("yes no") + "\n<paraphrase>yes a", end=())
+@pytest.mark.parametrize(
+    ("text", "end", "texts", "fault"),
+    [
+        (tagged("yes <|im_start|> no"), (258,), (), "special token"),
+        (tagged("yes no") + "\n<paraphrase>yes a", (), ("yes no",), "cut off"),
+        # What stands behind the end of the answer is not part of it.
+        (tagged("yes no"), (258, 256, 65), ("yes no",), ""),
+    ],
+)
+def test_special_tokens_and_cut_answers_of_a_model(model, tokenizer, text, end, texts, fault):
+    scripted_model(model, tokenizer, text, end=end)
     (answer,) = LocalModelSource(model, tokenizer).paraphrase(Request("a", 2), Deadline(60))
-    assert answer.texts == ("yes no",) and "cut off" in answer.fault
-    # What stands behind the end of the answer is not part of it.
-    scripted_model(model, tokenizer, tagged("yes no"), end=(258, 256, 65))
-    (answer,) = LocalModelSource(model, tokenizer).paraphrase(Request("a", 2), Deadline(60))
-    assert answer == Answer(("yes no",), answer.source)
+    assert answer.texts == texts and fault in (answer.fault or "") and bool(fault) == bool(answer.fault)
     with pytest.raises(SourceError, match="special token"):
         list(LocalModelSource(model, tokenizer).paraphrase(Request("a<|im_end|>", 1), Deadline(60)))
 
@@ -309,15 +266,7 @@ def test_without_a_chat_template(model, tokenizer):
     assert answer.texts == ("yes no",) and given[0].endswith("Answer:\n") and "<|im_start|>" not in given[0]
 
 
-@pytest.mark.parametrize(
-    "options", [{"per_call": 0}, {"max_new_tokens": True}, {"seed": -1}, {"temperature": 0.0}, {"top_p": 1.5}]
-)
+@pytest.mark.parametrize("options", [{"per_call": 0}, {"max_new_tokens": True}, {"seed": -1}])
 def test_bad_arguments_of_the_model_source(model, tokenizer, options):
-    with pytest.raises(ValueError, match="wanted"):
+    with pytest.raises(ValueError, match="expected"):
         LocalModelSource(model, tokenizer, **options)
-
-
-def test_the_name_comes_from_the_model(model, tokenizer):
-    model.config._name_or_path = "/a/b/Qwen3-0.6B"
-    assert LocalModelSource(model, tokenizer).name == "model:Qwen3-0.6B"
-    assert local_model.LocalModelSource is LocalModelSource

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 from typing import TYPE_CHECKING, Any
 
 from ..terminal import log_on_stderr, plain, table, terminal_width
@@ -31,20 +32,19 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add(
-        "--prompts", required=True, metavar="FILE", help="the original instruction, as for `sapo score` (the first one)"
-    )
+    add("--prompts", required=True, metavar="FILE", help="the instruction, as for `sapo score` (the first one)")
     add("--task", metavar="NAME", help="task, where the file holds several")
     add("--paraphrase-with", metavar="URL_OR_DIR", help="OpenAI-compatible endpoint, or folder or hub name of a model")
     add("--model", metavar="NAME", help="the model to ask for at the endpoint")
     add("--from", dest="from_file", metavar="FILE", help="take the paraphrases from a file")
-    add("--count", type=_count(1), metavar="N", help=f"paraphrases to add (default {COUNT}; of a file all)")
-    add("--minimum", type=_count(0), default=1, metavar="N", help="fewer than this are an error (default 1)")
-    add("--out", required=True, metavar="FILE", help="the pool, as JSON; one that is there is gone on with")
-    add("--deadline", type=_seconds, default=600.0, metavar="S", help="longest time in seconds (default 600)")
-    add("--request-seconds", type=_seconds, default=58.0, metavar="S", help="longest time for one request (default 58)")
-    add("--concurrency", type=_count(1), default=4, metavar="N", help="requests at a time (default 4)")
-    add("--seed", type=_count(0), default=0, metavar="N", help="of a local model's sampling and of waiting times")
+    add("--count", type=int, metavar="N", help=f"paraphrases to add (default {COUNT}; of a file all)")
+    add("--minimum", type=int, default=1, metavar="N", help="fewer than this are an error (default 1)")
+    add("--out", required=True, metavar="FILE", help="the pool, a .json file; one that is there is gone on with")
+    add("--overwrite", action="store_true", help="begin anew, whatever --out holds")
+    add("--deadline", type=float, default=600.0, metavar="S", help="longest time in seconds (default 600)")
+    add("--request-seconds", type=float, default=58.0, metavar="S", help="longest time for one request (default 58)")
+    add("--concurrency", type=int, default=4, metavar="N", help="requests at a time (default 4)")
+    add("--seed", type=int, default=0, metavar="N", help="of a local model's sampling")
     add("--key-variable", metavar="NAME", help="environment variable with the key (default OPENAI_API_KEY)")
     add("--marker", action="append", default=[], metavar="TEXT", help="text that every prompt must hold; repeatable")
     add("--tokenizer", metavar="DIR_OR_ID", help="refuse the special tokens of this tokenizer in prompts")
@@ -68,52 +68,51 @@ def run(args: argparse.Namespace) -> int:
         pool = pool.checked(_load_tokenizer(args.tokenizer), markers=args.marker)
     elif args.marker:
         pool = pool.checked(markers=args.marker)
-    count = args.count or (COUNT if args.from_file is None else MAX_PROMPTS - len(pool.prompts))
+    count = args.count
+    if count is None:
+        count = COUNT if args.from_file is None else MAX_PROMPTS - len(pool.prompts)
     with log_on_stderr("sapo_peft.paraphrase", args.quiet, logging.INFO):
         source = _source(args)
         # A file simply holds what it holds: to ask it for all is not to ask for too many.
         logger = logging.getLogger("sapo_peft.paraphrase")
         if args.from_file is not None and args.count is None:
             logger.setLevel(logging.ERROR)
-        pool = gather(pool, source, count, min(args.minimum, count), args.deadline, args.out)
+        minimum = min(args.minimum, count)
+        pool = gather(pool, source, count, minimum, args.deadline, args.out, overwrite=args.overwrite)
     _print(pool, args.out)
+    if spent := getattr(source, "spent", ""):
+        print(f"Asked and answered, as the endpoint counts it: {spent}.")
     return 0
 
 
 def _check(args: argparse.Namespace) -> None:
     if (args.from_file is None) == (args.paraphrase_with is None):
         got = "neither" if args.from_file is None else "both"
-        raise ValueError(f"wanted --paraphrase-with or --from, got {got}")
+        raise ValueError(f"expected --paraphrase-with or --from, got {got}")
     url = args.paraphrase_with is not None and "://" in args.paraphrase_with
     for option, value in (("--model", args.model), ("--key-variable", args.key_variable)):
         if value is not None and not url:
-            raise ValueError(f"{option}: wanted it with --paraphrase-with URL only, got no URL")
+            raise ValueError(f"{option}: expected it with --paraphrase-with URL only, got no URL")
     if url and args.model is None:
-        raise ValueError("--paraphrase-with URL: wanted the name of a model too (--model), got none")
+        raise ValueError("--paraphrase-with URL: expected the name of a model too (--model), got none")
     if args.count is not None and args.minimum > args.count:
-        raise ValueError(f"--minimum: wanted at most --count {args.count}, got {args.minimum}")
+        raise ValueError(f"--minimum: expected at most --count {args.count}, got {args.minimum}")
+    for option, path in (("--prompts", args.prompts), ("--from", args.from_file)):
+        both = path is not None and os.path.exists(path) and os.path.exists(args.out)
+        if both and os.path.samefile(path, args.out) and not args.overwrite:
+            raise ValueError(f"--out {args.out}: expected another file than {option}, got the same (see --overwrite)")
 
 
 def _source(args: argparse.Namespace) -> ParaphraseSource:
-    if args.from_file is not None:
-        from ..paraphrase import FileSource
+    from ..paraphrase import EndpointSource, FileSource, LocalModelSource
+    from ..paraphrase.endpoint import KEY_VARIABLE
 
+    if args.from_file is not None:
         return FileSource(args.from_file, args.task)
     if "://" in args.paraphrase_with:
-        from ..paraphrase import EndpointSource
-        from ..paraphrase.endpoint import KEY_VARIABLE
-        from ..paraphrase.retry import Backoff
-
-        return EndpointSource(
-            args.paraphrase_with,
-            args.model,
-            key_variable=args.key_variable or KEY_VARIABLE,
-            concurrency=args.concurrency,
-            request_seconds=args.request_seconds,
-            backoff=Backoff(seed=args.seed),
-        )
+        key, seconds = args.key_variable or KEY_VARIABLE, args.request_seconds
+        return EndpointSource(args.paraphrase_with, args.model, key, args.concurrency, request_seconds=seconds)
     from ..loading import load
-    from ..paraphrase import LocalModelSource
 
     model, tokenizer = load(args.paraphrase_with, None, args.dtype, args.device, None)
     return LocalModelSource(model, tokenizer, seed=args.seed)
@@ -135,23 +134,3 @@ def _print(pool: PromptPool, out: str) -> None:
         if len(pool.rejected) > _SHOWN_REJECTED:
             print(f"and {len(pool.rejected) - _SHOWN_REJECTED} more rejected ones, all of them in the file")
     print(f"Pool written to {plain(out)}.")
-
-
-def _count(least: int) -> Any:
-    def parse(text: str) -> int:
-        value = int(text) if text.isascii() and text.isdecimal() and len(text) < 19 else -1
-        if value < least:
-            raise argparse.ArgumentTypeError(f"wanted a whole number of at least {least}, got {text[:40]!r}")
-        return value
-
-    return parse
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 1e9:
-        raise argparse.ArgumentTypeError(f"wanted a number of seconds above 0, got {text[:40]!r}")
-    return value

@@ -10,19 +10,30 @@ MAX_ANSWER_CHARACTERS = 262_144
 MAX_PARAPHRASES = 64
 # Prompts shown so that they are not given again; more cost tokens and help little.
 _MAX_KNOWN = 10
-_THINK_OPEN, _THINK_CLOSE = "<think>", "</think>"
+# How models mark their thoughts: <think>, [THINK], <|START_THINKING|>, <seed:think>, the channels of gpt-oss (also
+# where a server has dropped their special tokens), ...
+_THOUGHT = r"\s?[\w:.-]{0,20}?(?:think|thought|reason|reflect|analy[sz]|scratchpad|monologue)\w{0,12}\s?\|?"
+_THOUGHT_END = re.compile(
+    rf"<\|?(?:/\|?|end_){_THOUGHT}>|\[/{_THOUGHT}\]|\u25c1/think\u25b7|\[begin final response\]|<channel\|>"
+    r"|<\|channel\|>\s{0,9}final\b[^<]{0,99}<\|message\|>|assistantfinal",
+    re.IGNORECASE,
+)
+_THOUGHT_START = re.compile(
+    rf"<\|?{_THOUGHT}>|\[think(?:ing)?\]|\u25c1think\u25b7|<\|channel>"
+    r"|<\|channel\|>\s{0,9}(?:analysis|commentary)\b|\A(?-i:analysis(?=[A-Z]))",
+    re.IGNORECASE,
+)
 
 
 class AnswerFault(ValueError):
-    """An answer from which nothing, or only the complete part, can be taken; the message says why."""
+    """An answer from which nothing can be taken; the message says why."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is wanted of a source: `wanted` different paraphrases of `original`.
+    """What a source is asked for: `wanted` different paraphrases of `original`.
 
-    labels, markers: texts to keep word for word. known: prompts that are there already. number: how often the
-    driver has asked before, so that a source which draws at random draws something else.
+    labels, markers: texts to keep word for word. known: prompts that are there already.
     """
 
     original: str
@@ -30,7 +41,6 @@ class Request:
     labels: tuple[str, ...] = ()
     markers: tuple[str, ...] = ()
     known: tuple[str, ...] = ()
-    number: int = 0
 
     @property
     def tag(self) -> str:
@@ -39,23 +49,20 @@ class Request:
         names = ("paraphrase", *(f"paraphrase-{number}" for number in range(2, len(sent) + 3)))
         return next(name for name in names if f"<{name}" not in sent and f"</{name}" not in sent)
 
-    def message(self, wanted: int | None = None) -> str:
-        """The text of the one user turn. Parts are joined, never used as a template: braces are text."""
-        count, tag = wanted or self.wanted, self.tag
+    def message(self, count: int) -> str:
+        """The text of the one user turn, asking for `count`. Parts are joined, never used as a template."""
+        tag, kept = self.tag, [*self.labels, *self.markers]
         lines = [
             "Below is an instruction that is given to a language model in front of an input text.",
             f"Write {count} different rewordings of it." if count > 1 else "Write one rewording of it.",
             "A rewording asks for exactly the same thing: nothing is added, left out, explained or answered. "
             "Vary wording, sentence structure and length. Do not follow the instruction yourself.",
         ]
-        kept = [*self.labels, *self.markers]
         if kept:
-            lines.append("Each rewording must contain these texts exactly as they are written here, one a line:")
-            lines += kept
+            lines += ["Each rewording must contain these texts exactly as they are written here, one a line:", *kept]
         lines += ["", "The instruction:", self.original, "", "(end of the instruction)"]
         if self.known:
-            lines += ["", "Different from these, too, which exist already:"]
-            lines += self.known[-_MAX_KNOWN:]
+            lines += ["", "Different from these, too, which exist already:", *self.known[-_MAX_KNOWN:]]
         lines += [
             "",
             f"Begin each rewording with <{tag}> and end it with </{tag}>, each rewording on its own lines, "
@@ -63,61 +70,70 @@ class Request:
         ]
         return "\n".join(lines)
 
+    def read(self, text: str, *, cut: bool = False) -> tuple[list[str], str | None]:
+        """(paraphrases, why something was left out or None) in one answer.
 
-def parse_answer(text: str, tag: str, *, cut: bool = False) -> tuple[list[str], str | None]:
-    """(paraphrases, why something was left out or None) of one answer.
+        An opening tag is the first thing on its line and a closing one the last; between them stands one
+        paraphrase. Lines outside are ignored (a greeting), and so is everything up to the end of the model's last
+        thought. `cut` says that the model was stopped: a paraphrase that is not closed is then left out.
 
-    An opening tag is the first thing on its line and a closing one the last; between them stands one
-    paraphrase. Lines outside are ignored (a greeting), and so is a thinking part in front that is closed. `cut`
-    says that the model was stopped: then a paraphrase that is not closed at the end is left out.
+        Raises: `AnswerFault` if there is no paraphrase, a thought does not end, or a tag stands anywhere else: in
+        text, inside another pair, re-spelled or unpaired. An answer that only talks about the tags gives nothing.
+        """
+        if len(text) > MAX_ANSWER_CHARACTERS:
+            raise AnswerFault(f"expected at most {MAX_ANSWER_CHARACTERS} characters, got {len(text)}")
+        opening, closing = f"<{self.tag}>", f"</{self.tag}>"
+        text = self._after_thoughts(text.strip(), opening, closing)
+        found: list[str] = []
+        start: int | None = None
+        problem = None
+        # Anything that looks like one of the tags: a re-spelled one is a fault and not a part of the text.
+        # Spaces are bounded: without, a megabyte of them would take minutes.
+        spelt = rf"<\s{{0,9}}/?\s{{0,9}}{re.escape(self.tag)}\b[^>\n]{{0,20}}>?"
+        for match in re.finditer(spelt, text, re.IGNORECASE):
+            token = match.group()
+            if token not in (opening, closing):
+                if cut and match.end() == len(text):
+                    break  # the model was stopped inside a tag
+                raise AnswerFault(f"expected the tags {opening} and {closing}, got {token[:40]!r}")
+            if token == opening:
+                if start is not None:
+                    raise AnswerFault(f"expected {closing} in front of the next {opening}, got none")
+                before = text[text.rfind("\n", 0, match.start()) + 1 : match.start()].strip()
+                # Several pairs on one line are as clear as one a line.
+                if before and not (found and before.endswith(closing)):
+                    raise AnswerFault(f"expected {opening} at the start of a line, got it inside text")
+                start = match.end()
+                continue
+            if start is None:
+                raise AnswerFault(f"expected {opening} in front of {closing}, got none")
+            after = text[match.end() : match.end() + 99].split("\n", 1)[0].strip()
+            if after and not after.startswith(opening):
+                raise AnswerFault(f"expected {closing} at the end of a line, got it inside text")
+            inside, start = text[start : match.start()].strip(), None
+            if any(character.isalnum() for character in inside):
+                found.append(inside)
+            else:  # the dots of an example
+                problem = f"a pair of {opening} without a word was left out"
+            if len(found) > MAX_PARAPHRASES:
+                raise AnswerFault(f"expected at most {MAX_PARAPHRASES} paraphrases, got more")
+        if start is not None:
+            if not cut:
+                raise AnswerFault(f"expected {closing} at the end, got none")
+            problem = "the answer was cut off inside a paraphrase, which is left out"
+        if not found:
+            raise AnswerFault(problem or f"expected a text between {opening} and {closing}, got an answer without")
+        return found, problem
 
-    Raises: `AnswerFault` if there is no paraphrase, or a tag stands anywhere else: in text, inside another
-    pair, re-spelled or unpaired. An answer that only talks about the tags gives nothing.
-    """
-    if len(text) > MAX_ANSWER_CHARACTERS:
-        raise AnswerFault(f"wanted at most {MAX_ANSWER_CHARACTERS} characters, got {len(text)}")
-    text = text.lstrip()
-    if text.startswith(_THINK_OPEN):
-        _, closed, text = text.partition(_THINK_CLOSE)
-        if not closed:
-            raise AnswerFault("wanted an answer after the thinking, got none")
-    opening, closing = f"<{tag}>", f"</{tag}>"
-    found: list[str] = []
-    start: int | None = None
-    problem = None
-    # Anything that looks like one of the tags: a re-spelled one is a fault and not a part of the text.
-    # Spaces are bounded: without, a megabyte of them would take minutes.
-    for match in re.finditer(rf"<\s{{0,9}}/?\s{{0,9}}{re.escape(tag)}\b[^>\n]{{0,20}}>?", text, re.IGNORECASE):
-        token = match.group()
-        if token not in (opening, closing):
-            if cut and token == text[match.start() :]:
-                break  # the model was stopped inside a tag
-            raise AnswerFault(f"wanted the tags {opening} and {closing}, got {token[:40]!r}")
-        if token == opening:
-            if start is not None:
-                raise AnswerFault(f"wanted {closing} in front of the next {opening}, got none")
-            before = text[text.rfind("\n", 0, match.start()) + 1 : match.start()]
-            # Several pairs on one line are as clear as one a line.
-            if before.strip() and not (found and before.rstrip().endswith(closing)):
-                raise AnswerFault(f"wanted {opening} at the start of a line, got it inside text")
-            start = match.end()
-            continue
-        if start is None:
-            raise AnswerFault(f"wanted {opening} in front of {closing}, got none")
-        after = text[match.end() :].split("\n", 1)[0].strip()
-        if after and not after.startswith(opening):
-            raise AnswerFault(f"wanted {closing} at the end of a line, got it inside text")
-        inside, start = text[start : match.start()].strip(), None
-        if any(character.isalnum() for character in inside):
-            found.append(inside)
-        else:  # the dots of an example
-            problem = f"a pair of {opening} without a word was left out"
-        if len(found) > MAX_PARAPHRASES:
-            raise AnswerFault(f"wanted at most {MAX_PARAPHRASES} paraphrases, got more")
-    if start is not None:
-        if not cut:
-            raise AnswerFault(f"wanted {closing} at the end, got none")
-        problem = "the answer was cut off inside a paraphrase, which is left out"
-    if not found:
-        raise AnswerFault(problem or f"wanted a text between {opening} and {closing}, got an answer without")
-    return found, problem
+    def _after_thoughts(self, text: str, opening: str, closing: str) -> str:
+        seen = text
+        if _THOUGHT_END.search(self.original) or _THOUGHT_START.search(self.original):
+            # Rewordings of a text with such marks hold them too: those inside a whole pair are no thoughts.
+            pair = rf"{opening}(?:(?!{opening}|{closing}).)*+{closing}"
+            seen = re.sub(pair, lambda match: " " * len(match.group()), text, flags=re.DOTALL)
+        end = 0
+        for match in _THOUGHT_END.finditer(seen):
+            end = match.end()
+        if _THOUGHT_START.search(seen, end):
+            raise AnswerFault("expected an answer after the thinking, got none")
+        return text[end:].lstrip()

@@ -2,250 +2,329 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import queue
 import threading
 import time
 import urllib.parse
-from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext, suppress
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
 
 from sapo_kernels.files import DataError, excerpt
 
-from ._http import Caller, Outcome
-from .answers import AnswerFault, Request, parse_answer
-from .redact import LogGuard, Secret
-from .retry import Backoff
+from .answers import AnswerFault, Request
+from .reply import Reply, completion, refused
 from .source import Answer, Deadline, SourceError
 
 _log = logging.getLogger(__name__)
 KEY_VARIABLE = "OPENAI_API_KEY"
+MAX_REPLY_BYTES = 2**20
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
-# How often the main thread looks whether a request has passed its time, seconds.
-_TICK = 0.1
-_MAX_CONCURRENCY = 64
+_LONGEST_BACKOFF = 20.0
 # How long answers under way are waited for when the endpoint turns out to be of no use, seconds.
-_PATIENCE = 5.0
+_LAST_ANSWERS = 5.0
+# What asking again costs of `max_tries`: an outage that hangs is known after two requests. Waiting costs nothing.
+_COSTS = {"failure": 1, "late": 3, "limited": 0}
+# Pieces of a key of this length give it away; what is shorter is no key (``none``).
+_PIECE = 8
 
 
+class _Unread(Exception):
+    """A reply that is not read; the message says why."""
+
+
+@dataclass
 class EndpointSource:
     """Asks `model` at `base_url` (such as ``https://host/v1``), a few questions at a time.
 
     key_variable: the NAME of the environment variable with the key; without a value in it the endpoint is asked
     without a key, as local servers are. concurrency: requests at a time. per_call: paraphrases per request.
     request_seconds: longest time for one request, from connecting to the last byte; never beyond the deadline.
-    max_tries: failures of one question before it is given up (one that took all its time counts for three).
-    wait: called with the seconds to wait between tries (default: a wait that ends when the work is stopped).
+    max_tries: failures of one question before the endpoint is given up (one that took all its time counts for
+    three). backoff: seconds before the second try; they double, up to 20. usage: tokens and cost of all answers.
 
-    Connection errors, broken replies and the statuses 408, 409, 429 and 5xx are tried again after
-    `backoff`, or after what Retry-After says; if that is beyond the deadline, nothing more is asked. Any other
+    Connection errors, broken replies and the statuses 408, 409 and 5xx are tried again `max_tries` times; a rate
+    limit (429) until the deadline, each time after what the endpoint asks for in a header or in words. Any other
     status ends the source at once. The key goes into the Authorization header and nowhere else: not into logs,
     errors or files, also not when the server sends it back.
 
-    Raises: `ImportError` naming the extra if the `openai` client is missing; `ValueError` for bad arguments.
+    Raises: `ImportError` naming the extra if a library is missing; `ValueError` for bad arguments.
     """
 
+    base_url: str
+    model: str
+    key_variable: str = KEY_VARIABLE
+    concurrency: int = 4
+    per_call: int = 5
+    request_seconds: float = 58.0
+    max_tries: int = 6
+    backoff: float = 0.5
+    usage: Counter[str] = field(default_factory=Counter, init=False)
     finite = False
 
-    def __init__(
-        self,
-        base_url: str,
-        model: str,
-        *,
-        key_variable: str = KEY_VARIABLE,
-        concurrency: int = 4,
-        per_call: int = 5,
-        request_seconds: float = 58.0,
-        max_tries: int = 6,
-        backoff: Backoff | None = None,
-        wait: Callable[[float], None] | None = None,
-    ):
+    def __post_init__(self):
         try:
-            from openai import DefaultHttpxClient  # noqa: F401  (the newest name used; clients before 1.30 lack it)
-        except ImportError:
-            raise ImportError(
-                "paraphrases from an endpoint need the openai client, 1.30 or newer: "
-                "pip install 'sapo-kernels[paraphrase]'"
-            ) from None
-        for name, value, most in (
-            ("concurrency", concurrency, _MAX_CONCURRENCY),
-            ("per_call", per_call, 50),
-            ("max_tries", max_tries, 100),
-        ):
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-                raise ValueError(f"{name}: wanted a whole number from 1 to {most}, got {value!r}")
-        if not 0 < request_seconds < 1e6:
-            raise ValueError(f"request_seconds: wanted a number above 0, got {request_seconds!r}")
-        if not model.strip() or not model.isprintable() or len(model) > 200:
-            raise ValueError(f"model: wanted a name of 1 to 200 characters, got {excerpt(model)}")
-        host = _check_url(base_url)
-        self._secret = _key(key_variable)
-        if self._secret is not None:
-            if self._secret.shown_in(model) or self._secret.shown_in(base_url):
-                raise ValueError(f"model or base_url: wanted them without the key in {key_variable}, got it in there")
-            if base_url.lower().startswith("http:") and host not in _LOOPBACK:
-                _log.warning("the key in %s is sent unencrypted to %s", key_variable, host)
-        self.base_url, self.model, self.name = base_url, model, f"endpoint:{model}"
-        self.concurrency, self.per_call = concurrency, per_call
-        self.request_seconds, self.max_tries = float(request_seconds), max_tries
-        self.backoff, self.wait = backoff or Backoff(), wait
+            import openai  # noqa: F401
+            import tenacity  # noqa: F401
+        except ImportError as error:
+            raise ImportError(f"an endpoint needs {error.name}: pip install 'sapo-kernels[paraphrase]'") from None
+        for name, most in (("concurrency", 64), ("per_call", 50), ("max_tries", 100)):
+            value = getattr(self, name)
+            if type(value) is not int or not 1 <= value <= most:
+                raise ValueError(f"{name}: expected a whole number from 1 to {most}, got {value!r}")
+        for name in ("request_seconds", "backoff"):
+            if not 0 < getattr(self, name) < 1e6:
+                raise ValueError(f"{name}: expected a number of seconds above 0, got {getattr(self, name)!r}")
+        if not self.model.strip() or not self.model.isprintable() or len(self.model) > 200:
+            raise ValueError(f"model: expected a name of 1 to 200 characters, got {excerpt(self.model)}")
+        if not self.key_variable.isidentifier():
+            # Not shown: somebody may have given the key instead of the variable's name.
+            raise ValueError("key_variable: expected the name of an environment variable, got something else")
+        self._answered = 0
+        self.name, self._host, key = f"endpoint:{self.model}", _host(self.base_url), self._key()
+        if not key.isascii() or not key.isprintable() or " " in key:
+            raise DataError(f"{self.key_variable}: expected a key of printable ASCII without spaces, got another text")
+        if self._shows_key(f"{self.model} {self.base_url}"):
+            raise ValueError(f"model or base_url: expected them without the key in {self.key_variable}, got it there")
+        if key and self.base_url.lower().startswith("http:") and self._host not in _LOOPBACK:
+            _log.warning("the key in %s is sent unencrypted to %s", self.key_variable, self._host)
 
-    def __repr__(self) -> str:
-        return f"EndpointSource({self.base_url!r}, {self.model!r})"
-
-    def caller(self) -> Caller:
-        """A connection of its own to the endpoint, for one thread."""
-        return Caller(self.base_url, self.model, self._secret)
+    @property
+    def spent(self) -> str:
+        """The tokens, and the cost where the endpoint tells it, of all answers so far; "" if it counts none."""
+        if not self.usage:
+            return ""
+        cost = f", cost {self.usage['cost']:.6g}" if self.usage["cost"] else ""
+        return f"{self.usage['prompt_tokens']:,.0f} tokens in, {self.usage['completion_tokens']:,.0f} out{cost}"
 
     def paraphrase(self, request: Request, deadline: Deadline) -> Iterator[Answer]:
         """Ask ``ceil(request.wanted / per_call)`` questions and yield the answers as they arrive.
 
         Raises: `SourceError` if the endpoint refuses, or does not answer after all tries.
         """
-        with nullcontext() if self._secret is None else LogGuard(self._secret):
-            yield from _Round(self, request, deadline).answers()
-
-
-class _Round:
-    """The questions of one call, the threads that ask them, and the watch on the clock."""
-
-    def __init__(self, source: EndpointSource, request: Request, deadline: Deadline):
-        self.source, self.request, self.deadline = source, request, deadline
-        full, rest = divmod(request.wanted, source.per_call)
-        self.questions = deque([source.per_call] * full + [rest] * (rest > 0))
-        self.results: queue.SimpleQueue[Answer | SourceError] = queue.SimpleQueue()
-        self.ending = threading.Event()  # no new requests from here on
-        self.successes = 0  # of all threads; only ever compared with an earlier value
-
-    def answers(self) -> Iterator[Answer]:
-        left, error, patience = len(self.questions), None, float("inf")
-        workers = [_Worker(self) for _ in range(min(self.source.concurrency, left))]
-        for worker in workers:
-            worker.start()
-        try:
-            while left:
-                over = self.deadline.over or time.monotonic() > patience
+        full, rest = divmod(request.wanted, self.per_call)
+        counts = [self.per_call] * full + [rest] * (rest > 0)
+        results: queue.SimpleQueue[Answer | SourceError] = queue.SimpleQueue()
+        error = None
+        # A little later than the requests' own end, so that these can say what they waited for.
+        end = time.monotonic() + deadline.left + 0.3
+        with _quiet_client(), _in_background(self._ask_all(request, counts, deadline, results.put)):
+            for _ in counts:
                 try:
-                    # At the end what has arrived is still taken, without waiting.
-                    result = self.results.get(not over, max(0.001, min(_TICK, self.deadline.left)))
+                    result = results.get(timeout=max(0.0, end - time.monotonic()))
                 except queue.Empty:
-                    if over:
-                        break
-                    for worker in workers:
-                        worker.caller.cut_if_late()
-                    continue
-                left -= 1
+                    break
                 if isinstance(result, SourceError):
                     # Questions that are under way are paid for: their answers are waited for, a little.
-                    error, patience = error or result, min(patience, time.monotonic() + _PATIENCE)
-                    self.ending.set()
-                    with suppress(IndexError):
-                        while True:
-                            self.questions.popleft()
-                            left -= 1
+                    error, end = error or result, min(end, time.monotonic() + _LAST_ANSWERS)
                 elif result.texts or error is None:
                     yield result
-            if error is not None:
-                raise error
-        finally:
-            self.ending.set()
-            for worker in workers:
-                worker.caller.cut()
-            # They end by themselves; a name that is looked up cannot be interrupted and is not waited for.
-            patience = time.monotonic() + 0.3
-            for worker in workers:
-                worker.join(max(0.0, patience - time.monotonic()))
+        if error is not None:
+            raise error
 
+    async def _ask_all(self, request, counts, deadline, put) -> None:
+        import openai
 
-class _Worker(threading.Thread):
-    def __init__(self, run: _Round):
-        # A daemon: a thread that hangs in a system call must not keep the program from ending.
-        super().__init__(name="sapo-paraphrase", daemon=True)
-        self.round, self.caller = run, run.source.caller()
+        gate, over = asyncio.Semaphore(self.concurrency), asyncio.Event()
 
-    def run(self) -> None:
-        try:
-            while not self.round.ending.is_set():
+        async def ask(count: int) -> None:
+            result: Answer | SourceError = Answer((), self.name)
+            async with gate:
                 try:
-                    wanted = self.round.questions.popleft()
-                except IndexError:
-                    return
-                result = self._ask(wanted)
+                    if not over.is_set():
+                        result = await self._ask(client, request, count, deadline)
+                except Exception as error:
+                    # Whatever it is must be heard of; its text may hold anything, so only the type is told.
+                    result = SourceError(f"{self.name}: failed with {type(error).__name__}")
                 if isinstance(result, SourceError):
-                    self.round.ending.set()
-                self.round.results.put(result)
-        except Exception as error:
-            # Whatever it is, the main thread must hear of it; the text may hold anything, so only the type is told.
-            self.round.results.put(SourceError(f"{self.round.source.name}: failed with {type(error).__name__}"))
-        finally:
-            self.caller.close()
+                    over.set()  # no new questions from here on
+            put(result)
 
-    def _ask(self, wanted: int) -> Answer | SourceError:
+        # A reply that points elsewhere would have the texts sent to a host nobody named.
+        http = openai.DefaultAsyncHttpxClient(event_hooks={"response": [_bound]}, follow_redirects=False)
+        # Local servers without keys take any; an empty one is refused by the client.
+        key = self._key() or "none"
+        async with openai.AsyncOpenAI(api_key=key, base_url=self.base_url, max_retries=0, http_client=http) as client:
+            await asyncio.gather(*map(ask, counts))
+
+    async def _ask(self, client: Any, request: Request, count: int, deadline: Deadline) -> Answer | SourceError:
         """The answer to one question, after as many tries as it takes; never an exception of the client."""
-        source, run = self.round.source, self.round
-        message = run.request.message(wanted)
-        successes, failures = run.successes, 0
-        while True:
-            seconds = min(source.request_seconds, run.deadline.left)
-            if seconds <= 0 or run.ending.is_set():
-                return Answer((), source.name, "it was ended before it was answered")
-            outcome = self.caller.ask(message, seconds)
-            if outcome.fault is None:
-                run.successes += 1
-                return self._read(outcome)
-            if run.ending.is_set():
-                return Answer((), source.name, outcome.fault)
-            if not outcome.again:
-                return SourceError(f"{source.base_url}: {outcome.fault}")
-            patient = outcome.after is not None and outcome.after >= 1.0
-            # A server that says when to come back is there; it is asked until the deadline.
-            # One that takes all its time gets a second chance and no more: an outage is known within two minutes.
-            failures += 0 if patient else 3 if outcome.late else 1
-            if failures >= source.max_tries:
-                if run.successes == successes:
-                    return SourceError(
-                        f"{source.base_url}: no answer after {failures} failures, the last: {outcome.fault}"
-                    )
-                return Answer((), source.name, outcome.fault)
-            delay = source.backoff.wait(1 if patient else failures) + (outcome.after or 0.0)
-            if delay >= run.deadline.left:
-                if patient:
-                    told = f"it asks to wait {outcome.after:.6g} s and {run.deadline.left:.3g} s are left"
-                    return SourceError(f"{source.base_url}: {outcome.fault}; {told}")
-                return Answer((), source.name, outcome.fault)
-            _log.info("%s: %s; asking again in %.1f s", source.name, outcome.fault, delay)
-            (source.wait or run.ending.wait)(delay)
+        from tenacity import AsyncRetrying, retry_if_result, wait_exponential, wait_random
 
-    def _read(self, outcome: Outcome) -> Answer:
-        name = self.round.source.name
+        jitter = wait_random(0, self.backoff)
+        growing = wait_exponential(self.backoff, _LONGEST_BACKOFF) + jitter
+        replies: list[Reply] = []
+        answered, texts = self._answered, []
+
+        async def send() -> Reply:
+            replies.append(await self._send(client, request.message(count), deadline))
+            return replies[-1]
+
+        def wait(state) -> float:
+            if replies[-1].after is not None:
+                return replies[-1].after + jitter(state)
+            # Up to the deadline, and not past it by a last wait that is too long.
+            return min(growing(state), deadline.left / 2) if replies[-1].kind == "limited" else growing(state)
+
+        def stop(state) -> bool:
+            failures = sum(_COSTS[reply.kind] for reply in replies)
+            return failures >= self.max_tries or state.upcoming_sleep >= deadline.left or deadline.left < 0.1
+
+        def log(state) -> None:
+            _log.info("%s: %s; asking again in %.1f s", self.name, replies[-1].fault, state.upcoming_sleep)
+
+        again = retry_if_result(lambda reply: reply.kind in _COSTS)
+        reply = await AsyncRetrying(
+            retry=again, wait=wait, stop=stop, before_sleep=log, retry_error_callback=lambda _: replies[-1]
+        )(send)
+        fault = reply.fault
+        if reply.kind in _COSTS:
+            left = f"; {deadline.left:.3g} of {deadline.seconds:g} s are left"
+            left = f"; it asks to wait {reply.after:.6g} s{left}" if reply.after is not None else left
+            fault = f"no answer after asking {len(replies)} times, the last: {fault}{left}"
+            if reply.kind != "limited" and self._answered > answered:
+                return Answer((), self.name, fault)  # others are answered: the endpoint is there
+        if reply.kind != "answer":
+            return SourceError(f"{self.base_url}: {fault}{self._proxy()}")
+        if fault is None:
+            try:
+                texts, fault = request.read(reply.text, cut=reply.cut)
+            except AnswerFault as error:
+                fault = str(error)
+        return Answer(tuple(texts), self.name, fault)
+
+    async def _send(self, client: Any, message: str, deadline: Deadline) -> Reply:
+        """One request: never an exception of the client, for these hold the request and with it the key."""
+        import openai
+
+        seconds = max(0.01, min(self.request_seconds, deadline.left))
         try:
-            texts, fault = parse_answer(outcome.text, self.round.request.tag, cut=outcome.cut)
-        except AnswerFault as error:
-            return Answer((), name, self.caller.hidden(str(error)))
-        return Answer(tuple(texts), name, fault)
+            # The client's own timeouts hold for each read: a server that sends a byte now and then is never late.
+            async with asyncio.timeout(seconds):
+                document = await client.chat.completions.create(
+                    model=self.model,
+                    messages=[{"role": "user", "content": message}],
+                    timeout=seconds,
+                    # A compressed reply could unpack to any size.
+                    extra_headers={"Accept-Encoding": "identity"},
+                )
+            reply = completion(document)
+            self._answered += reply.fault is None
+            for name in ("prompt_tokens", "completion_tokens", "cost"):
+                amount = getattr(getattr(document, "usage", None), name, None)
+                if type(amount) in (int, float) and 0 <= amount < 1e12:
+                    self.usage[name] += amount
+        except openai.APIStatusError as error:
+            body = error.response.content[:10_000].decode("utf-8", "replace")
+            reply = refused(error.status_code, error.body, error.response.headers, body, deadline.left)
+        except (TimeoutError, openai.APITimeoutError):
+            reply = Reply(fault=f"no whole reply within {seconds:.3g} s", kind="late")
+        except Exception as error:
+            reply = Reply(fault=_reason(error), kind="failure")
+        if self._shows_key(reply.text) or self._shows_key(reply.fault or ""):
+            return Reply(fault="the reply holds the key and was not used", kind=reply.kind, after=reply.after)
+        return reply
+
+    def _key(self) -> str:
+        """Read anew each time: what is held nowhere is shown nowhere."""
+        return os.environ.get(self.key_variable, "")
+
+    def _shows_key(self, text: str) -> bool:
+        key, text = self._key().casefold(), text.casefold()
+        return any(key[place : place + _PIECE] in text for place in range(len(key) - _PIECE + 1))
+
+    def _proxy(self) -> str:
+        """What to know of a proxy in front of this machine's own server, which it hardly reaches."""
+        proxies, scheme = urllib.request.getproxies(), self.base_url.partition(":")[0].lower()
+        name = scheme if scheme in proxies else "all"
+        if self._host not in _LOOPBACK or name not in proxies or urllib.request.proxy_bypass(self._host):
+            return ""
+        return f"; {name.upper()}_PROXY puts a proxy in front of {self._host}: set NO_PROXY={self._host}"
 
 
-def _key(variable: str) -> Secret | None:
-    if not variable.isidentifier():
-        # Not shown: somebody may have given the key instead of the variable's name.
-        raise ValueError("key_variable: wanted the name of an environment variable, got something else")
-    value = os.environ.get(variable, "")
-    if value and (not value.isascii() or not value.isprintable() or " " in value):
-        raise DataError(f"{variable}: wanted a key of printable ASCII characters without spaces, got others in it")
-    return Secret(value) if value else None
+@contextmanager
+def _in_background(work: Any) -> Iterator[None]:
+    """Runs the coroutine `work` on a thread of its own (a notebook's has a loop already) and cancels it at the end."""
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(work)
+
+    def run() -> None:
+        with suppress(asyncio.CancelledError):
+            loop.run_until_complete(task)
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.close()
+
+    # A daemon: a name that is looked up cannot be interrupted, and is not waited for.
+    thread = threading.Thread(target=run, name="sapo-paraphrase", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        with suppress(RuntimeError):  # it has ended by itself
+            loop.call_soon_threadsafe(task.cancel)
+        thread.join(0.5)
 
 
-def _check_url(url: str) -> str:
-    """The host in `url`. What may hold a password is not shown in messages."""
+@contextmanager
+def _quiet_client() -> Iterator[None]:
+    """The logs of the client and its HTTP library are off: they show headers, and a server may quote the key there."""
+    loggers = [logging.getLogger(name) for name in ("openai", "httpx", "httpx2", "httpcore", "httpcore2")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+async def _bound(response: Any) -> None:
+    """Stop reading a reply at `MAX_REPLY_BYTES`: the client reads one of any size."""
+    if response.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
+        raise _Unread("expected a reply that is not compressed, got a compressed one")
+    inner = response.stream
+
+    async def chunks(_):
+        size = 0
+        async for chunk in inner:
+            size += len(chunk)
+            if size > MAX_REPLY_BYTES:
+                raise _Unread(f"expected a reply of at most {MAX_REPLY_BYTES} bytes, got more")
+            yield chunk
+
+    async def close(_):
+        await inner.aclose()
+
+    # Of the class that the HTTP library checks for, whichever library the client has.
+    response.stream = type("Bounded", type(inner).__bases__, {"__aiter__": chunks, "aclose": close})()
+
+
+def _host(url: str) -> str:
     try:
         parts = urllib.parse.urlsplit(url)
         host, _ = parts.hostname, parts.port
     except ValueError:
-        raise ValueError("base_url: wanted http://HOST[:PORT]/PATH or https://..., got no valid URL") from None
-    if "@" in url or parts.query or parts.fragment or not url.isprintable() or " " in url:
-        raise ValueError("base_url: wanted http(s)://HOST[:PORT]/PATH and nothing else, got a user, query or fragment")
-    if parts.scheme not in ("http", "https") or not host:
-        raise ValueError(f"base_url: wanted http(s)://HOST[:PORT]/PATH, got {excerpt(url)}")
+        host = None
+    if not host or parts.scheme not in ("http", "https") or set(url) & set("@?# ") or not url.isprintable():
+        # Not shown: it may hold a password.
+        raise ValueError("base_url: expected http(s)://HOST[:PORT]/PATH without user, query or fragment, got another")
     return host
+
+
+def _reason(error: BaseException) -> str:
+    """Why there is no reply, without the texts of others: the kind of error, and the system's word for it."""
+    chain = [error]
+    while len(chain) < 9 and (cause := chain[-1].__cause__ or chain[-1].__context__):
+        chain.append(cause)
+    if unread := next((error for error in chain if isinstance(error, _Unread)), None):
+        return str(unread)
+    word = next((os.strerror(error.errno) for error in chain if getattr(error, "errno", None)), None)
+    kind = type(error.__cause__ or error).__name__
+    return f"the connection or the reply is broken ({kind}{f': {word}' if word else ''})"

@@ -13,16 +13,16 @@ from sapo_kernels.files import excerpt
 from sapo_kernels.scoring.render import PLAIN_ANSWER, special_tokens
 
 from ..terminal import plain
-from .answers import AnswerFault, Request, parse_answer
+from .answers import AnswerFault, Request
 from .source import Answer, Deadline, SourceError
 
 
 class LocalModelSource:
-    """Draws answers from `model` (a Hugging Face causal LM) through ``generate``.
+    """Draws answers from `model` (a Hugging Face causal LM) through ``generate``, with temperature 1 and top_p 0.95.
 
     name: shown as "model:NAME"; default: the last part of the model's own path. per_call: paraphrases per
     answer. max_new_tokens: longest answer. seed: the n-th answer of this source is drawn with ``seed + n``, which
-    stands in its provenance, "model:NAME (seed 7)". temperature, top_p: of the sampling.
+    stands in its provenance, "model:NAME (seed 7)".
 
     The mode of every module, the random state of torch on all devices and the generation settings are as before
     after each answer, also after an exception. At the deadline generation stops with the token at hand.
@@ -39,29 +39,21 @@ class LocalModelSource:
         per_call: int = 5,
         max_new_tokens: int = 1024,
         seed: int = 0,
-        temperature: float = 1.0,
-        top_p: float = 0.95,
     ):
-        for what, value in (("per_call", per_call), ("max_new_tokens", max_new_tokens)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{what}: wanted a whole number of at least 1, got {value!r}")
-        if not 0 <= seed < 2**62:
-            raise ValueError(f"seed: wanted a whole number from 0 on, got {seed!r}")
-        if not temperature > 0 or not 0 < top_p <= 1:
-            raise ValueError(f"wanted temperature > 0 and 0 < top_p <= 1, got {temperature!r} and {top_p!r}")
+        for what, value, least in (("per_call", per_call, 1), ("max_new_tokens", max_new_tokens, 1), ("seed", seed, 0)):
+            if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**62:
+                raise ValueError(f"{what}: expected a whole number of at least {least}, got {value!r}")
         self.model, self.tokenizer = model, tokenizer
-        path = str(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__)
+        path = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
         self.name = f"model:{plain(name or Path(path).name or path)[:200]}"
         self.per_call, self.max_new_tokens = per_call, max_new_tokens
-        self.temperature, self.top_p = temperature, top_p
         self._seed, self._specials = seed, special_tokens(tokenizer)
 
     def paraphrase(self, request: Request, deadline: Deadline) -> Iterator[Answer]:
         """One answer after the other; see the class. Raises `SourceError` if a text holds a special token."""
         message = request.message(min(self.per_call, request.wanted))
-        for special in self._specials:
-            if special in message:
-                raise SourceError(f"{self.name}: wanted plain text, got the special token {special!r} in the prompts")
+        if special := self._special_in(message):
+            raise SourceError(f"{self.name}: expected plain text, got the special token {special!r} in the prompts")
         ids = self._encode(message)
         for _ in range(-(-request.wanted // self.per_call)):
             if deadline.over:
@@ -69,17 +61,16 @@ class LocalModelSource:
             seed, self._seed = self._seed, self._seed + 1
             source = f"{self.name} (seed {seed})"
             text, cut = self._generate(ids, seed, deadline)
-            yield self._read(text, cut, request.tag, source)
+            try:
+                texts, fault = request.read(text, cut=cut)
+            except AnswerFault as error:
+                texts, fault = [], str(error)
+            if special := self._special_in("\n".join(texts)):
+                texts, fault = [], f"expected plain text, got the special token {excerpt(special)} in it"
+            yield Answer(tuple(texts), source, fault)
 
-    def _read(self, text: str, cut: bool, tag: str, source: str) -> Answer:
-        special = next((token for token in self._specials if token in text), None)
-        if special is not None:
-            return Answer((), source, f"wanted plain text, got the special token {excerpt(special)} in it")
-        try:
-            texts, fault = parse_answer(text, tag, cut=cut)
-        except AnswerFault as error:
-            return Answer((), source, str(error))
-        return Answer(tuple(texts), source, fault)
+    def _special_in(self, text: str) -> str | None:
+        return next((special for special in self._specials if special in text), None)
 
     def _encode(self, message: str) -> torch.Tensor:
         """Token ids [1, T] on the model's device."""
@@ -95,33 +86,21 @@ class LocalModelSource:
 
     def _generate(self, ids: torch.Tensor, seed: int, deadline: Deadline) -> tuple[str, bool]:
         """(text, whether it was cut off) of one answer."""
-        from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
-
-        class AtDeadline(StoppingCriteria):
-            def __call__(self, input_ids, scores, **_):
-                done = torch.full((input_ids.shape[0],), deadline.over, device=input_ids.device)
-                return done.bool()
-
-        own = self.model.generation_config
-        ends = own.eos_token_id if own.eos_token_id is not None else self.tokenizer.eos_token_id
+        own, pad = self.model.generation_config.eos_token_id, self.tokenizer.pad_token_id
+        ends = self.tokenizer.eos_token_id if own is None else own
         ends = [ends] if isinstance(ends, int) else list(ends or ())
-        config = GenerationConfig(
-            do_sample=True,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=0,
-            max_new_tokens=self.max_new_tokens,
-            eos_token_id=ends or None,
-            pad_token_id=self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else (ends or [0])[0],
-            bos_token_id=own.bos_token_id,
-            decoder_start_token_id=own.decoder_start_token_id,
-        )
         with _left_alone(self.model, seed):
             output = self.model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
-                generation_config=config,
-                stopping_criteria=StoppingCriteriaList([AtDeadline()]),
+                do_sample=True,
+                temperature=1.0,
+                top_p=0.95,
+                top_k=0,
+                max_new_tokens=self.max_new_tokens,
+                max_time=deadline.left,
+                eos_token_id=ends or None,
+                pad_token_id=pad if pad is not None else (ends or [0])[0],
             )
         new = output[0, ids.shape[1] :].tolist()
         stop = next((place for place, token in enumerate(new) if token in ends), None)
@@ -135,13 +114,11 @@ def _left_alone(model: Any, seed: int) -> Iterator[None]:
     """Evaluation mode, no gradients and a random state of its own, all of it undone at the end."""
     modes = {module: module.training for module in model.modules()}
     gpus = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    config = model.generation_config
     with torch.random.fork_rng(devices=gpus), torch.no_grad():
         torch.manual_seed(seed)
         model.eval()
         try:
             yield
         finally:
-            model.generation_config = config
             for module, mode in modes.items():
                 module.training = mode

@@ -5,16 +5,19 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from filelock import FileLock, Timeout
+
 from sapo_kernels.files import DataError, excerpt
 
 from ..data.prompt_files import MAX_PROMPTS
-from ..data.prompt_pool import PoolPrompt, PromptPool
+from ..data.prompt_pool import PoolPrompt, PromptPool, is_pool_file
 from .answers import Request
 
 _log = logging.getLogger(__name__)
@@ -37,7 +40,7 @@ class Deadline:
 
     def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic):
         if isinstance(seconds, bool) or not 0 < seconds < 1e9:
-            raise ValueError(f"deadline_seconds: wanted a number above 0 and below 1e9, got {seconds!r}")
+            raise ValueError(f"deadline_seconds: expected a number above 0 and below 1e9, got {seconds!r}")
         self.seconds, self._clock = float(seconds), clock
         self._end = clock() + self.seconds
 
@@ -83,48 +86,50 @@ def gather(
     deadline_seconds: float = 600.0,
     store: str | os.PathLike | None = None,
     *,
+    overwrite: bool = False,
     clock: Callable[[], float] = time.monotonic,
 ) -> PromptPool:
     """`pool` with up to `wanted` more paraphrases from `source`, checked by the pool's own rules.
 
-    Each answer is saved to `store` (a file that `PromptPool.read` reads) as it arrives. Called again with that
-    file, after a crash, Ctrl-C or an outage, it goes on from there and asks only for what is missing. It ends
-    when there are enough, at the deadline, when the source cannot go on, or when three rounds of asking brought
-    nothing new. If fewer than `wanted` are there then, the result says so in `notes()`, and so does the log.
+    Each answer is saved to `store` (a ``.json`` file that `PromptPool.read` reads) as it arrives. Called again with
+    that file, after a crash, Ctrl-C or an outage, it goes on from there and asks only for what is missing;
+    `overwrite` begins anew, whatever the file holds. It ends when there are enough, at the deadline, when the
+    source cannot go on, or when three rounds of asking brought nothing new. If fewer than `wanted` are there then,
+    the result says so in `notes()`, and so does the log.
 
-    Raises: `TooFewPrompts` if fewer than `minimum` of the `wanted` are there at the end; `DataError` if the
-    store is no pool of this task and original; `OSError` from saving.
+    Raises: `TooFewPrompts` if fewer than `minimum` of the `wanted` are there at the end; `DataError` if the store
+    is there and no pool of this task and original; `RuntimeError` if another process fills it; `OSError` from saving.
     """
     for name, value, least in (("wanted", wanted, 1), ("minimum", minimum, 0)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name}: wanted a whole number of at least {least}, got {value!r}")
+            raise ValueError(f"{name}: expected a whole number of at least {least}, got {value!r}")
     if minimum > wanted:
-        raise ValueError(f"minimum: wanted at most wanted={wanted}, got {minimum}")
-    deadline = Deadline(deadline_seconds, clock)
-    before = len(pool.prompts)
-    if before + wanted > MAX_PROMPTS:
+        raise ValueError(f"minimum: expected at most wanted={wanted}, got {minimum}")
+    deadline, before = Deadline(deadline_seconds, clock), len(pool.prompts)
+    size = before + wanted
+    if size > MAX_PROMPTS:
         raise ValueError(f"wanted: a pool holds at most {MAX_PROMPTS} prompts, got {before} and {wanted} more")
-    if store is not None:
-        pool = resumed_from(pool, Path(store), before + wanted)
-    have = len(pool.prompts) - before
-    if have:
-        _log.info("%d paraphrases from an earlier run are in %s", have, store)
-    faults: dict[str, int] = {}
-    why = _ask(pool, source, before + wanted, deadline, faults, store) if have < wanted else None
-    if why is not None:
-        pool, why = why
-    got = len(pool.prompts) - before
-    if got < wanted:
-        remark = f"{got} of the {wanted} paraphrases asked for are there: {why}"
-        for fault, count in sorted(faults.items(), key=lambda item: -item[1])[:_SHOWN_FAULTS]:
-            remark += f"; {count} answer{'s' * (count > 1)}: {fault}"
-        if got < minimum:
-            saved = f" (what arrived is in {store})" if store is not None and got else ""
-            raise TooFewPrompts(f"{source.name}: wanted at least {minimum} paraphrases, got {got}{saved}; {remark}")
-        _log.warning("%s: %s", source.name, remark)
-        pool = pool.with_remarks(remark)
-    if store is not None:
-        pool.save(store)
+    with nullcontext() if store is None else _only_writer(Path(store)):
+        if store is not None and not overwrite:
+            pool = resumed_from(pool, Path(store), size)
+            if len(pool.prompts) > before:
+                _log.info("%d paraphrases from an earlier run are in %s", len(pool.prompts) - before, store)
+        faults: Counter[str] = Counter()
+        pool, why = _ask(pool, source, size, deadline, store, faults)
+        got = len(pool.prompts) - before
+        if got < wanted:
+            remark = f"{got} of the {wanted} paraphrases asked for are there: {why}"
+            for fault, count in faults.most_common(_SHOWN_FAULTS):
+                remark += f"; {count} answer{'s' * (count > 1)}: {fault}"
+            if got < minimum:
+                saved = f" (what arrived is in {store})" if store is not None and got else ""
+                raise TooFewPrompts(
+                    f"{source.name}: expected at least {minimum} paraphrases, got {got}{saved}; {remark}"
+                )
+            _log.warning("%s: %s", source.name, remark)
+            pool = pool.with_remarks(remark)
+        if store is not None:
+            pool.save(store)
     return pool
 
 
@@ -133,72 +138,85 @@ def _ask(
     source: ParaphraseSource,
     size: int,
     deadline: Deadline,
-    faults: dict[str, int],
     store: str | os.PathLike | None,
+    faults: Counter[str],
 ) -> tuple[PromptPool, str]:
-    """(the pool, grown to at most `size` prompts; why it ended)."""
-    idle, paraphrases = 0, 0
-    for number in range(_MAX_ROUNDS):
-        before = len(pool.prompts)
-        request = Request(
-            pool.prompts[0], size - before, pool.required, pool.markers, known=pool.prompts[1:], number=number
-        )
+    """(the pool, grown to at most `size` prompts; why it ended). What was wrong with answers is counted in `faults`."""
+    idle = answers = 0
+    for _ in range(_MAX_ROUNDS):
+        have = len(pool.prompts)
+        if have >= size:
+            return pool, "there are enough"
+        request = Request(pool.prompts[0], size - have, pool.required, pool.markers, known=pool.prompts[1:])
         try:
-            with closing(source.paraphrase(request, deadline)) as answers:
-                for answer in answers:
+            with closing(source.paraphrase(request, deadline)) as given:
+                for answer in given:
+                    answers += 1
                     if answer.fault:
-                        faults[answer.fault] = faults.get(answer.fault, 0) + 1
+                        faults[answer.fault] += 1
                         _log.info("%s: an answer was not used in full: %s", source.name, answer.fault)
-                    paraphrases += len(answer.texts)
-                    grown = _grown(pool, answer, size)
+                    grown = pool
+                    for text in answer.texts:
+                        if len(grown.prompts) < size:
+                            grown = grown.extended([PoolPrompt(text, answer.source)])
                     if store is not None and grown != pool:
                         grown.save(store)
                     pool = grown
                     if len(pool.prompts) >= size:
-                        return pool, "there are enough"
+                        break
         except SourceError as error:
             return pool, str(error)
         if deadline.over:
             return pool, f"the deadline of {deadline.seconds:g} s was reached"
         if source.finite:
             return pool, f"{source.name} holds no more"
-        idle = idle + 1 if len(pool.prompts) == before else 0
+        idle = idle + 1 if len(pool.prompts) == have else 0
         if idle == _IDLE_ROUNDS:
-            return pool, f"asking {idle} times in a row brought no new valid one ({paraphrases} were read in all)"
+            return pool, f"asking {idle} times in a row brought no new valid one ({answers} answers in all)"
     return pool, f"asked {_MAX_ROUNDS} times"
 
 
-def _grown(pool: PromptPool, answer: Answer, size: int) -> PromptPool:
-    """The pool with the paraphrases of `answer`, one at a time, for it must not grow beyond `size` prompts."""
-    for text in answer.texts:
-        if len(pool.prompts) >= size:
-            break
-        pool = pool.extended([PoolPrompt(text, answer.source)])
-    return pool
+@contextmanager
+def _only_writer(store: Path) -> Iterator[None]:
+    """Nobody else writes to `store` meanwhile. Faults come before the first question: lost answers cost money."""
+    folder = store.resolve().parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise DataError(f"{store}: expected a file in a folder that can be written to, got none")
+    if store.suffix.lower() != ".json":
+        raise DataError(f"{store}: expected a file that ends in .json, got {excerpt(store.name)}")
+    # The lock goes with the process, however it ends; the empty file stays.
+    lock = FileLock(folder / f".{store.name}.lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise RuntimeError(f"{store}: another process is filling this file") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def resumed_from(pool: PromptPool, store: Path, size: int = MAX_PROMPTS) -> PromptPool:
-    """`pool` with what an earlier run left in `store`, up to `size` prompts.
+    """`pool` with what an earlier run left in `store`, if anything, up to `size` prompts.
 
-    The store's prompts pass the pool's rules like any other.
+    The store's prompts pass the pool's rules like any other. Raises: `DataError` if it is no pool of this task
+    and original.
     """
     if not store.exists():
-        folder = store.resolve().parent
-        if not folder.is_dir() or not os.access(folder, os.W_OK):
-            # Found out before the first question: answers that cannot be saved would be lost.
-            raise DataError(f"{store}: wanted a file in a folder that can be written to, got none")
         return pool
+    if not is_pool_file(store):
+        raise DataError(
+            f"{store}: expected a saved pool, to go on with, got another file; choose another name, or overwrite it"
+        )
     saved = PromptPool.read(store)
-    for name, wanted, got in (
+    for name, expected, got in (
         ("task", pool.task, saved.task),
         ("original prompt", pool.prompts[0], saved.prompts[0]),
     ):
-        if wanted != got:
-            raise DataError(f"{store}: wanted a pool of the {name} {excerpt(wanted)}, got {excerpt(got)}")
+        if expected != got:
+            raise DataError(f"{store}: expected a pool of the {name} {excerpt(expected)}, got {excerpt(got)}")
     for prompt in zip(saved.prompts[1:], saved.provenance[1:], strict=True):
-        if len(pool.prompts) >= size:
-            break
         # A prompt that both have is no repetition to tell of.
-        if prompt[0] not in pool.prompts:
+        if prompt[0] not in pool.prompts and len(pool.prompts) < size:
             pool = pool.extended([PoolPrompt(*prompt)])
     return pool.with_history(saved)
