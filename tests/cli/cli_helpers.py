@@ -6,7 +6,7 @@ import re
 import pytest
 
 from sapo_peft import tiny_model
-from sapo_peft.cli.main import main as cli
+from sapo_peft.cli import main as cli
 
 PROMPTS = ["Is it good?", "Say yes or no.", "Answer with one word: is the text below kind?"]
 ROWS = [{"sentence": f"text {i}", "label": "yes" if i % 2 else "no, never"} for i in range(4)]

@@ -1,4 +1,4 @@
-"""Runs side by side: which may be compared, and paired bootstrap intervals of their differences.
+"""Runs side by side: which may be compared, and paired intervals of their differences.
 
 Two runs are a pair if they agree in method, order, tasks, data, model and seed. Runs that differ in nothing but the
 seed are an arm; the differences of two arms are taken seed by seed.
@@ -11,21 +11,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from sapo_kernels.files import DataError
 
-from .measures import MEASURES
-from .run_data import Run
+from ..sequence.config import POLICIES
+from ..sequence.schema import MEASURES
+from .runs import Run
 
-POLICIES = ("sapo", "original", "random", "worst", "sample")
-RESAMPLES = 10_000
 LEVEL = 0.95
-# Percentile intervals of fewer pairs are too narrow: of five normal differences they hold the mean in 86 % of all
-# cases, of ten in 91 %, instead of 95 %.
-FEW = 10
 # Settings that are no difference between arms.
-IDENTITY = frozenset({"policy", "seed"})
+IDENTITY = ("policy", "seed")
 
 
 @dataclass(frozen=True)
@@ -34,29 +28,30 @@ class Arm:
 
     policy: str
     label: str
-    config: dict[str, str]
+    settings: dict[str, str]
     runs: dict[int, Run]
 
-    def values(self, score: str, metric: str) -> dict[int, float]:
-        """By seed, of the runs that are done."""
-        found = {seed: run.figure(score, metric) for seed, run in self.runs.items() if run.status == "done"}
+    def values(self, measure: str, metric: str) -> dict[int, float]:
+        """By seed, of the runs that are finished."""
+        found = {seed: run.figure(measure, metric) for seed, run in self.runs.items() if run.finished}
         return {seed: value for seed, value in found.items() if value is not None}
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A metric of `arm` minus that of `other`: values by pair, mean, and (low, high) or None for fewer than two."""
+    """A metric of one arm minus that of another: by pair, mean, and (low, high) or None for a single pair."""
 
     values: list[float]
     mean: float
     interval: tuple[float, float] | None
+    lower_is_better: bool
 
     @property
     def verdict(self) -> str:
-        """ "higher", "lower", or "open" where the interval has 0 inside or there is none."""
+        """ "better", "worse", "open" where the interval has 0 inside, or "single" where there is none."""
         if self.interval is None or self.interval[0] <= 0 <= self.interval[1]:
-            return "open"
-        return "higher" if self.mean > 0 else "lower"
+            return "open" if self.interval else "single"
+        return "better" if (self.mean > 0) != self.lower_is_better else "worse"
 
 
 @dataclass(frozen=True)
@@ -70,11 +65,22 @@ class Group:
 
     @property
     def measures(self) -> list[str]:
-        """Those of `MEASURES` that any run of the group has; the first is the headline."""
-        return [name for name in MEASURES if any(name in r.scores for arm in self.arms for r in arm.runs.values())]
+        """Those that any run has; the first is the headline."""
+        return [name for name in MEASURES if any(run.matrix(name) for run in self.runs)]
+
+    @property
+    def runs(self) -> list[Run]:
+        return [run for arm in self.arms for run in arm.runs.values()]
 
     def arm_of(self, run: Run) -> Arm:
-        return next(arm for arm in self.arms if arm.runs.get(run.seed) is run)
+        return next(arm for arm in self.arms if arm.runs.get(run.record.seed) is run)
+
+    def baseline(self, run: Run) -> Run | None:
+        """The run that another one is shown beside: the same seed with the original prompts, else any other policy."""
+        own = self.arm_of(run)
+        order = sorted(self.arms, key=lambda arm: (arm.policy != "original", _rank(arm.policy)))
+        others = (arm.runs.get(run.record.seed) for arm in order if arm is not own and own.policy != "original")
+        return next((other for other in others if other and other.results), None)
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
@@ -84,21 +90,21 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     """
     groups: dict[tuple, dict[tuple, list[Run]]] = {}
     for run in runs:
-        arms = groups.setdefault((run.method, run.order, run.model, _canonical([run.tasks, run.data])), {})
-        arms.setdefault((run.policy, _canonical(_settings(run))), []).append(run)
-    found = []
-    for (method, order, *_), runs_by_arm in groups.items():
-        tasks = next(iter(runs_by_arm.values()))[0].tasks
-        found.append(Group(method, order, tasks, _arms(runs_by_arm)))
-    return found
+        record = run.record
+        arms = groups.setdefault((record.method, record.order, record.model, _plain([record.tasks, record.data])), {})
+        arms.setdefault((record.policy, _plain(_settings(run))), []).append(run)
+    return [
+        Group(method, order, next(iter(arms.values()))[0].record.tasks, _arms(arms))
+        for (method, order, *_), arms in groups.items()
+    ]
 
 
-def _canonical(value: Any) -> str:
+def _plain(value: Any) -> str:
     return json.dumps(value, sort_keys=True)
 
 
 def _settings(run: Run) -> dict[str, str]:
-    return {key: _canonical(run.config[key]) for key in sorted(run.config) if key not in IDENTITY}
+    return {key: _plain(value) for key, value in sorted(run.record.config.items()) if key not in IDENTITY}
 
 
 def _arms(runs_by_key: dict[tuple, list[Run]]) -> list[Arm]:
@@ -106,50 +112,56 @@ def _arms(runs_by_key: dict[tuple, list[Run]]) -> list[Arm]:
     for (policy, _), runs in runs_by_key.items():
         by_seed: dict[int, Run] = {}
         for run in runs:
-            if run.seed in by_seed:
+            seed = run.record.seed
+            if seed in by_seed:
                 raise DataError(
-                    f"{run.path}: wanted each run once, got policy {policy!r} with seed {run.seed} "
-                    f"in {by_seed[run.seed].path} too"
+                    f"{run.path}: expected each run once, got policy {policy!r} with seed {seed} in "
+                    f"{by_seed[seed].path} too"
                 )
-            by_seed[run.seed] = run
+            by_seed[seed] = run
         namesakes = [_settings(others[0]) for (name, _), others in runs_by_key.items() if name == policy]
-        config = _settings(runs[0])
-        apart = [f"{key}={config.get(key, 'none')}" for key in differing(*namesakes)]
-        arms.append(Arm(policy, f"{policy} ({', '.join(apart)})" if apart else policy, config, by_seed))
-    return sorted(arms, key=lambda arm: (_rank(arm.policy), arm.policy))
+        settings = _settings(runs[0])
+        apart = [f"{key}={settings.get(key, 'none')}" for key in differing(*namesakes)]
+        arms.append(Arm(policy, f"{policy} ({', '.join(apart)})" if apart else policy, settings, by_seed))
+    return sorted(arms, key=lambda arm: (_rank(arm.policy), arm.label))
 
 
 def _rank(policy: str) -> int:
-    return POLICIES.index(policy) if policy in POLICIES else len(POLICIES)
+    """SAPO first, then as `POLICIES` has them."""
+    order = ("sapo", *POLICIES)
+    return order.index(policy) if policy in order else len(order)
 
 
-def differing(*configs: dict[str, str]) -> list[str]:
+def differing(*settings: dict[str, str]) -> list[str]:
     """The settings that have not the same value everywhere."""
-    keys = sorted(set().union(*configs))
-    return [key for key in keys if len({config.get(key) for config in configs}) > 1]
+    return [key for key in sorted(set().union(*settings)) if len({one.get(key) for one in settings}) > 1]
 
 
-def difference(arm: Arm, other: Arm, score: str, metric: str) -> Difference | None:
+def difference(arm: Arm, other: Arm, measure: str, metric: str) -> Difference | None:
     """Over the seeds that both have; None if they share none."""
-    ours, theirs = arm.values(score, metric), other.values(score, metric)
+    ours, theirs = arm.values(measure, metric), other.values(measure, metric)
     values = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
-    return Difference(values, sum(values) / len(values), paired_interval(values)) if values else None
-
-
-def paired_interval(differences: Sequence[float], level: float = LEVEL) -> tuple[float, float] | None:
-    """Percentile bootstrap interval of the mean of paired differences; None for fewer than two.
-
-    Equals: resample the pairs with replacement `RESAMPLES` times, take each mean, cut off (1 - level) / 2 at either
-    end. The draws come from a fixed seed, so the same differences give the same interval.
-    """
-    if len(differences) < 2:
+    if not values:
         return None
-    values = np.asarray(differences, dtype=np.float64)
-    drawn = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
-    low, high = np.quantile(values[drawn].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    return Difference(values, sum(values) / len(values), student_interval(values), MEASURES[measure].lower_is_better)
+
+
+def student_interval(values: Sequence[float], level: float = LEVEL) -> tuple[float, float] | None:
+    """Student's interval of the mean of paired differences; None for fewer than two.
+
+    Honest for the few seeds that a comparison usually has, where a percentile bootstrap is too narrow.
+    """
+    from scipy import stats
+
+    if len(values) < 2:
+        return None
+    mean, error = sum(values) / len(values), float(stats.sem(values))
+    half = float(stats.t.ppf((1 + level) / 2, len(values) - 1)) * error
+    return mean - half, mean + half
 
 
 def order_for_detail(runs: Sequence[Run]) -> list[Run]:
     """One seed of everything first: by seed, then method and order, then policy."""
-    return sorted(runs, key=lambda run: (run.seed, run.method, run.order, _rank(run.policy)))
+    return sorted(
+        runs, key=lambda run: (run.record.seed, run.record.method, run.record.order, _rank(run.record.policy))
+    )
