@@ -16,7 +16,7 @@ HOSTILE = (
     "\u0627\u0644\u0644\u063a\u0629 \u4e2d\u6587"
 )
 OUTSIDE = {"prompts", "notes", "warnings", "prompt", "original", "reason", "suffix", "model", "input", "target",
-           "answer", "started", "finished", "versions"}  # fmt: skip
+           "answer", "started", "finished", "versions", "policy", "method"}  # fmt: skip
 
 
 def spoiled(value, key=""):
@@ -30,10 +30,10 @@ def spoiled(value, key=""):
 
 def test_outside_text_stays_text(tmp_path):
     names = {"order": "<i>order</i>\u202e", "tasks": ["<u>one</u>", "two&amp;"], "options": {"<x>": "<y>"}}
-    run = small(tmp_path / "run<b>", answers=True, **names)
+    run = small(tmp_path / "run<b>", **names)
     for path in run.rglob("*.json"):
         path.write_text(json.dumps(spoiled(read(path))))
-    # One that was drawn from a folder of runs has another heading.
+    # A folder of runs makes other headings.
     for runs in ((run, small(tmp_path / "other", "original", **names)), (tmp_path,)):
         html, text = page(*runs, out=tmp_path / "report.html")
         body = html.split("</head>")[1]
@@ -82,59 +82,70 @@ def test_size_is_bounded(tmp_path):
 
 # Damaged folders
 
-DAMAGE = [
-    ("run.json", ("version",), 2, "'version': expected 1, got 2"),
-    ("run.json", ("kind",), "train", "expected 'sequence', got 'train'"),
-    ("run.json", ("status",), "lost", "expected 'running' or 'done', got 'lost'"),
-    ("run.json", ("seed",), 1.5, "'seed': expected a valid integer, got 1.5"),
-    ("run.json", ("seed",), True, "expected a valid integer, got True"),
-    ("run.json", ("tasks",), [], "'tasks': expected at least 1 item, got []"),
-    ("run.json", ("tasks",), ["a", "a"], "expected each task once"),
-    ("run.json", ("tasks",), ["a", "b"], "results.json: 'tasks': expected those of run.json, ['a', 'b']"),
-    ("run.json", ("method",), KeyError, "'method': expected a value, got none"),
-    ("run.json", ("more",), 1, "'more': expected no such key, got 1"),
-    ("run.json", ("warnings",), "none", "'warnings': expected a valid list, got 'none'"),
-    ("run.json", ("order",), "x" * 301, "'order': expected at most 300 characters, got 'xxx"),
-    ("before.json", ("examples",), [1], "before.json: 'row' 'rougeL' 0: expected 1 entries, got 2"),
-    ("results.json", ("metrics", "rougeL", "R"), [[0.5, 0.5]], "'R': expected N + 1 rows of N entries"),
-    ("results.json", ("metrics", "rougeL", "R", 1), [0.5], "'R': expected N + 1 rows of N entries, got [2, 1, 2]"),
-    ("results.json", ("metrics", "rougeL", "AP"), 0.99, "which follows from 'R', got 0.99"),
-    ("results.json", ("metrics", "rougeL", "BWT"), None, "which follows from 'R', got None"),
-    ("metrics.json", ("row",), {"bleu": [1.0, 1.0]}, "'row': expected one of rougeL, exact_match, loss, got 'bleu'"),
-    ("results.json", ("choices", 0, "task"), "other", "expected the tasks of the run in order, got ['other'"),
-    ("results.json", ("choices", 0, "index"), 4, "'index': expected less than 4, got 4"),
-    ("results.json", ("choices", 0, "prompt"), "other", "chosen, 'other', got 4 with"),
-    ("results.json", ("choices", 0, "prompts"), 5, "scores.json: 'prompts': expected the 5 of results.json"),
-    ("results.json", ("cost", "train_seconds"), -1, "'train_seconds': expected greater than or equal to 0, got -1"),
-    ("results.json", ("cost", "eval_seconds"), 1e308, "expected less than or equal to 1000000000000000, got 1e+308"),
-    ("scores.json", ("scorings", 1, "loss"), [1.0], "'scorings' 1: 'loss': expected 4 entries, got 1"),
-    ("scores.json", ("scorings", 1, "loss", 2), "low", "'loss': 2: expected a valid number, got 'low'"),
-    ("scores.json", ("scorings", 0, "chosen"), 4, "'scorings' 0: 'chosen': expected less than 4, got 4"),
-    ("scores.json", ("scorings", 0, "weights", 0), -0.5, "'weights': 0: expected greater than or equal to 0, got -0.5"),
-    ("metrics.json", ("row", "rougeL", 0), 0.123, "metrics.json: 'row' 'rougeL': expected ["),
-    ("metrics.json", ("row", "rougeL"), [0.5], "'row' 'rougeL' 0: expected 2 entries, got 1"),
-    ("metrics.json", ("row", "rougeL", 0), 1.5, "'row' 'rougeL' 0: expected at most 1, got 1.5"),
-    ("metrics.json", ("answers",), [[]], "'answers': expected 2 entries, got 1"),
-    ("train.json", ("losses",), [[1, 2, 3]], "'losses': 0: expected at most 2 items, got [1, 2, 3]"),
-    ("data.json", ("rows", "train"), "many", "'train': expected a valid integer, got 'many'"),
-]
+# A file, the keys that lead to a value, the value put there: what the message says.
+DAMAGE = """
+run version 2 : 'version': expected 1, got 2
+run kind "train" : expected 'sequence', got 'train'
+run status "lost" : expected 'running' or 'done', got 'lost'
+run seed 1.5 : 'seed': expected a valid integer, got 1.5
+run seed true : expected a valid integer, got True
+run tasks [] : 'tasks': expected at least 1 item, got []
+run tasks ["a","a"] : expected each task once
+run tasks ["a","b"] : results.json: 'tasks': expected those of run.json, ['a', 'b']
+run more 1 : 'more': expected no such key, got 1
+run warnings "none" : 'warnings': expected a valid list, got 'none'
+before examples [1] : 'row' 'rougeL': expected 1 entries, got 2
+results metrics.rougeL.R [[0.5,0.5]] : 'R': expected N + 1 rows of N entries, got [2]
+results metrics.rougeL.R.1 [0.5] : 'R': expected N + 1 rows of N entries, got [2, 1, 2]
+results metrics.rougeL.AP 0.99 : which follows from 'R', got 0.99
+results metrics.rougeL.BWT null : which follows from 'R', got None
+results choices.0.task "other" : expected the tasks of the run in order, got ['other'
+results choices.0.index 4 : 'index': expected less than 4, got 4
+results choices.0.prompt "other" : 'prompts': expected the 4 of results.json
+results choices.0.prompts 5 : 'prompts': expected the 5 of results.json
+results cost.train_seconds -1 : 'train_seconds': expected greater than or equal to 0, got -1
+results cost.eval_seconds 1e308 : expected less than or equal to 1000000000000000, got 1e+308
+scores scorings.1.loss [1.0] : 'scorings' 1: 'loss': expected 4 entries, got 1
+scores scorings.1.loss.2 "low" : 'loss': 2: expected a valid number, got 'low'
+scores scorings.0.chosen 4 : 'scorings' 0: 'chosen': expected less than 4, got 4
+scores scorings.0.weights.0 -0.5 : 'weights': 0: expected greater than or equal to 0, got -0.5
+metrics row.rougeL.0 0.123 : 'row' 'rougeL': expected [
+metrics row.rougeL [0.5] : 'row' 'rougeL': expected 2 entries, got 1
+metrics row.rougeL.0 1.5 : 'row' 'rougeL': expected at most 1, got 1.5
+metrics row {"bleu":[1.0,1.0]} : 'row': expected one of rougeL, exact_match, loss, got 'bleu'
+metrics answers [[]] : 'answers': expected 2 entries, got 1
+train losses [[1,2,3]] : 'losses': 0: expected at most 2 items, got [1, 2, 3]
+data rows.train "many" : 'train': expected a valid integer, got 'many'
+"""
 
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory):
-    return small(tmp_path_factory.mktemp("sound") / "run", answers=True)
+    return small(tmp_path_factory.mktemp("sound") / "run")
 
 
-@pytest.mark.parametrize(("name", "keys", "value", "expected"), DAMAGE)
-def test_damage_is_refused(sound, tmp_path, name, keys, value, expected):
+@pytest.mark.parametrize("fault", DAMAGE.strip().splitlines())
+def test_damage_is_refused(sound, tmp_path, fault):
     """Each fault alone, in one line that names the file, what was expected and got; nothing is written."""
+    name, keys, value = fault.partition(" : ")[0].split(" ", 2)
     run = shutil.copytree(sound, tmp_path / "run")
-    edit(next(run.rglob(name)), *keys, value=value)
+    keys = [int(key) if key.isdigit() else key for key in keys.split(".")]
+    edit(next(run.rglob(f"{name}.json")), *keys, value=json.loads(value))
     with pytest.raises(DataError) as error:
         write_report(run)
     message = str(error.value)
-    assert expected in message and ".json: " in message and "\n" not in message, message
+    assert fault.partition(" : ")[2] in message and ".json: " in message and "\n" not in message, message
     assert not (run / "report.html").exists()
+
+
+def test_what_is_missing_or_no_json_is_refused(sound, tmp_path):
+    run = shutil.copytree(sound, tmp_path / "run")
+    edit(run / "run.json", "method", value=KeyError)
+    with pytest.raises(DataError, match="run.json: 'method': expected a value, got none"):
+        write_report(run)
+    (run / "run.json").write_text("[")
+    with pytest.raises(DataError, match="run.json.*not valid JSON"):
+        write_report(run)
 
 
 def test_random_damage_never_escapes(sound, tmp_path):

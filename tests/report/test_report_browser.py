@@ -83,7 +83,7 @@ def chromium(page, *arguments):
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
-    runs = [make_run(folder / "sapo", scorings=16, answers=True), make_run(folder / "worst", "worst")]
+    runs = [make_run(folder / "sapo", scorings=16), make_run(folder / "worst", "worst")]
     runs += [make_run(folder / f"original-{seed}", "original", seed) for seed in range(2)]
     return write_report([*runs, make_run(folder / "sapo-1", seed=1)], folder / "report.html")
 

@@ -10,9 +10,9 @@ from markupsafe import Markup
 
 from ..sequence.schema import MEASURES
 from . import charts
-from .compare import Arm, Group, difference, differing
+from .compare import Arm, Difference, Group, difference, differing
 from .runs import FinishedTask, Run
-from .text import change, figure, fixed, level, line, plural, unit, whole, word_diff
+from .text import change, figure, fixed, level, line, percent, plural, seconds, whole, word_diff
 
 # More prompts, lines or dots than these make a page that nobody reads.
 MAX_PROMPTS = 200
@@ -70,20 +70,21 @@ def matrices(run: Run, baseline: Run | None) -> Iterator[tuple[Any, list[tuple[s
 
 def _cells(matrix: Sequence[Sequence], shown: Callable, measure: str, good: Callable) -> list[list[dict]]:
     """good(value): 1 for the best, 0 for white, below 0 for worse than the baseline."""
-    return [
-        [
-            {"text": shown(value, measure), "good": None if value is None else good(value),
-             "place": "own" if i == j else "ahead" if j > i else ""}
-            for j, value in enumerate(row, 1)
-        ]
-        for i, row in enumerate(matrix)
-    ]  # fmt: skip
+
+    def cell(i: int, j: int, value: float | None) -> dict:
+        share = 0.0 if value is None else good(value)
+        kinds = {"own": i == j, "ahead": j > i, "none": value is None, "bad": share < 0}
+        return {"text": shown(value, measure), "good": share, "kind": " ".join(k for k, v in kinds.items() if v)}
+
+    return [[cell(i, j, value) for j, value in enumerate(row, 1)] for i, row in enumerate(matrix)]
 
 
 def task_view(run: Run, task: FinishedTask, baseline: Run | None) -> dict[str, Any]:
     """The prompts of a task, its charts and a few answers."""
     prompts, chosen, scorings = task.scores.prompts, task.scores.chosen, task.scores.scorings
     losses = scorings[-1].loss if scorings else [None] * len(prompts)
+    marks = {0: " original", chosen: " chosen"} if chosen else {0: " original, chosen"}
+    ranked = sorted(range(len(prompts)), key=lambda k: (losses[k] is None, losses[k] or 0.0, k))[:MAX_PROMPTS]
     other = next((one for one in baseline.tasks if one.number == task.number), None) if baseline else None
     curves = [charts.Series(other.train.losses, "original", baseline.record.policy)] if other else []
     curves.append(charts.Series(task.train.losses, "used", run.record.policy))
@@ -91,7 +92,7 @@ def task_view(run: Run, task: FinishedTask, baseline: Run | None) -> dict[str, A
         "words": word_diff(prompts[0], prompts[chosen]),
         "losses": losses,
         "gain": None if None in (losses[0], losses[chosen]) else losses[chosen] - losses[0],
-        "ranked": sorted(range(len(prompts)), key=lambda k: (losses[k] is None, losses[k] or 0.0, k))[:MAX_PROMPTS],
+        "prompts": [[f"{k}{marks.get(k, '')}", fixed(losses[k], 4), line(prompts[k], 1000)] for k in ranked],
         "prompt_chart": _prompt_chart(task) if scorings else "",
         "prompt_told": _told(task),
         "training_chart": charts.plot(curves, f"Training loss of task {task.number}", "step", "nats per token"),
@@ -136,74 +137,112 @@ def _told(task: FinishedTask) -> str:
     return f"Ringed: the prompt in use. {changed} Last scoring: {tokens}"
 
 
-def _answers(run: Run, task: FinishedTask) -> list[tuple[str, str, str | None, str]]:
-    """(input, target, answer before training, answer after the task) of the first few test examples, if kept."""
+def _answers(run: Run, task: FinishedTask) -> list[list[str]]:
+    """Input, target, answer before training and after the task of the first few test examples, if kept."""
     before, after = (
         found.answers[task.number - 1] if found and found.answers else [] for found in (run.before, task.metrics)
     )
     known = {one.input: one.answer for one in before}
-    return [(one.input, one.target, known.get(one.input), one.answer) for one in after[:MAX_ANSWERS]]
+    shown = [(one.input, one.target, known.get(one.input, "not kept"), one.answer) for one in after[:MAX_ANSWERS]]
+    return [[line(text, 400) for text in texts] for texts in shown]
 
 
 def cost(run: Run) -> dict[str, Any] | None:
-    """Seconds by part, of whose sum all shares are taken, and rows of (name, seconds, tokens) by task."""
+    """Seconds by part, of whose sum all shares are taken, and rows by task."""
     if run.results is None or not (total := run.results.cost).train_seconds:
         return None
     parts = {"scoring": total.score_seconds, "training": total.train_seconds, "evaluation": total.eval_seconds}
-    rows = []
+    whole_run, rows = sum(parts.values()), []
+
+    def row(name: str, spent: list[float], tokens: list[int]) -> list[str]:
+        return [name, *map(seconds, spent), percent(spent[0] / whole_run), *map(whole, tokens)]
+
     for task in run.tasks:
-        sums = [sum(getattr(scoring, name) for scoring in task.scores.scorings)
-                for name in ("seconds", "dense_tokens", "computed_tokens")]  # fmt: skip
-        spent = [sums[0], task.train.seconds, task.metrics.seconds]
-        rows.append((f"{task.number}. {task.name}", spent, [task.train.tokens, *sums[1:]]))
+        score, dense, computed = (sum(getattr(scoring, name) for scoring in task.scores.scorings)
+                                  for name in ("seconds", "dense_tokens", "computed_tokens"))  # fmt: skip
+        spent = [score, task.train.seconds, task.metrics.seconds]
+        rows.append(row(f"{task.number}. {task.name}", spent, [task.train.tokens, dense, computed]))
     tokens = [total.train_tokens, total.score_dense_tokens, total.score_computed_tokens]
-    rows.append(("whole run", list(parts.values()), tokens))
-    return {"parts": parts, "seconds": sum(parts.values()), "rows": rows}
+    rows.append(row("whole run", list(parts.values()), tokens))
+    return {"parts": parts, "seconds": whole_run, "rows": rows}
 
 
-def settings(values: dict[str, Any]) -> list[tuple[str, str]]:
-    return [(k, v if isinstance(v, str) else json.dumps(v, ensure_ascii=False)) for k, v in sorted(values.items())]
+def data_rows(run: Run) -> list[list[str]]:
+    return [
+        [f"{task.number}. {task.name}", *(whole(task.data.rows.get(split, 0)) for split in ("train", "dev", "test")),
+         line("; ".join(task.data.notes) or "none", 4000)]
+        for task in run.tasks
+    ]  # fmt: skip
+
+
+def settings(values: dict[str, Any]) -> list[list[str]]:
+    texts = {key: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for key, v in sorted(values.items())}
+    return [[line(key), line(text, 2000)] for key, text in texts.items()]
+
+
+def run_rows(runs: Sequence[Run]) -> list[list[str]]:
+    rows = []
+    for run in runs:
+        record, measure = run.record, next(iter(run.measures), None)
+        state = "finished" if run.finished else f"{len(run.tasks)} of {plural(len(record.tasks), 'task')}"
+        figures = [figure(run.figure(measure, metric), measure, metric) if measure else "" for metric in METRICS]
+        score = MEASURES[measure].title if measure else "none yet"
+        names = [line(text) for text in (run.path.name, record.method, record.policy, record.order)]
+        rows.append([*names, str(record.seed), state, score, *figures])
+    return rows
 
 
 def comparison(group: Group, arm: Arm) -> dict[str, Any]:
-    """By measure and metric the means of all arms and how `arm` differs from each of the others."""
-    measures = {}
+    """By measure the means of all arms and how `arm` differs from each of the others, in words and in tables."""
+    others = [other for other in group.arms if other is not arm]
+    tables = []
     for measure in group.measures:
-        measures[measure] = {}
+        rows = []
         for metric in METRICS:
-            rows = [
-                _row(arm, other, measure, metric) for other in (arm, *(one for one in group.arms if one is not arm))
-            ]
-            known = [row["difference"] for row in rows if row["difference"]]
+            found = {other.label: difference(arm, other, measure, metric) for other in others}
             # Not by the intervals: one of two pairs may be very wide.
-            reach = max((abs(value) for one in known for value in one.values), default=0.0) * 1.2 or 0.01
-            for row in rows:
-                row["mark"] = _mark(row, reach) if row["difference"] else ""
-            if any(row["runs"] for row in rows):
-                measures[measure][metric] = rows
-    apart = [
-        (other.label, [f"{key}: {arm.settings.get(key, 'none')} and {other.settings.get(key, 'none')}" for key in keys])
-        for other in group.arms
-        if (keys := differing(arm.settings, other.settings))
-    ]
-    unfinished = sum(not run.finished for run in group.runs)
-    return {"group": group, "arm": arm, "measures": measures, "apart": apart, "unfinished": unfinished}
-
-
-def _row(arm: Arm, other: Arm, measure: str, metric: str) -> dict[str, Any]:
-    values = list(other.values(measure, metric).values())
-    found = None if other is arm else difference(arm, other, measure, metric)
-    ends = found and found.interval
+            reach = max((abs(value) for one in found.values() if one for value in one.values), default=0.0)
+            for other in (arm, *others):
+                values = list(other.values(measure, metric).values())
+                mean = figure(sum(values) / len(values), measure, metric) if values else "none"
+                shown = _difference(found.get(other.label), measure, 1.2 * reach or 0.01)
+                rows.append([metric, line(other.label, 60), str(len(values)), mean, *shown])
+        tables.append((MEASURES[measure], rows))
     return {
-        "label": other.label,
-        "runs": len(values),
-        "mean": figure(sum(values) / len(values), measure, metric) if values else "none",
-        "difference": found,
-        "gap": found and change(found.mean, measure),
-        "interval": f"{change(ends[0], measure)} to {change(ends[1], measure)}" if ends else "none",
+        "group": group,
+        "arm": arm,
+        "tables": tables,
+        "verdicts": [(other.label, _verdict(group, arm, other)) for other in others if group.measures],
+        "apart": [(other.label, told) for other in others if (told := _apart(arm, other))],
+        "unfinished": sum(not run.finished for run in group.runs),
     }
 
 
-def _mark(row: dict[str, Any], reach: float) -> Markup:
-    found = row["difference"]
-    return charts.interval(found.mean, found.interval, reach, found.verdict, f"{row['gap']}, {row['interval']}")
+def _difference(found: Difference | None, measure: str, reach: float) -> list[str]:
+    """Difference, pairs, interval, and a picture of it."""
+    if found is None:
+        return [""] * 4
+    gap, ends = change(found.mean, measure), _interval(found, measure)
+    mark = charts.interval(found.mean, found.interval, reach, found.verdict, f"{gap}, interval {ends}")
+    return [gap, str(len(found.values)), ends, mark]
+
+
+def _interval(found: Difference, measure: str) -> str:
+    return " to ".join(change(end, measure) for end in found.interval) if found.interval else "none"
+
+
+def _verdict(group: Group, arm: Arm, other: Arm) -> str:
+    """How `arm` differs from another one by the headline measure."""
+    measure, told = group.measures[0], []
+    for metric in METRICS:
+        if found := difference(arm, other, measure, metric):
+            ends = f" ({_interval(found, measure)})" if found.interval else ""
+            told.append(f"{metric} {change(found.mean, measure)}{ends}, {VERDICTS[found.verdict]}")
+    return "; ".join(told) or "no pair of finished runs"
+
+
+def _apart(arm: Arm, other: Arm) -> str:
+    """What two arms differ in besides the policy."""
+    keys = differing(arm.settings, other.settings)
+    told = [f"{key}: {arm.settings.get(key, 'none')} and {other.settings.get(key, 'none')}" for key in keys]
+    return line("; ".join(told), 2000)

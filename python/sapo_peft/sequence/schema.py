@@ -294,9 +294,8 @@ def _below(value: int, count: int, place: str) -> None:
 def _measured(name: str, rows: Sequence[Sequence[float | None]], length: int, place: str) -> None:
     if name not in MEASURES:
         raise ValueError(f"{place}: expected one of {', '.join(MEASURES)}, got {excerpt(name)}")
-    top = MEASURES[name].top
-    for i, row in enumerate(rows):
-        _length(row, length, f"{place} {name!r} {i}")
-        for value in row:
-            if top is not None and value is not None and value > top:
-                raise ValueError(f"{place} {name!r} {i}: expected at most {top:g}, got {value}")
+    for row in rows:
+        _length(row, length, f"{place} {name!r}")
+        highest = max((value for value in row if value is not None), default=0.0)
+        if highest > (MEASURES[name].top or highest):
+            raise ValueError(f"{place} {name!r}: expected at most {MEASURES[name].top:g}, got {highest}")
