@@ -62,19 +62,20 @@ def make_run(folder: Path, policy="sapo", seed=0, tasks=TASKS, done=None, prompt
             ranked = sorted(range(prompts), key=lambda i: loss[i])
             chosen = {"sapo": ranked[0], "worst": ranked[-1]}.get(policy, (seed + number) % prompts)
             records.append(schema.Scoring(
-                step=40 * step, reason="drift" if step else "start", loss=loss, tokens=[640 + i for i in range(prompts)],
+                step=40 * step, reason="drift" if step else "start", loss=loss, tokens=[640] * prompts,
                 weights=[float(i == chosen) for i in range(prompts)], chosen=chosen, seconds=draw.uniform(0.5, 2),
                 dense_tokens=60_000, computed_tokens=23_456,
             ))  # fmt: skip
         index, last = (records[-1].chosen, records[-1].loss) if records else (0, [None] * prompts)
         losses = [(10 * i, round(1.2 * 0.9**i + draw.uniform(0, 0.1) - gain, 4)) for i in range(20)]
-        place = f"tasks/{task_folder(number, task)}/"
-        documents |= {
-            f"{place}scores": schema.Scores(version=1, task=task, prompts=texts, suffix="", chosen=index, scorings=records),
-            f"{place}metrics": evaluation(number),
-            f"{place}train": schema.Training(version=1, losses=losses, seconds=61.5, tokens=91_234, examples=1000),
-            f"{place}data": schema.TaskData(version=1, rows={"train": 1000, "dev": 100, "test": 200}, notes=["1 row left out"]),
-        }  # fmt: skip
+        rows, notes = {"train": 1000, "dev": 100, "test": 200}, ["1 row left out"]
+        files = {
+            "scores": schema.Scores(version=1, task=task, prompts=texts, suffix="", chosen=index, scorings=records),
+            "metrics": evaluation(number),
+            "train": schema.Training(version=1, losses=losses, seconds=61.5, tokens=91_234, examples=1000),
+            "data": schema.TaskData(version=1, rows=rows, notes=notes),
+        }
+        documents |= {f"tasks/{task_folder(number, task)}/{part}": document for part, document in files.items()}
         choices.append(schema.Choice(task=task, index=index, prompt=texts[index], original=texts[0], loss=last[index],
                                      original_loss=last[0], prompts=prompts))  # fmt: skip
         spent += [record.seconds for record in records]

@@ -30,7 +30,9 @@ def heat(html, title):
 def test_numbers_are_those_of_the_folder(tmp_path):
     run = make_run(tmp_path / "run")
     html, text = page(run)
-    assert html.startswith("<!DOCTYPE html>") and text.startswith("4 tasks in a row, trained with prompts chosen by SAPO")
+    assert html.startswith("<!DOCTYPE html>") and text.startswith(
+        "4 tasks in a row, trained with prompts chosen by SAPO"
+    )
     results = read(run / "results.json")
     for choice, scores in zip(results["choices"], sorted(run.rglob("scores.json")), strict=True):
         assert choice["prompt"] in text and choice["original"] in text
@@ -79,7 +81,9 @@ def test_one_scoring_is_ranked(tmp_path):
     html, _ = page(small(tmp_path / "run", scorings=1, tasks=["one"]))
     loss = read(tmp_path / "run" / "tasks" / "01-one" / "scores.json")["scorings"][0]["loss"]
     chart = re.search(r'<svg[^>]*aria-label="Losses of 4 prompts in 1 scoring".*?</svg>', html)[0]
-    places = {int(k): float(y) for y, k in re.findall(r'cy="([\d.]+)" r="[\d.]+" class="dot \w+"><title>prompt (\d)', chart)}
+    places = {
+        int(k): float(y) for y, k in re.findall(r'cy="([\d.]+)" r="[\d.]+" class="dot \w+"><title>prompt (\d)', chart)
+    }
     assert sorted(places, key=places.get) == sorted(places, key=lambda k: -loss[k]) and len(places) >= 2
     assert chart.count("<circle") == 3 and chart.count("<path") == 1 and "rank among the prompts" in chart
 
@@ -100,9 +104,9 @@ def test_a_task_that_left_the_original_for_a_while_is_counted(tmp_path):
     scores = run / "tasks" / "01-one" / "scores.json"
     for i, chosen in enumerate((0, 1, 0)):
         edit(scores, "scorings", i, "chosen", value=chosen)
-    for file, keys, value in ((scores, ("chosen",), 0), (run / "results.json", ("choices", 0, "index"), 0),
-                              (run / "results.json", ("choices", 0, "prompt"), read(scores)["prompts"][0])):  # fmt: skip
-        edit(file, *keys, value=value)
+    edit(scores, "chosen", value=0)
+    for key, value in (("index", 0), ("prompt", read(scores)["prompts"][0])):
+        edit(run / "results.json", "choices", 0, key, value=value)
     _, text = page(run)
     assert "Tasks trained on another prompt 1 of 1" in text and "Original, which was kept" in text
 
@@ -222,3 +226,5 @@ def test_command(tmp_path, sapo):
     one_line_error(sapo("report", tmp_path / "nowhere"), "expected the folder of a run, got no such path")
     (tmp_path / "empty").mkdir()
     one_line_error(sapo("report", tmp_path / "empty"), "run.json", "got none")
+    (run / "run.json").write_text("[")
+    one_line_error(sapo("report", run), "run.json", "not valid JSON")

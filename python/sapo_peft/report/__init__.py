@@ -34,12 +34,12 @@ def write_report(
 
     A run may still be in progress. Deterministic: the same folders give the same bytes.
 
-    Raises: `sapo_kernels.files.DataError` for a folder without runs, a damaged one, the same run twice, or another file at
-    `out`; `OSError`; `ImportError` naming a package of the extra "train" that is missing.
+    Raises: `sapo_kernels.files.DataError` for a folder without runs, a damaged one, the same run twice, or another
+    file at `out`; `OSError`; `ImportError` naming a package of the extra "train" that is missing.
     """
     from sapo_kernels.files import DataError, atomic_write, read_bytes
 
-    from .compare import order_for_detail
+    from .compare import in_order
     from .page import render
     from .runs import find_runs, is_run, read_run
 
@@ -50,7 +50,7 @@ def write_report(
     if is_run(paths[0]):
         detailed = runs[:1]
     else:
-        runs = order_for_detail(runs)
+        runs = in_order(runs)
         detailed = runs[:MAX_DETAILED]
     out = paths[0] / FILE_NAME if out is None else Path(out)
     if not overwrite and out.is_file() and MARK not in read_bytes(out):

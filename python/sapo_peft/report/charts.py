@@ -80,8 +80,8 @@ def thinned(values: Sequence[Any], most: int = MAX_POINTS) -> list[Any]:
 class _Scale:
     """Maps the range of `values`, widened by a share `pad` of it, to start..end."""
 
-    def __init__(self, values: Iterable[float], start: float, end: float, pad: float):
-        low, high = (lambda all_values: (min(all_values), max(all_values)))(list(values))
+    def __init__(self, values: Sequence[float], start: float, end: float, pad: float):
+        low, high = min(values), max(values)
         if high - low <= 1e-12 * max(abs(low), abs(high), 1e-12):
             low, high, pad = low - (abs(low) * 0.1 or 0.5), high + (abs(high) * 0.1 or 0.5), 0.0
         # Halves: the difference of two huge numbers overflows.

@@ -9,12 +9,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from sapo_kernels.files import DataError
 
 from ..sequence.config import POLICIES
-from ..sequence.schema import MEASURES
+from ..sequence.schema import MEASURES, RunRecord
 from .runs import Run
 
 LEVEL = 0.95
@@ -56,31 +55,30 @@ class Difference:
 
 @dataclass(frozen=True)
 class Group:
-    """Arms that may be compared."""
+    """Arms that may be compared; record: what their runs have in common, from one of them."""
 
-    method: str
-    order: str
-    tasks: list[str]
+    record: RunRecord
     arms: list[Arm]
+
+    @property
+    def runs(self) -> list[Run]:
+        return [run for arm in self.arms for run in arm.runs.values()]
 
     @property
     def measures(self) -> list[str]:
         """Those that any run has; the first is the headline."""
         return [name for name in MEASURES if any(run.matrix(name) for run in self.runs)]
 
-    @property
-    def runs(self) -> list[Run]:
-        return [run for arm in self.arms for run in arm.runs.values()]
-
     def arm_of(self, run: Run) -> Arm:
         return next(arm for arm in self.arms if arm.runs.get(run.record.seed) is run)
 
     def baseline(self, run: Run) -> Run | None:
-        """The run that another one is shown beside: the same seed with the original prompts, else any other policy."""
-        own = self.arm_of(run)
-        order = sorted(self.arms, key=lambda arm: (arm.policy != "original", _rank(arm.policy)))
-        others = (arm.runs.get(run.record.seed) for arm in order if arm is not own and own.policy != "original")
-        return next((other for other in others if other and other.results), None)
+        """What a run is shown beside: the run of the same seed with the original prompts, else of any other policy."""
+        if run.record.policy == "original":
+            return None
+        others = sorted(self.arms, key=lambda arm: arm.policy != "original")
+        found = (arm.runs.get(run.record.seed) for arm in others)
+        return next((other for other in found if other and other is not run and other.results), None)
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
@@ -88,48 +86,49 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
 
     Raises: `DataError` if two folders hold the same run, because it is open which of them counts.
     """
-    groups: dict[tuple, dict[tuple, list[Run]]] = {}
+    groups: dict[str, list[Run]] = {}
     for run in runs:
         record = run.record
-        arms = groups.setdefault((record.method, record.order, record.model, _plain([record.tasks, record.data])), {})
-        arms.setdefault((record.policy, _plain(_settings(run))), []).append(run)
-    return [
-        Group(method, order, next(iter(arms.values()))[0].record.tasks, _arms(arms))
-        for (method, order, *_), arms in groups.items()
-    ]
+        key = [record.method, record.order, record.model, record.tasks, record.data]
+        groups.setdefault(json.dumps(key, sort_keys=True), []).append(run)
+    return [Group(found[0].record, _arms(found)) for found in groups.values()]
 
 
-def _plain(value: Any) -> str:
-    return json.dumps(value, sort_keys=True)
+def _arms(runs: Sequence[Run]) -> list[Arm]:
+    by_key: dict[tuple[str, str], dict[int, Run]] = {}
+    for run in runs:
+        record = run.record
+        by_seed = by_key.setdefault((record.policy, json.dumps(_settings(run))), {})
+        other = by_seed.setdefault(record.seed, run)
+        if other is not run:
+            raise DataError(
+                f"{run.path}: expected each run once, got policy {record.policy!r} with seed {record.seed} in "
+                f"{other.path} too"
+            )
+    arms = []
+    for (policy, key), by_seed in by_key.items():
+        settings = json.loads(key)
+        apart = differing(*(json.loads(other) for name, other in by_key if name == policy))
+        told = ", ".join(f"{name}={settings.get(name, 'none')}" for name in apart)
+        arms.append(Arm(policy, f"{policy} ({told})" if told else policy, settings, by_seed))
+    return sorted(arms, key=lambda arm: (_rank(arm.policy), arm.label))
 
 
 def _settings(run: Run) -> dict[str, str]:
-    return {key: _plain(value) for key, value in sorted(run.record.config.items()) if key not in IDENTITY}
-
-
-def _arms(runs_by_key: dict[tuple, list[Run]]) -> list[Arm]:
-    arms = []
-    for (policy, _), runs in runs_by_key.items():
-        by_seed: dict[int, Run] = {}
-        for run in runs:
-            seed = run.record.seed
-            if seed in by_seed:
-                raise DataError(
-                    f"{run.path}: expected each run once, got policy {policy!r} with seed {seed} in "
-                    f"{by_seed[seed].path} too"
-                )
-            by_seed[seed] = run
-        namesakes = [_settings(others[0]) for (name, _), others in runs_by_key.items() if name == policy]
-        settings = _settings(runs[0])
-        apart = [f"{key}={settings.get(key, 'none')}" for key in differing(*namesakes)]
-        arms.append(Arm(policy, f"{policy} ({', '.join(apart)})" if apart else policy, settings, by_seed))
-    return sorted(arms, key=lambda arm: (_rank(arm.policy), arm.label))
+    return {k: json.dumps(v, sort_keys=True) for k, v in sorted(run.record.config.items()) if k not in IDENTITY}
 
 
 def _rank(policy: str) -> int:
     """SAPO first, then as `POLICIES` has them."""
     order = ("sapo", *POLICIES)
     return order.index(policy) if policy in order else len(order)
+
+
+def in_order(runs: Sequence[Run]) -> list[Run]:
+    """One seed of everything first: by seed, then method and order, then policy."""
+    return sorted(
+        runs, key=lambda run: (run.record.seed, run.record.method, run.record.order, _rank(run.record.policy))
+    )
 
 
 def differing(*settings: dict[str, str]) -> list[str]:
@@ -158,10 +157,3 @@ def student_interval(values: Sequence[float], level: float = LEVEL) -> tuple[flo
     mean, error = sum(values) / len(values), float(stats.sem(values))
     half = float(stats.t.ppf((1 + level) / 2, len(values) - 1)) * error
     return mean - half, mean + half
-
-
-def order_for_detail(runs: Sequence[Run]) -> list[Run]:
-    """One seed of everything first: by seed, then method and order, then policy."""
-    return sorted(
-        runs, key=lambda run: (run.record.seed, run.record.method, run.record.order, _rank(run.record.policy))
-    )

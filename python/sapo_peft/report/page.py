@@ -1,4 +1,4 @@
-"""The page: templates of this package, filled with what `views` makes of the runs. The same runs give the same bytes."""
+"""The page: the templates of this package, filled with what `views` makes of the runs."""
 
 from __future__ import annotations
 
@@ -18,20 +18,19 @@ def render(runs: Sequence[Run], detailed: Sequence[Run]) -> str:
     single = detailed[0] if len(detailed) == 1 else None
     groups = group_runs(runs)
     own = [group for group in groups if not single or single in group.runs]
-    baselines = [next(group for group in groups if run in group.runs).baseline(run) for run in detailed]
     compared = [group for group in own if len(group.runs) > 1]
-    dates = [run.record.finished or run.record.started for run in runs]
+    comparisons = [
+        views.comparison(one, one.arm_of(single) if single else one.arms[0]) for one in compared[:MAX_GROUPS]
+    ]
     return _environment().get_template("page.html").render(
         title=_title(runs, single),
         single=single,
         runs=runs,
-        detailed=list(zip(detailed, baselines, strict=True)),
-        comparisons=[
-            views.comparison(group, group.arm_of(single) if single else group.arms[0]) for group in compared[:MAX_GROUPS]
-        ],
+        detailed=[(run, next(one for one in groups if run in one.runs).baseline(run)) for run in detailed],
+        comparisons=comparisons,
         left_out=len(compared[MAX_GROUPS:]),
         foreign=len(runs) - sum(len(group.runs) for group in own),
-        latest=max(dates),
+        latest=max(run.record.finished or run.record.started for run in runs),
     )  # fmt: skip
 
 
@@ -51,5 +50,5 @@ def _environment() -> Environment:
     )  # fmt: skip
     names = ("line", "name", "fixed", "signed", "percent", "whole", "seconds", "plural", "figure", "unit")
     found.filters.update({name: getattr(text, name) for name in names})
-    found.globals.update(views=views, MAX_TEXT=text.MAX_TEXT)
+    found.globals.update(views=views)
     return found

@@ -14,6 +14,7 @@ from ..sequence.folder import task_folder
 
 MAX_RUNS = 1000
 MAX_FOLDERS = 20_000
+TASK_FILES = {"scores": schema.Scores, "metrics": schema.Evaluation, "train": schema.Training, "data": schema.TaskData}
 
 
 @dataclass(frozen=True)
@@ -114,9 +115,7 @@ def read_run(path: Path) -> Run:
     for number, name in enumerate(record.tasks, 1):
         folder = path / "tasks" / task_folder(number, name)
         if folder.is_dir():
-            kinds = {"scores": schema.Scores, "metrics": schema.Evaluation, "train": schema.Training,
-                     "data": schema.TaskData}  # fmt: skip
-            files = {part: schema.read(kind, folder / f"{part}.json") for part, kind in kinds.items()}
+            files = {part: schema.read(kind, folder / f"{part}.json") for part, kind in TASK_FILES.items()}
             tasks.append(FinishedTask(number, name, **files))
     run = Run(path, record, before, results, tasks)
     _agree(run)
@@ -127,31 +126,32 @@ def _agree(run: Run) -> None:
     """What stands in two files stands there alike. A task may be in its folder before it is in the results."""
     names, results = run.record.tasks, run.results
     if results and results.tasks != names:
+        got = excerpt(results.tasks)
         raise DataError(
-            f"{run.path / 'results.json'}: 'tasks': expected those of run.json, {excerpt(names)}, "
-            f"got {excerpt(results.tasks)}"
+            f"{run.path / 'results.json'}: 'tasks': expected those of run.json, {excerpt(names)}, got {got}"
         )
     rows = [(0, run.path / "before.json", run.before)] if run.before else []
-    choices = {choice.task: choice for choice in results.choices} if results else {}
     for task in run.tasks:
         folder = run.path / "tasks" / task_folder(task.number, task.name)
         rows.append((task.number, folder / "metrics.json", task.metrics))
-        choice, scores = choices.get(task.name), task.scores
-        if choice is None:
+        if results is None or len(results.choices) < task.number:
             continue
+        scores, choice = task.scores, results.choices[task.number - 1]
         got = (len(scores.prompts), scores.chosen, scores.prompts[0], scores.prompts[scores.chosen])
-        if got != (choice.prompts, choice.index, choice.original, choice.prompt):
-            raise DataError(
-                f"{folder / 'scores.json'}: 'prompts': expected the {choice.prompts} of results.json, with "
-                f"{choice.index} chosen, {excerpt(choice.prompt)}, got {got[0]} with {got[1]}, {excerpt(got[3])}"
-            )
+        expected = (choice.prompts, choice.index, choice.original, choice.prompt)
+        if got != expected:
+            what = "(count, chosen, original, chosen prompt) as in results.json"
+            raise DataError(f"{folder / 'scores.json'}: expected {what}, {_short(expected)}, got {_short(got)}")
     for number, file, found in rows:
         if len(found.examples) != len(names):
             raise DataError(f"{file}: 'examples': expected {len(names)} entries, got {len(found.examples)}")
         for measure, row in found.row.items():
-            matrix = run.matrix(measure)
+            known = (run.matrix(measure) or [[]] * (number + 1))[number]
             # A row of nulls: the results are older than this file.
-            if matrix and any(v is not None for v in matrix[number]) and not all(map(schema.same, matrix[number], row)):
-                raise DataError(
-                    f"{file}: 'row' {measure!r}: expected {excerpt(matrix[number])} as in results.json, got {excerpt(row)}"
-                )
+            if any(value is not None for value in known) and not all(map(schema.same, known, row)):
+                place = f"{file}: 'row' {measure!r}"
+                raise DataError(f"{place}: expected {excerpt(known)} as in results.json, got {excerpt(row)}")
+
+
+def _short(values: Iterable) -> str:
+    return ", ".join(map(excerpt, values))
