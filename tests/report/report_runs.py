@@ -36,8 +36,11 @@ def make_run(folder: Path, policy="sapo", seed=0, tasks=TASKS, done=None, prompt
     gain = GAIN[policy] if gain is None else gain
 
     def matrix() -> list[list[float | None]]:
-        cells = [[0.7 + gain if j < i else 0.85 + gain if j == i else 0.2 + gain * i for j in range(size)]
-                 for i in range(size + 1)]  # fmt: skip
+        # i: after so many tasks; j: of a task that is learnt, just learnt, or to come.
+        cells = [
+            [0.7 + gain if j < i - 1 else 0.85 + gain if j == i - 1 else 0.2 + gain * i for j in range(size)]
+            for i in range(size + 1)
+        ]
         rows = [[round(min(0.99, max(0.0, cell + draw.uniform(-0.06, 0.06))), 4) for cell in row] for row in cells]
         return [row if i <= done else [None] * size for i, row in enumerate(rows)]
 
@@ -132,4 +135,5 @@ if __name__ == "__main__":
             make_run(top / "runs" / f"{one}-{number}", one, number)
     print(write_report([top / "runs" / "sapo-0", top / "runs"], top / "one.html"))
     print(write_report([top / "runs"], top / "all.html"))
-    print(write_report(make_run(top / "begun", done=2)), write_report(make_run(top / "start", scorings=1)))
+    print(write_report(make_run(top / "begun", tasks=[f"task{i:03d}_of_many" for i in range(15)], done=9)))
+    print(write_report(make_run(top / "start", scorings=1)))

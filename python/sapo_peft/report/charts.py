@@ -1,4 +1,4 @@
-"""Charts as inline SVG: points and lines over an axis, and one interval about 0.
+"""Charts as inline SVG: points and lines over two axes, and one interval about 0.
 
 Coordinates are about CSS pixels: a chart is 360 wide and is never drawn much smaller, so that 12 units stay legible.
 What a colour says is said again by a dash, a shape or a word.
@@ -7,7 +7,7 @@ What a colour says is said again by a dash, a shape or a word.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from markupsafe import Markup
 from .text import MINUS, fixed, line, visible
 
 WIDTH, HEIGHT = 360, 232
-LEFT, RIGHT, TOP, BOTTOM = 50, 72, 26, 40
+LEFT, RIGHT, TOP, BOTTOM = 50, WIDTH - 72, 26, HEIGHT - 40
 LABEL_GAP = 14
 MAX_POINTS = 400
 
@@ -42,33 +42,29 @@ def plot(series: Sequence[Series], label: str, x_title: str, y_title: str) -> Ma
     places = [point for one in series for point in one.points if point[1] is not None]
     if not places:
         return Markup("")
-    x = _Scale([px for px, _ in places], LEFT + 8, WIDTH - RIGHT - 8, 0.0)
-    y = _Scale([py for _, py in places], HEIGHT - BOTTOM, TOP, 0.06)
-    right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
+    x = _Scale([px for px, _ in places], LEFT + 8, RIGHT - 8, 0.0)
+    y = _Scale([py for _, py in places], BOTTOM, TOP, 0.06)
     parts = []
-    ticks = y.ticks()
-    for tick, shown in zip(ticks, _numbers(ticks), strict=True):
-        parts.append(_line(LEFT, y(tick), right, y(tick), "grid"))
-        parts.append(_text(LEFT - 7, y(tick) + 4, shown, "end"))
-    parts.append(_line(LEFT, bottom, right, bottom, "axis"))
-    whole = [tick for tick in x.ticks() if tick == round(tick)]
-    parts += [_text(x(tick), bottom + 16, shown, "middle") for tick, shown in zip(whole, _numbers(whole), strict=True)]
-    parts += [_text((LEFT + right) / 2, bottom + 33, x_title, "middle"), _text(4, 12, y_title)]
-    for one in series:
-        parts += _drawn(one, x, y)
-    named = [(one, next((py for _, py in reversed(one.points) if py is not None), None)) for one in series if one.name]
-    parts += _names(sorted((y(py), one.name, one.kind) for one, py in named if py is not None))
+    for tick, shown in _numbered(y.ticks()):
+        parts += [_line(LEFT, y(tick), RIGHT, y(tick), "grid"), _text(LEFT - 7, y(tick) + 4, shown, "end")]
+    parts.append(_line(LEFT, BOTTOM, RIGHT, BOTTOM, "axis"))
+    for tick, shown in _numbered([tick for tick in x.ticks() if tick == round(tick)]):
+        parts.append(_text(x(tick), BOTTOM + 16, shown, "middle"))
+    parts += [_text((LEFT + RIGHT) / 2, BOTTOM + 33, x_title, "middle"), _text(4, 12, y_title)]
+    parts += [part for one in series for part in _drawn(one, x, y)]
+    ends = [(one, next((py for _, py in reversed(one.points) if py is not None), None)) for one in series if one.name]
+    parts += _names(sorted((y(py), one.name, one.kind) for one, py in ends if py is not None))
     return _svg(WIDTH, HEIGHT, label, parts)
 
 
 def interval(mean: float, ends: tuple[float, float] | None, reach: float, kind: str, label: str) -> Markup:
-    """A difference and its interval about 0, on an axis from -reach to reach; kind: "better", "worse" or "open"."""
+    """A difference and its interval about 0, on an axis from -reach to reach; kind: a class of the style sheet."""
     x = _Scale([-reach, reach], 6, 164, 0.0)
     parts = [_line(6, 11, 164, 11, "grid"), _line(x(0), 1, x(0), 21, "zero")]
     if ends:
         low, high = (min(max(end, -reach), reach) for end in ends)
         parts.append(_line(x(low), 11, x(high), 11, f"whisker {kind}"))
-    parts.append(_circle(x(mean), 11, 4.5, f"dot {kind}"))
+    parts.append(_element("circle", cx=x(mean), cy=11, r=4.5, class_=f"dot {kind}"))
     return _svg(170, 22, label, parts)
 
 
@@ -101,63 +97,63 @@ class _Scale:
         return [tick * step for tick in range(first, last + 1)]
 
 
-def _numbers(ticks: Sequence[float]) -> list[str]:
-    """All of an axis with the same number of decimals."""
+def _numbered(ticks: Sequence[float]) -> list[tuple[float, str]]:
+    """Each with its text, all with the same number of decimals."""
     digits = max((len(f"{tick:.6f}".rstrip("0").partition(".")[2]) for tick in ticks), default=0)
     big = any(abs(tick) >= 1e6 for tick in ticks)
-    return [f"{tick:.2g}".replace("-", MINUS) if big else fixed(tick, digits) for tick in ticks]
+    return [(tick, f"{tick:.2g}".replace("-", MINUS) if big else fixed(tick, digits)) for tick in ticks]
 
 
 def _drawn(one: Series, x: _Scale, y: _Scale) -> list[Markup]:
-    title = Markup("<title>{}</title>").format(visible(line(one.title))) if one.title else Markup("")
+    title = _element("title", visible(line(one.title))) if one.title else ""
     if one.shape != "line":
         return [_mark(one, x(px), y(py), title) for px, py in one.points if py is not None]
     parts, stretch = [], []
     for px, py in [*thinned(one.points), (0, None)]:
         if py is not None:
             stretch.append((x(px), y(py)))
-        elif len(stretch) == 1:
-            parts.append(_mark(one, *stretch[0], title))
-        elif stretch:
+            continue
+        if len(stretch) > 1:
             places = " ".join(f"{a:.1f},{b:.1f}" for a, b in stretch)
-            parts.append(Markup('<polyline points="{}" class="line {}">{}</polyline>').format(places, one.kind, title))
-        if py is None:
-            stretch = []
+            parts.append(_element("polyline", title, points=places, class_=f"line {one.kind}"))
+        parts += [_mark(one, *stretch[0], title)] if len(stretch) == 1 else []
+        stretch = []
     return parts
 
 
-def _mark(one: Series, px: float, py: float, title: Markup) -> Markup:
+def _mark(one: Series, px: float, py: float, title: Markup | str) -> Markup:
     if one.shape == "diamond":
-        path = f"M{px:.1f} {py - 6:.1f}l6 6l-6 6l-6 -6z"
-        return Markup('<path d="{}" class="dot {}">{}</path>').format(path, one.kind, title)
-    return _circle(px, py, 3 if one.kind == "faint" else 4.5, f"dot {one.kind}", title)
+        return _element("path", title, d=f"M{px:.1f} {py - 6:.1f}l6 6l-6 6l-6 -6z", class_=f"dot {one.kind}")
+    return _element("circle", title, cx=px, cy=py, r=3 if one.kind == "faint" else 4.5, class_=f"dot {one.kind}")
 
 
 def _names(wanted: Sequence[tuple[float, str, str]]) -> list[Markup]:
     """Names at the right end of their lines, from top to bottom, pushed apart where they would touch."""
     placed, parts = TOP - LABEL_GAP, []
     for i, (py, name, kind) in enumerate(wanted):
-        room = HEIGHT - BOTTOM - 5 - LABEL_GAP * (len(wanted) - 1 - i)
+        room = BOTTOM - 5 - LABEL_GAP * (len(wanted) - 1 - i)
         placed = max(placed + LABEL_GAP, min(py, room))
-        parts.append(_text(WIDTH - RIGHT - 3, placed + 4, line(name, 12), kind=kind))
+        parts.append(_text(RIGHT - 3, placed + 4, line(name, 12), kind=kind))
     return parts
 
 
 def _text(px: float, py: float, text: str, anchor: str = "start", kind: str = "") -> Markup:
-    return Markup('<text x="{:.1f}" y="{:.1f}" text-anchor="{}" class="{}">{}</text>').format(
-        px, py, anchor, kind, visible(text)
-    )
+    return _element("text", visible(text), x=px, y=py, text_anchor=anchor, class_=kind)
 
 
 def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> Markup:
-    return Markup('<line x1="{:.1f}" y1="{:.1f}" x2="{:.1f}" y2="{:.1f}" class="{}"/>').format(x1, y1, x2, y2, kind)
+    return _element("line", x1=x1, y1=y1, x2=x2, y2=y2, class_=kind)
 
 
-def _circle(px: float, py: float, radius: float, kind: str, title: Markup | str = "") -> Markup:
-    return Markup('<circle cx="{:.1f}" cy="{:.1f}" r="{}" class="{}">{}</circle>').format(px, py, radius, kind, title)
+def _svg(width: int, height: int, label: str, parts: Sequence[Markup]) -> Markup:
+    told = visible(line(label, 1000))
+    return _element("svg", Markup("").join(parts), viewBox=f"0 0 {width} {height}", role="img", aria_label=told)
 
 
-def _svg(width: int, height: int, label: str, parts: Iterable[Markup]) -> Markup:
-    return Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
-        width, height, visible(line(label, 1000)), Markup("").join(parts)
-    )
+def _element(tag: str, body: Markup | str = "", **attributes: Any) -> Markup:
+    """An element; body and attributes are escaped unless they are markup, numbers get one decimal."""
+    told = Markup("")
+    for name, value in attributes.items():
+        shown = f"{value:.1f}" if isinstance(value, float) else value
+        told += Markup(' %s="%s"') % (name.rstrip("_").replace("_", "-"), shown)
+    return Markup("<%s%s>%s</%s>") % (tag, told, body, tag)

@@ -31,13 +31,13 @@ METHODS = {
     "o-lora": "a new LoRA adapter for each task, kept orthogonal to the earlier ones",
     "seq-lora": "one LoRA adapter, trained on from task to task",
 }
-# What each metric is called, and the sentence about it; {worse} and {better} are sides of 0.
+# What each metric is called, and the sentence about it; WORSE and BETTER are sides of 0.
 METRICS = {
     "AP": ("average performance", "The mean score over all tasks, measured after the last one."),
     "BWT": ("backward transfer", "How much the scores of tasks already learnt changed while later ones were learnt, "
-            "on average: {worse} 0 is forgetting."),
+            "on average: WORSE 0 is forgetting."),
     "FWT": ("forward transfer", "How much the scores of tasks still to come changed against the untrained model, "
-            "on average: {better} 0, what was learnt before helps."),
+            "on average: BETTER 0, what was learnt before helps."),
 }  # fmt: skip
 VERDICTS = {"better": "better", "worse": "worse", "open": "no difference shown",
             "single": "one pair, which cannot tell an effect from chance"}  # fmt: skip
@@ -46,7 +46,7 @@ VERDICTS = {"better": "better", "worse": "worse", "open": "no difference shown",
 def meaning(metric: str, measure: str) -> str:
     """The sentence about a metric of a measure."""
     sides = ("above", "below") if MEASURES[measure].lower_is_better else ("below", "above")
-    return METRICS[metric][1].format(worse=sides[0], better=sides[1])
+    return METRICS[metric][1].replace("WORSE", sides[0]).replace("BETTER", sides[1])
 
 
 def matrices(run: Run, baseline: Run | None) -> Iterator[tuple[Any, list[tuple[str, list[list[dict]]]]]]:
@@ -73,7 +73,7 @@ def _cells(matrix: Sequence[Sequence], shown: Callable, measure: str, good: Call
 
     def cell(i: int, j: int, value: float | None) -> dict:
         share = 0.0 if value is None else good(value)
-        kinds = {"own": i == j, "ahead": j > i, "none": value is None, "bad": share < 0}
+        kinds = {"own": i == j and value is not None, "ahead": j > i, "none": value is None, "bad": share < 0}
         return {"text": shown(value, measure), "good": share, "kind": " ".join(k for k, v in kinds.items() if v)}
 
     return [[cell(i, j, value) for j, value in enumerate(row, 1)] for i, row in enumerate(matrix)]
