@@ -1,4 +1,4 @@
-"""Run folders for the tests of the report, made by a seeded generator through the schema of `sequence`.
+"""Run folders for the tests of the report, made by a seeded generator.
 
 Also the command that makes reports to look at: `python -m tests.report.report_runs FOLDER`.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from sapo_kernels.files import write_json
 from sapo_peft.report import write_report
-from sapo_peft.sequence import schema, sequence_metrics
+from sapo_peft.sequence import sequence_metrics
 from sapo_peft.sequence.folder import task_folder
 
 TASKS = ["task1310_amazonreview_rating_classification", "task195_sentiment140", "sort_numbers", "task360_spolin"]
@@ -31,74 +31,68 @@ def make_run(folder: Path, policy="sapo", seed=0, tasks=TASKS, done=None, prompt
              order="ni_seq_c1", options=None, measures=("rougeL", "exact_match"), gain=None) -> Path:  # fmt: skip
     """Write a run folder and return it. done: tasks that are finished (None: all). gain: in place of the policy's."""
     draw = random.Random(f"{policy} {seed} {method} {order}")
-    size = len(tasks)
+    size, files, choices, spent = len(tasks), {}, [], []
     done = size if done is None else done
     gain = GAIN[policy] if gain is None else gain
 
-    def matrix() -> list[list[float | None]]:
-        # i: after so many tasks; j: of a task that is learnt, just learnt, or to come.
-        cells = [
-            [0.7 + gain if j < i - 1 else 0.85 + gain if j == i - 1 else 0.2 + gain * i for j in range(size)]
-            for i in range(size + 1)
-        ]
-        rows = [[round(min(0.99, max(0.0, cell + draw.uniform(-0.06, 0.06))), 4) for cell in row] for row in cells]
-        return [row if i <= done else [None] * size for i, row in enumerate(rows)]
+    def cell(i: int, j: int) -> float:
+        """After i tasks, of a task that is learnt, just learnt, or to come."""
+        level = 0.7 + gain if j < i - 1 else 0.85 + gain if j == i - 1 else 0.2 + gain * i
+        return round(min(0.99, max(0.0, level + draw.uniform(-0.06, 0.06))), 4)
 
-    matrices = {measure: matrix() for measure in measures}
+    matrices = {
+        measure: [[cell(i, j) if i <= done else None for j in range(size)] for i in range(size + 1)]
+        for measure in measures
+    }
 
-    def evaluation(number: int) -> schema.Evaluation:
-        answers = [
-            [schema.Answer(input=f"text {m}", target="good", answer=f"answer {number}.{m}") for m in range(3)]
-        ] * size
-        row = {measure: found[number] for measure, found in matrices.items()}
-        return schema.Evaluation(version=1, row=row, examples=[200] * size, seconds=12.5, answers=answers)
+    def evaluation(number: int) -> dict:
+        answers = [{"input": f"text {m}", "target": "good", "answer": f"answer {number}.{m}"} for m in range(3)]
+        return {"row": {measure: found[number] for measure, found in matrices.items()}, "examples": [200] * size,
+                "seconds": 12.5, "notes": [], "answers": [answers] * size}  # fmt: skip
 
-    documents, choices, spent = {"before": evaluation(0)}, [], []
     for number, task in enumerate(tasks[:done], 1):
         words = ORIGINAL.split()
-        texts = [ORIGINAL]
-        texts += [" ".join(words[: draw.randint(5, 20)] + draw.sample(words, 12)) + "." for _ in range(prompts - 1)]
+        texts = [" ".join(words[: draw.randint(5, 20)] + draw.sample(words, 12)) + "." for _ in range(prompts)]
+        texts[0] = ORIGINAL
         quality = [draw.uniform(0.6, 1.6) for _ in texts]
         records = []
         for step in range(scorings if policy != "original" else 0):
             loss = [round(q * 0.8**step + draw.uniform(-0.04, 0.04), 6) for q in quality]
-            ranked = sorted(range(prompts), key=lambda i: loss[i])
-            chosen = {"sapo": ranked[0], "worst": ranked[-1]}.get(policy, (seed + number) % prompts)
-            records.append(schema.Scoring(
-                step=40 * step, reason="drift" if step else "start", loss=loss, tokens=[640] * prompts,
-                weights=[float(i == chosen) for i in range(prompts)], chosen=chosen, seconds=draw.uniform(0.5, 2),
-                dense_tokens=60_000, computed_tokens=23_456,
-            ))  # fmt: skip
-        index, last = (records[-1].chosen, records[-1].loss) if records else (0, [None] * prompts)
-        losses = [(10 * i, round(1.2 * 0.9**i + draw.uniform(0, 0.1) - gain, 4)) for i in range(20)]
-        rows, notes = {"train": 1000, "dev": 100, "test": 200}, ["1 row left out"]
-        files = {
-            "scores": schema.Scores(version=1, task=task, prompts=texts, suffix="", chosen=index, scorings=records),
-            "metrics": evaluation(number),
-            "train": schema.Training(version=1, losses=losses, seconds=61.5, tokens=91_234, examples=1000),
-            "data": schema.TaskData(version=1, rows=rows, notes=notes),
-        }
-        documents |= {f"tasks/{task_folder(number, task)}/{part}": document for part, document in files.items()}
-        choices.append(schema.Choice(task=task, index=index, prompt=texts[index], original=texts[0], loss=last[index],
-                                     original_loss=last[0], prompts=prompts))  # fmt: skip
-        spent += [record.seconds for record in records]
-    cost = schema.Cost(
-        score_seconds=sum(spent), train_seconds=61.5 * done, eval_seconds=12.5 * (done + 1), train_tokens=91_234 * done,
-        score_dense_tokens=60_000 * len(spent), score_computed_tokens=23_456 * len(spent), overhead_fraction=0.0,
-    )  # fmt: skip
-    if done:
-        metrics = {measure: schema.Score(R=found, **sequence_metrics(found)) for measure, found in matrices.items()}
-        documents["results"] = schema.Results(version=1, tasks=tasks, metrics=metrics, choices=choices, cost=cost)
-    documents["run"] = schema.RunRecord(
-        version=1, kind="sequence", status="done" if done == size else "running", method=method, policy=policy,
-        order=order, tasks=tasks, seed=seed, model="tiny", started="2026-06-01T10:00:00Z", data={},
-        config={"seed": seed, "policy": policy, "epochs": 2, "learning_rate": 1e-4, **(options or {})},
-        versions={"torch": "2.13.0"}, finished="2026-06-01T10:06:40Z" if done == size else None,
-        warnings=["labels were cut at 128 tokens"],
-    )  # fmt: skip
-    for name, document in documents.items():
+            extremes = {"sapo": loss.index(min(loss)), "worst": loss.index(max(loss))}
+            chosen = extremes.get(policy, (seed + number) % prompts)
+            records.append({
+                "step": 40 * step, "reason": "drift" if step else "start", "loss": loss, "tokens": [640] * prompts,
+                "weights": [float(i == chosen) for i in range(prompts)], "chosen": chosen,
+                "seconds": draw.uniform(0.5, 2), "dense_tokens": 60_000, "computed_tokens": 23_456,
+            })  # fmt: skip
+        index, last = (records[-1]["chosen"], records[-1]["loss"]) if records else (0, [None] * prompts)
+        losses = [[10 * i, round(1.2 * 0.9**i + draw.uniform(0, 0.1) - gain, 4)] for i in range(20)]
+        place = f"tasks/{task_folder(number, task)}/"
+        files[f"{place}scores"] = {"task": task, "prompts": texts, "suffix": "", "chosen": index, "scorings": records}
+        files[f"{place}metrics"] = evaluation(number)
+        files[f"{place}train"] = {"losses": losses, "seconds": 61.5, "tokens": 91_234, "examples": 1000}
+        files[f"{place}data"] = {"rows": {"train": 1000, "test": 200}, "notes": ["1 row left out"]}
+        choices.append({"task": task, "index": index, "prompt": texts[index], "original": ORIGINAL, "prompts": prompts,
+                        "loss": last[index], "original_loss": last[0]})  # fmt: skip
+        spent += [record["seconds"] for record in records]
+    cost = {
+        "score_seconds": sum(spent), "train_seconds": 61.5 * done, "eval_seconds": 12.5 * (done + 1),
+        "train_tokens": 91_234 * done, "score_dense_tokens": 60_000 * len(spent),
+        "score_computed_tokens": 23_456 * len(spent), "overhead_fraction": 0.0,
+    }  # fmt: skip
+    metrics = {measure: {"R": found, **sequence_metrics(found)} for measure, found in matrices.items()}
+    files |= {"results": {"tasks": tasks, "metrics": metrics, "choices": choices, "cost": cost}} if done else {}
+    files["before"] = evaluation(0)
+    files["run"] = {
+        "kind": "sequence", "status": "done" if done == size else "running", "method": method, "policy": policy,
+        "order": order, "tasks": tasks, "seed": seed, "model": "tiny", "started": "2026-06-01T10:00:00Z", "data": {},
+        "config": {"seed": seed, "policy": policy, "epochs": 2, "learning_rate": 1e-4, **(options or {})},
+        "versions": {"torch": "2.13.0"}, "finished": "2026-06-01T10:06:40Z" if done == size else None,
+        "warnings": ["labels were cut at 128 tokens"],
+    }  # fmt: skip
+    for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        write_json(folder / f"{name}.json", document.model_dump(mode="json"))
+        write_json(folder / f"{name}.json", {"version": 1, **content})
     return folder
 
 

@@ -111,20 +111,17 @@ def test_a_task_that_left_the_original_for_a_while_is_counted(tmp_path):
     assert "Tasks trained on another prompt 1 of 1" in text and "Original, which was kept" in text
 
 
-def test_student_interval():
+def test_differences_are_paired_by_seed(tmp_path):
     # Of [1, 2, 4]: mean 7/3, standard error 0.88192, 4.30265 of them on either side.
     assert student_interval([1.0, 2.0, 4.0]) == pytest.approx((7 / 3 - 3.79462, 7 / 3 + 3.79462), abs=1e-4)
     assert student_interval([0.25, 0.25]) == (0.25, 0.25) and student_interval([0.5]) is None
-
-
-def test_differences_are_paired_by_seed(tmp_path):
     runs = [small(tmp_path / f"sapo-{seed}", "sapo", seed) for seed in (0, 1, 2)]
     runs += [small(tmp_path / f"original-{seed}", "original", seed) for seed in (2, 1, 7)]
     [group] = group_runs([read_run(run) for run in runs])
     found = difference(*group.arms, "rougeL", "BWT")
     level = {run.name: read(run / "results.json")["metrics"]["rougeL"]["BWT"] for run in runs}
-    expected = [level[f"sapo-{seed}"] - level[f"original-{seed}"] for seed in (1, 2)]
-    assert found.values == expected and found.mean == sum(expected) / 2
+    assert found.values == [level[f"sapo-{seed}"] - level[f"original-{seed}"] for seed in (1, 2)]
+    assert found.mean == sum(found.values) / 2
     assert re.search(rf"BWT original 3 \S+ {re.escape(signed(100 * found.mean))} 2 ", page(*runs)[1])
 
 
@@ -197,16 +194,12 @@ def test_numbers_and_texts():
     assert word_diff("a " * 600, "b") == ([("a " * 600, False)], [("b", False)])
 
 
-@pytest.mark.parametrize(
-    "ends", [(0, 1), (3, 3), (0, 0), (-1e-9, 1e-9), (1e300, 1e300), (-1.7e308, 1.7e308), (-5, 1234567), (0.61, 0.62)]
-)
-def test_ticks_lie_in_the_range(ends):
-    scale = _Scale(ends, 0, 100, 0.0)
-    places = [scale(tick) for tick in scale.ticks()]
-    assert 2 <= len(places) <= 12 and np.all(np.diff(places) > 0) and -1e-6 <= places[0] <= places[-1] <= 100 + 1e-6
-
-
-def test_gaps_interrupt_a_line():
+def test_charts_bear_any_numbers():
+    """Ticks lie in the range, in order, and gaps interrupt a line."""
+    ranges = [(0, 1), (3, 3), (-1e-9, 1e-9), (1e300, 1e300), (-1.7e308, 1.7e308), (-5, 1234567), (0.61, 0.62)]
+    for scale in (_Scale(ends, 0, 100, 0.0) for ends in ranges):
+        places = [scale(tick) for tick in scale.ticks()]
+        assert 2 <= len(places) <= 12 and np.all(np.diff(places) > 0) and -1e-6 <= places[0] <= places[-1] <= 100 + 1e-6
     points = [(0, 1.0), (1, 2.0), (2, None), (3, 1.5), (4, None), (5, 2.0), (6, 1.0)]
     chart = plot([Series(points, "faint", title="prompt 1")], "losses", "step", "nats")
     assert chart.count("<polyline") == 2 and chart.count("<circle") == 1
