@@ -67,7 +67,7 @@ def extensions():
 setup(
     packages=[*find_packages(include=["sapo_kernels*"]), *find_packages("python")],
     package_dir={"sapo_peft": "python/sapo_peft"},
-    package_data={"sapo_kernels": ["py.typed"], "sapo_peft": ["py.typed", "assets/**/*"]},
+    package_data={"sapo_kernels": ["py.typed"], "sapo_peft": ["py.typed", "assets/**/*", "report/templates/*"]},
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildNative, "build_py": CopyPackages},
     zip_safe=False,

@@ -25,6 +25,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="folder of a run, or one that holds several")
     parser.add_argument("--out", metavar="FILE", help="file to write (default: report.html in the first folder)")
+    parser.add_argument("--overwrite", action="store_true", help="replace whatever file is there")
     return parser
 
 
@@ -32,5 +33,5 @@ def run(args: argparse.Namespace) -> int:
     """Read, check, write, and say where."""
     from ..report import write_report
 
-    print(f"Report written to {plain(str(write_report(args.runs, args.out)))}.")
+    print(f"Report written to {plain(str(write_report(args.runs, args.out, args.overwrite)))}.")
     return 0

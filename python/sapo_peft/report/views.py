@@ -1,0 +1,248 @@
+"""What the templates show of a run, and of runs side by side, as plain values and charts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from markupsafe import Markup
+
+from ..sequence.schema import MEASURES
+from . import charts
+from .compare import Arm, Difference, Group, difference, differing
+from .runs import FinishedTask, Run
+from .text import change, figure, fixed, level, line, percent, plural, seconds, whole, word_diff
+
+# More prompts, lines or dots than these make a page that nobody reads.
+MAX_PROMPTS = 200
+MAX_LINES, MAX_DOTS = 40, 400
+MAX_SWITCHES = 6
+MAX_ANSWERS = 5
+POLICIES = {
+    "sapo": "prompts chosen by SAPO",
+    "original": "the original prompts",
+    "random": "paraphrases drawn at random",
+    "worst": "the prompts with the highest loss",
+    "sample": "a prompt drawn anew for every example",
+}
+METHODS = {
+    "lora-inc": "a new LoRA adapter for each task, the earlier ones frozen and active",
+    "o-lora": "a new LoRA adapter for each task, kept orthogonal to the earlier ones",
+    "seq-lora": "one LoRA adapter, trained on from task to task",
+}
+# What each metric is called, and the sentence about it; WORSE and BETTER are sides of 0.
+METRICS = {
+    "AP": ("average performance", "The mean score over all tasks, measured after the last one."),
+    "BWT": ("backward transfer", "How much the scores of tasks already learnt changed while later ones were learnt, "
+            "on average: WORSE 0 is forgetting."),
+    "FWT": ("forward transfer", "How much the scores of tasks still to come changed against the untrained model, "
+            "on average: BETTER 0, what was learnt before helps."),
+}  # fmt: skip
+VERDICTS = {"better": "better", "worse": "worse", "open": "no difference shown",
+            "single": "one pair, which cannot tell an effect from chance"}  # fmt: skip
+
+
+def meaning(metric: str, measure: str) -> str:
+    """The sentence about a metric of a measure."""
+    sides = ("above", "below") if MEASURES[measure].lower_is_better else ("below", "above")
+    return METRICS[metric][1].replace("WORSE", sides[0]).replace("BETTER", sides[1])
+
+
+def matrices(run: Run, baseline: Run | None) -> Iterator[tuple[Any, list[tuple[str, list[list[dict]]]]]]:
+    """(measure, its tables): the matrix of the run, that of the baseline, and the differences, as (title, cells)."""
+    for name in run.measures:
+        measure, ours, theirs = MEASURES[name], run.matrix(name), baseline and baseline.matrix(name)
+        values = [v for matrix in (ours, theirs or []) for row in matrix for v in row if v is not None]
+        worst, best = (0.0, measure.top) if measure.top else (max(values, default=1.0), min(values, default=0.0))
+        share = lambda value, worst=worst, best=best: (value - worst) / (best - worst) if best != worst else 0.5
+        tables = [(run.record.policy, _cells(ours, level, name, share))]
+        if theirs:
+            tables.append((baseline.record.policy, _cells(theirs, level, name, share)))
+            gaps = [[None if None in pair else pair[0] - pair[1] for pair in zip(*rows, strict=True)]
+                    for rows in zip(ours, theirs, strict=True)]  # fmt: skip
+            reach = max((abs(gap) for row in gaps for gap in row if gap is not None), default=0.0) or 1.0
+            sign = -reach if measure.lower_is_better else reach
+            title = f"{run.record.policy} less {baseline.record.policy}"
+            tables.append((title, _cells(gaps, change, name, lambda gap, sign=sign: gap / sign)))
+        yield measure, tables
+
+
+def _cells(matrix: Sequence[Sequence], shown: Callable, measure: str, good: Callable) -> list[list[dict]]:
+    """good(value): 1 for the best, 0 for white, below 0 for worse than the baseline."""
+
+    def cell(i: int, j: int, value: float | None) -> dict:
+        share = 0.0 if value is None else good(value)
+        kinds = {"own": i == j and value is not None, "ahead": j > i, "none": value is None, "bad": share < 0}
+        return {"text": shown(value, measure), "good": share, "kind": " ".join(k for k, v in kinds.items() if v)}
+
+    return [[cell(i, j, value) for j, value in enumerate(row, 1)] for i, row in enumerate(matrix)]
+
+
+def task_view(run: Run, task: FinishedTask, baseline: Run | None) -> dict[str, Any]:
+    """The prompts of a task, its charts and a few answers."""
+    prompts, chosen, scorings = task.scores.prompts, task.scores.chosen, task.scores.scorings
+    losses = scorings[-1].loss if scorings else [None] * len(prompts)
+    marks = {0: " original", chosen: " chosen"} if chosen else {0: " original, chosen"}
+    ranked = sorted(range(len(prompts)), key=lambda k: (losses[k] is None, losses[k] or 0.0, k))[:MAX_PROMPTS]
+    other = next((one for one in baseline.tasks if one.number == task.number), None) if baseline else None
+    curves = [charts.Series(other.train.losses, "original", baseline.record.policy)] if other else []
+    curves.append(charts.Series(task.train.losses, "used", run.record.policy))
+    return {
+        "words": word_diff(prompts[0], prompts[chosen]),
+        "losses": losses,
+        "gain": None if None in (losses[0], losses[chosen]) else losses[chosen] - losses[0],
+        "prompts": [[f"{k}{marks.get(k, '')}", fixed(losses[k], 4), line(prompts[k], 1000)] for k in ranked],
+        "prompt_chart": _prompt_chart(task) if scorings else "",
+        "prompt_told": _told(task),
+        "training_chart": charts.plot(curves, f"Training loss of task {task.number}", "step", "nats per token"),
+        "answers": _answers(run, task),
+    }
+
+
+def _prompt_chart(task: FinishedTask) -> Markup:
+    """Losses of the prompts: by rank for one scoring, else over the steps."""
+    scorings, prompts = task.scores.scorings, task.scores.prompts
+    by_rank = len(scorings) == 1
+    lowest = {k: min((s.loss[k] for s in scorings if s.loss[k] is not None), default=None) for k in range(len(prompts))}
+    ranked = sorted((k for k in lowest if lowest[k] is not None), key=lambda k: lowest[k])
+    if by_rank:
+        points = {k: [(rank, lowest[k])] for rank, k in enumerate(ranked, 1)}
+    else:
+        points = {k: [(scoring.step, scoring.loss[k]) for scoring in scorings] for k in ranked}
+    used = [k for k in dict.fromkeys(scoring.chosen for scoring in scorings) if k in points and k != 0][-MAX_LINES:]
+    others = [k for k in ranked if k not in (0, *used)]
+    others = charts.thinned(others, MAX_DOTS) if by_rank else others[:MAX_LINES]
+    shape = "dot" if by_rank else "line"
+    series = [charts.Series(points[k], "faint", title=f"prompt {k}: {prompts[k]}", shape=shape) for k in others]
+    series += [charts.Series(points[k], "used", f"prompt {k}", prompts[k], shape) for k in used]
+    if 0 in points:
+        series.append(charts.Series(points[0], "original", "original", prompts[0], "diamond" if by_rank else "line"))
+    if not by_rank:
+        series.append(charts.Series([(s.step, s.loss[s.chosen]) for s in scorings], "ring", shape="dot"))
+    label = f"Losses of {plural(len(ranked), 'prompt')} in {plural(len(scorings), 'scoring')}"
+    return charts.plot(series, label, "rank among the prompts" if by_rank else "step", "nats per token")
+
+
+def _told(task: FinishedTask) -> str:
+    scorings, switches = task.scores.scorings, task.switches()
+    if not scorings:
+        return "Not scored: this policy trains without looking at the losses of the prompts."
+    tokens = f"{whole(sum(scorings[-1].tokens))} probe tokens, all prompts together."
+    if len(scorings) == 1:
+        return f"One scoring, at step {scorings[0].step}. {tokens}"
+    told = [f"step {s.step} ({line(s.reason, 40)}): {old} \u2192 {s.chosen}" for s, old in switches[:MAX_SWITCHES]]
+    told += [f"{whole(len(switches) - MAX_SWITCHES)} more"] if len(switches) > MAX_SWITCHES else []
+    changed = f"Switches: {'; '.join(told)}." if told else f"No switch in {len(scorings)} scorings."
+    return f"Ringed: the prompt in use. {changed} Last scoring: {tokens}"
+
+
+def _answers(run: Run, task: FinishedTask) -> list[list[str]]:
+    """Input, target, answer before training and after the task of the first few test examples, if kept."""
+    before, after = (
+        found.answers[task.number - 1] if found and found.answers else [] for found in (run.before, task.metrics)
+    )
+    known = {one.input: one.answer for one in before}
+    shown = [(one.input, one.target, known.get(one.input, "not kept"), one.answer) for one in after[:MAX_ANSWERS]]
+    return [[line(text, 400) for text in texts] for texts in shown]
+
+
+def cost(run: Run) -> dict[str, Any] | None:
+    """Seconds by part, of whose sum all shares are taken, and rows by task."""
+    if run.results is None or not (total := run.results.cost).train_seconds:
+        return None
+    parts = {"scoring": total.score_seconds, "training": total.train_seconds, "evaluation": total.eval_seconds}
+    whole_run, rows = sum(parts.values()), []
+
+    def row(name: str, spent: list[float], tokens: list[int]) -> list[str]:
+        return [name, *map(seconds, spent), percent(spent[0] / whole_run), *map(whole, tokens)]
+
+    for task in run.tasks:
+        score, dense, computed = (sum(getattr(scoring, name) for scoring in task.scores.scorings)
+                                  for name in ("seconds", "dense_tokens", "computed_tokens"))  # fmt: skip
+        spent = [score, task.train.seconds, task.metrics.seconds]
+        rows.append(row(f"{task.number}. {task.name}", spent, [task.train.tokens, dense, computed]))
+    tokens = [total.train_tokens, total.score_dense_tokens, total.score_computed_tokens]
+    rows.append(row("whole run", list(parts.values()), tokens))
+    return {"parts": parts, "seconds": whole_run, "rows": rows}
+
+
+def data_rows(run: Run) -> list[list[str]]:
+    return [
+        [f"{task.number}. {task.name}", *(whole(task.data.rows.get(split, 0)) for split in ("train", "dev", "test")),
+         line("; ".join(task.data.notes) or "none", 4000)]
+        for task in run.tasks
+    ]  # fmt: skip
+
+
+def settings(values: dict[str, Any]) -> list[list[str]]:
+    texts = {key: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for key, v in sorted(values.items())}
+    return [[line(key), line(text, 2000)] for key, text in texts.items()]
+
+
+def run_rows(runs: Sequence[Run]) -> list[list[str]]:
+    rows = []
+    for run in runs:
+        record, measure = run.record, next(iter(run.measures), None)
+        state = "finished" if run.finished else f"{len(run.tasks)} of {plural(len(record.tasks), 'task')}"
+        figures = [figure(run.figure(measure, metric), measure, metric) if measure else "" for metric in METRICS]
+        score = MEASURES[measure].title if measure else "none yet"
+        names = [line(text) for text in (run.path.name, record.method, record.policy, record.order)]
+        rows.append([*names, str(record.seed), state, score, *figures])
+    return rows
+
+
+def comparison(group: Group, arm: Arm) -> dict[str, Any]:
+    """By measure the means of all arms and how `arm` differs from each of the others, in words and in tables."""
+    others = [other for other in group.arms if other is not arm]
+    tables = []
+    for measure in group.measures:
+        rows = []
+        for metric in METRICS:
+            found = {other.label: difference(arm, other, measure, metric) for other in others}
+            # Not by the intervals: one of two pairs may be very wide.
+            reach = max((abs(value) for one in found.values() if one for value in one.values), default=0.0)
+            for other in (arm, *others):
+                values = list(other.values(measure, metric).values())
+                mean = figure(sum(values) / len(values), measure, metric) if values else "none"
+                shown = _difference(found.get(other.label), measure, 1.2 * reach or 0.01)
+                rows.append([metric, line(other.label, 60), str(len(values)), mean, *shown])
+        tables.append((MEASURES[measure], rows))
+    return {
+        "group": group,
+        "arm": arm,
+        "tables": tables,
+        "verdicts": [(other.label, _verdict(group, arm, other)) for other in others if group.measures],
+        "apart": [(other.label, told) for other in others if (told := _apart(arm, other))],
+        "unfinished": sum(not run.finished for run in group.runs),
+    }
+
+
+def _difference(found: Difference | None, measure: str, reach: float) -> list[str]:
+    """Difference, pairs, interval, and a picture of it."""
+    if found is None:
+        return [""] * 4
+    gap, ends = change(found.mean, measure), _interval(found, measure)
+    mark = charts.interval(found.mean, found.interval, reach, found.verdict, f"{gap}, interval {ends}")
+    return [gap, str(len(found.values)), ends, mark]
+
+
+def _interval(found: Difference, measure: str) -> str:
+    return " to ".join(change(end, measure) for end in found.interval) if found.interval else "none"
+
+
+def _verdict(group: Group, arm: Arm, other: Arm) -> str:
+    """How `arm` differs from another one by the headline measure."""
+    measure, told = group.measures[0], []
+    for metric in METRICS:
+        if found := difference(arm, other, measure, metric):
+            ends = f" ({_interval(found, measure)})" if found.interval else ""
+            told.append(f"{metric} {change(found.mean, measure)}{ends}, {VERDICTS[found.verdict]}")
+    return "; ".join(told) or "no pair of finished runs"
+
+
+def _apart(arm: Arm, other: Arm) -> str:
+    """What two arms differ in besides the policy."""
+    keys = differing(arm.settings, other.settings)
+    told = [f"{key}: {arm.settings.get(key, 'none')} and {other.settings.get(key, 'none')}" for key in keys]
+    return line("; ".join(told), 2000)
