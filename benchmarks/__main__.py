@@ -47,11 +47,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options = parser.parse_args(argv)
     if options.size == "toy" and options.out.resolve() == RESULTS:
-        parser.error("--size toy: wanted --out, for toy figures do not belong among the results")
+        parser.error("--size toy: expected --out, for toy figures do not belong among the results")
     if not 0 < options.minutes < 1e6:
-        parser.error(f"--minutes: wanted a positive number, got {options.minutes}")
+        parser.error(f"--minutes: expected a positive number, got {options.minutes}")
     if options.data and not (options.data / "SUPERNI" / "instructions.json").is_file():
-        parser.error(f"--data: wanted a folder with SUPERNI/instructions.json, got {options.data}")
+        parser.error(f"--data: expected a folder with SUPERNI/instructions.json, got {options.data}")
     started, failed = time.monotonic(), []
     total = options.minutes * 60
     waiting = [part for part in PARTS if part in options.only]

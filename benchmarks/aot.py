@@ -95,14 +95,14 @@ def read_uses(path: Path = PATH) -> list[Use]:
         place = f"{path}, line {number + 1}"
         if number == 0:
             if cells != COLUMNS:
-                raise DataError(f"{place}: wanted the columns {COLUMNS}, got {excerpt(cells, 200)}")
+                raise DataError(f"{place}: expected the columns {COLUMNS}, got {excerpt(cells, 200)}")
             continue
         if len(cells) != len(COLUMNS):
-            raise DataError(f"{place}: wanted {len(COLUMNS)} columns, got {len(cells)}")
+            raise DataError(f"{place}: expected {len(COLUMNS)} columns, got {len(cells)}")
         values = dict(zip(COLUMNS, cells, strict=True))
         for name in _INTEGERS:
             if not values[name].isdecimal():
-                raise DataError(f"{place}, {name}: wanted a whole number, got {excerpt(values[name])}")
+                raise DataError(f"{place}, {name}: expected a whole number, got {excerpt(values[name])}")
             values[name] = int(values[name])
         uses.append(Use(**values))
     return uses

@@ -128,12 +128,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--together", action="store_true", help="all parts in this process (for tests of the suite)")
     options = parser.parse_args(argv)
     if not 0 < options.minutes < 1e6:
-        parser.error(f"--minutes: wanted a positive number, got {options.minutes}")
+        parser.error(f"--minutes: expected a positive number, got {options.minutes}")
     if options.data and not (options.data / "SUPERNI" / "instructions.json").is_file():
-        parser.error(f"--data: wanted a folder with SUPERNI/instructions.json, got {options.data}")
+        parser.error(f"--data: expected a folder with SUPERNI/instructions.json, got {options.data}")
     options.out = options.out.resolve()
     if (options.out / "rows.csv").exists() or (options.out / "rows").exists():
-        parser.error(f"--out: wanted a folder without earlier rows, got {options.out}")
+        parser.error(f"--out: expected a folder without earlier rows, got {options.out}")
     (options.out / "logs").mkdir(parents=True, exist_ok=True)
 
     started, outcomes = time.monotonic(), []

@@ -26,10 +26,10 @@ def bars(title: str, series: list[str], groups: list[tuple[str, list[float | Non
     line: a dashed vertical line at that value. Values must not be negative.
     """
     if not groups or not 1 <= len(series) <= 4 or any(len(values) != len(series) for _, values in groups):
-        raise ValueError("bars: wanted at least one group, one to four series and a value of each in every group")
+        raise ValueError("bars: expected at least one group, one to four series and a value of each in every group")
     numbers = [value for _, values in groups for value in values if value is not None]
     if any(not 0 <= value < float("inf") for value in numbers):
-        raise ValueError("bars: wanted finite values of at least 0")
+        raise ValueError("bars: expected finite values of at least 0")
     most = max([*numbers, line or 0.0]) or 1.0
     room = WIDTH - LABEL - VALUE
     height = TOP + sum(BAR * len(series) + GAP for _ in groups) + GAP

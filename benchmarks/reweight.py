@@ -136,8 +136,8 @@ def main() -> None:
         p20, half[name], p80 = (values[int(len(values) * q)] for q in (0.2, 0.5, 0.8))
         print(f"{LABELS[name]:<34}{p20:>9.2f}{half[name]:>9.2f}{p80:>9.2f}{values[0]:>9.2f}")
     above = half["operator"] - half["empty"]
-    print(f"operator - empty: {above:.2f} us (wanted at most 2)")
-    print(f"eager torch / operator: {half['composed'] / half['operator']:.1f} (wanted at least 10)")
+    print(f"operator - empty: {above:.2f} us (expected at most 2)")
+    print(f"eager torch / operator: {half['composed'] / half['operator']:.1f} (expected at least 10)")
 
 
 if __name__ == "__main__":

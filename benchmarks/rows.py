@@ -75,16 +75,16 @@ class Row:
     def __post_init__(self):
         times = (self.p20_s, self.p50_s, self.p80_s)
         if not all(math.isfinite(t) and t > 0 for t in times) or not times[0] <= times[1] <= times[2]:
-            raise DataError(f"row {self.key}: p20, p50, p80: wanted ascending positive seconds, got {times}")
+            raise DataError(f"row {self.key}: p20, p50, p80: expected ascending positive seconds, got {times}")
         if not (math.isfinite(self.error) and 0 <= self.error <= self.tolerance):
-            raise DataError(f"row {self.key}: error: wanted 0 to {self.tolerance}, got {self.error}")
+            raise DataError(f"row {self.key}: error: expected 0 to {self.tolerance}, got {self.error}")
         if not (math.isfinite(self.work) and self.work >= 0) or self.work_unit not in ("FLOP", "B", ""):
-            raise DataError(f"row {self.key}: work: wanted a number of FLOP or B, got {self.work} {self.work_unit}")
+            raise DataError(f"row {self.key}: work: expected a number of FLOP or B, got {self.work} {self.work_unit}")
         if self.rounds < 1 or self.tokens < 0 or self.peak_bytes < -1:
-            raise DataError(f"row {self.key}: rounds, tokens, peak_bytes: wanted at least 1, 0, -1")
+            raise DataError(f"row {self.key}: rounds, tokens, peak_bytes: expected at least 1, 0, -1")
         for name in ("op", "case", "provider", "dtype"):
             if not re.fullmatch(r"[A-Za-z0-9_.+ ()/=,:-]{1,120}", getattr(self, name)):
-                raise DataError(f"row {self.key}: {name}: wanted plain text, got {excerpt(getattr(self, name))}")
+                raise DataError(f"row {self.key}: {name}: expected plain text, got {excerpt(getattr(self, name))}")
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -118,15 +118,15 @@ def from_csv(text: str, name: str) -> list[Row]:
             place = f"{name}, line {reader.line_num}"
             if reader.line_num == 1:
                 if cells != COLUMNS:
-                    raise DataError(f"{place}: wanted the columns {COLUMNS}, got {excerpt(cells, 200)}")
+                    raise DataError(f"{place}: expected the columns {COLUMNS}, got {excerpt(cells, 200)}")
                 continue
             if len(cells) != len(COLUMNS):
-                raise DataError(f"{place}: wanted {len(COLUMNS)} columns, got {len(cells)}")
+                raise DataError(f"{place}: expected {len(COLUMNS)} columns, got {len(cells)}")
             values = {n: _value(n, cell, place) for n, cell in zip(COLUMNS, cells, strict=True)}
             environment = Environment(**{f.name: values.pop(f.name) for f in fields(Environment)})
             rows.append(Row(**values, environment=environment))
     except csv.Error as error:
-        raise DataError(f"{name}: wanted CSV, got {error}") from None
+        raise DataError(f"{name}: expected CSV, got {error}") from None
     return rows
 
 
@@ -135,7 +135,7 @@ def _value(column: str, cell: str, place: str):
     try:
         return kind(cell)
     except ValueError:
-        raise DataError(f"{place}, {column}: wanted {kind.__name__}, got {excerpt(cell)}") from None
+        raise DataError(f"{place}, {column}: expected {kind.__name__}, got {excerpt(cell)}") from None
 
 
 def read_rows(path: str | os.PathLike) -> list[Row]:

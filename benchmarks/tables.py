@@ -232,7 +232,7 @@ TABLES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
 
 def made_table(name: str, results: Path = RESULTS) -> str:
     if name not in TABLES:
-        raise SystemExit(f"table {name!r}: wanted one of {', '.join(TABLES)}")
+        raise SystemExit(f"table {name!r}: expected one of {', '.join(TABLES)}")
     function, command = TABLES[name]
     return "\n".join(function(results) or [ABSENT.format(command)]) + "\n"
 

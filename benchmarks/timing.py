@@ -117,8 +117,8 @@ class Turns:
         error = float((provider.check or self.case.check)(output))
         if not error <= self.case.tolerance:
             raise Disagreement(
-                f"{self.case.op}, {self.case.name}: {name}: wanted within {self.case.tolerance:.3g} of the oracle, got "
-                f"{error:.3g}; no time is worth keeping"
+                f"{self.case.op}, {self.case.name}: {name}: expected within {self.case.tolerance:.3g} of the oracle, "
+                f"got {error:.3g}; no time is worth keeping"
             )
         self.error[name] = max(error, self.error.get(name, 0.0))
 

@@ -25,7 +25,7 @@ def done(work: Path, kind: str, name: str, made_by: dict[str, Any]) -> bool:
     if not path.is_file():
         return False
     if read_json(path).get("made_by") != made_by:
-        raise DataError(f"{path}: wanted rows of this configuration, got others; take a new --work folder")
+        raise DataError(f"{path}: expected rows of this configuration, got others; take a new --work folder")
     return True
 
 
@@ -49,5 +49,5 @@ def load(kind: str, results: Path = RESULTS) -> dict[str, Any]:
     """The committed rows of a kind: {"version", "made_by", "rows"}."""
     found = read_json(results / f"{kind}.json")
     if found.get("version") != VERSION or not found.get("rows"):
-        raise DataError(f"{results / kind}.json: wanted version {VERSION} with rows")
+        raise DataError(f"{results / kind}.json: expected version {VERSION} with rows")
     return found

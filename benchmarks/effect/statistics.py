@@ -25,7 +25,7 @@ def ranks(values: Sequence[float]) -> np.ndarray:
     """[n] float64 ranks from 1; equal values share the mean of their places."""
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 1 or not np.isfinite(values).all():
-        raise ValueError("values: wanted a list of finite numbers")
+        raise ValueError("values: expected a list of finite numbers")
     _, where, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
     return ((last - counts + 1 + last) / 2)[where]
@@ -34,7 +34,7 @@ def ranks(values: Sequence[float]) -> np.ndarray:
 def spearman(x: Sequence[float], y: Sequence[float]) -> float:
     """Pearson's correlation of the ranks; NaN where one side has a single value only."""
     if len(x) != len(y) or len(x) < 2:
-        raise ValueError(f"x, y: wanted two lists of one length of at least 2, got {len(x)} and {len(y)}")
+        raise ValueError(f"x, y: expected two lists of one length of at least 2, got {len(x)} and {len(y)}")
     a, b = ranks(x), ranks(y)
     a, b = a - a.mean(), b - b.mean()
     size = np.sqrt((a @ a) * (b @ b))
@@ -58,7 +58,7 @@ def student_mean(values: Sequence[float]) -> Interval:
     """A mean of 2 to 11 values and its 95 % interval by Student's distribution."""
     found = _checked(values)
     if not 2 <= found.count <= len(STUDENT) + 1:
-        raise ValueError(f"values: wanted 2 to {len(STUDENT) + 1}, got {found.count}")
+        raise ValueError(f"values: expected 2 to {len(STUDENT) + 1}, got {found.count}")
     half = STUDENT[found.count - 2] * found.deviation / found.count**0.5
     return Interval(found.mean, found.mean - half, found.mean + half)
 
@@ -72,7 +72,7 @@ class _Values(NamedTuple):
 def _checked(values: Sequence[float]) -> _Values:
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
-        raise ValueError("values: wanted a list of finite numbers, at least one")
+        raise ValueError("values: expected a list of finite numbers, at least one")
     deviation = float(values.std(ddof=1)) if len(values) > 1 else 0.0
     return _Values(len(values), float(values.mean()), deviation)
 
@@ -81,7 +81,7 @@ def differences(a: dict, b: dict) -> dict:
     """a - b for each key that both have; a key is a pair (order, seed) or the like."""
     keys = sorted(set(a) & set(b))
     if not keys:
-        raise ValueError("a, b: wanted at least one common key, got none")
+        raise ValueError("a, b: expected at least one common key, got none")
     return {key: a[key] - b[key] for key in keys}
 
 

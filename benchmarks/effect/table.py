@@ -234,7 +234,7 @@ def filled(text: str, results: Path = rows.RESULTS) -> str:
 
     def fill(match: re.Match) -> str:
         if match[2] not in TABLES:
-            raise DataError(f"effect: wanted a table ({', '.join(TABLES)}), got {match[2]}")
+            raise DataError(f"effect: expected a table ({', '.join(TABLES)}), got {match[2]}")
         return match[1] + "\n".join(TABLES[match[2]](results)) + "\n" + match[3]
 
     return _BLOCK.sub(fill, text)

@@ -32,7 +32,7 @@ def main(device: str) -> None:
     sk.reweight_(state, nll, torch.ones(4, 21, dtype=torch.int64, device=device))
     wanted = nll.argmin(1)
     if not torch.equal(state.best, wanted):
-        raise SystemExit(f"reweight_: wanted best {wanted.tolist()}, got {state.best.tolist()}")
+        raise SystemExit(f"reweight_: expected best {wanted.tolist()}, got {state.best.tolist()}")
     print(f"{len(cases) + 1} operators ran and agreed")
 
 

@@ -40,7 +40,7 @@ def settle(job: Job, case: Case, must: str = "ours") -> list[str]:
             continue
         if error <= case.tolerance:
             continue
-        what = f"{place}: {name}: wanted within {case.tolerance:.3g} of the oracle, got {error:.3g}"
+        what = f"{place}: {name}: expected within {case.tolerance:.3g} of the oracle, got {error:.3g}"
         if name == must:
             raise RuntimeError(what)
         job.say(f"{what}; left out")

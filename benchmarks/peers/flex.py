@@ -52,7 +52,7 @@ def _in_place(masks: dict[int, tuple], compiled: bool):
 
     def attention(q, k, v, plan, *, scale, window, softcap, sinks, impl):
         if window is not None or softcap is not None or sinks is not None:
-            raise ValueError("flex_trie: wanted plain attention, got a window, a soft cap or sinks")
+            raise ValueError("flex_trie: expected plain attention, got a window, a soft cap or sinks")
         if id(plan) not in masks:
             # The plan is kept beside its mask: a freed plan's id could come back.
             masks[id(plan)] = (plan, block_mask(plan, q.device))

@@ -52,7 +52,7 @@ def _score(model, cells, group, held, shared: int, batch_size: int, out) -> None
 def _groups(cells, prompts: int, examples: int, by: str) -> list[tuple[list[int], int]]:
     """(cells, tokens of their common prefix) of every group; the last context token is never in the prefix."""
     if by not in ("prompt", "example", "best"):
-        raise ValueError(f"by: wanted prompt, example or best, got {by!r}")
+        raise ValueError(f"by: expected prompt, example or best, got {by!r}")
     number = np.arange(prompts * examples).reshape(prompts, examples)
     found = {}
     for name, groups in (("prompt", number.tolist()), ("example", number.T.tolist())):

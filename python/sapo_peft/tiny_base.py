@@ -36,7 +36,7 @@ def faults(folder: Path) -> list[str]:
         manifest = read_json(folder / MANIFEST)
         files = manifest["files"]
         if manifest["version"] != 1 or "model.safetensors" not in files:
-            return [f"{folder / MANIFEST}: wanted version 1 with model.safetensors"]
+            return [f"{folder / MANIFEST}: expected version 1 with model.safetensors"]
         named = {str(name): str(digest) for name, digest in files.items()}
     except (OSError, DataError, KeyError, TypeError, AttributeError) as error:
         return [f"{folder / MANIFEST}: {error}"]
@@ -48,7 +48,7 @@ def faults(folder: Path) -> list[str]:
         except (OSError, DataError):
             got = None
         if got != digest:
-            found.append(f"{folder / name}: wanted the file named in {MANIFEST}, got {'another' if got else 'none'}")
+            found.append(f"{folder / name}: expected the file named in {MANIFEST}, got {'another' if got else 'none'}")
     return found
 
 

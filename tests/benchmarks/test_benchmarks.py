@@ -112,7 +112,7 @@ def test_times_follow_agreement_and_turns_rotate():
     assert [r.provider for r in rows] == list("abc") and all(r.rounds == 2 for r in rows)
     for wrong in (0.6, math.nan):
         case.providers["b"] = provider("b", wrong)
-        with pytest.raises(Disagreement, match=r"op, case: b: wanted within 0\.5"):
+        with pytest.raises(Disagreement, match=r"op, case: b: expected within 0\.5"):
             run_case(case)
     assert quantiles([3.0, 1.0, 2.0, 5.0, 4.0]) == (1.0, 3.0, 4.0)
     assert quantiles([2.0]) == (2.0, 2.0, 2.0)
@@ -257,7 +257,7 @@ def test_tables_say_what_the_rows_say(tmp_path):
     assert "| task1 | - | 2.00 | 1.00 | 1.00 | - | 50% |" in tables.replaced(text, results)
     for name in tables.TABLES:
         assert "No rows yet" in tables.made_table(name, tmp_path / "nothing")
-    with pytest.raises(SystemExit, match="wanted one of"):
+    with pytest.raises(SystemExit, match="expected one of"):
         tables.replaced(text.replace("tasks", "taks"), results)
     with pytest.raises(SystemExit, match="no end"):
         tables.replaced("<!-- table: tasks -->\n", results)
@@ -339,7 +339,7 @@ def test_one_wrong_cell_among_many_ends_the_case():
         wrong = case.providers[name].run().clone()
         wrong[place] += by
         case.providers[name].run = lambda: wrong
-        with pytest.raises(Disagreement, match=f"{name}: wanted within"):
+        with pytest.raises(Disagreement, match=f"{name}: expected within"):
             run_case(case)
 
     cache = Cells(12, 20, 4, 5, 2).cache(300)

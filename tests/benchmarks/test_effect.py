@@ -78,7 +78,7 @@ def test_the_interval_of_students_distribution_by_hand():
     # Deviation 1, three values: 4.303 / sqrt(3).
     assert student_mean([1.0, 2.0, 3.0]) == pytest.approx((2.0, 2.0 - 2.48434, 2.0 + 2.48434), abs=1e-5)
     for few in ([1.0], [0.0] * 12):
-        with pytest.raises(ValueError, match="wanted 2 to 11"):
+        with pytest.raises(ValueError, match="expected 2 to 11"):
             student_mean(few)
 
 

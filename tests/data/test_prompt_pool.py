@@ -185,7 +185,7 @@ WRITTEN = {
     "schema": "sapo_prompt_pool", "version": 1, "task": "t", "text_word": "Text", "suffix": "", "labels": ["yes"],
     "markers": [], "max_characters": 16384, "max_tokens": 1024,
     "prompts": [{"text": "Say yes.", "source": "original"}, {"text": "yes?", "source": "given"}],
-    "rejected": [{"text": "no", "source": "given", "reason": "wanted the label 'yes', got a prompt without it"}],
+    "rejected": [{"text": "no", "source": "given", "reason": "expected the label 'yes', got a prompt without it"}],
     "merged": [{"text": "Yes? yes?", "source": "given", "into": 1}],
 }  # fmt: skip
 

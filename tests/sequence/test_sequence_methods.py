@@ -214,14 +214,14 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
     key = sorted(tensors)[0]
     save_file({**tensors, key: tensors[key][:1].clone()}, file)
     model, _ = model_and_tokenizer()
-    with pytest.raises(DataError, match="wanted shape"):
+    with pytest.raises(DataError, match="expected shape"):
         load_adapters(model, tmp_path)
     assert not hasattr(model, "peft_config") and not any("lora" in name for name, _ in model.named_modules())
     save_file({k: v for k, v in tensors.items() if k != key}, file)
     with pytest.raises(DataError, match="got None"):
         load_adapters(model_and_tokenizer()[0], tmp_path)
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(DataError, match="wanted the weights of an adapter"):
+    with pytest.raises(DataError, match="expected the weights of an adapter"):
         load_adapters(model_and_tokenizer()[0], tmp_path)
 
 

@@ -172,15 +172,15 @@ def test_a_complete_run_is_returned_without_training(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "change, word",
     [
-        ({"seed": 4}, "seed: wanted 3, as this run began with, got 4"),
-        ({"policy": "worst"}, "policy: wanted 'sapo'"),
+        ({"seed": 4}, "seed: expected 3, as this run began with, got 4"),
+        ({"policy": "worst"}, "policy: expected 'sapo'"),
         ({"learning_rate": 0.5}, "learning_rate"),
         ({"target_modules": ("q_proj",)}, "target_modules"),
-        ({"tasks": small_tasks(2)[::-1]}, "tasks: wanted"),
-        ({"tasks": small_tasks(2, train=9)}, "data, task colours1: wanted"),
-        ({"tasks": small_tasks(2, prompts=2)}, "data, task colours1: wanted"),
-        ({"model": model_and_tokenizer(seed=1)}, "data, base: wanted"),
-        ({"model": (small_qwen3(), byte_tokenizer(chat_template=THINKING))}, "data, tokens: wanted"),
+        ({"tasks": small_tasks(2)[::-1]}, "tasks: expected"),
+        ({"tasks": small_tasks(2, train=9)}, "data, task colours1: expected"),
+        ({"tasks": small_tasks(2, prompts=2)}, "data, task colours1: expected"),
+        ({"model": model_and_tokenizer(seed=1)}, "data, base: expected"),
+        ({"model": (small_qwen3(), byte_tokenizer(chat_template=THINKING))}, "data, tokens: expected"),
     ],
 )
 def test_another_run_in_the_same_folder_is_refused(tmp_path, finished, change, word):
@@ -200,11 +200,11 @@ def finished(tmp_path_factory):
 
 def test_a_folder_with_something_else_is_refused(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(DataError, match="wanted an empty folder or one of a run, got 'thesis.txt'"):
+    with pytest.raises(DataError, match="expected an empty folder or one of a run, got 'thesis.txt'"):
         run_small(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "thesis.txt"]
     (tmp_path / "run.json").write_text('{"version": 1, "kind": "other"}')
-    with pytest.raises(DataError, match="wanted a sequence run of version 1"):
+    with pytest.raises(DataError, match="expected a sequence run of version 1"):
         run_small(tmp_path)
 
 
@@ -212,7 +212,7 @@ def test_a_hole_among_the_tasks_is_refused(tmp_path, finished):
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
     shutil.rmtree(sorted((folder / "tasks").iterdir())[0])
-    with pytest.raises(DataError, match="01-colours1: wanted this task"):
+    with pytest.raises(DataError, match="01-colours1: expected this task"):
         run_small(folder, max_steps=2)
 
 
@@ -245,23 +245,23 @@ def test_other_versions_are_said(tmp_path, finished, caplog):
     [
         ("run.json", "{", "not valid JSON"),
         ("run.json", '{"version": 2, "kind": "sequence"}', "version 1"),
-        ("run.json", '{"version": 1, "kind": "sequence"}', "wanted the entry 'config'"),
-        ("run.json", {"config": 3}, "'config': wanted dict, got 3"),
-        ("run.json", {"versions": []}, "'versions': wanted dict"),
-        ("run.json", {"warnings": "none"}, "'warnings': wanted list, got 'none'"),
-        ("run.json", {"warnings": [3]}, "'warnings': wanted texts"),
-        ("before.json", "[]", "before.json: wanted an object of version 1"),
-        ("before.json", {"notes": None}, "before.json: wanted the scores before training, got TypeError"),
-        ("before.json", {"row": {"loss": [0.5]}}, "loss: wanted rows of 2 numbers or null, got [0.5]"),
-        ("before.json", {"row": {"loss": ["a", 1]}}, "loss: wanted rows of 2 numbers or null, got ['a', 1]"),
-        ("before.json", None, "before.json: wanted the scores before training, got no file"),
-        ("tasks/01-colours1/scores.json", '{"version": 1}', "01-colours1: wanted the files of a finished task"),
+        ("run.json", '{"version": 1, "kind": "sequence"}', "expected the entry 'config'"),
+        ("run.json", {"config": 3}, "'config': expected dict, got 3"),
+        ("run.json", {"versions": []}, "'versions': expected dict"),
+        ("run.json", {"warnings": "none"}, "'warnings': expected list, got 'none'"),
+        ("run.json", {"warnings": [3]}, "'warnings': expected texts"),
+        ("before.json", "[]", "before.json: expected an object of version 1"),
+        ("before.json", {"notes": None}, "before.json: expected the scores before training, got TypeError"),
+        ("before.json", {"row": {"loss": [0.5]}}, "loss: expected rows of 2 numbers or null, got [0.5]"),
+        ("before.json", {"row": {"loss": ["a", 1]}}, "loss: expected rows of 2 numbers or null, got ['a', 1]"),
+        ("before.json", None, "before.json: expected the scores before training, got no file"),
+        ("tasks/01-colours1/scores.json", '{"version": 1}', "01-colours1: expected the files of a finished task"),
         ("tasks/01-colours1/scores.json", '{"version": 1, "chosen": 9, "prompts": [], "scorings": []}', "IndexError"),
         ("tasks/01-colours1/scores.json", '{"version": 1, "chosen": "a", "prompts": [], "scorings": 3}', "TypeError"),
         ("tasks/01-colours1/metrics.json", '{"version": 1, "row": [], "notes": []}', "finished task"),
         ("tasks/01-colours1/train.json", '{"version": 1, "notes": []}', "got KeyError"),
         ("tasks/01-colours1/train.json", None, "train.json"),
-        ("tasks/01-colours1/adapter/adapter_model.safetensors", "", "wanted the weights of an adapter"),
+        ("tasks/01-colours1/adapter/adapter_model.safetensors", "", "expected the weights of an adapter"),
     ],
 )
 def test_a_damaged_folder_is_refused_by_name(tmp_path, finished, file, content, word):

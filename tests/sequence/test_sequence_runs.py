@@ -249,7 +249,7 @@ def test_limits_on_rows_and_lengths_are_kept_and_said(tmp_path):
     assert "task t: 2 of 2 test inputs are cut to max_source" in warnings
     assert "task t: 2 of 2 test targets are cut to max_target" in warnings
     assert result.run["warnings"] == warnings
-    with pytest.raises(DataError, match="task 't': prompt 0, example 0: wanted a context of at most 20 tokens"):
+    with pytest.raises(DataError, match="task 't': prompt 0, example 0: expected a context of at most 20 tokens"):
         run_small(None, tasks=tasks, max_source=20)
 
 
@@ -302,21 +302,21 @@ def test_rows_of_later_tasks_are_checked_before_anything_is_done(tmp_path):
         rows = {"train": list(bad.train), "test": list(bad.test)}
         rows[split][1] = {"input": "\ud800", "target": "red"}
         task = SequenceTask.build("bad", rows["train"], rows["test"], bad.pool)
-        with pytest.raises(DataError, match=f"task 'bad': {split}: example 1: 'input': wanted text, got a lone surr"):
+        with pytest.raises(DataError, match=f"task 'bad': {split}: example 1: 'input': expected text, got a lone surr"):
             run_small(tmp_path / split, tasks=[good, task], evaluate="last")
         assert [path.name for path in (tmp_path / split).iterdir()] == [".lock"]
 
 
 def test_a_misspelt_module_leaves_no_run_behind(tmp_path):
-    with pytest.raises(ValueError, match="wanted names of modules"):
+    with pytest.raises(ValueError, match="expected names of modules"):
         run_small(tmp_path, count=1, target_modules=("q_prj",))
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
 @pytest.mark.parametrize("modules, method, word", [
-    (("q_proj", "typo_proj"), "lora-inc", "wanted names of modules of Qwen3ForCausalLM, got 'typo_proj'"),
+    (("q_proj", "typo_proj"), "lora-inc", "expected names of modules of Qwen3ForCausalLM, got 'typo_proj'"),
     (("",), "lora-inc", "got ''"),
-    (("q_proj", "embed_tokens"), "o-lora", "wanted LoRA on linear layers only, got Embedding"),
+    (("q_proj", "embed_tokens"), "o-lora", "expected LoRA on linear layers only, got Embedding"),
     (("q_proj", "input_layernorm"), "lora-inc", "Target module Qwen3RMSNorm"),
 ])  # fmt: skip
 def test_modules_that_cannot_be_adapted_are_refused_and_the_model_is_left_as_it_was(modules, method, word):
@@ -332,26 +332,26 @@ def test_modules_that_cannot_be_adapted_are_refused_and_the_model_is_left_as_it_
 @pytest.mark.parametrize(
     "options, word",
     [
-        ({"method": "lora"}, "method: wanted one of lora-inc, o-lora, seq-lora"),
+        ({"method": "lora"}, "method: expected one of lora-inc, o-lora, seq-lora"),
         ({"policy": "best"}, "policy"),
         ({"evaluate": "some"}, "evaluate"),
-        ({"train_examples": 0}, "train_examples: wanted a whole number of at least 1"),
+        ({"train_examples": 0}, "train_examples: expected a whole number of at least 1"),
         ({"batch_size": True}, "batch_size"),
         ({"batch_size": 2.0}, "batch_size"),
-        ({"epochs": 0}, "epochs: wanted more than 0"),
+        ({"epochs": 0}, "epochs: expected more than 0"),
         ({"epochs": math.inf}, "epochs"),
         ({"learning_rate": math.nan}, "learning_rate"),
         ({"learning_rate": -1e-4}, "learning_rate"),
         ({"warmup": 1.5}, "warmup"),
         ({"lora_dropout": 1.0}, "lora_dropout"),
-        ({"warmup": 1.0}, "warmup: wanted less than 1"),
+        ({"warmup": 1.0}, "warmup: expected less than 1"),
         ({"lambda_1": "1"}, "lambda_1"),
         ({"seed": -1}, "seed"),
         ({"seed": 1.0}, "seed"),
         ({"target_modules": []}, "target_modules"),
-        ({"target_modules": "q_proj"}, "target_modules: wanted 'all-linear' or a list"),
+        ({"target_modules": "q_proj"}, "target_modules: expected 'all-linear' or a list"),
         ({"generate": False}, "at least one of them"),
-        ({"generate": 1}, "generate: wanted True or False"),
+        ({"generate": 1}, "generate: expected True or False"),
         ({"policy": "worst", "each_epoch": True}, "policy sapo only"),
     ],
 )
@@ -364,15 +364,15 @@ def test_options_of_another_kind_are_refused(options, word):
 def test_models_and_tasks_of_another_kind_are_refused():
     task = small_task(1)
     for wrong in (model_and_tokenizer()[0], (1, 2), lambda: 3, 5):
-        with pytest.raises(TypeError, match="model: wanted a name, a pair"):
+        with pytest.raises(TypeError, match="model: expected a name, a pair"):
             run_sequence(wrong, [task], None)
     with pytest.raises(DataError, match="no such folder"):
         run_sequence("./nowhere", [task], None)
     with pytest.raises(TypeError, match="at least one SequenceTask"):
         run_sequence("tiny", [], None)
-    with pytest.raises(DataError, match="order: wanted a text of at most 300"):
+    with pytest.raises(DataError, match="order: expected a text of at most 300"):
         run_sequence("tiny", [task], None, order="x" * 301)
-    with pytest.raises(DataError, match="tasks: wanted at most 256, got 257"):
+    with pytest.raises(DataError, match="tasks: expected at most 256, got 257"):
         run_sequence("tiny", [task] * 257, None)
     with pytest.raises(DataError, match="'colours1' twice"):
         run_sequence("tiny", [task, task], None)

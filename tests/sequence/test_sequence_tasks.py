@@ -59,17 +59,17 @@ def train(stage, value):
         (lambda d, s: train(s, [entry("task1")]), "exact name 'task1'"),
         (lambda d, s: train(s, [entry("../SUPERNI/task1_a")]), "exact name"),
         (lambda d, s: train(s, [entry("task1_a")]), "'task1_a' twice"),
-        (lambda d, s: train(s, []), "wanted one task to train on, got 0"),
-        (lambda d, s: train(s, {"a": 1}), "wanted a list of tasks"),
-        (lambda d, s: train(s, [{"dataset_name": 3}]), "task 0: wanted an object"),
-        (lambda d, s: train(s, [entry("task1_a_long", **{"sampling strategy": "random"})]), "wanted 'full'"),
+        (lambda d, s: train(s, []), "expected one task to train on, got 0"),
+        (lambda d, s: train(s, {"a": 1}), "expected a list of tasks"),
+        (lambda d, s: train(s, [{"dataset_name": 3}]), "task 0: expected an object"),
+        (lambda d, s: train(s, [entry("task1_a_long", **{"sampling strategy": "random"})]), "expected 'full'"),
         (lambda d, s: train(s, "[{"), "not valid JSON"),
         (lambda d, s: put(s / "test_tasks.json", [entry("task9")]), "that the order trains on, got 'task9'"),
         (lambda d, s: (s / "train_tasks.json").unlink(), "train_tasks.json"),
         (lambda d, s: s.rename(s.with_name("3-x")), "no number missing"),
         (lambda d, s: put(d / "SUPERNI/task1_a/train.jsonl", '{"input": "a", "target": "b"}'), "one file train"),
         (lambda d, s: (d / "SUPERNI/task1_a/test.json").unlink(), "one file test"),
-        (lambda d, s: put(d / "TRACE/task1_a/train.json", []), "wanted one folder 'task1_a'"),
+        (lambda d, s: put(d / "TRACE/task1_a/train.json", []), "expected one folder 'task1_a'"),
         (lambda d, s: put(d / "SUPERNI/instructions.json", {"x": {"instruction": "y"}}), "task1_a_long"),
     ],
 )
@@ -144,7 +144,7 @@ def test_rows_come_from_files_lists_and_datasets(tmp_path):
         ([{"input": "a", "target": "b"}, "x"], DataError, "train: row 1: expected an object"),
         ([{"input": "a", "target": None}], DataError, "expected text, got NoneType"),
         ([{"input": "a", "target": ""}], DataError, "at least one row with a label"),
-        (None, DataError, "train: wanted rows, got none"),
+        (None, DataError, "train: expected rows, got none"),
     ],
 )
 def test_rows_of_another_kind_are_refused(rows, error, words):
@@ -155,7 +155,7 @@ def test_rows_of_another_kind_are_refused(rows, error, words):
 
 @pytest.mark.parametrize("name", ["", " ", "a\nb", "x" * 301, None, 3])
 def test_names_of_another_kind_are_refused(name):
-    with pytest.raises(DataError, match="task: wanted a printable name"):
+    with pytest.raises(DataError, match="task: expected a printable name"):
         SequenceTask.build(name, [{"input": "a", "target": "b"}], [{"input": "a", "target": "b"}], POOL)
 
 

@@ -85,7 +85,7 @@ def test_a_flipped_byte_in_the_optimizer_is_found(copied):
 
 def test_the_state_must_be_of_that_step(copied):
     (copied / "checkpoint-6").rename(copied / "checkpoint-7")
-    assert "wanted step 7, got 6" in checkpoint_fault(copied / "checkpoint-7", 7)
+    assert "expected step 7, got 6" in checkpoint_fault(copied / "checkpoint-7", 7)
     for text in ("[]", "null", "{}", "[" * 100_000):
         (copied / "checkpoint-7" / "trainer_state.json").write_text(text)
         assert checkpoint_fault(copied / "checkpoint-7", 7).startswith("trainer_state.json")
@@ -141,7 +141,7 @@ def test_checkpoints_of_fsdp(copied, kind):
             assert name in checkpoint_fault(newest, 6)
             (newest / name).write_bytes(content)
         (newest / "pytorch_model_fsdp.bin").unlink()
-        assert "wanted one of" in checkpoint_fault(newest, 6), "an optimizer alone is no model"
+        assert "expected one of" in checkpoint_fault(newest, 6), "an optimizer alone is no model"
 
 
 def test_adapters_in_folders_of_their_own(copied):

@@ -78,7 +78,7 @@ def test_column_names(names):
 @pytest.mark.parametrize(
     ("row", "error", "wanted"),
     [
-        ({"input_ids": [1]}, ValueError, r"wanted input/target or .* got \['input_ids'\]; was the dataset tokenised"),
+        ({"input_ids": [1]}, ValueError, r"expected input/target or .* got \['input_ids'\]; was the dataset tokenised"),
         ({"prompt": [{"role": "user", "content": "a"}], "completion": []}, TypeError, "conversations cannot be"),
         ({"input": "a", "target": ""}, ValueError, "target"),
         ({"input": "a", "target": "b", "task": "other"}, ValueError, r"a 'task' among \['colours'\], got 'other'"),

@@ -32,36 +32,36 @@ MIXED = [*colours(2, "colours"), *colours(2, "other")]
 @pytest.mark.parametrize(
     ("options", "arguments", "error", "wanted"),
     [
-        ({"tokenizer": False}, {}, ValueError, "wanted one made with processing_class=tokenizer, got none"),
-        ({"data": []}, {}, ValueError, "wanted a train_dataset with examples, got an empty one"),
+        ({"tokenizer": False}, {}, ValueError, "expected one made with processing_class=tokenizer, got none"),
+        ({"data": []}, {}, ValueError, "expected a train_dataset with examples, got an empty one"),
         ({"data": TOKENISED}, {}, ValueError, r"got \['attention_mask', 'input_ids', 'labels'\].*skip_prepare_dataset"),
-        ({"data": [("a", "b")]}, {}, ValueError, "wanted raw examples with input/target .* got tuple"),
-        ({"data": [{"input": 1, "target": "b"}]}, {}, TypeError, "wanted two strings"),
-        ({"data": MIXED}, {}, ValueError, r"wanted a 'task' among \['colours'\], got 'other'"),
+        ({"data": [("a", "b")]}, {}, ValueError, "expected raw examples with input/target .* got tuple"),
+        ({"data": [{"input": 1, "target": "b"}]}, {}, TypeError, "expected two strings"),
+        ({"data": MIXED}, {}, ValueError, r"expected a 'task' among \['colours'\], got 'other'"),
         ({"data": MIXED}, {"config": SapoConfig(at_start=False)}, ValueError, "'task' among"),
         ({}, {"pools": [pool_of(2, "a"), pool_of(2, "b")]}, ValueError, r"'task' among \['a', 'b'\], got None"),
         ({}, {"pools": [pool_of(2, "a"), pool_of(3, "a")]}, ValueError, "got a name twice"),
-        ({}, {"pools": []}, ValueError, "wanted at least one PromptPool"),
-        ({}, {"pools": {}}, ValueError, "wanted at least one PromptPool"),
+        ({}, {"pools": []}, ValueError, "expected at least one PromptPool"),
+        ({}, {"pools": {}}, ValueError, "expected at least one PromptPool"),
         ({}, {"pools": ["Say it."]}, (ValueError, TypeError), "PromptPool"),
         ({}, {"pools": "Say it."}, (ValueError, TypeError), "PromptPool"),
         ({}, {"pools": {"colours": ["Say it."]}}, (ValueError, TypeError), "PromptPool"),
         ({}, {"pools": [PromptPool.build("t", "Say <|im_end|> it.")]}, ValueError, "special token"),
-        ({}, {"probe": []}, ValueError, "task 'colours': wanted at least one example to score on, got none"),
-        ({}, {"probe": {}}, ValueError, "task 'colours': wanted at least one example to score on, got none"),
-        ({}, {"probe": {"colours": []}}, ValueError, "wanted at least one example to score on, got none"),
+        ({}, {"probe": []}, ValueError, "task 'colours': expected at least one example to score on, got none"),
+        ({}, {"probe": {}}, ValueError, "task 'colours': expected at least one example to score on, got none"),
+        ({}, {"probe": {"colours": []}}, ValueError, "expected at least one example to score on, got none"),
         ({}, {"probe": [{"text": "x"}]}, ValueError, "input"),
         ({}, {"probe": [{"input": "x", "target": ""}]}, ValueError, "target"),
         ({}, {"probe": {"colours": colours(2), "color": colours(2)}}, ValueError, "color"),
         ({"data": [*colours(2, "a")]}, {"pools": [pool_of(2, "a"), pool_of(2, "b")]}, ValueError,
-         "task 'b': wanted at least one example"),
-        ({}, {"pools": None}, TypeError, "pools: wanted a PromptPool, a list of them or one by task, got NoneType"),
-        ({}, {"probe": "abc"}, TypeError, "probe: wanted a list of examples, or one by task, got str"),
-        ({}, {"probe": iter(colours(2))}, TypeError, "probe: wanted a list of examples, or one by task, got"),
-        ({}, {"probe": [1, 2]}, TypeError, "wanted a mapping with two texts, got int"),
-        ({}, {"probe": {"colours": "abc"}}, TypeError, "probe: task 'colours': wanted a list of examples, got str"),
-        ({}, {"config": {"every_steps": 2}}, TypeError, "config: wanted a SapoConfig, got dict"),
-        ({"logging_strategy": "no"}, {"config": SapoConfig(drift=4.0)}, ValueError, "wanted a logging_strategy, got"),
+         "task 'b': expected at least one example"),
+        ({}, {"pools": None}, TypeError, "pools: expected a PromptPool, a list of them or one by task, got NoneType"),
+        ({}, {"probe": "abc"}, TypeError, "probe: expected a list of examples, or one by task, got str"),
+        ({}, {"probe": iter(colours(2))}, TypeError, "probe: expected a list of examples, or one by task, got"),
+        ({}, {"probe": [1, 2]}, TypeError, "expected a mapping with two texts, got int"),
+        ({}, {"probe": {"colours": "abc"}}, TypeError, "probe: task 'colours': expected a list of examples, got str"),
+        ({}, {"config": {"every_steps": 2}}, TypeError, "config: expected a SapoConfig, got dict"),
+        ({"logging_strategy": "no"}, {"config": SapoConfig(drift=4.0)}, ValueError, "expected a logging_strategy, got"),
         ({"accelerator_config": {"dispatch_batches": True}}, {}, ValueError, "dispatch_batches=True cannot"),
         # What the collator would find after hours.
         ({"data": [*colours(9), {"input": "a"}]}, {}, ValueError, "train_dataset: row 9: .*got .'input'"),
@@ -73,12 +73,12 @@ MIXED = [*colours(2, "colours"), *colours(2, "other")]
          "row 9: .*wanted two strings"),
         ({"data": Dataset.from_list(MIXED)}, {}, ValueError, "row 2: .*'task' among .* got 'other'"),
         ({}, {"pools": {1: pool_of()}}, TypeError, "names of tasks as strings, got int 1"),
-        ({"eval_dataset": TOKENISED}, {}, ValueError, r"eval_dataset: wanted raw examples .* got \['attention_mask'"),
-        ({"eval_dataset": {"x": colours(2), "y": TOKENISED}}, {}, ValueError, r"eval_dataset\['y'\]: wanted raw"),
+        ({"eval_dataset": TOKENISED}, {}, ValueError, r"eval_dataset: expected raw examples .* got \['attention_mask'"),
+        ({"eval_dataset": {"x": colours(2), "y": TOKENISED}}, {}, ValueError, r"eval_dataset\['y'\]: expected raw"),
         ({"eval_dataset": MIXED}, {}, ValueError, r"eval_dataset: row 2: example: .* 'task' among .* 'other'"),
-        ({"eval_dataset": [{"input": "a", "target": 1}]}, {}, TypeError, "wanted two strings"),
+        ({"eval_dataset": [{"input": "a", "target": 1}]}, {}, TypeError, "expected two strings"),
         ({}, {"config": SapoConfig(max_source=5)}, ValueError, "max_source"),
-        ({}, {"config": SapoConfig(template="{prompt} alone")}, ValueError, "template: wanted {prompt} and {input}"),
+        ({}, {"config": SapoConfig(template="{prompt} alone")}, ValueError, "template: expected {prompt} and {input}"),
     ],
 )  # fmt: skip
 def test_a_refusal_leaves_the_trainer_as_it_was(tmp_path, options, arguments, error, wanted):
@@ -103,7 +103,7 @@ def test_something_that_is_no_trainer():
     class Almost:
         processing_class, args, train_dataset = object(), object(), colours(2)
 
-    with pytest.raises(TypeError, match="wanted a transformers Trainer with get_batch_samples"):
+    with pytest.raises(TypeError, match="expected a transformers Trainer with get_batch_samples"):
         attach_sapo(Almost(), pool_of())
 
 
@@ -119,7 +119,7 @@ def test_something_that_is_no_trainer():
     ],
 )  # fmt: skip
 def test_bad_options(name, value):
-    with pytest.raises(ValueError, match=f"^{name}: wanted .*, got "):
+    with pytest.raises(ValueError, match=f"^{name}: expected .*, got "):
         SapoConfig(**{name: value})
 
 

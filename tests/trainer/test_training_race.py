@@ -127,9 +127,9 @@ def test_ranks_that_cannot_share_a_scoring_out_score_every_cell(tmp_path, made, 
 @pytest.mark.parametrize(
     ("change", "wanted"),
     [
-        ({"race": True}, "race: wanted a sapo_kernels.Race or None, got True"),
-        ({"mode": "soft"}, "race: wanted mode 'hard', got 'soft'"),
-        ({"decay": 0.5}, "race: wanted decay 0, got 0.5"),
+        ({"race": True}, "race: expected a sapo_kernels.Race or None, got True"),
+        ({"mode": "soft"}, "race: expected mode 'hard', got 'soft'"),
+        ({"decay": 0.5}, "race: expected decay 0, got 0.5"),
     ],
 )  # fmt: skip
 def test_what_a_race_cannot_be_combined_with(change, wanted):

@@ -70,8 +70,8 @@ def test_a_rank_with_other_pools_is_named_on_every_rank(tmp_path):
         made = json.loads((tmp_path / f"rank{rank}.json").read_text())
         assert made["first"] == [1.0, 2.0] and made["sums"] == [[3.0, 3.0], 3]
         assert made["errors"] == [
-            "rank 2: wanted the pools of rank 0, got others",
-            "rank 2: wanted the template and probe of rank 0, got others",
+            "rank 2: expected the pools of rank 0, got others",
+            "rank 2: expected the template and probe of rank 0, got others",
         ]
 
 

@@ -171,7 +171,7 @@ def test_another_pool_is_refused(tmp_path, unbroken):
     newest = last_good_checkpoint(folder)
     for pools in (pool_of(4), pool_of(3, head="Now: ")):
         trainer, _ = sapo_trainer(tmp_path, pools, SapoConfig(every_steps=4), max_steps=30, data=colours(18))
-        with pytest.raises(ValueError, match="task 'colours': wanted the prompts that the run began with, got others"):
+        with pytest.raises(ValueError, match="'colours': expected the prompts that the run began with, got others"):
             trainer.train(resume_from_checkpoint=newest)
 
 
@@ -197,7 +197,7 @@ def test_tasks_in_another_order_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("change", "wanted"),
     [
-        ({"mode": "soft"}, "mode: wanted 'hard' as before, got 'soft'"),
+        ({"mode": "soft"}, "mode: expected 'hard' as before, got 'soft'"),
         ({"template": "{input} <- {prompt}"}, "template and tokenizer that the run began with"),
         ({"probe_examples": 3}, "probe that the run began with"),
         ({"max_target": 2}, "probe that the run began with"),
@@ -214,7 +214,7 @@ def test_the_seed_of_draws_must_be_the_same(tmp_path):
     soft = dict(mode="soft", every_steps=2, probe_examples=2)
     *_, newest = saved_run(tmp_path, config=SapoConfig(**soft))
     trainer, _ = sapo_trainer(tmp_path, config=SapoConfig(**soft, seed=1))
-    with pytest.raises(ValueError, match="seed: wanted 0 as before, got 1"):
+    with pytest.raises(ValueError, match="seed: expected 0 as before, got 1"):
         trainer.train(resume_from_checkpoint=newest)
 
 
@@ -240,7 +240,7 @@ def test_any_name_of_a_task_survives(tmp_path, name):
 
 def test_a_state_of_another_version_is_refused(tmp_path):
     trainer, callback = sapo_trainer(tmp_path)
-    with pytest.raises(ValueError, match="wanted version 2, got 1"):
+    with pytest.raises(ValueError, match="expected version 2, got 1"):
         callback.load_state({**callback.state(), "version": 1})
 
 

@@ -88,7 +88,7 @@ def test_saving_and_resuming(tmp_path):
         ({"packing": True, "dataset_kwargs": None}, "packing=True joins examples that were tokenised ahead"),
         ({"padding_free": True, "dataset_kwargs": None, "max_length": None}, "padding_free=True joins examples"),
         # Without skip_prepare_dataset TRL tokenises the examples when the trainer is made.
-        ({"dataset_kwargs": None}, "wanted raw examples .*skip_prepare_dataset"),
+        ({"dataset_kwargs": None}, "expected raw examples .*skip_prepare_dataset"),
         ({"completion_only_loss": False}, "completion_only_loss=False"),
     ],
     ids=["packing", "padding free", "tokenised", "loss on everything"],
@@ -109,6 +109,6 @@ def test_conversations_are_refused(tmp_path):
     trainer = sft_trainer(tmp_path, rows)
     before = everything(trainer)
     for config in (SapoConfig(), SapoConfig(at_start=False)):
-        with pytest.raises(TypeError, match="wanted two strings|conversations|string"):
+        with pytest.raises(TypeError, match="expected two strings|conversations|string"):
             attach_sapo(trainer, pool_of(), config=config)
         assert everything(trainer) == before

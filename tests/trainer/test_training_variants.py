@@ -174,7 +174,7 @@ def test_two_processes_choose_the_same(tmp_path, mode):
     assert done.returncode == 0, done.stderr.decode()[-4000:]
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
     assert first["world"] == 2 and first["steps"] == second["steps"] == 6
-    assert first["refused"] == "rank 1: wanted the pools and template and probe of rank 0, got others"
+    assert first["refused"] == "rank 1: expected the pools and template and probe of rank 0, got others"
     for name in ("refused", "choices", "reasons", "adapter", "losses", "saved"):
         assert first[name] == second[name], name
     assert [step for step, _ in first["choices"]][:3] == [0, 2, 4]

@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             args.out.mkdir(parents=True)
         except OSError as error:
-            parser.error(f"--out {plain(str(args.out))}: wanted a new folder, got: {error.strerror}")
+            parser.error(f"--out {plain(str(args.out))}: expected a new folder, got: {error.strerror}")
         make_base(PRESETS[args.preset], args.out, say)
         print(args.out)
     else:

@@ -72,7 +72,7 @@ def tiny_base_folder(preset: str = "default", root: Path | None = None, make: Ca
     Raises: `DataError` for a preset that does not exist or shipped files that are damaged.
     """
     if preset not in PRESETS:
-        raise DataError(f"preset: wanted one of {', '.join(PRESETS)}, got {preset!r}")
+        raise DataError(f"preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
     if preset == "default" and root is None:
         if wrong := faults(SHIPPED):
             raise DataError(f"the tiny base that ships with the package is damaged: {wrong[0]}")

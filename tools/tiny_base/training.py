@@ -47,7 +47,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Any:
     )
     backend.train_from_iterator(texts, trainer)
     if backend.get_vocab_size() != vocabulary:
-        raise ValueError(f"vocabulary: wanted {vocabulary} tokens, got {backend.get_vocab_size()} from these texts")
+        raise ValueError(f"vocabulary: expected {vocabulary} tokens, got {backend.get_vocab_size()} from these texts")
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token="<|endoftext|>",

@@ -13,9 +13,8 @@ _SPEAKING = (ValueError, RuntimeError, NotImplementedError, ImportError)
 # Packages that are not there after a plain installation, by the extra that brings them.
 _EXTRAS = {
     "train": ("transformers", "peft", "accelerate", "datasets", "pyarrow", "pydantic", "tqdm", "yaml", "rouge_score",
-              "safetensors", "tokenizers", "huggingface_hub"),
+              "safetensors", "tokenizers", "huggingface_hub", "jinja2", "scipy", "filelock"),
     "paraphrase": ("openai", "httpx", "tenacity"),
-    "report": ("jinja2",),
 }  # fmt: skip
 
 

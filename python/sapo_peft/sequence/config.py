@@ -91,7 +91,7 @@ class SequenceConfig:
     def __post_init__(self):
         for name, known in (("method", METHODS), ("policy", POLICIES), ("evaluate", EVALUATE)):
             if getattr(self, name) not in known:
-                raise ValueError(f"{name}: wanted one of {', '.join(known)}, got {getattr(self, name)!r}")
+                raise ValueError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
         for name in ("probe_examples", "batch_size", "gradient_accumulation", "lora_r", "lora_alpha", "max_source",
                      "max_target", "eval_batch_size", "logging_steps"):  # fmt: skip
             _count(name, getattr(self, name))
@@ -100,7 +100,7 @@ class SequenceConfig:
                 _count(name, getattr(self, name))
         for name in ("generate", "eval_loss", "score_always", "each_epoch", "bf16", "gradient_checkpointing", "race"):
             if type(getattr(self, name)) is not bool:
-                raise ValueError(f"{name}: wanted True or False, got {getattr(self, name)!r}")
+                raise ValueError(f"{name}: expected True or False, got {getattr(self, name)!r}")
         for name, most in (("warmup", 1.0), ("weight_decay", math.inf), ("max_grad_norm", math.inf),
                            ("lora_dropout", 1.0), ("lambda_1", math.inf), ("epochs", math.inf),
                            ("learning_rate", math.inf)):  # fmt: skip
@@ -108,24 +108,24 @@ class SequenceConfig:
         if self.drift is not None:
             _number("drift", self.drift, math.inf)
         if self.epochs <= 0:
-            raise ValueError(f"epochs: wanted more than 0, got {self.epochs!r}")
+            raise ValueError(f"epochs: expected more than 0, got {self.epochs!r}")
         for name in ("lora_dropout", "warmup"):
             # The trainer reads a warm-up of 1 as one step.
             if getattr(self, name) == 1.0:
-                raise ValueError(f"{name}: wanted less than 1, got 1.0")
+                raise ValueError(f"{name}: expected less than 1, got 1.0")
         if type(self.seed) is not int or not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed: wanted a whole number from 0 to 2**63 - 1, got {self.seed!r}")
+            raise ValueError(f"seed: expected a whole number from 0 to 2**63 - 1, got {self.seed!r}")
         if not (self.generate or self.eval_loss):
-            raise ValueError("generate, eval_loss: wanted at least one of them, got neither")
+            raise ValueError("generate, eval_loss: expected at least one of them, got neither")
         modules = self.target_modules
         # PEFT would read another string as a regular expression.
         if modules != "all-linear":
             if not isinstance(modules, (tuple, list)) or not modules or not all(isinstance(m, str) for m in modules):
-                raise ValueError(f"target_modules: wanted 'all-linear' or a list of module names, got {modules!r}")
+                raise ValueError(f"target_modules: expected 'all-linear' or a list of module names, got {modules!r}")
             object.__setattr__(self, "target_modules", tuple(modules))
         if self.policy != "sapo" and (self.every_steps or self.each_epoch or self.drift is not None or self.race):
             raise ValueError(
-                f"every_steps, each_epoch, drift, race: wanted them with policy sapo only, got policy {self.policy}"
+                f"every_steps, each_epoch, drift, race: expected them with policy sapo only, got policy {self.policy}"
             )
 
     def as_dict(self) -> dict[str, Any]:
@@ -144,10 +144,10 @@ def derived_seed(seed: int, task: int, purpose: str) -> int:
 
 def _count(name: str, value: Any) -> None:
     if type(value) is not int or value < 1:
-        raise ValueError(f"{name}: wanted a whole number of at least 1, got {value!r}")
+        raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
 
 
 def _number(name: str, value: Any, most: float) -> None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not (number and math.isfinite(value) and 0.0 <= value <= most):
-        raise ValueError(f"{name}: wanted a number from 0 to {most:g}, got {value!r}")
+        raise ValueError(f"{name}: expected a number from 0 to {most:g}, got {value!r}")

@@ -37,7 +37,7 @@ def finished_tasks(run_dir: Path, names: Sequence[str]) -> list[tuple[int, Path]
     there = [folder.is_dir() for folder in folders]
     count = there.index(False) if False in there else len(there)
     if any(there[count:]):
-        raise DataError(f"{folders[count]}: wanted this task as later ones are done, got no folder")
+        raise DataError(f"{folders[count]}: expected this task as later ones are done, got no folder")
     return list(enumerate(folders[:count], 1))
 
 
@@ -49,15 +49,15 @@ def read_run(file: Path) -> dict[str, Any]:
     """
     saved = read_json(file, max_bytes=MAX_RUN_BYTES)
     if not isinstance(saved, dict) or saved.get("version") != VERSION or saved.get("kind") != "sequence":
-        raise DataError(f"{file}: wanted a sequence run of version {VERSION}, got {excerpt(saved)}")
+        raise DataError(f"{file}: expected a sequence run of version {VERSION}, got {excerpt(saved)}")
     for name, kind in _KINDS.items():
         if name not in saved:
-            raise DataError(f"{file}: wanted the entry {name!r}, got none")
+            raise DataError(f"{file}: expected the entry {name!r}, got none")
         if not isinstance(saved[name], kind):
-            raise DataError(f"{file}: {name!r}: wanted {kind.__name__}, got {excerpt(saved[name])}")
+            raise DataError(f"{file}: {name!r}: expected {kind.__name__}, got {excerpt(saved[name])}")
     for name in ("tasks", "warnings"):
         if not all(isinstance(text, str) for text in saved[name]):
-            raise DataError(f"{file}: {name!r}: wanted texts, got {excerpt(saved[name])}")
+            raise DataError(f"{file}: {name!r}: expected texts, got {excerpt(saved[name])}")
     return saved
 
 
@@ -91,15 +91,15 @@ class RunFolder:
         if not file.exists():
             other = sorted(one.name for one in self.path.iterdir() if not one.name.startswith("."))
             if other:
-                raise DataError(f"{self.path}: wanted an empty folder or one of a run, got {excerpt(other[0])} in it")
+                raise DataError(f"{self.path}: expected an empty folder or one of a run, got {excerpt(other[0])} in it")
             write_json(file, run)
             return None
         saved = read_run(file)
         for missing in sorted(set(run) - set(saved)):
-            raise DataError(f"{file}: wanted the entry {missing!r}, got none")
+            raise DataError(f"{file}: expected the entry {missing!r}, got none")
         for what, was, now in _differences(saved, run):
             raise DataError(
-                f"{self.path}: {what}: wanted {excerpt(was)}, as this run began with, got {excerpt(now)}; give the "
+                f"{self.path}: {what}: expected {excerpt(was)}, as this run began with, got {excerpt(now)}; give the "
                 "same options to go on, or another folder"
             )
         return saved

@@ -31,7 +31,7 @@ class Adapters:
     def __init__(self, base: Any, config: SequenceConfig):
         if hasattr(base, "peft_config"):
             raise ValueError(
-                "model: wanted one without adapters, got one that has some; merge them or unload them first"
+                "model: expected one without adapters, got one that has some; merge them or unload them first"
             )
         self.base, self.model, self.config = base, base, config
         self.names: list[str] = []
@@ -95,12 +95,12 @@ class Adapters:
         try:
             stored = load_file(file)
         except Exception as error:
-            raise DataError(f"{file}: wanted the weights of an adapter, got {type(error).__name__}") from error
+            raise DataError(f"{file}: expected the weights of an adapter, got {type(error).__name__}") from error
         wanted = get_peft_model_state_dict(self.model, adapter_name=self.names[-1], save_embedding_layers=False)
         shapes = [{name: tuple(tensor.shape) for name, tensor in one.items()} for one in (wanted, stored)]
         if shapes[0] != shapes[1]:
             other = min(dict(set(shapes[0].items()) ^ set(shapes[1].items())))
-            raise DataError(f"{file}: {other}: wanted shape {shapes[0].get(other)}, got {shapes[1].get(other)}")
+            raise DataError(f"{file}: {other}: expected shape {shapes[0].get(other)}, got {shapes[1].get(other)}")
         set_peft_model_state_dict(self.model, stored, adapter_name=self.names[-1])
 
     def save(self, folder: str | os.PathLike) -> None:
@@ -162,7 +162,7 @@ def _check_modules(base: Any, modules: str | Sequence[str]) -> None:
     """PEFT passes over a name that is nowhere as long as another one is somewhere."""
     for name in () if isinstance(modules, str) else modules:
         if not any(path and (path == name or path.endswith(f".{name}")) for path, _ in base.named_modules()):
-            raise ValueError(f"target_modules: wanted names of modules of {type(base).__name__}, got {excerpt(name)}")
+            raise ValueError(f"target_modules: expected names of modules of {type(base).__name__}, got {excerpt(name)}")
 
 
 def _unwrap(base: Any) -> None:
@@ -207,7 +207,7 @@ def orthogonality(model: Any, new: str, old: Sequence[str]) -> torch.Tensor:
         if not isinstance(layer, LoraLayer):
             continue
         if new in layer.lora_embedding_A or (new in layer.lora_A and layer.lora_A[new].weight.ndim != 2):
-            raise ValueError(f"{name}: wanted LoRA on linear layers only, got {type(layer).__name__}")
+            raise ValueError(f"{name}: expected LoRA on linear layers only, got {type(layer).__name__}")
         if new not in layer.lora_A:
             continue
         found = True
@@ -217,7 +217,7 @@ def orthogonality(model: Any, new: str, old: Sequence[str]) -> torch.Tensor:
                 part = (layer.lora_A[other].weight.detach() @ a_new.T).abs().sum()
                 total = part if total is None else total + part
     if not found:
-        raise ValueError(f"adapter {new!r}: wanted one with LoRA layers, got none")
+        raise ValueError(f"adapter {new!r}: expected one with LoRA layers, got none")
     return torch.zeros(()) if total is None else total
 
 
@@ -239,10 +239,10 @@ def load_adapters(model: Any, run_dir: str | os.PathLike) -> Any:
     try:
         config = SequenceConfig(**saved["config"])
     except (TypeError, ValueError) as error:
-        raise DataError(f"{run_dir / 'run.json'}: 'config': wanted the options of a run, got: {error}") from error
+        raise DataError(f"{run_dir / 'run.json'}: 'config': expected the options of a run, got: {error}") from error
     done = finished_tasks(run_dir, saved["tasks"])
     if not done:
-        raise DataError(f"{run_dir}: wanted a run with a finished task, got none")
+        raise DataError(f"{run_dir}: expected a run with a finished task, got none")
     adapters = Adapters(model, config)
     if fingerprint(model) != saved["data"].get("base"):
         logger.warning("%s: the base model is not the one that the run began with, or has another dtype", run_dir)

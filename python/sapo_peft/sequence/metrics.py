@@ -39,7 +39,7 @@ def check_scorer() -> None:
     try:
         _scorer(False)
     except ModuleNotFoundError as error:
-        raise ImportError(f"ROUGE-L: wanted the package rouge-score, got: {error}; pip install rouge-score") from error
+        raise ImportError(f"ROUGE-L: expected rouge-score, got: {error}; pip install rouge-score") from error
 
 
 def rouge_l(answer: str, target: str) -> float:

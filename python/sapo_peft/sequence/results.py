@@ -61,7 +61,7 @@ def result_document(
         matrix = [row["row"].get(metric, [None] * count) if row else [None] * count for row in rows]
         for row in matrix:
             if len(row) != count or not all(value is None or type(value) in (int, float) for value in row):
-                raise DataError(f"{metric}: wanted rows of {count} numbers or null, got {excerpt(row)}")
+                raise DataError(f"{metric}: expected rows of {count} numbers or null, got {excerpt(row)}")
         matrix += [[None] * count] * (count + 1 - len(matrix))
         metrics[metric] = {"R": matrix, **sequence_metrics(matrix)}
     scorings = [scoring for one in done for scoring in one["scores"]["scorings"]]

@@ -80,7 +80,7 @@ def run_sequence(
     if config.generate:
         check_scorer()
     if not isinstance(order, str) or len(order) > MAX_NAME:
-        raise DataError(f"order: wanted a text of at most {MAX_NAME} characters, got {excerpt(order)}")
+        raise DataError(f"order: expected a text of at most {MAX_NAME} characters, got {excerpt(order)}")
     with run_folder(output_dir) as folder:
         base, tok, called = _resolve(model, name, tokenizer, device, dtype)
         tasks = [replace(task, pool=task.pool.checked(tok)) for task in tasks]
@@ -148,7 +148,7 @@ class _Runner:
                 self._document()
                 self._warn(self.before["notes"])
         elif begun:
-            raise DataError(f"{file}: wanted the scores before training, got no file though tasks are done")
+            raise DataError(f"{file}: expected the scores before training, got no file though tasks are done")
         else:
             self.before = _metrics_document(self._evaluate(0, {j: 0 for j in range(len(self.tasks))}))
             self.folder.write("before.json", self.before)
@@ -256,7 +256,7 @@ def _choice(task: SequenceTask, scores: dict[str, Any]) -> dict[str, Any]:
 def _read_document(file: Path) -> dict[str, Any]:
     document = read_json(file)
     if not isinstance(document, dict) or document.get("version") != VERSION:
-        raise DataError(f"{file}: wanted an object of version {VERSION}, got {excerpt(document)}")
+        raise DataError(f"{file}: expected an object of version {VERSION}, got {excerpt(document)}")
     return document
 
 
@@ -267,7 +267,7 @@ def _readable(path: Path, wanted: str) -> Iterator[None]:
         yield
     except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
         got = f"{type(error).__name__} {excerpt(str(error))}"
-        raise DataError(f"{path}: wanted {wanted}, got {got} while reading them") from error
+        raise DataError(f"{path}: expected {wanted}, got {got} while reading them") from error
 
 
 def _number(value: float) -> float | None:
@@ -277,13 +277,13 @@ def _number(value: float) -> float | None:
 def _checked(tasks: Sequence[SequenceTask]) -> list[SequenceTask]:
     tasks = list(tasks)
     if not tasks or not all(isinstance(task, SequenceTask) for task in tasks):
-        raise TypeError(f"tasks: wanted at least one SequenceTask, got {excerpt(tasks)}")
+        raise TypeError(f"tasks: expected at least one SequenceTask, got {excerpt(tasks)}")
     if len(tasks) > MAX_TASKS:
-        raise DataError(f"tasks: wanted at most {MAX_TASKS}, got {len(tasks)}")
+        raise DataError(f"tasks: expected at most {MAX_TASKS}, got {len(tasks)}")
     names = [task.name for task in tasks]
     for index, name in enumerate(names):
         if name in names[:index]:
-            raise DataError(f"tasks: wanted different names, got {excerpt(name)} twice")
+            raise DataError(f"tasks: expected different names, got {excerpt(name)} twice")
     return tasks
 
 
@@ -295,7 +295,7 @@ def _resolve(model: Model, name: str | None, tokenizer: str | None, device: str,
         return *load(os.fspath(model), None, dtype, device, tokenizer), name or os.fspath(model)
     pair = model() if callable(model) and not isinstance(model, torch.nn.Module) else model
     if not isinstance(pair, tuple) or len(pair) != 2 or not isinstance(pair[0], torch.nn.Module):
-        raise TypeError(f"model: wanted a name, a pair (model, tokenizer) or a function, got {type(model).__name__}")
+        raise TypeError(f"model: expected a name, a pair (model, tokenizer) or a function, got {type(model).__name__}")
     return *pair, name or getattr(pair[0], "name_or_path", "") or type(pair[0]).__name__
 
 

@@ -59,15 +59,15 @@ class SequenceTask:
         Raises: `DataError` naming the split, the row and the field; `TypeError` for a pool or rows of another kind.
         """
         if not isinstance(name, str) or not name.strip() or len(name) > MAX_NAME or not name.isprintable():
-            raise DataError(f"task: wanted a printable name of 1 to {MAX_NAME} characters, got {excerpt(name)}")
+            raise DataError(f"task: expected a printable name of 1 to {MAX_NAME} characters, got {excerpt(name)}")
         if not isinstance(pool, PromptPool):
-            raise TypeError(f"task {excerpt(name)}: pool: wanted a PromptPool, got {type(pool).__name__}")
+            raise TypeError(f"task {excerpt(name)}: pool: expected a PromptPool, got {type(pool).__name__}")
         columns = (input_column, target_column)
         splits = {"train": train, "dev": dev, "test": test}
         read = {split: _rows(rows, name, split, columns) for split, rows in splits.items() if rows is not None}
         for split in ("train", "test"):
             if split not in read:
-                raise DataError(f"task {excerpt(name)}: {split}: wanted rows, got none")
+                raise DataError(f"task {excerpt(name)}: {split}: expected rows, got none")
         notes = [note for split in read.values() for note in split.notes()]
         notes += leaks(read["train"], read["test"])
         rows = {split: read[split].total if split in read else 0 for split in splits}
@@ -114,14 +114,14 @@ def read_order(data: str | os.PathLike, order: str, prompts: str | os.PathLike |
     names = [_one_task(stage / "train_tasks.json") for stage in _stages(folder)]
     repeated = [name for index, name in enumerate(names) if name in names[:index]]
     if repeated:
-        raise DataError(f"{folder}: wanted each task once, got {excerpt(repeated[0])} twice")
+        raise DataError(f"{folder}: expected each task once, got {excerpt(repeated[0])} twice")
     tasks = read_tasks(data, names, prompts)
     for stage in _stages(folder):
         for split in ("test", "dev"):
             file = stage / f"{split}_tasks.json"
             other = set(_dataset_names(file)) - set(names) if split == "test" or file.exists() else set()
             if other:
-                raise DataError(f"{file}: wanted tasks that the order trains on, got {excerpt(min(other))}")
+                raise DataError(f"{file}: expected tasks that the order trains on, got {excerpt(min(other))}")
     return tasks
 
 
@@ -135,15 +135,16 @@ def read_tasks(
     Raises: `DataError` naming the file or folder, what was wanted and what was got.
     """
     if not 1 <= len(names) <= MAX_TASKS:
-        raise DataError(f"tasks: wanted 1 to {MAX_TASKS}, got {len(names)}")
+        raise DataError(f"tasks: expected 1 to {MAX_TASKS}, got {len(names)}")
     folders = _task_folders(Path(data))
     tasks = []
     for name in names:
         if name not in folders:
             some = ", ".join(excerpt(one) for one in sorted(folders)[:5]) or "none"
-            raise TaskNameError(f"{data}: wanted a folder with the exact name {excerpt(name)}, got {some}, ...")
+            raise TaskNameError(f"{data}: expected a folder with the exact name {excerpt(name)}, got {some}, ...")
         if len(folders[name]) > 1:
-            raise TaskNameError(f"{data}: wanted one folder {excerpt(name)}, got {', '.join(map(str, folders[name]))}")
+            got = ", ".join(map(str, folders[name]))
+            raise TaskNameError(f"{data}: expected one folder {excerpt(name)}, got {got}")
         folder = folders[name][0]
         files = {split: _split_file(folder, split, needed=split != "dev") for split in ("train", "dev", "test")}
         tasks.append(SequenceTask.build(name, files["train"], files["test"], _pool(data, name, prompts), files["dev"]))
@@ -163,7 +164,7 @@ def _rows(rows: Any, name: str, split: str, columns: tuple[str | None, str | Non
 
 def _order_folder(data: Path, order: str) -> Path:
     if not data.is_dir():
-        raise DataError(f"{data}: wanted a folder with tasks, got {'a file' if data.exists() else 'no such folder'}")
+        raise DataError(f"{data}: expected a folder with tasks, got {'a file' if data.exists() else 'no such folder'}")
     places = [base / "CL_configs" / "order" for base in (data, data.resolve().parent)]
     known: dict[str, Path] = {}
     for place in places:
@@ -174,7 +175,7 @@ def _order_folder(data: Path, order: str) -> Path:
                     known.setdefault(sub.name, sub)
     if order not in known:
         names = ", ".join(map(excerpt, sorted(known)[:10])) or "none"
-        raise DataError(f"{data}: wanted an order in CL_configs/order, got {excerpt(order)} (there are: {names})")
+        raise DataError(f"{data}: expected an order in CL_configs/order, got {excerpt(order)} (there are: {names})")
     return known[order]
 
 
@@ -183,33 +184,33 @@ def _stages(folder: Path) -> list[Path]:
     stages = sorted((int(match[1]), sub) for match, sub in numbered if match)
     if not stages or [number for number, _ in stages] != list(range(1, len(stages) + 1)):
         got = ", ".join(excerpt(sub.name) for _, sub in stages[:20]) or "none"
-        raise DataError(f"{folder}: wanted folders 1-..., 2-..., with no number missing or twice, got {got}")
+        raise DataError(f"{folder}: expected folders 1-..., 2-..., with no number missing or twice, got {got}")
     return [sub for _, sub in stages]
 
 
 def _dataset_names(file: Path) -> list[str]:
     entries = read_json(file, max_bytes=MAX_ORDER_BYTES)
     if not isinstance(entries, list):
-        raise DataError(f"{file}: wanted a list of tasks, got {excerpt(entries)}")
+        raise DataError(f"{file}: expected a list of tasks, got {excerpt(entries)}")
     for index, entry in enumerate(entries):
         if not isinstance(entry, dict) or not isinstance(entry.get("dataset_name"), str):
-            raise DataError(f"{file}: task {index}: wanted an object with 'dataset_name', got {excerpt(entry)}")
+            raise DataError(f"{file}: task {index}: expected an object with 'dataset_name', got {excerpt(entry)}")
         strategy = entry.get("sampling strategy", "full")
         if strategy != "full":
-            raise DataError(f"{file}: task {index}: 'sampling strategy': wanted 'full', got {excerpt(strategy)}")
+            raise DataError(f"{file}: task {index}: 'sampling strategy': expected 'full', got {excerpt(strategy)}")
     return [entry["dataset_name"] for entry in entries]
 
 
 def _one_task(file: Path) -> str:
     names = _dataset_names(file)
     if len(names) != 1:
-        raise DataError(f"{file}: wanted one task to train on, got {len(names)}")
+        raise DataError(f"{file}: expected one task to train on, got {len(names)}")
     return names[0]
 
 
 def _task_folders(data: Path) -> dict[str, list[Path]]:
     if not data.is_dir():
-        raise DataError(f"{data}: wanted a folder with tasks, got {'a file' if data.exists() else 'no such folder'}")
+        raise DataError(f"{data}: expected a folder with tasks, got {'a file' if data.exists() else 'no such folder'}")
     found: dict[str, list[Path]] = {}
     for root in (data / part for part in DATA_FOLDERS):
         if root.is_dir():
@@ -223,5 +224,5 @@ def _split_file(folder: Path, split: str, needed: bool) -> Path | None:
     files = [file for file in (folder / f"{split}{suffix}" for suffix in READERS) if file.is_file()]
     if len(files) > 1 or (needed and not files):
         got = ", ".join(file.name for file in files) or "none"
-        raise DataError(f"{folder}: wanted one file {split} ({', '.join(READERS)}), got {got}")
+        raise DataError(f"{folder}: expected one file {split} ({', '.join(READERS)}), got {got}")
     return files[0] if files else None

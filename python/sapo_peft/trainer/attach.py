@@ -68,7 +68,7 @@ def attach_sapo(
     started = time.perf_counter()
     config = SapoConfig() if config is None else config
     if not isinstance(config, SapoConfig):
-        raise TypeError(f"config: wanted a SapoConfig, got {type(config).__name__}")
+        raise TypeError(f"config: expected a SapoConfig, got {type(config).__name__}")
     named = _by_task(pools)
     tokenizer = _tokenizer(trainer)
     _check_trainer(trainer, config)
@@ -99,7 +99,7 @@ def _tokenizer(trainer: Any) -> Any:
     whole = getattr(trainer, "processing_class", None) or getattr(trainer, "tokenizer", None)
     tokenizer = getattr(whole, "tokenizer", whole)
     if tokenizer is None:
-        raise ValueError("trainer: wanted one made with processing_class=tokenizer, got none")
+        raise ValueError("trainer: expected one made with processing_class=tokenizer, got none")
     template = getattr(whole, "chat_template", None)
     if tokenizer is not whole and template and template != getattr(tokenizer, "chat_template", None):
         tokenizer = copy.copy(tokenizer)
@@ -123,17 +123,17 @@ def _by_task(pools) -> dict[str, PromptPool]:
     if isinstance(pools, PromptPool):
         pools = [pools]
     if isinstance(pools, str) or not isinstance(pools, (Mapping, Sequence)):
-        raise TypeError(f"pools: wanted a PromptPool, a list of them or one by task, got {type(pools).__name__}")
+        raise TypeError(f"pools: expected a PromptPool, a list of them or one by task, got {type(pools).__name__}")
     values = list(pools.values() if isinstance(pools, Mapping) else pools)
     if not values or not all(isinstance(pool, PromptPool) for pool in values):
         kinds = sorted({type(pool).__name__ for pool in values})
-        raise ValueError(f"pools: wanted at least one PromptPool, got {type(pools).__name__} of {kinds}")
+        raise ValueError(f"pools: expected at least one PromptPool, got {type(pools).__name__} of {kinds}")
     named = dict(pools) if isinstance(pools, Mapping) else {pool.task: pool for pool in values}
     if len(named) != len(values):
-        raise ValueError("pools: wanted tasks with different names, got a name twice")
+        raise ValueError("pools: expected tasks with different names, got a name twice")
     for task in named:
         if not isinstance(task, str):
-            raise TypeError(f"pools: wanted the names of tasks as strings, got {type(task).__name__} {task!r}")
+            raise TypeError(f"pools: expected the names of tasks as strings, got {type(task).__name__} {task!r}")
     return named
 
 
@@ -142,39 +142,41 @@ def _check_trainer(trainer: Any, config: SapoConfig) -> None:
     for option in ("packing", "padding_free"):
         if getattr(args, option, False):
             raise ValueError(
-                f"trainer: {option}=True joins examples that were tokenised ahead with one fixed prompt; wanted it off"
+                f"trainer: {option}=True joins examples that were tokenised ahead with one fixed prompt; expected it off"
             )
     # Of TRL; None means: on the completion if there is one.
     if getattr(args, "completion_only_loss", None) is False:
-        raise ValueError("trainer: completion_only_loss=False asks for a loss on the prompt too; wanted it on or unset")
+        raise ValueError(
+            "trainer: completion_only_loss=False asks for a loss on the prompt too; expected it on or unset"
+        )
     if getattr(getattr(args, "accelerator_config", None), "dispatch_batches", None):
         # A rank would be sent its rows of the tensors, but not of what they are rendered again from.
         raise ValueError(
-            "trainer: accelerator_config: dispatch_batches=True cannot be combined with SAPO; wanted it off"
+            "trainer: accelerator_config: dispatch_batches=True cannot be combined with SAPO; expected it off"
         )
     if config.drift is not None and getattr(args, "logging_strategy", None) == "no":
-        raise ValueError("config: drift is seen in the losses that are logged; wanted a logging_strategy, got 'no'")
+        raise ValueError("config: drift is seen in the losses that are logged; expected a logging_strategy, got 'no'")
     for name in ("get_batch_samples", "get_train_dataloader", "save_model", "training_step", "create_model_card",
                  "is_world_process_zero"):  # fmt: skip
         if not callable(getattr(trainer, name, None)):
-            raise TypeError(f"trainer: wanted a transformers Trainer with {name}(), got {type(trainer).__name__}")
+            raise TypeError(f"trainer: expected a transformers Trainer with {name}(), got {type(trainer).__name__}")
     if isinstance(getattr(trainer, "data_collator", None), SapoCollator):
-        raise ValueError("trainer: wanted one without SAPO, got one that it is attached to already")
+        raise ValueError("trainer: expected one without SAPO, got one that it is attached to already")
 
 
 def _check_dataset(dataset: Any, name: str) -> None:
     """It has examples, and they are texts."""
     if not _indexed(dataset):
-        raise ValueError(f"trainer: wanted a {name} with a length, got {type(dataset).__name__}")
+        raise ValueError(f"trainer: expected a {name} with a length, got {type(dataset).__name__}")
     if not len(dataset):
-        raise ValueError(f"trainer: wanted a {name} with examples, got an empty one")
+        raise ValueError(f"trainer: expected a {name} with examples, got an empty one")
     first = dataset[0]
     # TRL keeps the texts beside the tokens, and has put its end token behind them.
     raw = isinstance(first, Mapping) and any(all(name in first for name in names) for names in COLUMNS)
     if not raw or "input_ids" in first:
         got = sorted(map(str, first))[:20] if isinstance(first, Mapping) else type(first).__name__
         raise ValueError(
-            f"trainer: {name}: wanted raw examples with {' or '.join('/'.join(names) for names in COLUMNS)}, "
+            f"trainer: {name}: expected raw examples with {' or '.join('/'.join(names) for names in COLUMNS)}, "
             f"got {got}; for TRL's SFTTrainer pass dataset_kwargs={{'skip_prepare_dataset': True}}"
         )
     # Whether the texts are texts.
@@ -224,13 +226,13 @@ def _probes(trainer, choice: Choice, probe, config: SapoConfig) -> dict[str, lis
     if isinstance(probe, Mapping):
         unknown = sorted(map(str, set(probe) - set(choice.tasks)))
         if unknown:
-            raise ValueError(f"probe: wanted tasks among {choice.tasks[:20]}, got {unknown[:20]}")
+            raise ValueError(f"probe: expected tasks among {choice.tasks[:20]}, got {unknown[:20]}")
         for task, examples in probe.items():
             if isinstance(examples, str) or not _indexed(examples):
-                raise TypeError(f"probe: task {task!r}: wanted a list of examples, got {type(examples).__name__}")
+                raise TypeError(f"probe: task {task!r}: expected a list of examples, got {type(examples).__name__}")
         probes = {task: list(probe.get(task, ())) for task in choice.tasks}
     elif probe is not None and (isinstance(probe, str) or not _indexed(probe)):
-        raise TypeError(f"probe: wanted a list of examples, or one by task, got {type(probe).__name__}")
+        raise TypeError(f"probe: expected a list of examples, or one by task, got {type(probe).__name__}")
     else:
         probes = {task: [] for task in choice.tasks}
         source = trainer.train_dataset if probe is None else probe
@@ -244,5 +246,5 @@ def _probes(trainer, choice: Choice, probe, config: SapoConfig) -> dict[str, lis
                 break
     for task, found in probes.items():
         if not found:
-            raise ValueError(f"probe: task {task!r}: wanted at least one example to score on, got none")
+            raise ValueError(f"probe: task {task!r}: expected at least one example to score on, got none")
     return {task: [named_example(one) for one in found] for task, found in probes.items()}

@@ -67,10 +67,10 @@ def checkpoint_fault(path: Path, step: int) -> str | None:
         return f"trainer_state.json: {error}"
     if not isinstance(state, dict) or state.get("global_step") != step:
         got = state.get("global_step") if isinstance(state, dict) else type(state).__name__
-        return f"trainer_state.json: wanted step {step}, got {got!r}"
+        return f"trainer_state.json: expected step {step}, got {got!r}"
     models = (*_MODELS, *(f"*/{name}" for name in _MODELS[:1]), *_SHARDED_MODELS)
     if not any(list(path.glob(name)) for name in models):
-        return f"wanted one of {', '.join(_MODELS)}, got none"
+        return f"expected one of {', '.join(_MODELS)}, got none"
     weights = [*path.glob("*.safetensors"), *path.glob("*/adapter_model.safetensors")]
     for file in weights:
         fault = safetensors_fault(file)
@@ -93,7 +93,7 @@ def checkpoint_fault(path: Path, step: int) -> str | None:
         if fault:
             return f"{file.name}: {fault}"
     if not alone and not list(path.glob("rng_state*.pth")):
-        return "wanted rng_state.pth, got none"
+        return "expected rng_state.pth, got none"
     return None
 
 
@@ -104,13 +104,13 @@ def safetensors_fault(file: Path) -> str | None:
         with open(file, "rb") as handle:
             length = int.from_bytes(handle.read(8), "little")
             if size < 8 or length > min(size - 8, 100 * 2**20):
-                return f"wanted a header of {length} bytes, got a file of {size}"
+                return f"expected a header of {length} bytes, got a file of {size}"
             header = json.loads(handle.read(length))
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        return f"wanted a safetensors header, got {type(error).__name__}"
+        return f"expected a safetensors header, got {type(error).__name__}"
     wanted = 8 + length + max(ends, default=0)
-    return None if size == wanted else f"wanted {wanted} bytes, got {size}"
+    return None if size == wanted else f"expected {wanted} bytes, got {size}"
 
 
 def _archive_fault(file: Path) -> str | None:

@@ -71,10 +71,10 @@ class Choice:
     def task_of(self, feature: Mapping) -> str:
         """The task of an example: its "task" entry, or the only task there is."""
         if not isinstance(feature, Mapping):
-            raise TypeError(f"example: wanted a mapping with two texts, got {type(feature).__name__}")
+            raise TypeError(f"example: expected a mapping with two texts, got {type(feature).__name__}")
         task = feature.get("task", self.tasks[0] if len(self.tasks) == 1 else None)
         if not isinstance(task, str) or task not in self._index:
-            raise ValueError(f"example: wanted a 'task' among {self.tasks[:20]}, got {task!r}")
+            raise ValueError(f"example: expected a 'task' among {self.tasks[:20]}, got {task!r}")
         return task
 
     def prompt_for(self, task: str, example: Mapping[str, str], sample: bool = True) -> int:

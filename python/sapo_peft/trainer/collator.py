@@ -150,15 +150,15 @@ class SapoCollator:
 def named_example(feature: Mapping[str, Any]) -> Mapping[str, Any]:
     """The two texts of an example as "input" and "target"."""
     if not isinstance(feature, Mapping):
-        raise TypeError(f"example: wanted a mapping with two texts, got {type(feature).__name__}")
+        raise TypeError(f"example: expected a mapping with two texts, got {type(feature).__name__}")
     for names in COLUMNS:
         if all(name in feature for name in names):
             texts = [feature[name] for name in names]
             if not all(isinstance(text, str) for text in texts):
                 kinds = [type(text).__name__ for text in texts]
-                raise TypeError(f"example: {names}: wanted two strings, got {kinds} (conversations cannot be rendered)")
+                raise TypeError(f"example: {names}: expected two strings, got {kinds} (conversations are not rendered)")
             return dict(zip(("input", "target"), texts, strict=True))
     raise ValueError(
-        f"example: wanted {' or '.join('/'.join(names) for names in COLUMNS)}, got {sorted(map(str, feature))[:20]}; "
+        f"example: expected {' or '.join('/'.join(names) for names in COLUMNS)}, got {sorted(map(str, feature))[:20]}; "
         "was the dataset tokenised ahead? (TRL: dataset_kwargs={'skip_prepare_dataset': True})"
     )

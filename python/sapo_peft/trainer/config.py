@@ -65,7 +65,7 @@ class SapoConfig:
 
     def __post_init__(self):
         if self.mode not in MODES:
-            raise ValueError(f"mode: wanted one of {MODES}, got {self.mode!r}")
+            raise ValueError(f"mode: expected one of {MODES}, got {self.mode!r}")
         for name in ("floor", "decay"):
             _check_number(name, getattr(self, name), 1.0)
         _check_number("temperature", self.temperature, math.inf)
@@ -73,9 +73,9 @@ class SapoConfig:
             _check_number("drift", self.drift, math.inf)
         for name in ("at_start", "each_epoch"):
             if type(getattr(self, name)) is not bool:
-                raise ValueError(f"{name}: wanted True or False, got {getattr(self, name)!r}")
+                raise ValueError(f"{name}: expected True or False, got {getattr(self, name)!r}")
         if type(self.seed) is not int:
-            raise ValueError(f"seed: wanted a whole number, got {self.seed!r}")
+            raise ValueError(f"seed: expected a whole number, got {self.seed!r}")
         for name in ("drift_cooldown", "probe_examples", "max_source", "max_target"):
             _check_count(name, getattr(self, name))
         for name in ("every_steps", "max_tokens", "train_max_target"):
@@ -86,15 +86,15 @@ class SapoConfig:
 
     def _check_race(self) -> None:
         if not isinstance(self.race, Race):
-            raise ValueError(f"race: wanted a sapo_kernels.Race or None, got {self.race!r}")
+            raise ValueError(f"race: expected a sapo_kernels.Race or None, got {self.race!r}")
         if self.mode != "hard":
             raise ValueError(
-                f"race: wanted mode 'hard', got {self.mode!r}: draws go by the loss of every prompt, and a race "
+                f"race: expected mode 'hard', got {self.mode!r}: draws go by the loss of every prompt, and a race "
                 "measures no more than which is the lowest"
             )
         if self.decay:
             raise ValueError(
-                f"race: wanted decay 0, got {self.decay!r}: earlier losses in the mean could overturn the race's winner"
+                f"race: expected decay 0, got {self.decay!r}: earlier losses in the mean could overturn its winner"
             )
 
     @property
@@ -106,9 +106,9 @@ class SapoConfig:
 def _check_number(name: str, value, most: float) -> None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not (number and 0.0 <= value <= most and math.isfinite(value)):
-        raise ValueError(f"{name}: wanted a number from 0 to {most:g}, got {value!r}")
+        raise ValueError(f"{name}: expected a number from 0 to {most:g}, got {value!r}")
 
 
 def _check_count(name: str, value) -> None:
     if type(value) is not int or value < 1:
-        raise ValueError(f"{name}: wanted a whole number of at least 1, got {value!r}")
+        raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")

@@ -60,7 +60,7 @@ def check_same(digests: Mapping[str, str], device: torch.device) -> None:
     for rank, other in enumerate(found):
         names = [name for name, a, b in zip(digests, found[0].tolist(), other.tolist(), strict=True) if a != b]
         if names:
-            raise ValueError(f"rank {rank}: wanted the {' and '.join(names)} of rank 0, got others")
+            raise ValueError(f"rank {rank}: expected the {' and '.join(names)} of rank 0, got others")
 
 
 def say(line: str) -> None:

@@ -79,7 +79,7 @@ class Setup:
         """
         if kept.get("version") != STATE_VERSION:
             raise ValueError(
-                f"checkpoint: sapo state: wanted version {STATE_VERSION}, got {kept.get('version')!r}; "
+                f"checkpoint: sapo state: expected version {STATE_VERSION}, got {kept.get('version')!r}; "
                 "resume with the sapo_peft that wrote it or start a new run"
             )
         begun = kept["setup"]
@@ -87,22 +87,22 @@ class Setup:
         if begun["pools"] != self.pools:
             other = sorted({*self.pools.items()} ^ {*begun["pools"].items()})[0][0]
             raise ValueError(
-                f"checkpoint: task {other!r}: wanted the prompts that the run began with, got others; {again}"
+                f"checkpoint: task {other!r}: expected the prompts that the run began with, got others; {again}"
             )
         if kept["tasks"] != self.tasks:
             raise ValueError(
-                f"checkpoint: wanted the tasks in the order that the run began with, {kept['tasks'][:20]}, got "
+                f"checkpoint: expected the tasks in the order that the run began with, {kept['tasks'][:20]}, got "
                 f"{self.tasks[:20]}; {again}"
             )
         for name, what in (("rendering", "template and tokenizer"), ("probe", "probe")):
             if begun[name] != getattr(self, name):
-                raise ValueError(f"checkpoint: wanted the {what} that the run began with, got another; {again}")
+                raise ValueError(f"checkpoint: expected the {what} that the run began with, got another; {again}")
         old, new = begun["options"], self.options
         fixed = ("mode", "seed") if new["mode"] == "soft" or old["mode"] == "soft" else ("mode",)
         changed = [name for name in new if name in old and old[name] != new[name]]
         for name in fixed:
             if name in changed:
-                raise ValueError(f"checkpoint: {name}: wanted {old[name]!r} as before, got {new[name]!r}; {again}")
+                raise ValueError(f"checkpoint: {name}: expected {old[name]!r} as before, got {new[name]!r}; {again}")
         if changed:
             said = ", ".join(f"{name} {old[name]!r} -> {new[name]!r}" for name in changed)
             logger.warning("resuming with other options than the run began with: %s", said[:500])
