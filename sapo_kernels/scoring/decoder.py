@@ -120,6 +120,7 @@ class TreeRunner:
         self, model: nn.Module, reader: HeadReader, impl: str, device: torch.device, prefixes: PrefixCache | None = None
     ):
         self.model, self.reader, self.impl, self.device, self.prefixes = model, reader, impl, device, prefixes
+        self.options = reader.options
         self._carried: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def run(self, trie: TriePass, checks=()) -> torch.Tensor:
@@ -141,8 +142,7 @@ class TreeRunner:
                     input_ids=plan.input_ids[None],
                     position_ids=plan.position[None, plan.carried :].long(),
                     attention_mask=carrier,
-                    use_cache=False,
-                    return_dict=True,
+                    **self.options,
                 ),
                 Batch.of_pass(plan, checks),
             )
@@ -160,6 +160,6 @@ def run_padded(model: nn.Module, reader: HeadReader, batch: Batch, device: torch
     """Log-probability [P] of the targets of a right-padded batch, by the model's own attention."""
     mask = batch.attention_mask.to(device)
     return reader.read(
-        lambda: model(input_ids=batch.input_ids.to(device), attention_mask=mask, use_cache=False, return_dict=True),
+        lambda: model(input_ids=batch.input_ids.to(device), attention_mask=mask, **reader.options),
         batch,
     )

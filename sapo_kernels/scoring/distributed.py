@@ -20,6 +20,7 @@ from torch import nn
 
 from ..trie.trie import TokenTrie
 from .decoder import NotTreeable
+from .fingerprint import autocast_of
 from .model_state import Unrecoverable, compilation_off, is_out_of_memory, scoring_mode
 from .paths import ALONE, Paths
 from .prompt_scores import PromptScores
@@ -169,10 +170,10 @@ class ShardedJob(ScoringJob):
     def part(self, cells: np.ndarray) -> ShardedJob:
         return ShardedJob(self.model, self.cache.select(cells), self.impl, self.max_tokens, self.ranks, self.count)
 
-    def _checks(self, cells, before, plain) -> list[Check]:
+    def _checks(self, checks, cells, before, plain) -> list[Check]:
         # On every rank, for all must take the same path; forwards that gather weights are in step.
         with self._gathering():
-            return super()._checks(cells, before, plain)
+            return super()._checks(checks, cells, before, plain)
 
     def attempt(self, path: str, checks: Sequence[Check], plain: PlainModel) -> tuple[np.ndarray, int]:
         # In turn: shards are about as large as each other.
@@ -274,7 +275,7 @@ class ShardedJob(ScoringJob):
         cells = (
             np.ascontiguousarray(a, np.int64) for a in (self.cache.ids, self.cache.offsets, self.cache.context_lengths)
         )
-        options = (self.impl, self.max_tokens, len(self.shards), self.count, *_autocast(self.device))
+        options = (self.impl, self.max_tokens, len(self.shards), self.count, *autocast_of(self.device))
         digests = (
             _digest(str(self.cache.num_examples), *self.cache.prompts, *(a.view(np.uint8).data for a in cells)),
             _digest(repr(options), repr(race)),
@@ -364,8 +365,3 @@ def _model_digests(model: nn.Module) -> tuple[bytes, bytes]:
     # One copy from each device.
     read = [torch.cat(values).cpu().numpy().data for values in samples.values()]
     return _digest(*described), _digest(*read)
-
-
-def _autocast(device: torch.device) -> tuple:
-    on = torch.is_autocast_enabled(device.type)
-    return on, torch.get_autocast_dtype(device.type) if on else None

@@ -91,7 +91,7 @@ class HeadReader:
     def __init__(self, inner: nn.Module, impl: str, through_model: bool = False):
         self.head, self.impl, self.through_model = inner.get_output_embeddings(), impl, through_model
         self.scale, self.softcap = support.head_transform(inner)
-        self.vocabulary = support.vocabulary_size(inner)
+        self.vocabulary, self.options = support.vocabulary_size(inner), support.forward_options(inner)
         self._waiting: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         self._batch: Batch | None = None
         self._logprob: torch.Tensor | None = None
@@ -215,7 +215,7 @@ class HeadReader:
         seen: list[Observed] = []
 
         def see(module, args):
-            if not self._own_call:
+            if args and not self._own_call:
                 flat = args[0].reshape(-1, args[0].shape[-1])
                 seen.append(Observed(self.logits(flat[-count - 1 : -1]), self._head_dtype(flat)))
 

@@ -10,6 +10,8 @@ import inspect
 import torch
 from torch import nn
 
+from .foreign_code import foreign_module
+
 ATTENTION_KINDS = {"full_attention", "sliding_attention"}
 ROPE_BY_LENGTH = ("dynamic", "longrope")
 POSITION_TABLES = {
@@ -20,23 +22,28 @@ POSITION_TABLES = {
 def unwrap(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     """(what to call, the transformers causal LM inside).
 
-    Wrappers that only add gradient synchronisation or compilation are peeled off; PEFT's stay, they may act in forward.
+    Wrappers that only add gradient synchronisation or compilation are peeled off, unless they have hooks or code of the
+    user's own; PEFT's stay, they may act in forward.
     """
-    while True:
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        else:
-            break
-    inner = model
-    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-        if getattr(model.active_peft_config, "is_prompt_learning", False):
+    inner, bare = model, True
+    while (below := _below(inner)) is not None:
+        bare = bare and not (inner._forward_hooks or inner._forward_pre_hooks) and foreign_module(inner) is None
+        inner = below
+        if bare:
+            model = below
+    if type(inner).__module__.partition(".")[0] == "peft":
+        active = getattr(inner, "active_peft_config", None)
+        if getattr(active, "is_prompt_learning", False):
             raise ValueError(
-                f"model: {model.active_peft_config.peft_type} adds virtual tokens in front of the text; "
+                f"model: {active.peft_type} adds virtual tokens in front of the text; "
                 "prompt-learning adapters cannot be scored"
             )
-        inner = model.get_base_model()
+        while type(inner).__module__.partition(".")[0] == "peft":
+            # A PeftModel holds a tuner, which holds the model; a PeftMixedModel too; a tuner may be given bare.
+            below = inner._modules.get("base_model") or inner._modules.get("model")
+            if below is None:
+                break
+            inner = below
     if not hasattr(inner, "config") or not hasattr(inner, "get_output_embeddings"):
         raise TypeError(f"model: expected a transformers causal LM or a PeftModel of one, got {type(model).__name__}")
     if getattr(inner.config, "is_encoder_decoder", False):
@@ -44,6 +51,21 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     if inner.get_output_embeddings() is None:
         raise TypeError(f"model: {type(inner).__name__} has no output embeddings, so no log-probabilities")
     return model, inner
+
+
+def _below(module: nn.Module) -> nn.Module | None:
+    """What a compiled or parallel module wraps."""
+    if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return module.module
+    return module._modules.get("_orig_mod")
+
+
+def forward_options(inner: nn.Module) -> dict:
+    """What every forward is asked for beside its inputs: no losses of routers, which know no trie."""
+    asked = {"use_cache": False, "return_dict": True}
+    if "output_router_logits" in inspect.signature(inner.forward).parameters:
+        asked["output_router_logits"] = False
+    return asked
 
 
 def text_config(inner: nn.Module):

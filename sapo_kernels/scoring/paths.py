@@ -210,6 +210,17 @@ def _unless_out_of_memory(call):
     return None
 
 
+def most_padded(cache: ResponseCache, budget: int) -> int:
+    """The cell with the most padding on the padded path; the shortest if nothing is padded."""
+    lengths = cache.lengths + 1
+    padding = [
+        (int(lengths[batch[0]] - lengths[cell]), -int(lengths[cell]), cell)
+        for batch in _similar_lengths(np.unique(cache.first_equal), lengths, budget, False)
+        for cell in batch
+    ]
+    return max(padding)[-1]
+
+
 def _similar_lengths(cells: np.ndarray, lengths: np.ndarray, budget: int, equal: bool) -> list[list[int]]:
     """The cells in batches of at most `budget` padded tokens, longest first; with `equal`, of exactly one length."""
     order = cells[np.argsort(-lengths[cells], kind="stable")].tolist()

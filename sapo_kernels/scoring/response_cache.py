@@ -83,6 +83,22 @@ class ResponseCache:
         first = [seen.setdefault((context, self.ids[a:b].tobytes()), c) for c, (a, b, context) in enumerate(spans)]
         return np.asarray(first, dtype=np.int64)
 
+    @cached_property
+    def extremes(self) -> tuple[int, int]:
+        """The first and the last cell in the trie's depth-first order: the smallest and the largest, as words sort."""
+        found = []
+        for sign in (1, -1):
+            cells, depth, lengths = np.unique(self.first_equal), 0, self.lengths
+            while len(cells) > 1:
+                ended = lengths[cells] <= depth
+                if ended.any():  # a prefix of the others: it comes first, and not last
+                    cells = cells[ended][:1] if sign > 0 else cells[~ended] if not ended.all() else cells[:1]
+                    continue
+                ids = sign * self.ids[self.offsets[cells] + depth]
+                cells, depth = cells[ids == ids.min()], depth + 1
+            found.append(int(cells[0]))
+        return found[0], found[1]
+
     def cell_name(self, cell: int) -> str:
         """What messages call a cell, by its flat number; a selection's cells by those of the whole."""
         number = cell if self.selected is None else int(self.selected[cell])

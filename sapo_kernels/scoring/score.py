@@ -14,7 +14,8 @@ from torch import nn
 
 from . import model_support
 from .decoder import NotTreeable
-from .fingerprint import configurations, fingerprint, foreign_code
+from .fingerprint import configurations, fingerprint
+from .foreign_code import foreign_code
 from .model_state import (
     Unrecoverable,
     claimed,
@@ -24,13 +25,13 @@ from .model_state import (
     rope_kept,
     scoring_mode,
 )
-from .paths import ALONE, EQUAL, PADDED, PATHS, TREE, Paths
+from .paths import ALONE, EQUAL, PADDED, PATHS, TREE, Paths, most_padded
 from .prefix_cache import PrefixCache
 from .prompt_scores import PromptScores
 from .race import Race, RaceState
 from .render import Template, without_empty_targets
 from .response_cache import ResponseCache
-from .verification import Check, Disagreement, PlainModel, chosen_cells
+from .verification import UNMEASURED, Check, Disagreement, PlainModel, chosen_cells
 
 logger = logging.getLogger("sapo_kernels")
 
@@ -41,6 +42,7 @@ DEFAULT_MAX_TOKENS = {"cpu": 1024, "cuda": 16384}
 TWO_CHECKS = 20
 # Passes whose ends are verified where code that nobody knows is packed because the caller insists on it.
 VERIFIED_PASSES = 4
+_FAILED = "it failed"
 _SPOKEN = {PADDED: "by the padded path", EQUAL: "each sequence without padding", ALONE: "each sequence alone"}
 # What is remembered of one model: it may be used in a few ways in turn (under autocast, with another adapter).
 _REMEMBERED = 16
@@ -73,7 +75,7 @@ def score_prompts(
                 nll[k, m] = -log_softmax(logits)[response rows, response ids].sum()
 
     Every call verifies that on one or two of its own cells, the longest among them. If they disagree, or if code that
-    is not a known library's runs in the model's forward (see `fingerprint.LIBRARIES`), the next path is taken: padded
+    is not a known library's runs in the model's forward (see `foreign_code.LIBRARIES`), the next path is taken: padded
     batches, then each sequence alone; a line in the log says which and why.
 
     Args:
@@ -161,13 +163,14 @@ class Measured:
 class Settled:
     """What is known of a model as one fingerprint has it: the path that agreed, why not a faster one, its noise.
 
-    length: tokens of the longest sequence that was verified; a race's later rounds look at it.
+    key: the fingerprint. length: tokens of the longest sequence that was verified; a race's later rounds look at both.
     """
 
     path: str
     reason: str | None
     through_model: bool
     noise: tuple[float, float] | None
+    key: int = 0
     length: int = 0
 
 
@@ -277,11 +280,13 @@ class ScoringJob(Paths):
 
     def _measure(self, known: dict[int, Settled], key: int, foreign: str | None) -> Measured:
         plain = PlainModel(self.model, self.inner, self.device, keep_rows=foreign is None)
-        if self.settled is not None and self.longest <= self.settled.length:
+        if self.settled is not None and self.settled.key == key and self.longest <= self.settled.length:
             self.through_model = self.settled.through_model
             nll, computed = self.attempt(self.settled.path, [], plain)
             return Measured(nll, computed, self.settled.path, self.settled.reason, [], 0.0)
-        found, lasting = self._first_that_agrees(self.settled or known.get(key), foreign, plain)
+        before = known.get(key) if self.settled is None or self.settled.key != key else self.settled
+        found, lasting = self._first_that_agrees(before, foreign, plain)
+        self.settled.key = key
         if lasting:
             while len(known) >= _REMEMBERED:
                 known.pop(next(iter(known)))
@@ -295,38 +300,38 @@ class ScoringJob(Paths):
         start, reason = self._start(foreign)
         if before is not None and PATHS.index(before.path) > PATHS.index(start):
             start, reason = self._allowed(before.path, before.reason)
-        checks = self._checks(self._cells(before, foreign), before, plain)
-        self.through_model = not all(check.head for check in checks)
-        lasting = any(check.finite for check in checks)
-        if not lasting and start in (TREE, PADDED):
-            start, reason = self._allowed(EQUAL, "its log-probabilities are not finite: nothing can be verified")
+        checks, lasting = self._checks([], self._cells(start, before, foreign), before, plain), True
+        if not any(check.finite for check in checks):
+            lasting = False
+            if start in (TREE, PADDED):
+                start, reason = self._allowed(EQUAL, "its log-probabilities are not finite: nothing can be verified")
         for path in PATHS[PATHS.index(start) :]:
+            checks = self._checks(checks, self._cells(path, before, foreign), before, plain)
+            self.through_model = not all(check.head for check in checks)
             if any(check.head is None for check in checks) and path != ALONE:
                 _, reason = self._allowed(ALONE, "its forward does not go through its output embeddings")
                 continue
-            if path in (PADDED, EQUAL) and len(checks) == 1:
-                checks = self._checks(chosen_cells(self.cache, 2), before, plain)
             asked = {"padded": PADDED, "alone": EQUAL}.get(self.impl, TREE)
-            if PATHS.index(path) > PATHS.index(asked) and reason is not None and not self.quiet:
+            told = self.quiet or (self.settled is not None and self.settled.path == path)
+            if PATHS.index(path) > PATHS.index(asked) and reason is not None and not told:
                 logger.warning("scoring %s: %s", _SPOKEN[path], reason)
             try:
                 nll, computed = self.attempt(path, checks, plain)
             except (Disagreement, NotTreeable) as error:
-                problem = str(error)
+                problem, lasting = str(error), lasting and not str(error).startswith(_FAILED)
             except Unrecoverable:
                 raise
             except Exception as error:
                 if is_out_of_memory(error) or path == ALONE:
                     raise
                 # It may have been a passing fault.
-                problem, lasting = f"it failed: {type(error).__name__}: {str(error)[:200]}", False
+                problem, lasting = f"{_FAILED}: {type(error).__name__}: {str(error)[:200]}", False
             else:
                 self.settled = Settled(path, reason, self.through_model, checks[0].noise, self.longest)
                 names = [self.cache.cell_name(check.cell) for check in checks]
                 return Measured(nll, computed, path, reason, names, max(check.worst for check in checks)), lasting
-            if before is not None and before.noise is not None:
-                # The model's own error may have grown since it was measured.
-                self.settled = None
+            if before is not None:
+                # What is remembered may have changed: the model's own error, which cells show a difference.
                 return self._first_that_agrees(None, foreign, plain)
             following = PATHS[min(PATHS.index(path) + 1, len(PATHS) - 1)]
             _, reason = self._allowed(following, f"{type(self.inner).__name__} by the {path} path: {problem}")
@@ -354,31 +359,40 @@ class ScoringJob(Paths):
             raise RuntimeError(f"impl={self.impl!r}: {reason}")
         return (EQUAL if self.impl == "alone" and path == PADDED else path), reason
 
-    def _cells(self, before: Settled | None, foreign: str | None) -> list[int]:
-        """The cells to verify: one, two of a model that is new, and more where code that nobody knows is packed."""
-        number = 2 if before is None and len(self.cache.lengths) >= TWO_CHECKS else 1
+    def _cells(self, path: str, before: Settled | None, foreign: str | None) -> list[int]:
+        """The cells to verify on a path, the longest first."""
+        longest, shortest = chosen_cells(self.cache, 1)[0], chosen_cells(self.cache, 2)[-1]
+        if path == PADDED:
+            return [longest, most_padded(self.cache, self._budget())]
+        if path != TREE:
+            return [longest, shortest]
+        # In front of every other sequence a cell has the same place in the pass as alone, and shows no neighbour.
+        first, last = self.cache.extremes
+        if longest == first or (before is None and len(self.cache.lengths) >= TWO_CHECKS):
+            cells = [longest, last if last != longest else shortest]
+        else:
+            cells = [longest]
         if foreign is None or self.impl in ("auto", "padded", "alone"):
-            return chosen_cells(self.cache, number)
+            return cells
         plan = self.cache.plan(self._budget())
         passes = [*plan.passes[: VERIFIED_PASSES // 2], *plan.passes[-VERIFIED_PASSES // 2 :]]
         # The next leaf in depth-first order belongs to a cell that holds the token.
         order = np.argsort(plan.trie.leaf, kind="stable")
         tokens = [token for step in passes for token in (step.start, step.stop - 1)]
-        at_ends = order[np.searchsorted(plan.trie.leaf[order], tokens)]
-        return list(dict.fromkeys(self.cache.first_equal[[*chosen_cells(self.cache, 2), *at_ends]].tolist()))
+        return [*cells, shortest, *order[np.searchsorted(plan.trie.leaf[order], tokens)].tolist()]
 
-    def _checks(self, cells: list[int], before: Settled | None, plain: PlainModel) -> list[Check]:
-        """Cells by the plain model; others in the place of those whose losses are not finite, if there are any."""
-        reader, noise, checks = self.reader(), before.noise if before else None, []
-        others = chosen_cells(self.cache, len(cells) + 3)
-        for chosen in (cells, [cell for cell in others if cell not in cells][:3]):
-            for cell in chosen:
-                self.put_rope_back()
-                checks.append(plain.check(self.cache, cell, reader, noise))
+    def _checks(self, checks: list[Check], cells: list[int], before: Settled | None, plain: PlainModel) -> list[Check]:
+        """`checks` and those of more cells; of others too as long as no cell's loss is finite."""
+        reader, found = self.reader(), {check.cell: check for check in checks}
+        noise = before.noise if before and before.noise and before.noise < UNMEASURED else None
+        for cell in [*cells, *chosen_cells(self.cache, len(cells) + 3)]:
+            cell = int(self.cache.first_equal[cell])
+            if cell in found or (cell not in cells and any(check.finite for check in found.values())):
+                continue
             self.put_rope_back()
-            if any(check.finite for check in checks):
-                break
-        return checks
+            found[cell] = plain.check(self.cache, cell, reader, noise)
+        self.put_rope_back()
+        return list(found.values())
 
     def attempt(self, path: str, checks: Sequence[Check], plain: PlainModel) -> tuple[np.ndarray, int]:
         """`run`; a job that is shared among ranks shares this out."""

@@ -94,11 +94,11 @@ def verify(
 class _AllVerified(ScoringJob):
     checks: list[Check] = []
 
-    def _cells(self, before, foreign) -> list[int]:
+    def _cells(self, path, before, foreign) -> list[int]:
         return np.unique(self.cache.first_equal).tolist()
 
-    def _checks(self, cells, before, plain) -> list[Check]:
-        self.checks = super()._checks(np.unique(self.cache.first_equal).tolist(), None, plain)
+    def _checks(self, checks, cells, before, plain) -> list[Check]:
+        self.checks = super()._checks(checks, cells, None, plain)
         return self.checks
 
 

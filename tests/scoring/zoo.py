@@ -169,7 +169,7 @@ wrapped("one logit lowered by 20, signature kept", lowered, keep_signature=True)
 wrapped("a penalty for repetition", repeated, keep_signature=True)
 wrapped("a temperature", lambda x, ids: x / 0.7)
 wrapped("the mean of the rows taken off", lambda x, ids: x - x.mean(1, keepdim=True), keep_signature=True)
-wrapped("all but the best hundred at -inf", lambda x, ids: x.masked_fill(x < x.topk(250).values[..., -1:], -torch.inf))
+wrapped("the least likely at -inf", lambda x, ids: x.masked_fill(x < x.topk(298).values[..., -1:], -torch.inf))
 
 
 @way("patched forward of a layer")
@@ -388,3 +388,144 @@ def _(model):
 def _(model):
     count = []
     layer(model).mlp.register_forward_hook(lambda m, args, out: (count.append(1), out * (1 + len(count) % 3))[1])
+
+
+# Behind what looks harmless.
+
+
+class Steering(nn.Module):
+    """A hook that is a module."""
+
+    def forward(self, module, args, out):
+        return shift(out)
+
+
+class Shifted(nn.Module):
+    def forward(self, x):
+        return shift(x)
+
+
+class Function(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return shift(x)
+
+
+class Callable:
+    def __call__(self, x):
+        return shift(x)
+
+
+@way("hidden: a hook that is a module")
+def _(model):
+    layer(model).mlp.register_forward_hook(Steering())
+
+
+@way("hidden: a bound method of another module")
+def _(model):
+    layer(model).mlp.forward = Shifted().__call__
+
+
+@way("hidden: an autograd function")
+def _(model):
+    layer(model).input_layernorm.forward = Function.apply
+
+
+@way("hidden: a module that is not registered")
+def _(model):
+    del layer(model).mlp._modules["down_proj"]
+    layer(model).mlp.__dict__["down_proj"] = nn.Sequential(nn.Linear(48, 32), Shifted())
+
+
+@way("hidden: a forward under accelerate's hook")
+def _(model):
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    norm = layer(model).mlp.up_proj
+    forward = norm.forward
+    norm.forward = lambda x: forward(shift(x))
+    add_hook_to_module(norm, ModelHook())
+
+
+@way("hidden: accelerate's hook with a function of its own")
+def _(model):
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    own = ModelHook()
+    own.post_forward = lambda module, output: shift(output)
+    add_hook_to_module(layer(model).mlp, own)
+
+
+@way("hidden: a callable that is no function")
+def _(model):
+    layer(model).input_layernorm.forward = torch.compiler.disable(Callable())
+
+
+@way("hidden: a compiled script")
+def _(model):
+    import io
+
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.trace(Shifted(), torch.ones(1, 5, 32)), file)
+    layer(model).mlp = torch.jit.load(io.BytesIO(file.getvalue()))
+
+
+@way("hidden: a function two calls deep")
+def _(model):
+    from transformers.models.qwen3 import modeling_qwen3
+
+    rotate = modeling_qwen3.rotate_half
+    modeling_qwen3.rotate_half = lambda x: shift2(rotate(x))
+    return lambda: setattr(modeling_qwen3, "rotate_half", rotate)
+
+
+@way("hidden: a torch function that norms call")
+def _(model):
+    plain = torch.rsqrt
+    torch.rsqrt = lambda x: shift(plain(x)) if x.dim() == 3 else plain(x)
+    return lambda: setattr(torch, "rsqrt", plain)
+
+
+@way("hidden: a parameter of another class")
+def _(model):
+    class Leaky(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            with torch._C.DisableTorchFunctionSubclass():
+                out = func(*args, **(kwargs or {}))
+            return shift(out) if func is torch.nn.functional.linear else out
+
+    linear = layer(model).mlp.up_proj
+    linear._parameters["weight"] = linear.weight.detach().as_subclass(Leaky)
+
+
+@way("hidden: a dispatch mode")
+def _(model):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            return shift(out) if func is torch.ops.aten.silu.default and out.dim() == 3 else out
+
+    mode = Mode()
+    mode.__enter__()
+    return lambda: mode.__exit__(None, None, None)
+
+
+@way("hidden: how torch calls modules")
+def _(model):
+    plain = nn.Module._call_impl
+
+    def called(self, *args, **kwargs):
+        out = plain(self, *args, **kwargs)
+        return shift(out) if type(self).__name__ == "Qwen3MLP" else out
+
+    nn.Module._call_impl = called
+    return lambda: setattr(nn.Module, "_call_impl", plain)
+
+
+@way("layers of torch's own that look back")
+def _(model):
+    back = nn.Sequential(nn.ZeroPad2d((0, 0, 2, 0)), nn.AvgPool2d((3, 1), stride=1))
+    layer(model).mlp = nn.Sequential(layer(model).mlp, back)

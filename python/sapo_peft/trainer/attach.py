@@ -142,13 +142,11 @@ def _check_trainer(trainer: Any, config: SapoConfig) -> None:
     for option in ("packing", "padding_free"):
         if getattr(args, option, False):
             raise ValueError(
-                f"trainer: {option}=True joins examples that were tokenised ahead with one fixed prompt; expected it off"
+                f"trainer: {option}=True joins examples tokenised ahead with one fixed prompt; expected it off"
             )
     # Of TRL; None means: on the completion if there is one.
     if getattr(args, "completion_only_loss", None) is False:
-        raise ValueError(
-            "trainer: completion_only_loss=False asks for a loss on the prompt too; expected it on or unset"
-        )
+        raise ValueError("trainer: completion_only_loss=False asks for a loss on the prompt; expected it on or unset")
     if getattr(getattr(args, "accelerator_config", None), "dispatch_batches", None):
         # A rank would be sent its rows of the tensors, but not of what they are rendered again from.
         raise ValueError(
