@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from sapo_kernels.files import read_json
+from sapo_peft.assets import tiny_base_folder
 from sapo_peft.sequence import SequenceConfig, run_sequence
-from sapo_peft.tiny_base import load_tiny_base, sequence_tasks, tiny_base_folder
+from sapo_peft.tiny_base import load_tiny_base, sequence_tasks
 
 from . import design, rows
 from .single import Damage, run_task

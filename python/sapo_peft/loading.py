@@ -16,6 +16,9 @@ import torch
 
 from sapo_kernels.files import DataError, excerpt, read_json
 
+from .assets import tiny_base_folder
+from .gguf import MODELS, load_gguf, resolve
+
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?")
 _LAYER = re.compile(r"\.\d+\.")
 _TOKENIZER_FILES = (
@@ -53,7 +56,8 @@ def spare_threads(name: str) -> None:
 def load(name: str, adapter: str | None, dtype: str, device: str, tokenizer: str | None = None) -> tuple[Any, Any]:
     """(model in eval mode on its device, tokenizer).
 
-    name: a folder, a hub name, ``tiny`` or ``tiny-base``. adapter: a folder or hub name of a PEFT adapter. dtype:
+    name: a folder, a hub name, a GGUF file, ``tiny``, ``tiny-base``, ``smollm2`` or ``gemma3-270m`` (see gguf.py).
+    adapter: a folder or hub name of a PEFT adapter. dtype:
     ``auto`` keeps the checkpoint's on a GPU and takes float32 on the CPU. tokenizer: a folder or hub name if it does
     not lie beside the model.
 
@@ -62,22 +66,27 @@ def load(name: str, adapter: str | None, dtype: str, device: str, tokenizer: str
     place = pick_device(device)
     quiet_libraries()
     kind = _DTYPES.get(dtype, torch.float32 if place.type == "cpu" else "auto")
+    own = None
     if name == "tiny":
         from .tiny_random import tiny_model, tiny_tokenizer
 
-        model = tiny_model()
+        model, own = tiny_model(), tiny_tokenizer()
         model = model if kind == "auto" else model.to(kind)
-        tok = tiny_tokenizer() if tokenizer is None else _load_tokenizer(tokenizer)
     else:
+        file = None
         if name == "tiny-base":
-            from .tiny_base import tiny_base_folder
-
             name = str(tiny_base_folder())
-        model = _load_model(name, kind)
-        tok = _load_tokenizer(name if tokenizer is None else tokenizer)
+        elif name in MODELS or name.lower().endswith(".gguf"):
+            name, file = resolve(name)
+        if file is None:
+            model = _load_model(name, kind)
+        else:
+            model, own = load_gguf(name, file, torch.float32 if kind == "auto" else kind)
+    if own is None or tokenizer is not None:
+        own = _load_tokenizer(name if tokenizer is None else tokenizer)
     if adapter is not None:
         model = _load_adapter(model, adapter)
-    return model.to(place).eval(), tok
+    return model.to(place).eval(), own
 
 
 def quiet_libraries() -> None:

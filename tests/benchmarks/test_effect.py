@@ -11,7 +11,7 @@ from benchmarks.effect import again, design, rows, table
 from benchmarks.effect.__main__ import main
 from benchmarks.effect.statistics import bootstrap_mean, paired_difference, ranks, spearman, student_mean
 from sapo_kernels.files import DataError, read_json
-from sapo_peft.tiny_base import tiny_base_folder
+from sapo_peft.assets import tiny_base_folder
 
 
 def test_ranks_share_the_mean_of_their_places():

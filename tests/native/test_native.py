@@ -80,7 +80,7 @@ def test_a_module_for_other_arguments_is_not_found(package):
     source.write_text(source.read_text().replace(f"\nABI = {native.ABI}\n", f"\nABI = {native.ABI + 1}\n"))
     status = report(package)[0][0]
     assert status["_C"] == "not built"
-    assert status["_planner"] == f"built for interface {native.ABI}, wanted {native.ABI + 1}: build it again"
+    assert status["_planner"] == f"built for interface {native.ABI}, expected {native.ABI + 1}: build it again"
 
 
 def test_status_is_printed_by_the_package(capsys):

@@ -15,163 +15,20 @@ import pytest
 import torch
 
 import sapo_kernels as sk
-from sapo_kernels.scoring import fingerprint, foreign_code, paths, race, score, verification
+from sapo_kernels.scoring import fingerprint, foreign_code, paths, score, verification
 from tests.families import build, cells, per_token_error, plain_nll
-from tests.scoring.zoo import ZOO
+from tests.scoring.test_zoo import many
 from tests.tolerances import TOLERANCES
 
 pytest.importorskip("transformers")
 
 TOLERANCE = TOLERANCES["token nll"].atol
-# Whatever does not give the same twice has no score.
-NO_SCORE = {"noise that never repeats", "a counter"}
 
 
 @pytest.fixture(scope="module")
 def cache():
-    """Cells of 36 to 76 tokens, longer than any window or block of the zoo."""
+    """Cells of 36 to 76 tokens."""
     return cells(inputs=(60, 60, 34))
-
-
-@pytest.fixture(scope="module")
-def sorted_cells():
-    """The longest cell is the first in depth-first order: its place in the pass is its place in the sequence."""
-    draw = torch.Generator().manual_seed(0)
-
-    def ids(first, count):
-        return [first, *torch.randint(60, 290, (count,), generator=draw).tolist()]
-
-    prompts = [ids(5 + k, 30 - 2 * k) for k in range(2)]
-    inputs, answers = [ids(5 + m, 30 - 3 * m) for m in range(4)], [ids(7, 2) for _ in range(4)]
-    return sk.ResponseCache.from_token_ids([[prompt + given for given in inputs] for prompt in prompts], answers)
-
-
-@pytest.mark.parametrize("before", [False, True], ids=["new", "scored before"])
-@pytest.mark.parametrize("name", ZOO)
-def test_whatever_a_model_computes_is_what_is_scored(name, before, cache, sorted_cells, caplog):
-    # Before and after differ in their cells too: in the one order or the other a difference shows less.
-    cache = sorted_cells if before else cache
-    family, config, change = ZOO[name]
-    model = build(family, **config)
-    usual = plain_nll(model, cache)
-    if before:
-        assert per_token_error(sk.score_prompts(model, cache, max_tokens=64), usual) < TOLERANCE
-    undo = change(model) or (lambda: None)
-    try:
-        with caplog.at_level(logging.WARNING, logger="sapo_kernels"):
-            if name in NO_SCORE:
-                with pytest.raises(RuntimeError, match="expected the same log-probabilities each time"):
-                    sk.score_prompts(model, cache, max_tokens=64)
-                return
-            # A fresh copy each time: a rope that has grown would stay so.
-            forward = (lambda **inputs: copy.deepcopy(model)(**inputs)) if "grows" in name else None
-            plain = plain_nll(model, cache, forward)
-            for max_tokens in (64, 4096):
-                scores = sk.score_prompts(model, cache, max_tokens=max_tokens)
-                assert per_token_error(scores, plain) < TOLERANCE, (name, scores.stats["path"])
-            # One line says which path and why; nothing is said of the usual one.
-            assert bool(caplog.text) == (scores.stats["path"] != "tree") == (scores.stats["reason"] is not None)
-            print(f"\n  {name}: {scores.stats['path']}, {scores.stats['reason']}", end="")
-            for impl in ("tree", "padded", "alone"):
-                try:
-                    scores = sk.score_prompts(model, cache, impl=impl, max_tokens=64)
-                except RuntimeError as error:
-                    assert str(error).startswith(f"impl={impl!r}: ")
-                else:
-                    assert per_token_error(scores, plain) < TOLERANCE, (name, impl)
-    finally:
-        undo()
-
-
-WRAPPERS = {
-    "compiled": lambda model: torch.compile(model, backend="eager"),
-    "parallel": torch.nn.DataParallel,
-}
-
-
-@pytest.mark.parametrize("wrapper", WRAPPERS)
-@pytest.mark.parametrize("how", ["hook", "forward"])
-def test_code_around_a_wrapper_is_not_peeled_off(wrapper, how, cache):
-    model = WRAPPERS[wrapper](build("qwen3").eval())
-    plain = plain_nll(model, cache)
-    assert per_token_error(sk.score_prompts(model, cache), plain) < TOLERANCE
-
-    def cooler(module, args, out):
-        out.logits = out.logits / 0.7
-        return out
-
-    if how == "hook":
-        model.register_forward_hook(cooler)
-    else:
-        forward = model.forward
-        model.forward = lambda *args, **kwargs: cooler(model, args, forward(*args, **kwargs))
-    moved = plain_nll(model, cache)
-    assert (moved - plain).abs().max() > 0.5
-    for impl in ("auto", "padded", "alone"):
-        scores = sk.score_prompts(model, cache, impl=impl)
-        assert per_token_error(scores, moved) < TOLERANCE and scores.stats["path"] == "alone"
-    assert sk.verify(model, cache, cells=2).path == "alone"
-
-
-def test_padding_that_only_a_middle_cell_has_is_looked_at():
-    draw = torch.Generator().manual_seed(0)
-
-    def ids(count):
-        return torch.randint(5, 290, (count,), generator=draw).tolist()
-
-    job = sk.ResponseCache.from_token_ids([[ids(n) for n in (70, 50, 46, 20)]], [ids(3) for _ in range(4)])
-    model = build("qwen3")
-    model.model.layers[1].mlp = torch.nn.Sequential(
-        model.model.layers[1].mlp, torch.nn.AvgPool2d((9, 1), stride=1, padding=(4, 0))
-    )
-    for impl in ("auto", "padded"):
-        assert (
-            per_token_error(sk.score_prompts(model, job, impl=impl, max_tokens=120), plain_nll(model, job)) < TOLERANCE
-        )
-
-
-def test_code_that_comes_during_a_race_is_seen(monkeypatch):
-    job, model = _many(), build("llama")
-    add, rounds = race.RaceState.add, []
-
-    def later(self, cells, nll):
-        rounds.append(len(cells))
-        if len(rounds) == 1:
-            model.model.layers[1].register_forward_hook(lambda module, args, out: out + 1.0)
-        return add(self, cells, nll)
-
-    monkeypatch.setattr(race.RaceState, "add", later)
-    scores = sk.score_prompts(model, job, race=sk.Race(delta=0.0), max_tokens=64)
-    plain = plain_nll(model, job)
-    assert scores.stats["path"] == "alone" and scores.scored.all()
-    assert per_token_error(scores, plain) < TOLERANCE
-
-
-def test_routers_are_not_asked_for_their_losses(cache):
-    model = build("mixtral", output_router_logits=True)
-    scores = sk.score_prompts(model, cache)
-    assert scores.stats["path"] == "tree" and model.config.output_router_logits
-    assert per_token_error(scores, plain_nll(model, cache)) < TOLERANCE
-
-
-def test_what_no_forward_calls_may_be_anybodys(cache):
-    model = build("llama")
-    model.generate = model.state_dict = model.loss_function = lambda *args, **kwargs: None
-    assert sk.score_prompts(model, cache).stats["path"] == "tree"
-
-
-@pytest.mark.parametrize("kind", ["mixed", "bare"])
-def test_adapters_without_the_usual_wrapper(kind, cache):
-    peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
-    with torch.random.fork_rng(devices=[]):
-        model = build("llama")
-        model = (
-            peft.get_peft_model(model, config, mixed=True) if kind == "mixed" else peft.LoraModel(model, config, "a")
-        )
-    scores = sk.score_prompts(model, cache)
-    assert scores.stats["path"] == "tree"
-    assert per_token_error(scores, plain_nll(model, cache)) < TOLERANCE
 
 
 # What the verdict is remembered by, and what it costs.
@@ -206,22 +63,12 @@ def test_two_cells_are_verified_first_and_one_again(cache, plain_forwards):
 
 
 def test_a_race_verifies_its_first_round_and_whatever_is_longer(plain_forwards):
-    job = _many()
+    job = many()
     model = build("llama")
     scores = sk.score_prompts(model, job, race=sk.Race())
     assert scores.stats["verified"] and len(plain_forwards) == len(scores.stats["verified"])
     longest = np.where(scores.scored.flatten().numpy(), job.lengths, 0).argmax()
     assert job.cell_name(int(longest)) in scores.stats["verified"]
-
-
-def _many() -> sk.ResponseCache:
-    draw = torch.Generator().manual_seed(1)
-
-    def ids(count):
-        return torch.randint(5, 290, (count,), generator=draw).tolist()
-
-    prompts, inputs = [ids(n) for n in (4, 9, 6)], [ids(4 + n) for n in torch.randperm(40, generator=draw).tolist()]
-    return sk.ResponseCache.from_token_ids([[p + given for given in inputs] for p in prompts], [ids(2) for _ in inputs])
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def test_a_missing_package_is_named_before_anything_is_done(monkeypatch, tmp_pat
 
     _scorer.cache_clear()
     monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
-    with pytest.raises(ImportError, match="expected the package rouge-score"):
+    with pytest.raises(ImportError, match="expected rouge-score"):
         run_small(tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -79,7 +79,7 @@ def test_column_names(names):
     ("row", "error", "wanted"),
     [
         ({"input_ids": [1]}, ValueError, r"expected input/target or .* got \['input_ids'\]; was the dataset tokenised"),
-        ({"prompt": [{"role": "user", "content": "a"}], "completion": []}, TypeError, "conversations cannot be"),
+        ({"prompt": [{"role": "user", "content": "a"}], "completion": []}, TypeError, "conversations are not"),
         ({"input": "a", "target": ""}, ValueError, "target"),
         ({"input": "a", "target": "b", "task": "other"}, ValueError, r"a 'task' among \['colours'\], got 'other'"),
         ({"input": "a", "target": "b", "task": None}, ValueError, "got None"),

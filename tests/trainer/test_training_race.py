@@ -12,7 +12,7 @@ import torch
 import sapo_kernels as sk
 import sapo_peft.trainer.rescoring
 from sapo_peft import SapoConfig
-from tests.cli.test_cli_train import options
+from sapo_peft.cli import train
 from tests.trainer.training_helpers import adapter_digest, colours, curve, pool_of, sapo_trainer
 
 # Prompts that a random model tells apart early: the others are near ties, which cost examples.
@@ -135,6 +135,10 @@ def test_ranks_that_cannot_share_a_scoring_out_score_every_cell(tmp_path, made, 
 def test_what_a_race_cannot_be_combined_with(change, wanted):
     with pytest.raises(ValueError, match=wanted):
         SapoConfig(**{"race": sk.Race(), **change})
+
+
+def options(*words: str) -> dict:
+    return train._options(["--data", "d", "--prompts", "p", "--output", "o", *words])
 
 
 def test_the_command_line_and_its_file(tmp_path):

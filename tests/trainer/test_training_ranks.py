@@ -42,8 +42,8 @@ def test_alone_there_is_nothing_to_compare():
 CHILD = """
 import json, os, sys, torch
 import torch.distributed as dist
-from sapo_peft import _ranks
-from sapo_peft.run_state import hashed
+from sapo_peft.trainer import ranks as _ranks
+from sapo_peft.trainer.run_state import hashed
 
 dist.init_process_group("gloo")
 rank, cpu = dist.get_rank(), torch.device("cpu")

@@ -85,7 +85,7 @@ def test_saving_and_resuming(tmp_path):
 @pytest.mark.parametrize(
     ("options", "wanted"),
     [
-        ({"packing": True, "dataset_kwargs": None}, "packing=True joins examples that were tokenised ahead"),
+        ({"packing": True, "dataset_kwargs": None}, "packing=True joins examples tokenised ahead"),
         ({"padding_free": True, "dataset_kwargs": None, "max_length": None}, "padding_free=True joins examples"),
         # Without skip_prepare_dataset TRL tokenises the examples when the trainer is made.
         ({"dataset_kwargs": None}, "expected raw examples .*skip_prepare_dataset"),

@@ -116,7 +116,7 @@ import json, sys, torch
 torch.set_num_threads(1)
 from sapo_kernels import Race
 from sapo_peft import SapoConfig, attach_sapo
-from tests.training_helpers import adapter_digest, choices, colours, curve, plain_trainer, pool_of, sapo_trainer
+from tests.trainer.training_helpers import adapter_digest, choices, colours, curve, plain_trainer, pool_of, sapo_trainer
 
 refused = plain_trainer(sys.argv[1])
 try:

@@ -20,7 +20,7 @@ from typing import Any
 
 from sapo_kernels.files import DataError, read_bytes, write_json
 from sapo_peft import assets, tiny_random
-from sapo_peft.tiny_base import MANIFEST, faults, file_digest
+from sapo_peft.assets import MANIFEST, faults, file_digest
 from tools.tiny_base.presets import PRESETS, Preset
 
 logger = logging.getLogger("sapo_peft")

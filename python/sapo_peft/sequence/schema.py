@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, FailFast, Field, JsonValue, Strict, 
 
 from sapo_kernels.files import DataError, excerpt, read_json
 
-from ..data.examples import MAX_PROMPTS
+from ..data.prompt_files import MAX_PROMPTS
 from .metrics import sequence_metrics
 from .tasks import MAX_NAME, MAX_TASKS
 
