@@ -25,7 +25,7 @@ from .model_state import (
     rope_kept,
     scoring_mode,
 )
-from .paths import ALONE, EQUAL, PADDED, PATHS, TREE, Paths, most_padded
+from .paths import ALONE, EQUAL, PADDED, PATHS, TREE, Paths, most_batched
 from .prefix_cache import PrefixCache
 from .prompt_scores import PromptScores
 from .race import Race, RaceState
@@ -362,8 +362,8 @@ class ScoringJob(Paths):
     def _cells(self, path: str, before: Settled | None, foreign: str | None) -> list[int]:
         """The cells to verify on a path, the longest first."""
         longest, shortest = chosen_cells(self.cache, 1)[0], chosen_cells(self.cache, 2)[-1]
-        if path == PADDED:
-            return [longest, most_padded(self.cache, self._budget())]
+        if path in (PADDED, EQUAL):
+            return [longest, most_batched(self.cache, self._budget(), path == EQUAL)]
         if path != TREE:
             return [longest, shortest]
         # In front of every other sequence a cell has the same place in the pass as alone, and shows no neighbour.
