@@ -57,8 +57,9 @@ def padded_batch(cache: ResponseCache, cells: list[int], checks: Sequence[Check]
     """
     lengths = cache.lengths[cells] + 1
     width = int(lengths.max())
-    input_ids = torch.zeros(len(cells), width, dtype=torch.int64)
-    mask = torch.zeros(len(cells), width, dtype=torch.int64)
+    # On the CPU whatever the process's default device is.
+    input_ids = torch.zeros(len(cells), width, dtype=torch.int64, device="cpu")
+    mask = torch.zeros(len(cells), width, dtype=torch.int64, device="cpu")
     rows, targets, found, done = [], [], [], 0
     for b, c in enumerate(cells):
         first, context, length = int(cache.offsets[c]), int(cache.context_lengths[c]), int(lengths[b])

@@ -65,6 +65,7 @@ class Paths:
         for check in checks:
             if not check.complete:
                 raise RuntimeError(f"cell {self.cache.cell_name(check.cell)}: expected all of its rows to be compared")
+            check.judge()
             check.judge_sum(float(nll[check.cell]))
         return nll, computed
 
@@ -210,15 +211,15 @@ def _unless_out_of_memory(call):
     return None
 
 
-def most_padded(cache: ResponseCache, budget: int) -> int:
-    """The cell with the most padding on the padded path; the shortest if nothing is padded."""
+def most_batched(cache: ResponseCache, budget: int, equal: bool) -> int:
+    """The cell that a batch changes most: by padding; without any, the shortest of the largest batch."""
     lengths = cache.lengths + 1
-    padding = [
-        (int(lengths[batch[0]] - lengths[cell]), -int(lengths[cell]), cell)
-        for batch in _similar_lengths(np.unique(cache.first_equal), lengths, budget, False)
+    found = [
+        (int(lengths[batch[0]] - lengths[cell]), len(batch), -int(lengths[cell]), cell)
+        for batch in _similar_lengths(np.unique(cache.first_equal), lengths, budget, equal)
         for cell in batch
     ]
-    return max(padding)[-1]
+    return max(found)[-1]
 
 
 def _similar_lengths(cells: np.ndarray, lengths: np.ndarray, budget: int, equal: bool) -> list[list[int]]:

@@ -25,7 +25,7 @@ from .model_state import (
     rope_kept,
     scoring_mode,
 )
-from .paths import ALONE, EQUAL, PADDED, PATHS, TREE, Paths, most_padded
+from .paths import ALONE, EQUAL, PADDED, PATHS, TREE, Paths, most_batched
 from .prefix_cache import PrefixCache
 from .prompt_scores import PromptScores
 from .race import Race, RaceState
@@ -280,7 +280,9 @@ class ScoringJob(Paths):
 
     def _measure(self, known: dict[int, Settled], key: int, foreign: str | None) -> Measured:
         plain = PlainModel(self.model, self.inner, self.device, keep_rows=foreign is None)
-        if self.settled is not None and self.settled.key == key and self.longest <= self.settled.length:
+        known_here = self.settled is not None and self.settled.key == key and self.settled.path == TREE
+        # Batches of other rounds have other company: only the tree is taken at its word for shorter sequences.
+        if known_here and self.longest <= self.settled.length:
             self.through_model = self.settled.through_model
             nll, computed = self.attempt(self.settled.path, [], plain)
             return Measured(nll, computed, self.settled.path, self.settled.reason, [], 0.0)
@@ -327,7 +329,7 @@ class ScoringJob(Paths):
                 # It may have been a passing fault.
                 problem, lasting = f"{_FAILED}: {type(error).__name__}: {str(error)[:200]}", False
             else:
-                self.settled = Settled(path, reason, self.through_model, checks[0].noise, self.longest)
+                self.settled = Settled(path, reason, self.through_model, checks[0].noise, length=self.longest)
                 names = [self.cache.cell_name(check.cell) for check in checks]
                 return Measured(nll, computed, path, reason, names, max(check.worst for check in checks)), lasting
             if before is not None:
@@ -362,8 +364,8 @@ class ScoringJob(Paths):
     def _cells(self, path: str, before: Settled | None, foreign: str | None) -> list[int]:
         """The cells to verify on a path, the longest first."""
         longest, shortest = chosen_cells(self.cache, 1)[0], chosen_cells(self.cache, 2)[-1]
-        if path == PADDED:
-            return [longest, most_padded(self.cache, self._budget())]
+        if path in (PADDED, EQUAL):
+            return [longest, most_batched(self.cache, self._budget(), path == EQUAL)]
         if path != TREE:
             return [longest, shortest]
         # In front of every other sequence a cell has the same place in the pass as alone, and shows no neighbour.

@@ -108,6 +108,27 @@ def test_code_around_a_wrapper_is_not_peeled_off(wrapper, how, cache):
     assert sk.verify(model, cache, cells=2).path == "alone"
 
 
+@pytest.mark.parametrize("impl", ["auto", "padded", "alone"])
+def test_a_layer_that_looks_at_its_batch_is_found(impl):
+    """PEFT's Lily routes by the mean over the batch; only cells with company in theirs show it."""
+    peft = pytest.importorskip("peft")
+    draw = torch.Generator().manual_seed(0)
+
+    def ids(count):
+        return torch.randint(5, 290, (count,), generator=draw).tolist()
+
+    job = sk.ResponseCache.from_token_ids([[ids(n) for n in (60, 50, 50, 20)]], [ids(3) for _ in range(4)])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = peft.get_peft_model(build("qwen3"), peft.LilyConfig(target_modules=["q_proj"], r=4))
+        for name, weight in model.named_parameters():
+            if "lily" in name:
+                torch.nn.init.normal_(weight, std=0.3)
+    for max_tokens in (110, 4096):
+        scores = sk.score_prompts(model, job, impl=impl, max_tokens=max_tokens)
+        assert per_token_error(scores, plain_nll(model, job)) < TOLERANCE
+
+
 def test_padding_that_only_a_middle_cell_has_is_looked_at():
     draw = torch.Generator().manual_seed(0)
 
