@@ -66,13 +66,13 @@ def padded_batch(cache: ResponseCache, cells: list[int], checks: Sequence[Check]
         ids = torch.from_numpy(cache.ids[first : first + length])
         input_ids[b, :length] = ids
         mask[b, :length] = 1
-        rows.append(b * width + torch.arange(context - 1, length - 1))
+        rows.append(b * width + torch.arange(context - 1, length - 1, device="cpu"))
         targets.append(ids[context:])
-        own = torch.arange(length - context)
+        own = torch.arange(length - context, device="cpu")
         found += [(check, own + done, own) for check in checks if check.cell == c]
         done += len(own)
     targets = torch.cat(targets)
-    return Batch(input_ids, torch.cat(rows), torch.arange(len(targets) + 1), targets, mask, checks=found)
+    return Batch(input_ids, torch.cat(rows), torch.arange(len(targets) + 1, device="cpu"), targets, mask, checks=found)
 
 
 @dataclass

@@ -83,6 +83,16 @@ class ResponseCache:
         first = [seen.setdefault((context, self.ids[a:b].tobytes()), c) for c, (a, b, context) in enumerate(spans)]
         return np.asarray(first, dtype=np.int64)
 
+    def check_ids(self, vocabulary: int) -> None:
+        """Raise ValueError naming the first cell with an id of `vocabulary` or more."""
+        if self.max_id >= vocabulary:
+            at = int(np.argmax(self.ids >= vocabulary))
+            cell = int(np.searchsorted(self.offsets, at, side="right")) - 1
+            raise ValueError(
+                f"cell {self.cell_name(cell)}: token ids must be below the model's vocabulary of {vocabulary}, got "
+                f"{int(self.ids[at])}; is this the model's tokenizer?"
+            )
+
     @cached_property
     def extremes(self) -> tuple[int, int]:
         """The first and the last cell in the trie's depth-first order: the smallest and the largest, as words sort."""

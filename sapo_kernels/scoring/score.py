@@ -194,7 +194,7 @@ class ScoringJob(Paths):
         self.impl = impl
         self.max_tokens = max_tokens or DEFAULT_MAX_TOKENS.get(self.device.type, DEFAULT_MAX_TOKENS["cuda"])
         self.longest = int(cache.lengths.max()) + 1
-        _check_ids(cache, model_support.vocabulary_size(self.inner))
+        cache.check_ids(model_support.vocabulary_size(self.inner))
         refusal = model_support.too_long(self.inner, self.longest)
         if refusal:
             raise ValueError(f"cell {cache.cell_name(int(cache.lengths.argmax()))}: {refusal}")
@@ -399,13 +399,3 @@ class ScoringJob(Paths):
     def attempt(self, path: str, checks: Sequence[Check], plain: PlainModel) -> tuple[np.ndarray, int]:
         """`run`; a job that is shared among ranks shares this out."""
         return self.run(path, checks, plain)
-
-
-def _check_ids(cache: ResponseCache, vocabulary: int) -> None:
-    if cache.max_id >= vocabulary:
-        at = int(np.argmax(cache.ids >= vocabulary))
-        cell = int(np.searchsorted(cache.offsets, at, side="right")) - 1
-        raise ValueError(
-            f"cell {cache.cell_name(cell)}: token ids must be below the model's vocabulary of {vocabulary}, got "
-            f"{int(cache.ids[at])}; is this the model's tokenizer?"
-        )

@@ -8,6 +8,7 @@ import functools
 import gc
 import logging
 import pkgutil
+import random
 import weakref
 
 import numpy as np
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 import sapo_kernels as sk
-from sapo_kernels.scoring import fingerprint, foreign_code, paths, score, verification
+from sapo_kernels.scoring import decoder, fingerprint, foreign_code, paths, score, verification
 from tests.families import build, cells, per_token_error, plain_nll
 from tests.scoring.test_zoo import many
 from tests.tolerances import TOLERANCES
@@ -277,6 +278,61 @@ def test_a_sum_that_is_not_that_of_the_rows_is_found():
     for nll in (1.001, float("nan"), float("inf")):
         with pytest.raises(verification.Disagreement, match="its loss is"):
             check.judge_sum(nll)
+
+
+@pytest.mark.parametrize("impl", ["tree", "padded", "alone"])
+def test_an_entry_that_is_nobodys_target_is_compared_on_every_path(impl, cache, monkeypatch):
+    """The sums are right, and so is every target: one other entry of the rows is not."""
+    targets = set(np.concatenate([np.asarray(ids) for row in cache.responses for ids in row]).tolist())
+    other = next(token for token in range(5, 290) if token not in targets)
+    compare = verification.Check.compare
+
+    def wrong(self, rows, logits):
+        logits = logits.clone()
+        logits[:, other] += 1e-2
+        # The log-softmax of the others hardly moves.
+        return compare(self, rows, logits)
+
+    monkeypatch.setattr(verification.Check, "compare", wrong)
+    with pytest.raises(RuntimeError, match="differs from the plain model|the same log-probabilities each time"):
+        sk.score_prompts(build("llama"), cache, impl=impl)
+
+
+def test_the_ends_of_the_depth_first_order():
+    for seed in range(40):
+        draw = random.Random(seed)
+        contexts = [[[draw.randrange(3) for _ in range(draw.randint(1, 4))] for _ in range(3)] for _ in range(3)]
+        job = sk.ResponseCache.from_token_ids(contexts, [[draw.randrange(3)] * draw.randint(1, 2) for _ in range(3)])
+        leaf = job.plan_trie().leaf
+        first, last = job.extremes
+        assert leaf[first] == leaf.min() and leaf[last] == leaf.max()
+
+
+def test_a_cell_that_comes_twice_is_verified_once(plain_forwards):
+    job = sk.ResponseCache.from_token_ids([[[7] * 30, [9] * 4], [[7] * 30, [8] * 5]], [[3, 4], [5]])
+    for impl in ("tree", "padded", "alone"):
+        assert len(sk.score_prompts(build("llama"), job, impl=impl).stats["verified"]) >= 1
+
+
+def test_a_passing_fault_is_not_remembered(cache, monkeypatch):
+    model, run = build("llama"), decoder.TreeRunner.run
+
+    def fail(*args):
+        raise RuntimeError("passing")
+
+    monkeypatch.setattr(decoder.TreeRunner, "run", fail)
+    assert sk.score_prompts(model, cache).stats["path"] == "padded"
+    monkeypatch.setattr(decoder.TreeRunner, "run", run)
+    assert sk.score_prompts(model, cache).stats["path"] == "tree"
+
+
+def test_many_small_differences_in_low_precision_are_one():
+    own = torch.zeros(2, 1000)
+    shaken = 0.2 * torch.randn(2, 1000, generator=torch.Generator().manual_seed(0)).sign()
+    check = check_of(own, (0.02, 0.5))
+    check.compare(torch.arange(2), shaken)
+    with pytest.raises(verification.Disagreement):
+        check.judge()
 
 
 def test_a_row_that_nobody_compared_is_an_error(cache, monkeypatch):

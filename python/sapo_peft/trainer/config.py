@@ -42,7 +42,7 @@ class SapoConfig:
             and written beside the adapter. Each scoring takes the examples in an order of its own.
 
     Raises:
-        ValueError: naming the option, what was wanted and what was got.
+        ValueError: naming the option, what was expected and what was got.
     """
 
     mode: str = "hard"
