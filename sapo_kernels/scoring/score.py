@@ -363,11 +363,12 @@ class ScoringJob(Paths):
 
     def _cells(self, path: str, before: Settled | None, foreign: str | None) -> list[int]:
         """The cells to verify on a path, the longest first."""
-        longest, shortest = chosen_cells(self.cache, 1)[0], chosen_cells(self.cache, 2)[-1]
+        ends = chosen_cells(self.cache, 2)
+        longest, shortest = ends[0], ends[-1]
         if path in (PADDED, EQUAL):
             return [longest, most_batched(self.cache, self._budget(), path == EQUAL)]
-        if path != TREE:
-            return [longest, shortest]
+        if path == ALONE:  # whether the model gives the same twice
+            return [longest]
         # In front of every other sequence a cell has the same place in the pass as alone, and shows no neighbour.
         first, last = self.cache.extremes
         if longest == first or (before is None and len(self.cache.lengths) >= TWO_CHECKS):

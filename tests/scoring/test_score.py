@@ -292,6 +292,21 @@ def test_ids_outside_the_vocabulary_name_the_cell(tiny_model, where):
         sk.score_prompts(tiny_model, cache)
 
 
+def test_examples_without_a_target_can_be_skipped(tiny_model, tokenizer, caplog):
+    examples = [EXAMPLES[0], {"input": "a", "target": " "}, EXAMPLES[1], {"sentence": "b", "label": ""}]
+    with pytest.raises(ValueError, match="example 1: expected a target, got an empty string"):
+        sk.score_prompts(tiny_model, PROMPTS, examples, tokenizer=tokenizer)
+    with caplog.at_level(logging.WARNING, "sapo_kernels"):
+        scores = sk.score_prompts(tiny_model, PROMPTS, examples, tokenizer=tokenizer, skip_empty=True)
+    assert caplog.messages == ["2 examples (first: 1) have an empty target and were skipped"]
+    assert scores.stats["skipped_examples"] == [1, 3] and scores.nonfinite == []
+    assert scores.tokens[:, [1, 3]].eq(0).all() and scores.nll[:, [1, 3]].isnan().all()
+    kept = sk.score_prompts(tiny_model, PROMPTS, examples[::2], tokenizer=tokenizer)
+    assert torch.equal(scores.nll[:, ::2], kept.nll) and scores.ranking() == kept.ranking()
+    with pytest.raises(ValueError, match="examples: expected at least one, got an empty list"):
+        sk.score_prompts(tiny_model, PROMPTS, examples[1::2], tokenizer=tokenizer, skip_empty=True)
+
+
 def test_learned_positions_that_do_not_suffice_name_the_cell():
     from transformers import GPT2Config, GPT2LMHeadModel
 

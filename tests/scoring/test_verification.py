@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 import gc
 import logging
 import pkgutil
@@ -16,7 +15,7 @@ import pytest
 import torch
 
 import sapo_kernels as sk
-from sapo_kernels.scoring import decoder, fingerprint, foreign_code, paths, score, verification
+from sapo_kernels.scoring import decoder, fingerprint, paths, score, verification
 from tests.families import build, cells, per_token_error, plain_nll
 from tests.scoring.test_zoo import many
 from tests.tolerances import TOLERANCES
@@ -61,6 +60,37 @@ def test_two_cells_are_verified_first_and_one_again(cache, plain_forwards):
     assert len(few.lengths) < score.TWO_CHECKS
     sk.score_prompts(build("qwen3"), few)
     assert len(plain_forwards) == 1
+
+
+def test_which_cells_are_verified(cache):
+    """On the tree one that stands behind others; in batches one with company."""
+    job = score.ScoringJob(build("llama"), cache, "auto", 64, False)
+    lengths, (first, last) = cache.lengths, cache.extremes
+    longest = int(lengths.argmax())
+    assert longest not in (first, last)
+    assert job._cells("tree", None, None) == [longest, last]
+    assert job._cells("tree", score.Settled("tree", None, False, None), None) == [longest]
+    assert job._cells("alone", None, None) == [longest]
+    for equal, path in ((False, "padded"), (True, "equal")):
+        (company,) = job._cells(path, None, None)[1:]
+        batches = paths._similar_lengths(np.unique(cache.first_equal), lengths + 1, 64, equal)
+        assert any(company in batch and len(batch) == max(map(len, batches)) for batch in batches) or not equal
+    few = sk.ResponseCache.from_token_ids([[[5] * 9, [6, 7]], [[8] * 3, [9]]], [[3, 4], [5]])
+    assert few.extremes[0] == 0 == few.lengths.argmax()
+    known = score.Settled("tree", None, False, None)
+    assert score.ScoringJob(build("llama"), few, "auto", 64, False)._cells("tree", known, None) == [0, few.extremes[1]]
+
+
+def test_what_is_remembered_is_given_up_when_it_disagrees(cache, plain_forwards):
+    """The model's own error in low precision was measured on other weights."""
+    model = build("llama", dtype=torch.bfloat16)
+    sk.score_prompts(model, cache, max_tokens=64)
+    (settled,) = score._known[model].values()
+    settled.noise = (1e-9, 1e-9)
+    plain_forwards.clear()
+    assert sk.score_prompts(model, cache, max_tokens=64).stats["path"] == "tree" and len(plain_forwards) > 2
+    (settled,) = score._known[model].values()
+    assert settled.noise[1] > 1e-6
 
 
 def test_a_race_verifies_its_first_round_and_whatever_is_longer(plain_forwards):
@@ -133,54 +163,6 @@ def test_weights_that_are_not_finite_are_not_remembered(cache, caplog):
     with torch.no_grad():
         model.lm_head.weight[7] = good
     assert sk.score_prompts(model, cache).stats["path"] == "tree"
-
-
-# Whose code it is.
-
-
-@functools.wraps(torch.nn.functional.silu)
-def disguised(x):
-    return x
-
-
-class Callable:
-    def __call__(self, module, args, out):
-        return out
-
-
-@pytest.mark.parametrize(
-    "code",
-    [
-        lambda *a: None, disguised, functools.partial(disguised), functools.partial(functools.partial, disguised),
-        Callable(), Callable().__call__, torch.no_grad()(lambda *a: None), torch.compile(disguised, backend="eager"),
-        print, torch.autocast("cpu")(disguised),
-    ],
-)  # fmt: skip
-def test_code_of_the_users_own_is_found_behind_any_wrapper(code):
-    model = build("qwen3")
-    model.model.layers[1].mlp.register_forward_hook(code)
-    assert "a forward hook of 'model.layers.1.mlp'" in foreign_code.foreign_code(model, [])
-
-
-def test_code_of_libraries_is_not_foreign(cache):
-    accelerate, peft = pytest.importorskip("accelerate"), pytest.importorskip("peft")
-    model = build("qwen3")
-    model.enable_input_require_grads()
-    model.gradient_checkpointing_enable()
-    accelerate.hooks.add_hook_to_module(model.model.layers[0], accelerate.hooks.ModelHook())
-    model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
-    model = accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model)
-    inner = model.get_base_model()
-    assert foreign_code.foreign_code(model, fingerprint.configurations(model)) is None
-    inner.lm_head = torch.nn.utils.parametrizations.weight_norm(inner.lm_head)
-    assert foreign_code.foreign_code(model, []) is None
-
-    class Own(accelerate.hooks.ModelHook):
-        def post_forward(self, module, output):
-            return output
-
-    accelerate.hooks.add_hook_to_module(inner.model.layers[1], Own())
-    assert "accelerate's hook of 'base_model.model.model.layers.1'" in foreign_code.foreign_code(model, [])
 
 
 def test_a_layer_of_the_users_own_can_be_packed_on_request(cache, plain_forwards):
