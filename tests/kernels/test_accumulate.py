@@ -451,7 +451,8 @@ def test_on_two_streams():
             torch.cuda._sleep(20_000_000)
             late.copy_(wanted)
             op(nll, tokens, late, *lists, 0)
-        results.append((nll, tokens))
+        # What the other stream still reads may not be let go, or its memory is used again.
+        results.append((nll, tokens, late, wanted, lists))
     torch.cuda.synchronize()
-    for got, (_, logprob, lists, _) in zip(results, jobs, strict=True):
+    for (*got, _, _, _), (_, logprob, lists, _) in zip(results, jobs, strict=True):
         assert_same_bits(got, accumulated(Implementation("plain", "cpu"), logprob, lists, [0, len(logprob)]))
