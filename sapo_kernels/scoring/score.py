@@ -368,7 +368,7 @@ class ScoringJob(Paths):
         if path in (PADDED, EQUAL):
             return [longest, most_batched(self.cache, self._budget(), path == EQUAL)]
         if path == ALONE:  # whether the model gives the same twice
-            return [longest]
+            return [longest, shortest]
         # In front of every other sequence a cell has the same place in the pass as alone, and shows no neighbour.
         first, last = self.cache.extremes
         if longest == first or (before is None and len(self.cache.lengths) >= TWO_CHECKS):
