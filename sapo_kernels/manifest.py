@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatch
 from pathlib import PurePosixPath
 from typing import Any
@@ -26,22 +26,27 @@ VERSION = 1
 MAX_MANIFEST_BYTES = 16 * 2**20
 # Left by `atomic_write` where a process was killed; nobody reads them.
 TEMPORARY = ".sapo-*.tmp"
+Skip = Callable[[str], bool]
+
+
+def _nothing(path: str) -> bool:
+    return False
 
 
 def write_manifest(
-    folder: str | os.PathLike, schema: str, *, ignore: Collection[str] = (), pending: Mapping[str, bytes] | None = None
+    folder: str | os.PathLike, schema: str, *, skip: Skip = _nothing, pending: Mapping[str, bytes] | None = None
 ) -> None:
     """Flush every file below `folder` to disk, and only then write the manifest, all or nothing.
 
     Args:
         folder: what it holds is listed as it is now. schema: what kind of folder it is, e.g. "sapo_adapter".
-        ignore: patterns of `fnmatch` for paths in the folder, with "/", that are not listed.
+        skip: whether a path in the folder, like "sub/file" or "sub/" for a folder, is passed over.
         pending: the bytes that files are about to get, by path. Until the next manifest `check_manifest` takes the
             file as it is (or is not) and as it will be: a process killed between the two leaves a sound folder.
 
     Raises: `DataError` for what is no regular file; `OSError`.
     """
-    files = {name: _entry(path, durable=True) for name, path in _files(folder, ignore)}
+    files = {name: _entry(path, durable=True) for name, path in _files(folder, skip)}
     # A file that was flushed can still be without its name after a power cut.
     for inside in {"", *(str(parent) for name in files for parent in PurePosixPath(name).parents)}:
         flush_folder(os.path.join(folder, inside))
@@ -51,17 +56,17 @@ def write_manifest(
     write_json(os.path.join(folder, MANIFEST), document)
 
 
-def check_manifest(folder: str | os.PathLike, schema: str, *, ignore: Collection[str] = ()) -> None:
+def check_manifest(folder: str | os.PathLike, schema: str, *, skip: Skip = _nothing) -> None:
     """Compare a folder with its manifest, and the folders inside that have one with theirs.
 
-    ignore: patterns of paths that are passed over, as `write_manifest` has them.
+    skip: what is passed over, as `write_manifest` has it.
 
     Raises: `DataError` naming the first file that is missing, unexpected or other than it was written; or the manifest,
     if there is none, it is damaged or is of another schema or version. `OSError` from reading.
     """
     place = os.path.join(folder, MANIFEST)
     kept, pending = _read(place, schema)
-    found = dict(_files(folder, ignore))
+    found = dict(_files(folder, skip))
     for name in kept:
         if name not in found:
             raise DataError(f"{os.path.join(folder, name)}: expected this file, which is in {MANIFEST}, got none")
@@ -107,7 +112,7 @@ def _schema(place: str) -> str:
     return document.get("schema", "") if isinstance(document, dict) else ""
 
 
-def _files(folder: str | os.PathLike, ignore: Collection[str]) -> Iterator[tuple[str, str]]:
+def _files(folder: str | os.PathLike, skip: Skip) -> Iterator[tuple[str, str]]:
     """(path in the folder with "/", path) of every file that its manifest lists."""
 
     def fail(error: OSError) -> None:
@@ -119,12 +124,10 @@ def _files(folder: str | os.PathLike, ignore: Collection[str]) -> Iterator[tuple
         if prefix and MANIFEST in names:
             folders[:], names = [], [MANIFEST]
         for name in sorted(names):
-            passed_over = any(fnmatch(prefix + name, one) for one in ignore) or fnmatch(name, TEMPORARY)
-            if passed_over or (name == MANIFEST and not prefix):
+            if skip(prefix + name) or fnmatch(name, TEMPORARY) or (name == MANIFEST and not prefix):
                 continue
             yield prefix + name, os.path.join(where, name)
-        # A link to a folder is no part of it; neither is what is passed over.
-        folders[:] = sorted(one for one in folders if not any(fnmatch(f"{prefix}{one}/", each) for each in ignore))
+        folders[:] = sorted(one for one in folders if not skip(f"{prefix}{one}/"))
         for name in folders:
             if os.path.islink(os.path.join(where, name)):
                 raise DataError(f"{os.path.join(where, name)}: expected a folder, got a link to one")
