@@ -12,6 +12,7 @@ What is damaged by accident or edited by hand is found; who forges a file can fo
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import stat
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +20,7 @@ from fnmatch import fnmatch
 from pathlib import PurePosixPath
 from typing import Any
 
-from .files import DataError, excerpt, flush, read_json, write_json
+from .files import DataError, atomic_write, excerpt, flush, parse_json, read_json, read_text
 
 MANIFEST = "sapo_manifest.json"
 VERSION = 1
@@ -53,7 +54,7 @@ def write_manifest(
     document: dict[str, Any] = {"schema": schema, "version": VERSION, "files": files}
     if pending:
         document["pending"] = {name: _digest(len(data), hashlib.sha256(data)) for name, data in pending.items()}
-    write_json(os.path.join(folder, MANIFEST), document)
+    atomic_write(os.path.join(folder, MANIFEST), _text(document))
 
 
 def check_manifest(folder: str | os.PathLike, schema: str, *, skip: Skip = _nothing) -> None:
@@ -84,26 +85,25 @@ def check_manifest(folder: str | os.PathLike, schema: str, *, skip: Skip = _noth
             check_manifest(os.path.dirname(path), _schema(path))
 
 
+def _text(document: dict[str, Any]) -> str:
+    """A manifest as it is written: with a digest of itself, so that not a byte of it can change either."""
+    digest = hashlib.sha256(json.dumps(document, ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()
+    return json.dumps({**document, "sha256": digest}, ensure_ascii=False, indent=1) + "\n"
+
+
 def _read(place: str, schema: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """(files, pending) of a manifest."""
     try:
-        document = read_json(place, max_bytes=MAX_MANIFEST_BYTES)
+        text = read_text(place, max_bytes=MAX_MANIFEST_BYTES)
     except FileNotFoundError:
         raise DataError(f"{place}: expected the manifest of this folder, got none; it was not written whole") from None
+    document = parse_json(text, place)
     if not isinstance(document, dict) or document.get("schema") != schema or document.get("version") != VERSION:
         raise DataError(f"{place}: expected a manifest of {schema}, version {VERSION}, got {excerpt(document)}")
-    files, pending = document.pop("files", None), document.pop("pending", {})
-    entries = [*files.values(), *pending.values()] if isinstance(files, dict) and isinstance(pending, dict) else [None]
-    if set(document) != {"schema", "version"} or not all(_sound(entry) for entry in entries):
-        raise DataError(
-            f"{place}: expected 'schema', 'version' and 'files' with 'size' and 'sha256', got other entries"
-        )
-    return files, pending
-
-
-def _sound(entry: Any) -> bool:
-    kinds = {"size": int, "sha256": str}
-    return isinstance(entry, dict) and {name: type(value) for name, value in entry.items()} == kinds
+    digest = document.pop("sha256", None)
+    if text != _text(document):
+        raise DataError(f"{place}: expected the manifest as it was written, sha256 {excerpt(digest)}, got another text")
+    return document["files"], document.get("pending", {})
 
 
 def _schema(place: str) -> str:

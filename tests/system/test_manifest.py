@@ -46,9 +46,10 @@ def test_what_is_listed(folder):
     (lambda f: shutil.rmtree(f / "inner"), f"inner/{MANIFEST}: expected this file"),
     (lambda f: (f / MANIFEST).unlink(), "expected the manifest of this folder, got none"),
     (lambda f: (f / MANIFEST).write_text("{"), "not valid JSON"),
+    (lambda f: (f / MANIFEST).write_text((f / MANIFEST).read_text() + " "), "got another text"),
     (lambda f: (f / MANIFEST).write_text("[]"), "expected a manifest of whole, version 1"),
     (lambda f: write_manifest(f, "part"), "expected a manifest of whole"),
-    (lambda f: write_json(f / MANIFEST, {"schema": "whole", "version": 1, "files": []}), "got other entries"),
+    (lambda f: write_json(f / MANIFEST, {"schema": "whole", "version": 1, "files": []}), "got another text"),
     (lambda f: ((f / "a.json").unlink(), (f / "a.json").symlink_to("/etc/hostname")), "expected a regular file"),
     (lambda f: (f / "more").symlink_to("sub"), "more: expected a folder, got a link"),
 ])  # fmt: skip

@@ -92,10 +92,13 @@ class RunFolder:
         self.path, self.found = path, None
         if path is None:
             return
+        # What a run that was killed left.
         for left in path.glob(TEMPORARY):
             left.unlink()
         if (path / "run.json").exists():
             self.found = read_run(path, locked=True)
+            for left in path.glob("tasks/.*"):
+                shutil.rmtree(left)
             return
         # A run that was killed before its first file may have left its manifest.
         other = sorted(one.name for one in path.iterdir() if one.name not in (".lock", MANIFEST))
@@ -131,8 +134,6 @@ class RunFolder:
             return
         final = task_folder(self.path, index, name)
         staging = final.with_name(f".{final.name}")
-        # Left by a run that was killed.
-        shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
         try:
             yield staging
