@@ -72,7 +72,7 @@ def test_a_file_with_options_of_the_run_and_of_the_trainer(tiny, sapo, tmp_path)
         (("--tasks", "a", "--order", "b"), ["--order, --tasks: expected one of them, got both"]),
         (("--data", BUNDLED_DIR), ["--order: expected the name of an order"]),
         (("--data", "/nowhere", "--order", "a"), ["/nowhere: ", "a folder with tasks, got no such folder"]),
-        (("--epochs", "0"), ["epochs: ", "more than 0"]),
+        (("--epochs", "0"), ["'epochs': ", "greater than 0"]),
         (("--train-examples", "x"), ["--train-examples"]),
         (("--policy", "best"), ["--policy"]),
         (("--no-generate",), ["generate, eval_loss: ", "at least one of them"]),

@@ -58,18 +58,18 @@ def train(stage, value):
     [
         (lambda d, s: train(s, [entry("task1")]), "exact name 'task1'"),
         (lambda d, s: train(s, [entry("../SUPERNI/task1_a")]), "exact name"),
-        (lambda d, s: train(s, [entry("task1_a")]), "'task1_a' twice"),
-        (lambda d, s: train(s, []), "expected one task to train on, got 0"),
-        (lambda d, s: train(s, {"a": 1}), "expected a list of tasks"),
-        (lambda d, s: train(s, [{"dataset_name": 3}]), "task 0: expected an object"),
-        (lambda d, s: train(s, [entry("task1_a_long", **{"sampling strategy": "random"})]), "expected 'full'"),
+        (lambda d, s: train(s, [entry("task1_a")]), "no earlier stage has, got ['task1_a']"),
+        (lambda d, s: train(s, []), "expected one task to train on, which no earlier stage has, got []"),
+        (lambda d, s: train(s, {"a": 1}), "expected a valid array, got {'a': 1}"),
+        (lambda d, s: train(s, [{"dataset_name": 3}]), "0 'dataset_name': expected a valid string, got 3"),
+        (lambda d, s: train(s, [entry("task1_a_long", **{"sampling strategy": "random"})]), "'sampling strategy': expected 'full', got 'random'"),
         (lambda d, s: train(s, "[{"), "not valid JSON"),
         (lambda d, s: put(s / "test_tasks.json", [entry("task9")]), "that the order trains on, got 'task9'"),
         (lambda d, s: (s / "train_tasks.json").unlink(), "train_tasks.json"),
         (lambda d, s: s.rename(s.with_name("3-x")), "no number missing"),
         (lambda d, s: put(d / "SUPERNI/task1_a/train.jsonl", '{"input": "a", "target": "b"}'), "one file train"),
         (lambda d, s: (d / "SUPERNI/task1_a/test.json").unlink(), "one file test"),
-        (lambda d, s: put(d / "TRACE/task1_a/train.json", []), "expected one folder 'task1_a'"),
+        (lambda d, s: put(d / "TRACE/task1_a/train.json", []), "expected one folder with the exact name 'task1_a'"),
         (lambda d, s: put(d / "SUPERNI/instructions.json", {"x": {"instruction": "y"}}), "task1_a_long"),
     ],
 )
@@ -127,6 +127,12 @@ def test_rows_come_from_files_lists_and_datasets(tmp_path):
         assert any("3 of 3 test rows stand in train" in note for note in task.notes)
         digests.add(task.digest())
     assert len(digests) == 1
+    several = [{"input": "a", "output": ["1", "2"]}, {"input": "b", "output": ["3"]}]
+    task = SequenceTask.build("t", several, several, POOL)
+    assert [row["target"] for row in task.train] == ["1", "3"] and task.references == (("1", "2"), ("3",))
+    assert task.used(1, 1).references == (("1", "2"),)
+    other = SequenceTask.build("t", several, [{"input": "a", "output": ["1", "4"]}, several[1]], POOL)
+    assert task.digest() != other.digest()
     wide = Dataset.from_list([{"text": "x", "question": "q", "answer": "a"}])
     with pytest.raises(DataError, match="exactly one of"):
         SequenceTask.build("t", wide, wide, POOL)

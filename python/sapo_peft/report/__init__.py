@@ -1,7 +1,6 @@
 """The report of sequence runs: one HTML file that needs no network, no script and no other file.
 
-`runs` reads run folders by the schema of `sequence`, `compare` pairs them, `views` and `charts` make what is shown of
-them, and `page` fills the templates.
+`compare` pairs the runs, `views` and `charts` make what is shown of them, and `page` fills the templates.
 """
 
 from __future__ import annotations
@@ -39,15 +38,15 @@ def write_report(
     """
     from sapo_kernels.files import DataError, atomic_write, read_bytes
 
+    from ..sequence.folder import read_run
     from .compare import in_order
     from .page import render
-    from .runs import find_runs, is_run, read_run
 
     paths = [Path(p) for p in ([run_dirs] if isinstance(run_dirs, (str, os.PathLike)) else run_dirs)]
     if not paths:
         raise DataError("run_dirs: expected at least one folder, got none")
     runs = [read_run(path) for path in find_runs(paths)]
-    if is_run(paths[0]):
+    if (paths[0] / "run.json").is_file():
         detailed = runs[:1]
     else:
         runs = in_order(runs)
@@ -57,3 +56,24 @@ def write_report(
         raise DataError(f"{out}: expected no file or an older report, got another file (see --overwrite)")
     atomic_write(out, render(runs, detailed))
     return out
+
+
+def find_runs(paths: Iterable[Path]) -> list[Path]:
+    """The run folders among `paths` and below them, each once, in the order of `paths` and then by name.
+
+    Raises: `DataError` for a path that is no folder or holds no run.
+    """
+    from sapo_kernels.files import DataError
+
+    found: dict[str, Path] = {}
+    for path in paths:
+        if not path.is_dir():
+            got = "a file" if path.exists() else "no such path"
+            raise DataError(f"{path}: expected the folder of a run, got {got}")
+        # What starts with a dot is being written.
+        here = [file.parent for file in sorted(path.rglob("run.json")) if "/." not in f"/{file.relative_to(path)}"]
+        if not here:
+            raise DataError(f"{path}: expected a folder with run.json in it or below it, got none")
+        for run in here:
+            found.setdefault(os.path.realpath(run), run)
+    return list(found.values())

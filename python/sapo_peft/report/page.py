@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from ..sequence.folder import Run
 from . import text, views
 from .compare import group_runs
-from .runs import Run
 
 MAX_GROUPS = 12
 
@@ -50,5 +50,6 @@ def _environment() -> Environment:
     )  # fmt: skip
     names = ("line", "name", "fixed", "signed", "percent", "whole", "seconds", "plural", "figure", "unit")
     found.filters.update({name: getattr(text, name) for name in names})
+    found.tests["left_original"] = views.left_original
     found.globals.update(views=views)
     return found

@@ -9,7 +9,9 @@ import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 from pydantic import BaseModel
@@ -18,7 +20,7 @@ from sapo_kernels.files import DataError, atomic_write, excerpt, parse_json
 from sapo_kernels.manifest import MANIFEST, TEMPORARY, check_manifest, flush_folder, write_manifest
 
 from .results import results_of
-from .schema import Evaluation, FinishedTask, Results, RunRecord, Scores, TaskData, Training, read
+from .schema import MEASURES, Evaluation, FinishedTask, Results, RunRecord, Scores, TaskData, Training, read
 
 RUN, TASK = "sapo_sequence", "sapo_sequence_task"
 _FILES = {"run.json", "before.json", "results.json", "tasks"}
@@ -35,8 +37,21 @@ class Run:
     tasks: list[FinishedTask]
 
     @property
+    def finished(self) -> bool:
+        return self.record.status == "done"
+
+    @cached_property
     def results(self) -> Results:
         return results_of(self.record.tasks, self.before, self.tasks)
+
+    @property
+    def measures(self) -> list[str]:
+        """Those of `MEASURES` that it has, after a task is done; the first is its headline."""
+        return [name for name in MEASURES if self.tasks and name in self.results.metrics]
+
+    def figure(self, measure: str, metric: str) -> Any:
+        """ "R", "AP", "BWT" or "FWT" of a measure, None if it is not known."""
+        return getattr(self.results.metrics[measure], metric) if measure in self.measures else None
 
 
 def task_folder(run: Path, index: int, name: str) -> Path:
