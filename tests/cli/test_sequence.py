@@ -47,7 +47,6 @@ def test_a_run_its_report_and_going_on(tiny, sapo, tmp_path, monkeypatch):
     assert sapo(*command, "--method", "o-lora", "--quiet")[:2] == (0, out)
     one_line_error(sapo(*command), "method: ", "'o-lora', as this run began with, got 'lora-inc'")
     assert everything(tmp_path / "run") == before
-    assert not {"race", "trainer"} & set(json.loads((tmp_path / "run" / "run.json").read_text())["config"])
 
 
 def test_a_file_with_options_of_the_run_and_of_the_trainer(tiny, sapo, tmp_path):

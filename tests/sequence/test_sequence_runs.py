@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 
@@ -15,7 +16,9 @@ from sapo_peft.sequence import SequenceConfig, SequenceTask, run_sequence, seque
 from sapo_peft.sequence import training as training_module
 from sapo_peft.sequence.config import derived_seed
 from sapo_peft.sequence.evaluate import Evaluator, greedy
+from sapo_peft.sequence.folder import read_run
 from sapo_peft.sequence.methods import Adapters
+from sapo_peft.sequence.metrics import exact_match
 from sapo_peft.sequence.training import train_task
 from tests import families
 from tests.oracles import CHATML, byte_tokenizer, small_qwen3
@@ -46,8 +49,8 @@ def test_the_folder_holds_what_the_readers_expect(finished):
     assert results["tasks"] == names and results["metrics"] == result.metrics and results["choices"] == result.choices
     before = read_json(folder / "before.json")
     for metric, entry in results["metrics"].items():
-        matrix = entry.pop("R")
-        assert entry == sequence_metrics(matrix) and len(matrix) == 4
+        matrix = entry["R"]
+        assert entry == {"R": matrix, **sequence_metrics(matrix)} and len(matrix) == 4
         assert matrix[0] == before["row"][metric]
         for i, name in enumerate(names, 1):
             metrics = read_json(folder / "tasks" / f"{i:02d}-{name}" / "metrics.json")
@@ -71,6 +74,20 @@ def test_the_folder_holds_what_the_readers_expect(finished):
         assert {"adapter_config.json", "adapter_model.safetensors"} <= {p.name for p in (files / "adapter").iterdir()}
         # Whoever may read the scores may read the adapter.
         assert len({p.stat().st_mode for p in [files / "scores.json", *(files / "adapter").iterdir()]}) == 1
+        assert prompts["tasks"][name]["loss"] == choice["loss"]
+    run = read_run(folder)
+    assert run.results == results and run.measures == list(results["metrics"])
+    # A few answers before and after; what is read is what was written, byte for byte.
+    for found in (run.before, *(task.metrics for task in run.tasks)):
+        assert [[one.input for one in answers] for answers in found.answers] == [
+            [row["input"] for row in task.test] for task in small_tasks(3)]  # fmt: skip
+        for j, answers in enumerate(found.answers):
+            matches = [exact_match(one.answer, one.target) for one in answers]
+            assert sum(matches) / len(matches) == found.row["exact_match"][j]
+    for place, document in {"run": run.record, "before": run.before, "tasks/02-colours2/scores": run.tasks[1].scores,
+                            "tasks/02-colours2/train": run.tasks[1].train}.items():  # fmt: skip
+        text = json.dumps(document.model_dump(mode="json"), ensure_ascii=False, indent=1) + "\n"
+        assert text == (folder / f"{place}.json").read_text()
     cost = results["cost"]
     assert cost["overhead_fraction"] == cost["score_seconds"] / cost["train_seconds"] > 0
     assert cost["score_dense_tokens"] > cost["score_computed_tokens"] > 0 and cost["train_tokens"] > 300

@@ -62,7 +62,10 @@ def train(stage, value):
         (lambda d, s: train(s, []), "expected one task to train on, which no earlier stage has, got []"),
         (lambda d, s: train(s, {"a": 1}), "expected a valid array, got {'a': 1}"),
         (lambda d, s: train(s, [{"dataset_name": 3}]), "0 'dataset_name': expected a valid string, got 3"),
-        (lambda d, s: train(s, [entry("task1_a_long", **{"sampling strategy": "random"})]), "'sampling strategy': expected 'full', got 'random'"),
+        (
+            lambda d, s: train(s, [entry("task1_a_long", **{"sampling strategy": "random"})]),
+            "'sampling strategy': expected 'full', got 'random'",
+        ),
         (lambda d, s: train(s, "[{"), "not valid JSON"),
         (lambda d, s: put(s / "test_tasks.json", [entry("task9")]), "that the order trains on, got 'task9'"),
         (lambda d, s: (s / "train_tasks.json").unlink(), "train_tasks.json"),

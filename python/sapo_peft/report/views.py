@@ -152,27 +152,28 @@ def _answers(before: Evaluation | None, after: Evaluation, place: int) -> list[l
     return [[line(text, 400) for text in texts] for texts in rows]
 
 
-def names(run: Run) -> list[str]:
+def task_names(run: Run) -> list[str]:
     return [f"{number}. {name}" for number, name in enumerate(run.record.tasks, 1)]
 
 
 def cost(run: Run) -> dict[str, Any] | None:
     """Seconds by part, of whose sum all shares are taken, and rows by task."""
-    total = run.results.cost
-    if not total.train_seconds:
+    total = run.results["cost"]
+    if not total["train_seconds"]:
         return None
-    parts = {"scoring": total.score_seconds, "training": total.train_seconds, "evaluation": total.eval_seconds}
+    names = {"scoring": "score", "training": "train", "evaluation": "eval"}
+    parts = {name: total[f"{key}_seconds"] for name, key in names.items()}
     whole_run, rows = sum(parts.values()), []
 
     def row(name: str, spent: list[float], tokens: list[int]) -> list[str]:
         return [name, *map(seconds, spent), percent(spent[0] / whole_run), *map(whole, tokens)]
 
-    for name, task in zip(names(run), run.tasks, strict=False):
+    for name, task in zip(task_names(run), run.tasks, strict=False):
         score, dense, computed = (sum(getattr(scoring, key) for scoring in task.scores.scorings)
                                   for key in ("seconds", "dense_tokens", "computed_tokens"))  # fmt: skip
         spent = [score, task.train.seconds, task.metrics.seconds]
         rows.append(row(name, spent, [task.train.tokens, dense, computed]))
-    tokens = [total.train_tokens, total.score_dense_tokens, total.score_computed_tokens]
+    tokens = [total[key] for key in ("train_tokens", "score_dense_tokens", "score_computed_tokens")]
     rows.append(row("whole run", list(parts.values()), tokens))
     return {"parts": parts, "seconds": whole_run, "rows": rows}
 
@@ -181,7 +182,7 @@ def data_rows(run: Run) -> list[list[str]]:
     return [
         [name, *(whole(task.data.rows.get(split, 0)) for split in ("train", "dev", "test")),
          line("; ".join(task.data.notes) or "none", 4000)]
-        for name, task in zip(names(run), run.tasks, strict=False)
+        for name, task in zip(task_names(run), run.tasks, strict=False)
     ]  # fmt: skip
 
 

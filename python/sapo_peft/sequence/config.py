@@ -121,10 +121,7 @@ class SequenceConfig:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        # Runs of before these were options have neither.
-        new = {"race": False, "trainer": None}
-        values = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
-        return {name: v for name, v in values.items() if name not in new or v != new[name]}
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
 
 
 @functools.cache

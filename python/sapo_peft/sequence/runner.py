@@ -136,7 +136,8 @@ class _Start:
                 self.folder.write({"results": results, "run": self.record})
         finally:
             self.progress.end()
-        return SequenceResult.of(self.record, results, self.folder.path)
+        del results["version"]
+        return SequenceResult(run=self.record.model_dump(), folder=self.folder.path, **results)
 
     def _task(self, index: int) -> None:
         """Train the `index`-th task (from 1), evaluate, and put its folder in place."""
