@@ -16,6 +16,8 @@ from .scoring.ranks import RankError
 from .scoring.response_cache import ResponseCache
 from .scoring.score import score_prompts
 from .scoring.verify import verify
+from .training.tree_logprobs import tree_logprobs, use_tree_attention
+from .training.trie_batch import TrieBatch
 from .tree_attention.api import tree_attention
 from .trie.trie import TokenTrie, TriePass, plan_trie
 
@@ -27,6 +29,7 @@ __all__ = [
     "RankError",
     "ResponseCache",
     "TokenTrie",
+    "TrieBatch",
     "TriePass",
     "accumulate_",
     "linear_logprob",
@@ -35,6 +38,8 @@ __all__ = [
     "score_prompts",
     "score_prompts_sharded",
     "tree_attention",
+    "tree_logprobs",
+    "use_tree_attention",
     "verify",
 ]
 

@@ -17,6 +17,7 @@ from .choice import Choice
 from .collator import Counts
 from .config import SapoConfig
 from .drift import Drift, Trained
+from .packing import Packing
 from .records import excerpt_line, prompt_record, write_beside_adapter
 from .rescoring import Rescorer, Scoring
 from .run_state import STATE_KEY, Setup, kept_in, restore, scoring_record, state_of, take_choice
@@ -49,6 +50,7 @@ class SapoCallback(TrainerCallback):
         # The trainer holds its callbacks; see `wrapping.wrap`.
         self._trainer = weakref.ref(trainer)
         self.choice, self.rescorer, self.config, self.setup = choice, rescorer, config, setup
+        self.packing = Packing(config.packing, config.train_max_tokens)
         # What attaching took is part of the first run.
         self._before, self.seconds = seconds, seconds
         self._started = time.perf_counter()
@@ -80,6 +82,7 @@ class SapoCallback(TrainerCallback):
         self.scorings, self.score_seconds, self._overhead_logged = 0, 0.0, False
         # A run is a new one unless it is resumed, also on a trainer that has run before.
         self._begin_anew()
+        self.packing.begin_anew()
         self.choice.reset()
         kept = state.stateful_callbacks.get(STATE_KEY)
         if state.global_step and isinstance(kept, dict):

@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from .collator import CARRIED, SapoCollator
+from .collator import CARRIED, PACKED, SapoCollator
 from .records import write_beside_adapter
 
 if TYPE_CHECKING:
@@ -42,6 +42,8 @@ def wrap(trainer: Any, training: SapoCollator, callback: SapoCallback) -> None:
     make_loader = _method(trainer, "get_train_dataloader")
     fetch, save = _method(trainer, "get_batch_samples"), _method(trainer, "save_model")
     step, make_card = _method(trainer, "training_step"), _method(trainer, "create_model_card")
+    evaluate, compute = _method(trainer, "prediction_step"), _method(trainer, "compute_loss")
+    packing = callback.packing
 
     def get_train_dataloader(*args, **kwargs):
         trainer = this()
@@ -57,10 +59,19 @@ def wrap(trainer: Any, training: SapoCollator, callback: SapoCallback) -> None:
             return [], None
         return fetch(this(), _Newest(epoch_iterator, training, callback), *args, **kwargs)
 
-    def training_step(*args, **kwargs):
-        loss = step(this(), *args, **kwargs)
-        callback.trained.loss = callback.trained.loss + loss.detach().float()
+    def training_step(model, inputs, *args, **kwargs):
+        loss = packing.train(this(), step, model, inputs, *args, **kwargs)
+        if callback.config.drift is not None:
+            callback.trained.loss = callback.trained.loss + loss.detach().float()
         return loss
+
+    def prediction_step(model, inputs, prediction_loss_only, *args, **kwargs):
+        return packing.evaluate(this(), evaluate, model, inputs, prediction_loss_only, *args, **kwargs)
+
+    def compute_loss(model, inputs, *args, **kwargs):
+        # A `training_step` that was put in front of this one may leave the trie where it is.
+        inputs = {name: value for name, value in inputs.items() if name != PACKED}
+        return compute(this(), packing.over(model), inputs, *args, **kwargs)
 
     def save_model(output_dir=None, *args, **kwargs):
         trainer = this()
@@ -81,8 +92,7 @@ def wrap(trainer: Any, training: SapoCollator, callback: SapoCallback) -> None:
 
     trainer.get_train_dataloader, trainer.get_batch_samples = get_train_dataloader, get_batch_samples
     trainer.save_model, trainer.create_model_card = save_model, create_model_card
-    if callback.config.drift is not None:
-        trainer.training_step = training_step
+    trainer.training_step, trainer.prediction_step, trainer.compute_loss = training_step, prediction_step, compute_loss
 
 
 def _method(trainer: Any, name: str) -> Callable:
