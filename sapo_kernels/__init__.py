@@ -16,12 +16,14 @@ from .scoring.ranks import RankError
 from .scoring.response_cache import ResponseCache
 from .scoring.score import score_prompts
 from .scoring.verify import verify
+from .training.over_trie import OverTrie
 from .training.tree_logprobs import tree_logprobs, use_tree_attention
 from .training.trie_batch import TrieBatch
 from .tree_attention.api import tree_attention
 from .trie.trie import TokenTrie, TriePass, plan_trie
 
 __all__ = [
+    "OverTrie",
     "PromptScores",
     "PromptState",
     "Race",

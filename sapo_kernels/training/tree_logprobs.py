@@ -74,10 +74,15 @@ def tree_logprobs(
         batch = TrieBatch.of_padded(batch)
     elif not isinstance(batch, TrieBatch):
         raise TypeError(f"batch: expected a TrieBatch, a ResponseCache or a padded batch, got {type(batch).__name__}")
-    outer, inner = model_support.unwrap(model)
-    if verify and (reason := _refused(outer, inner, batch)):
+    if verify:
+        verify_model(model, batch)
+    return logprobs_of(model, model_support.unwrap(model)[1], batch)
+
+
+def verify_model(model: nn.Module, batch: TrieBatch) -> None:
+    """Raise RuntimeError unless the model gives the same over a trie as alone; see `tree_logprobs`."""
+    if reason := _refused(*model_support.unwrap(model), batch):
         raise RuntimeError(f"model: expected one that can be run over a trie: {reason}")
-    return logprobs_of(model, inner, batch)
 
 
 def _refused(model: nn.Module, inner: nn.Module, batch: TrieBatch) -> str | None:

@@ -12,6 +12,7 @@ import torch
 from sapo_kernels.scoring import model_support
 from sapo_kernels.scoring.attention import NotTreeable
 from sapo_kernels.training.agreement import disagreement, refusal
+from sapo_kernels.training.over_trie import OverTrie
 from sapo_kernels.training.tree_logprobs import logprobs_of, use_tree_attention
 from sapo_kernels.training.trie_batch import TrieBatch
 
@@ -50,22 +51,35 @@ class Packing:
         if batch is None or self.agreed is False:
             return step(trainer, model, inputs, *args, **kwargs)
         inner = model_support.unwrap(model)[1]
-        if self.agreed is None:
+        first = self.agreed is None
+        if first:
             self._settle(trainer, self._reason(trainer, model, inner, batch))
         if self.agreed and batch.longest > self.longest:
             self._allow(inner, batch.longest)
         if not self.agreed or batch.longest > self.longest:
             return step(trainer, model, inputs, *args, **kwargs)
-        parts = self._parts(inputs, batch, inner)
-        self.tokens += sum(part.num_tokens for _, part in parts)
+        try:
+            total = self._over_parts(trainer, step, model, inputs, batch, inner, *args, **kwargs)
+        except NotTreeable as error:
+            # Its ``compute_loss`` wants more than a loss: known before anything went backward.
+            if not first:
+                raise
+            self._settle(trainer, str(error))
+            return step(trainer, model, inputs, *args, **kwargs)
         self.padded_tokens += inputs["input_ids"].numel()
-        total = torch.zeros((), device=trainer.args.device)
+        return total
+
+    def _over_parts(self, trainer, step, model, inputs, batch: TrieBatch, inner, *args, **kwargs) -> torch.Tensor:
+        losses, parts = [], self._parts(inputs, batch, inner)
         with use_tree_attention(inner):
             for i, (rows, part) in enumerate(parts):
-                last = i + 1 == len(parts)
-                with self._run(part, len(batch.target_of)), _synchronised(trainer, model, last):
-                    total = total + step(trainer, model, rows, *args, **kwargs)
-        return total
+                # Gradients of all parts but the last stay on their rank.
+                waits = i + 1 < len(parts)
+                together = trainer.accelerator.no_sync(model) if waits else contextlib.nullcontext()
+                with together, self._run(part, len(batch.target_of)):
+                    losses.append(step(trainer, model, rows, *args, **kwargs))
+                self.tokens += part.num_tokens
+        return torch.stack(losses).sum()
 
     def evaluate(self, trainer: Any, step, model, inputs: dict[str, Any], loss_only: bool, *args, **kwargs):
         """`step` (the trainer's own ``prediction_step``), over the trie if no more than the loss is asked for."""
@@ -76,9 +90,12 @@ class Packing:
         with use_tree_attention(model_support.unwrap(model)[1]), self._run(batch, len(batch.target_of)):
             return step(trainer, model, inputs, loss_only, *args, **kwargs)
 
-    def over(self, model: Any) -> Any:
-        """What a trainer's ``compute_loss`` is to call in the place of `model` now."""
-        return model if self._now is None else _OverTrie(model, *self._now)
+    def over(self, model: Any, labels: torch.Tensor | None) -> Any:
+        """What a trainer's ``compute_loss`` is to call in the place of `model`, for the batch with these labels."""
+        if self._now is None:
+            return model
+        batch, count = self._now
+        return OverTrie(model, batch, labels, count, verify=False)
 
     @contextlib.contextmanager
     def _run(self, batch: TrieBatch, count: int) -> Iterator[None]:
@@ -135,45 +152,3 @@ class Packing:
             }
             parts.append((some, TrieBatch.of_padded(some)))
         return parts
-
-
-class _Outputs(dict):
-    """What a model over a trie returns: its loss, and for TRL what its fused head returns."""
-
-    def __missing__(self, name):
-        raise NotTreeable(f"its trainer reads {name!r} of the model's output")
-
-    def __getattr__(self, name):
-        return self[name]
-
-
-class _OverTrie:
-    """Stands for a model in ``compute_loss``: the same loss, over the trie of the batch.
-
-    count: response tokens that the mean is over where the trainer says no number.
-    """
-
-    def __init__(self, model: Any, batch: TrieBatch, count: int):
-        self._model, self._batch, self._count = model, batch, count
-
-    def __getattr__(self, name):
-        return getattr(self._model, name)
-
-    def __call__(self, input_ids=None, attention_mask=None, labels=None, num_items_in_batch=None, fused_lm_head=False,
-                 **others) -> _Outputs:  # fmt: skip
-        for name, value in others.items():
-            if name not in _HARMLESS or value not in _HARMLESS[name]:
-                raise NotTreeable(f"its trainer calls the model with {name}")
-        inner = model_support.unwrap(self._model)[1]
-        logprob, statistics = logprobs_of(self._model, inner, self._batch, statistics=True) if fused_lm_head else (
-            logprobs_of(self._model, inner, self._batch), {})  # fmt: skip
-        count = self._count if num_items_in_batch is None else num_items_in_batch
-        found = _Outputs(loss=-logprob.sum() / count, **statistics)
-        if fused_lm_head:
-            found |= {"log_probs": logprob, "label_mask": torch.ones_like(logprob, dtype=torch.bool)}
-        return found
-
-
-def _synchronised(trainer: Any, model, last: bool):
-    """Gradients of all parts but the last stay on their rank."""
-    return contextlib.nullcontext() if last else trainer.accelerator.no_sync(model)

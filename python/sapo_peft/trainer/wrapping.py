@@ -71,7 +71,7 @@ def wrap(trainer: Any, training: SapoCollator, callback: SapoCallback) -> None:
     def compute_loss(model, inputs, *args, **kwargs):
         # A `training_step` that was put in front of this one may leave the trie where it is.
         inputs = {name: value for name, value in inputs.items() if name != PACKED}
-        return compute(this(), packing.over(model), inputs, *args, **kwargs)
+        return compute(this(), packing.over(model, inputs.get("labels")), inputs, *args, **kwargs)
 
     def save_model(output_dir=None, *args, **kwargs):
         trainer = this()
