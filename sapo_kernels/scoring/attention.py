@@ -8,8 +8,8 @@ one to the next, sets its state for the thread instead.
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
-import weakref
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
@@ -101,7 +101,11 @@ def trie_attention(module, query, key, value, attention_mask, scaling=None, drop
     state: TreeState | None = getattr(running, "state", None)
     ours = attention_mask is not None and attention_mask.dtype == torch.int32 and attention_mask.dim() == 4
     if state is None and not ours:
-        raise Unrecoverable(BUSY)
+        return _own_function(module)(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs,
+            **{name: value for name, value in (("sliding_window", sliding_window), ("softcap", softcap),
+                                               ("s_aux", s_aux)) if value is not None},
+        )  # fmt: skip
     for name in FOREIGN_ARGUMENTS:
         if kwargs.get(name) is not None:
             raise NotTreeable(f"its attention takes {name}")
@@ -134,8 +138,29 @@ def trie_attention(module, query, key, value, attention_mask, scaling=None, drop
     return out[None], None
 
 
-# What the configurations had before the switch, while it lasts.
-_before: weakref.WeakKeyDictionary[nn.Module, list] = weakref.WeakKeyDictionary()
+# What each configuration had before the switch, by its identity, while the switch lasts.
+_own: dict[int, str] = {}
+
+
+def _own_function(module: nn.Module):
+    """The attention that a module had before the switch, for batches that are no tries."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    name = _own.get(id(getattr(module, "config", None)))
+    if name is None:
+        raise Unrecoverable(BUSY)
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
+
+
+def _own_mask(*args, config=None, **kwargs):
+    """The mask that goes with it."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    name = _own.get(id(config))
+    if name not in ALL_MASK_ATTENTION_FUNCTIONS._global_mapping:
+        return None
+    return ALL_MASK_ATTENTION_FUNCTIONS[name](*args, config=config, **kwargs)
 
 
 def is_installed(inner: nn.Module) -> bool:
@@ -145,10 +170,12 @@ def is_installed(inner: nn.Module) -> bool:
 @contextlib.contextmanager
 def trie_attention_installed(inner: nn.Module):
     """Switch the text decoder to `trie_attention` for the block; raises NotTreeable if the switch does not take."""
-    from transformers import AttentionInterface
+    from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(ATTENTION_NAME, trie_attention)
-    _before[inner] = before = [(c, c._attn_implementation_internal) for c in configurations(inner)]
+    AttentionMaskInterface.register(ATTENTION_NAME, _own_mask)
+    before = [(config, config._attn_implementation_internal) for config in configurations(inner)]
+    _own.update({id(config): config._attn_implementation for config, _ in before})
     text = support.text_config(inner)
     try:
         nested = text is not inner.config and "text_config" in getattr(inner.config, "sub_configs", {})
@@ -157,9 +184,9 @@ def trie_attention_installed(inner: nn.Module):
             raise NotTreeable("its attention implementation cannot be switched")
         yield
     finally:
-        _before.pop(inner, None)
         for config, name in before:
             config._attn_implementation_internal = name
+            _own.pop(id(config), None)
 
 
 @contextlib.contextmanager
@@ -167,8 +194,8 @@ def own_attention(inner: nn.Module):
     """The model's own attention for the block, inside `trie_attention_installed`."""
     now = [(c, c._attn_implementation_internal) for c in configurations(inner)]
     try:
-        for config, name in _before.get(inner, ()):
-            config._attn_implementation_internal = name
+        for config, _ in now:
+            config._attn_implementation_internal = _own.get(id(config), config._attn_implementation_internal)
         yield
     finally:
         for config, name in now:

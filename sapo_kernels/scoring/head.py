@@ -87,7 +87,8 @@ class HeadReader:
     """Reads the log-probabilities of one job; install it around the job's forwards.
 
     ``through_model`` leaves all rows to the model and reads its logits: slower and exact whatever the head does.
-    ``statistics`` of each target: "entropy" of its row, nats, and whether it "is_top1" there; False: not computed.
+    ``statistics`` of each target, as TRL's trainers log them: of its row the "entropy" in nats, "mean_logits" and
+    "log_sum_sq_probs", and whether it "is_top1" there; False: not computed.
     """
 
     def __init__(self, inner: nn.Module, impl: str, through_model: bool = False, statistics: bool = False):
@@ -196,14 +197,16 @@ class HeadReader:
 
     @torch.no_grad()
     def _statistics(self, rows: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
-        entropy, top = [], []
+        found = []
         for some in rows.split(chunk_rows(self.vocabulary)):
-            logprob = torch.log_softmax(self.logits(some), -1)
-            entropy.append(-(logprob.exp() * logprob).nansum(-1))
-            top.append(logprob.argmax(-1))
+            logits = self.logits(some)
+            logprob = torch.log_softmax(logits, -1)
+            entropy = -(logprob.exp() * logprob).nansum(-1)
+            found.append((entropy, logits.mean(-1), torch.logsumexp(2 * logprob, -1), logprob.argmax(-1)))
         row = torch.repeat_interleave(batch.target_ptr.diff().to(rows.device))
+        entropy, mean, squares, top = (torch.cat(part)[row] for part in zip(*found, strict=True))
         targets = batch.targets.to(rows.device)
-        return {"entropy": torch.cat(entropy)[row], "is_top1": torch.cat(top)[row] == targets}
+        return {"entropy": entropy, "mean_logits": mean, "log_sum_sq_probs": squares, "is_top1": top == targets}
 
     def logits(self, rows: torch.Tensor) -> torch.Tensor:
         """rows [R, D] -> [R, V], as the loss of these rows is computed from them; for a few rows, inside a forward."""

@@ -21,8 +21,8 @@ class OverTrie:
 
     Called with input_ids, attention_mask and labels [B, L] it returns what the model returns as far as a loss needs it:
     "loss", the mean over the tokens of the loss (or their sum over ``num_items_in_batch``). With TRL's
-    ``fused_lm_head=True`` also "log_probs", "entropy", "is_top1" and "label_mask" [B, L - 1], zero where there is no
-    label. Everything else of the model is the model's own::
+    ``fused_lm_head=True`` also "label_mask", "log_probs" and the fields of its `FusedCausalLMOutput`, [B, L - 1], zero
+    where there is no label. Everything else of the model is the model's own::
 
         class Trainer(DPOTrainer):
             def training_step(self, model, *args, **kwargs):

@@ -100,8 +100,7 @@ def _refused(model: nn.Module, inner: nn.Module, batch: TrieBatch) -> str | None
 
 
 def logprobs_of(model: nn.Module, inner: nn.Module, batch: TrieBatch, statistics: bool = False):
-    """`tree_logprobs` without checks; with `statistics` a pair of them and, for each token, "entropy" (nats) of its
-    row and whether it "is_top1" there, without gradient."""
+    """`tree_logprobs` without checks; with `statistics` a pair of them and those of `HeadReader` for each token."""
     device = model_support.input_device(inner)
     batch = batch.to(device)
     trie = batch.trie
