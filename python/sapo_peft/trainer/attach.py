@@ -83,7 +83,7 @@ def attach_sapo(
     probes = _probes(trainer, choice, probe, config) if config.scores else {}
     patience = float(getattr(trainer.args, "ddp_timeout", 0) or DEFAULT_TIMEOUT)
     rescorer = Rescorer(choice, probes, tokenizer, config, patience) if config.scores else None
-    setup = Setup(choice, training, rescorer, config)
+    setup = Setup(choice, training, rescorer, config, trainer)
     _ranks.check_same(setup.digests(), trainer.args.device)
 
     # Nothing of the trainer has been changed up to here.

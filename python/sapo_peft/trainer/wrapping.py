@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from .checkpoints import check_resumed
 from .collator import CARRIED, PACKED, SapoCollator
 from .records import write_beside_adapter
 
@@ -43,7 +45,12 @@ def wrap(trainer: Any, training: SapoCollator, callback: SapoCallback) -> None:
     fetch, save = _method(trainer, "get_batch_samples"), _method(trainer, "save_model")
     step, make_card = _method(trainer, "training_step"), _method(trainer, "create_model_card")
     evaluate, compute = _method(trainer, "prediction_step"), _method(trainer, "compute_loss")
-    packing = callback.packing
+    begin, packing = _method(trainer, "train"), callback.packing
+
+    def train(resume_from_checkpoint=None, *args, **kwargs):
+        if isinstance(resume_from_checkpoint, (str, os.PathLike)):
+            check_resumed(resume_from_checkpoint)
+        return begin(this(), resume_from_checkpoint, *args, **kwargs)
 
     def get_train_dataloader(*args, **kwargs):
         trainer = this()
@@ -75,6 +82,7 @@ def wrap(trainer: Any, training: SapoCollator, callback: SapoCallback) -> None:
 
     def save_model(output_dir=None, *args, **kwargs):
         trainer = this()
+        callback.check_finite()
         # A checkpoint's model is saved before its state is.
         callback.keep()
         result = save(trainer, output_dir, *args, **kwargs)
@@ -90,6 +98,7 @@ def wrap(trainer: Any, training: SapoCollator, callback: SapoCallback) -> None:
             write_beside_adapter(trainer.args.output_dir, callback.prompts())
         return result
 
+    trainer.train = train
     trainer.get_train_dataloader, trainer.get_batch_samples = get_train_dataloader, get_batch_samples
     trainer.save_model, trainer.create_model_card = save_model, create_model_card
     trainer.training_step, trainer.prediction_step, trainer.compute_loss = training_step, prediction_step, compute_loss
