@@ -57,10 +57,10 @@ def write_manifest(
     atomic_write(os.path.join(folder, MANIFEST), _text(document))
 
 
-def check_manifest(folder: str | os.PathLike, schema: str, *, skip: Skip = _nothing) -> None:
+def check_manifest(folder: str | os.PathLike, schema: str | tuple[str, ...], *, skip: Skip = _nothing) -> None:
     """Compare a folder with its manifest, and the folders inside that have one with theirs.
 
-    skip: what is passed over, as `write_manifest` has it.
+    schema: what kind of folder it may be. skip: what is passed over, as `write_manifest` has it.
 
     Raises: `DataError` naming the first file that is missing, unexpected or other than it was written; or the manifest,
     if there is none, it is damaged or is of another schema or version. `OSError` from reading.
@@ -91,15 +91,17 @@ def _text(document: dict[str, Any]) -> str:
     return json.dumps({**document, "sha256": digest}, ensure_ascii=False, indent=1) + "\n"
 
 
-def _read(place: str, schema: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def _read(place: str, schema: str | tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(files, pending) of a manifest."""
     try:
         text = read_text(place, max_bytes=MAX_MANIFEST_BYTES)
     except FileNotFoundError:
         raise DataError(f"{place}: expected the manifest of this folder, got none; it was not written whole") from None
     document = parse_json(text, place)
-    if not isinstance(document, dict) or document.get("schema") != schema or document.get("version") != VERSION:
-        raise DataError(f"{place}: expected a manifest of {schema}, version {VERSION}, got {excerpt(document)}")
+    known = (schema,) if isinstance(schema, str) else schema
+    if not isinstance(document, dict) or document.get("schema") not in known or document.get("version") != VERSION:
+        names = " or ".join(known)
+        raise DataError(f"{place}: expected a manifest of {names}, version {VERSION}, got {excerpt(document)}")
     digest = document.pop("sha256", None)
     if text != _text(document):
         raise DataError(f"{place}: expected the manifest as it was written, sha256 {excerpt(digest)}, got another text")
