@@ -23,7 +23,7 @@ from sapo_kernels.scoring.render import Renderer, special_tokens
 
 from .config import SequenceConfig
 from .metrics import SCORES, best
-from .schema import Answer, Evaluation
+from .schema import Answer, Evaluation, finite
 from .tasks import SequenceTask
 
 # What is kept of the answers to a task, so that a reader sees a few before and after.
@@ -75,8 +75,7 @@ class Evaluator:
                 if cut := cache.stats[f"truncated_{what}"]:
                     notes.append(f"task {task.name}: {cut} of {cache.num_examples} test {what} are cut to {limit}")
             if config.eval_loss:
-                loss = float(sk.score_prompts(model, cache, progress=False).loss[0])
-                row["loss"][j] = loss if math.isfinite(loss) else None
+                row["loss"][j] = finite(float(sk.score_prompts(model, cache, progress=False).loss[0]))
             if config.generate:
                 answers = self.answers(model, j, prompts[j], tick)
                 for name, score in SCORES.items():

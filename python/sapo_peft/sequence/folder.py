@@ -13,12 +13,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from pydantic import BaseModel
 
 from sapo_kernels.files import DataError, atomic_write, excerpt, parse_json
 from sapo_kernels.manifest import MANIFEST, TEMPORARY, check_manifest, flush_folder, write_manifest
 
+from ..locks import alone
 from .results import results_of
 from .schema import MEASURES, Evaluation, FinishedTask, RunRecord, Scores, TaskData, Training, read
 
@@ -175,12 +175,8 @@ def run_folder(path: str | os.PathLike | None) -> Iterator[RunFolder]:
         return
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    try:
-        # The lock goes with the process, however it ends; the empty file stays.
-        with FileLock(path / ".lock", timeout=0):
-            yield RunFolder(path)
-    except Timeout:
-        raise RuntimeError(f"{path}: another process is at work in this folder") from None
+    with alone(path / ".lock", path):
+        yield RunFolder(path)
 
 
 def _foreign(name: str) -> bool:

@@ -16,6 +16,7 @@ bytes, is the matter of the manifests, see `folder.py`.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ Amount = Annotated[float, Field(ge=0, le=1e15)]
 Texts = Annotated[list[str], FailFast()]
 # A row of a matrix, a column a task; null where it was not measured.
 MatrixRow = Annotated[list[Amount | None], FailFast()]
-Logged = Annotated[list[tuple[Count, float]], FailFast()]
+Logged = Annotated[list[tuple[Count, float | None]], FailFast()]
 
 
 @dataclass(frozen=True)
@@ -190,6 +191,11 @@ def read(kind: type[Document], path: str | os.PathLike) -> Document:
     Raises: `DataError` naming file, place, expected and got; `OSError` from reading.
     """
     return validated(kind, read_json(path), os.fspath(path))
+
+
+def finite(value: float) -> float | None:
+    """A number as a file may hold it."""
+    return value if math.isfinite(value) else None
 
 
 def _length(values: Sequence[Any], expected: int, place: str) -> None:
