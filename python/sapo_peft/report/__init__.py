@@ -1,19 +1,28 @@
 """The report of sequence runs: one HTML file that needs no network, no script and no other file.
 
-`compare` pairs the runs, `views` and `charts` make what is shown of them, and `page` fills the templates.
+`compare` pairs the runs, `views` and `charts` make what is shown of them, and the templates put it on a page.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from sapo_kernels.files import DataError, atomic_write, read_bytes
+
+from ..sequence.folder import Run, read_run
+from . import text, views
+from .compare import group_runs, in_order
 
 __all__ = ["write_report"]
 
 FILE_NAME = "report.html"
 # Runs with sections of their own; the others are in the comparison and in the table of runs.
 MAX_DETAILED = 8
+MAX_GROUPS = 12
 # In every report.
 MARK = b"<code>sapo report</code>"
 
@@ -34,14 +43,8 @@ def write_report(
     A run may still be in progress. Deterministic: the same folders give the same bytes.
 
     Raises: `sapo_kernels.files.DataError` for a folder without runs, a damaged one, the same run twice, or another
-    file at `out`; `OSError`; `ImportError` naming a package of the extra "train" that is missing.
+    file at `out`; `OSError`.
     """
-    from sapo_kernels.files import DataError, atomic_write, read_bytes
-
-    from ..sequence.folder import read_run
-    from .compare import in_order
-    from .page import render
-
     paths = [Path(p) for p in ([run_dirs] if isinstance(run_dirs, (str, os.PathLike)) else run_dirs)]
     if not paths:
         raise DataError("run_dirs: expected at least one folder, got none")
@@ -54,7 +57,7 @@ def write_report(
     out = paths[0] / FILE_NAME if out is None else Path(out)
     if not overwrite and out.is_file() and MARK not in read_bytes(out):
         raise DataError(f"{out}: expected no file or an older report, got another file (see --overwrite)")
-    atomic_write(out, render(runs, detailed))
+    atomic_write(out, _page(runs, detailed))
     return out
 
 
@@ -63,8 +66,6 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
 
     Raises: `DataError` for a path that is no folder or holds no run.
     """
-    from sapo_kernels.files import DataError
-
     found: dict[str, Path] = {}
     for path in paths:
         if not path.is_dir():
@@ -77,3 +78,34 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
         for run in here:
             found.setdefault(os.path.realpath(run), run)
     return list(found.values())
+
+
+def _page(runs: Sequence[Run], detailed: Sequence[Run]) -> str:
+    """The whole document. detailed: the runs with sections of their own, at least one; all of them are in `runs`."""
+    single = detailed[0] if len(detailed) == 1 else None
+    title = f"{text.plural(len(runs), 'run')} of tasks in a row, compared by their prompts"
+    if single:
+        count, policy = len(single.record.tasks), single.record.policy
+        told = f"{count} tasks in a row" if count > 1 else "One task"
+        title = f"{told}, trained with {views.POLICIES.get(policy, policy)}"
+    groups = group_runs(runs)
+    own = [group for group in groups if not single or single in group.runs]
+    compared = [group for group in own if len(group.runs) > 1]
+    found = Environment(
+        loader=PackageLoader("sapo_peft.report"), autoescape=True, undefined=StrictUndefined, finalize=text.visible,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    names = ("line", "name", "fixed", "signed", "percent", "whole", "seconds", "plural", "figure", "unit")
+    found.filters.update({name: getattr(text, name) for name in names})
+    found.tests["left_original"] = views.left_original
+    return found.get_template("page.html").render(
+        views=views,
+        title=title,
+        single=single,
+        runs=runs,
+        detailed=[(run, next(one for one in groups if run in one.runs).baseline(run)) for run in detailed],
+        comparisons=[views.comparison(one, one.arm_of(single or one.runs[0])) for one in compared[:MAX_GROUPS]],
+        left_out=len(compared[MAX_GROUPS:]),
+        foreign=len(runs) - sum(len(group.runs) for group in own),
+        latest=max(run.record.finished or run.record.started for run in runs),
+    )  # fmt: skip

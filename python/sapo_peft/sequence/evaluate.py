@@ -42,20 +42,21 @@ class Evaluator:
         self.tasks, self.tokenizer, self.config = tasks, tokenizer, config
         ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
         self._ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-        self._caches: dict[tuple[int, int], sk.ResponseCache] = {}
+        self._caches: dict[int, tuple[int, sk.ResponseCache]] = {}
         self._closings: dict[int, tuple[list[int], str]] = {}
 
     def cache(self, task: int, prompt: int) -> sk.ResponseCache:
         """The test examples of a task under one of its prompts (both counted from 0)."""
-        if (task, prompt) not in self._caches:
+        # A task has one prompt at a time; that before the choice is not needed again.
+        known, cache = self._caches.get(task, (None, None))
+        if known != prompt:
             pool, config = self.tasks[task].pool, self.config
-            # A task has one prompt at a time; that before the choice is not needed again.
-            self._caches = {key: cache for key, cache in self._caches.items() if key[0] != task}
-            self._caches[task, prompt] = sk.ResponseCache.build(
+            cache = sk.ResponseCache.build(
                 self.tokenizer, [pool.prompts[prompt]], self.tasks[task].test, suffix=pool.suffix,
                 text_word=pool.text_word, max_source=config.max_source, max_target=config.max_target,
             )  # fmt: skip
-        return self._caches[task, prompt]
+            self._caches[task] = prompt, cache
+        return cache
 
     def evaluate(self, model: Any, prompts: Mapping[int, int], tick: Callable[[int], None] | None = None) -> Evaluation:
         """Evaluate the tasks in `prompts` (task -> prompt, from 0); `tick` hears how many examples were done.
@@ -100,7 +101,8 @@ class Evaluator:
         most = self.config.max_new_tokens or int(cache.response_lengths.max())
         contexts = cache.contexts[0]
         answers = [""] * len(contexts)
-        for rows, ids in greedy(model, contexts, most, stops, self._pad(), self.config.eval_batch_size):
+        pad = next(one for one in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0) if one is not None)
+        for rows, ids in greedy(model, contexts, most, stops, pad, self.config.eval_batch_size):
             for m, answer in zip(rows, ids, strict=True):
                 # Spaces before punctuation are part of the targets, so they are of the answers.
                 text = self.tokenizer.decode(answer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -126,10 +128,6 @@ class Evaluator:
             stops = self._ends | ({tokenizer.convert_tokens_to_ids(first)} if first else set())
             self._closings[task] = sorted(stops), "" if first else closing.strip()
         return self._closings[task]
-
-    def _pad(self) -> int:
-        known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
-        return next(one for one in known if one is not None)
 
 
 def greedy(

@@ -86,9 +86,9 @@ class _Policy(TrainerCallback):
             return random.Random(derived_seed(self.config.seed, self.index, "prompt")).randrange(1, prompts)
         if policy == "worst":
             losses = self.sapo.history[-1].losses[self.task.pool.task]
-            finite = [(-loss, k) for k, loss in enumerate(losses) if math.isfinite(loss)]
-            if finite:
-                return min(finite)[1]
+            known = [(-loss, k) for k, loss in enumerate(losses) if math.isfinite(loss)]
+            if known:
+                return min(known)[1]
             self.notes.append(f"task {self.task.name}: no prompt has a finite loss; the original was taken")
         return 0
 
