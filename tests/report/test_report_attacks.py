@@ -67,9 +67,6 @@ def test_size_is_bounded(tmp_path):
 # A file, the keys that lead to a value, the value put there: what the message says.
 DAMAGE = """
 run version 3 : 'version': expected 1 or 2, got 3
-run status "lost" : expected 'running' or 'done', got 'lost'
-run seed 1.5 : 'seed': expected a valid integer, got 1.5
-run tasks [] : 'tasks': List should have at least 1 item after validation, not 0, got []
 run tasks ["a","b"] : expected this task of a finished run, got no folder
 run method "KeyError" : expected the key 'method', got none
 run more 1 : expected no key 'more', got one
@@ -77,10 +74,8 @@ before examples [1] : 'rougeL': expected 1 entries, got 2
 scores scorings.1.loss [1.0] : 'scorings' 1 'loss': expected 4 entries, got 1
 scores scorings.1.loss.2 "low" : 'loss' 2: expected a valid number, got 'low'
 scores scorings.0.chosen 4 : 'chosen': expected less than 4, got 4
-scores scorings.0.weights.0 -0.5 : 'weights' 0: expected greater than or equal to 0, got -0.5
 metrics row.rougeL.0 1e300 : 'row' 'rougeL' 0: expected less than or equal to 1000000000000000
 metrics row {"bleu":[1.0,1.0]} : 'row' 'bleu' '[key]': expected 'rougeL', 'exact_match'
-metrics examples [1,1,1] : 'rougeL': expected 3 entries, got 2
 metrics answers [[]] : 'answers': expected 2 entries, got 1
 train losses [[1,2,3]] : 'losses' 0
 """
@@ -89,14 +84,6 @@ train losses [[1,2,3]] : 'losses' 0
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory):
     return small(tmp_path_factory.mktemp("sound") / "run")
-
-
-def test_whatever_is_edited_is_refused(sound, tmp_path):
-    """By the manifests: a number that still makes sense, too."""
-    run = shutil.copytree(sound, tmp_path / "run")
-    edit(next(run.rglob("metrics.json")), "row", "rougeL", 0, value=0.123)
-    with pytest.raises(DataError, match="metrics.json: expected size"):
-        write_report(run)
 
 
 @pytest.mark.parametrize("fault", DAMAGE.strip().splitlines())

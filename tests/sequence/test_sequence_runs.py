@@ -316,17 +316,6 @@ def test_training_that_went_to_nan_is_an_error_and_writes_no_adapter(tmp_path, o
     assert read_json(tmp_path / "run.json")["status"] == "running"
 
 
-def test_a_penalty_is_reported_beside_the_loss():
-    model, tokenizer = model_and_tokenizer()
-    adapters = Adapters(model, small_config(method="o-lora", policy="original"))
-    for index, task in enumerate(small_tasks(2), 1):
-        adapters.add(index, index)
-        found = train_task(adapters, tokenizer, task, index, adapters.config)
-        assert [step for step, _ in found.train.losses] == [2, 4]
-        assert [step for step, _ in found.train.penalties] == ([2, 4] if index == 2 else [])
-        assert all(1.0 < loss < 20.0 for _, loss in found.train.losses)
-
-
 def test_drift_is_told_the_loss_without_the_penalty(monkeypatch):
     seen = []
     monkeypatch.setattr("sapo_peft.trainer.drift.Drift.seen", lambda self, excess: seen.append(excess))
@@ -357,24 +346,20 @@ def test_rows_of_later_tasks_are_checked_before_anything_is_done(tmp_path):
         assert [path.name for path in (tmp_path / split).iterdir()] == [".lock"]
 
 
-def test_a_misspelt_module_leaves_no_run_behind(tmp_path):
-    with pytest.raises(ValueError, match="expected names of modules"):
-        run_small(tmp_path, count=1, target_modules=("q_prj",))
-    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
-
-
 @pytest.mark.parametrize("modules, method, word", [
     (("q_proj", "typo_proj"), "lora-inc", "expected names of modules of Qwen3ForCausalLM, got 'typo_proj'"),
     (("",), "lora-inc", "got ''"),
     (("q_proj", "embed_tokens"), "o-lora", "expected LoRA on linear layers only, got Embedding"),
     (("q_proj", "input_layernorm"), "lora-inc", "Target module Qwen3RMSNorm"),
 ])  # fmt: skip
-def test_modules_that_cannot_be_adapted_are_refused_and_the_model_is_left_as_it_was(modules, method, word):
+def test_modules_that_cannot_be_adapted_are_refused_and_the_model_is_left_as_it_was(tmp_path, modules, method, word):
     pair = model_and_tokenizer()
     before = [name for name, _ in pair[0].named_modules()], [p.requires_grad for p in pair[0].parameters()]
     with pytest.raises(ValueError) as error:
-        run_small(None, model=pair, count=1, target_modules=modules, method=method, evaluate="last", max_steps=1)
+        run_small(tmp_path, model=pair, count=1, target_modules=modules, method=method, evaluate="last", max_steps=1)
     assert word in str(error.value)
+    if "names of modules" in word:  # found before a run is begun
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
     assert ([name for name, _ in pair[0].named_modules()], [p.requires_grad for p in pair[0].parameters()]) == before
     assert not hasattr(pair[0], "peft_config")
 
