@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from ..linear_logprob.torch import chunk_rows, logprob_of_logits
+from ..linear_logprob.gradient import chunk_rows
+from ..linear_logprob.torch import logprob_of_logits
 from ..trie.trie import TriePass
 from . import model_support as support
 from .model_state import BUSY, Unrecoverable
