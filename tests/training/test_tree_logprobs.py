@@ -140,7 +140,10 @@ def pooled(mlp):
     "change, why",
     [
         (lambda m: m.model.layers[0].register_forward_hook(lambda *a: None), "is no library's code"),
-        (lambda m: setattr(m.model.layers[1], "mlp", pooled(m.model.layers[1].mlp)), "differ from those on padded rows"),
+        (
+            lambda m: setattr(m.model.layers[1], "mlp", pooled(m.model.layers[1].mlp)),
+            "from those on padded rows",
+        ),
         (lambda m: m.model.layers[0].compile(), "it is compiled"),
         (lambda m: setattr(m.config, "attention_dropout", 0.1), "its attention has a dropout of 0.1"),
         (lambda m: m.model.embed_tokens.weight.data.fill_(float("nan")), "not finite"),
