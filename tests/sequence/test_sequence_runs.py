@@ -253,11 +253,28 @@ def test_the_end_of_an_answer_does_not_depend_on_a_target(target, gap):
     tokenizer.eos_token = "<|endoftext|>"
     row = {"input": "a", "target": target}
     task = SequenceTask.build("t", [row], [row], small_task(1).pool)
-    assert Evaluator(None, [task], tokenizer, small_config()).closing(0) == ([256, 258], "")
+    assert Evaluator(None, [task], tokenizer, small_config()).closing(0) == ([256, 258], [])
     # Every end token that the model's configuration names ends an answer too.
     model = small_qwen3()
     model.generation_config.eos_token_id = [258, 9]
-    assert Evaluator(model, [task], tokenizer, small_config()).closing(0) == ([9, 256, 258], "")
+    assert Evaluator(model, [task], tokenizer, small_config()).closing(0) == ([9, 256, 258], [])
+
+
+def test_an_answer_ends_where_the_next_turn_would_begin():
+    """Templates that do not close the assistant's turn: the marker of the next one ends the answer."""
+    tokenizer = byte_tokenizer(
+        chat_template="{% for m in messages %}{{ m['role'] | upper }}: {{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}ASSISTANT: {% endif %}"
+    )
+    row = {"input": "a", "target": "ok"}
+    task = SequenceTask.build("t", [row], [row], small_task(1).pool)
+    evaluator = Evaluator(None, [task], tokenizer, small_config(max_new_tokens=20))
+    assert evaluator.closing(0)[1] == ["USER:"]
+    model = model_and_tokenizer()[0]
+    texts = iter(["ok\nUSER: again", "ok"])
+    model.generate = lambda input_ids, **options: torch.cat(
+        [input_ids, torch.tensor([tokenizer(next(texts))["input_ids"]])], 1)  # fmt: skip
+    assert [evaluator.answers(model, 0, 0)[0].strip() for _ in range(2)] == ["ok", "ok"]
 
 
 @pytest.mark.parametrize("chat", [True, False])

@@ -43,7 +43,7 @@ class Evaluator:
         ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
         self._ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
         self._caches: dict[int, tuple[int, sk.ResponseCache]] = {}
-        self._closings: dict[int, tuple[list[int], str]] = {}
+        self._closings: dict[int, tuple[list[int], list[str]]] = {}
 
     def cache(self, task: int, prompt: int) -> sk.ResponseCache:
         """The test examples of a task under one of its prompts (both counted from 0)."""
@@ -97,7 +97,7 @@ class Evaluator:
     def answers(self, model: Any, task: int, prompt: int, tick: Callable[[int], None] | None = None) -> list[str]:
         """The answer to each test example of a task, decoded greedily."""
         cache = self.cache(task, prompt)
-        stops, closing = self.closing(task)
+        stops, closings = self.closing(task)
         most = self.config.max_new_tokens or int(cache.response_lengths.max())
         contexts = cache.contexts[0]
         answers = [""] * len(contexts)
@@ -106,28 +106,42 @@ class Evaluator:
             for m, answer in zip(rows, ids, strict=True):
                 # Spaces before punctuation are part of the targets, so they are of the answers.
                 text = self.tokenizer.decode(answer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-                answers[m] = text.partition(closing)[0] if closing else text
+                answers[m] = min((text.partition(closing)[0] for closing in closings), key=len, default=text)
             if tick is not None:
                 tick(len(rows))
         return answers
 
-    def closing(self, task: int) -> tuple[list[int], str]:
-        """(ids that end an answer, text that ends one) for a task.
+    def closing(self, task: int) -> tuple[list[int], list[str]]:
+        """(ids that end an answer, texts that end one) for a task.
 
-        What closes the assistant's turn is in the responses that the model is trained on; where it begins with a
-        special token, that token ends an answer besides the end tokens of the tokenizer and of the model's generation
-        configuration. Other closings end it as text.
+        What closes the assistant's turn is in the responses that the model is trained on; some templates only begin the
+        next one. Where either begins with a special token, that token ends an answer besides the end tokens of the
+        tokenizer and of the model's generation configuration; else its text does.
         """
         if task not in self._closings:
             tokenizer, pool = self.tokenizer, self.tasks[task].pool
             # Not a target of the task: one of few letters may stand in the closing itself.
             example = {"input": self.tasks[task].test[0]["input"], "target": _ANSWER}
             rendered = Renderer(tokenizer, None, pool.suffix, pool.text_word).render(pool.prompts[0], example)
-            closing = rendered.response.rpartition(_ANSWER)[2].lstrip()
-            first = max((one for one in special_tokens(tokenizer) if closing.startswith(one)), key=len, default=None)
-            stops = self._ends | ({tokenizer.convert_tokens_to_ids(first)} if first else set())
-            self._closings[task] = sorted(stops), "" if first else closing.strip()
+            stops, texts = set(self._ends), []
+            for closing in (rendered.response.rpartition(_ANSWER)[2].strip(), _next_turn(tokenizer)):
+                first = [one for one in special_tokens(tokenizer) if closing.startswith(one)]
+                if first:
+                    stops.add(tokenizer.convert_tokens_to_ids(max(first, key=len)))
+                elif closing:
+                    texts.append(closing)
+            self._closings[task] = sorted(stops), texts
         return self._closings[task]
+
+
+def _next_turn(tokenizer: Any) -> str:
+    """What the chat template puts between an answer and the next question, or nothing."""
+    turns = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", _ANSWER), ("user", "zzz"))]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+    except Exception:  # no template, or one for a single turn
+        return ""
+    return text.rpartition(_ANSWER)[2].partition("zzz")[0].strip() if _ANSWER in text else ""
 
 
 def greedy(

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 import sapo_kernels as sk
 
@@ -157,8 +157,6 @@ def train_task(
             trainer.add_callback(policy)
         if tick is not None:
             trainer.add_callback(_Ticker(tick))
-        # Dropout draws from here on, whatever was drawn for the choice.
-        set_seed(seed)
         started = time.perf_counter()
         with _quiet():
             trainer.train()
