@@ -52,7 +52,8 @@ def test_numbers_are_those_of_the_folder(tmp_path):
     assert f"scoring: {spent[0]:.1f} s, {100 * spent[0] / sum(spent):.1f} %" in text and "91,234 tokens" in text
     assert re.search(rf"whole run \S+ \S+ \S+ {100 * spent[0] / sum(spent):.1f} 364,936 ", text)
     for told in ("AP, average performance (ROUGE-L) %.1f" % (100 * results["metrics"]["rougeL"]["AP"]),
-                 "labels were cut at 128 tokens", "1 row left out", "text 2 good answer 0.2 answer 4.2",
+                 "labels were cut at 128 tokens", "1 row left out", "text 3.2 good answer 0.2 answer 3.2",
+                 "text 4.2 good answer 0.2 answer 4.2",
                  "One run says nothing about whether choosing helped"):  # fmt: skip
         assert told in text
     assert 'class="compare"' not in html

@@ -9,7 +9,7 @@ import torch
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from sapo_kernels.files import DataError
+from sapo_kernels.files import DataError, read_json
 from sapo_peft.sequence import load_adapters, orthogonality
 from sapo_peft.sequence.config import derived_seed
 from sapo_peft.sequence.methods import WEIGHTS, Adapters
@@ -177,10 +177,14 @@ def test_merging_all_adapters_gives_the_logits_of_running_them_together():
         assert float((merged(input_ids=ids).logits - together).abs().max()) <= 1e-4
 
 
-def test_all_linear_layers_get_every_tasks_adapter():
+def test_all_linear_layers_get_every_tasks_adapter(tmp_path):
     adapters, _, kept = trained("lora-inc", count=2, target_modules="all-linear", max_steps=1)
     assert kept[0].keys() == kept[1].keys() and {key.split(".")[-3] for key in kept[1]} == {
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}  # fmt: skip
+    # The same bytes from every process: PEFT has a set of names.
+    adapters.save(tmp_path, {"tasks": {}})
+    names = read_json(tmp_path / "adapter_config.json")["target_modules"]
+    assert names == sorted(names) and len(names) == 14
 
 
 @pytest.mark.parametrize("method", ["lora-inc", "seq-lora"])
