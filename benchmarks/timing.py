@@ -138,15 +138,14 @@ class Turns:
             if name not in self.seconds:
                 continue
             p20, p50, p80 = quantiles(self.seconds[name])
-            rows.append(
-                Row(
-                    op=case.op, case=case.name, provider=name, dtype=case.dtype, shape=case.shape,
-                    rounds=len(self.seconds[name]), p20_s=p20, p50_s=p50, p80_s=p80, peak_bytes=self.peak.get(name, -1),
-                    tokens=provider.tokens or case.tokens, work=float(case.work),
-                    work_unit=case.work_unit if case.work else "", formula=case.formula, error=self.error[name], tolerance=case.tolerance, note=provider.note,
-                    environment=where,
-                )
+            made = Row(
+                op=case.op, case=case.name, provider=name, dtype=case.dtype, shape=case.shape,
+                rounds=len(self.seconds[name]), p20_s=p20, p50_s=p50, p80_s=p80, peak_bytes=self.peak.get(name, -1),
+                tokens=provider.tokens or case.tokens, work=float(case.work),
+                work_unit=case.work_unit if case.work else "", formula=case.formula, error=self.error[name],
+                tolerance=case.tolerance, note=provider.note, environment=where,
             )  # fmt: skip
+            rows.append(made)
         return rows
 
 

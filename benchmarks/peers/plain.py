@@ -15,10 +15,6 @@ def cells_of(cache) -> list[tuple[list[int], list[int]]]:
     return [(c, r) for row, answers in zip(contexts, responses, strict=True) for c, r in zip(row, answers, strict=True)]
 
 
-def longest_first(cells) -> list[int]:
-    return sorted(range(len(cells)), key=lambda c: -len(cells[c][0]) - len(cells[c][1]))
-
-
 def padded(cells, device):
     """Right-padded ids, attention mask and the mask of rows that predict a response token, each [B, L]."""
     contexts = torch.tensor([len(c) for c, _ in cells])[:, None]
@@ -67,18 +63,29 @@ def sums(logprob_rows, cells) -> torch.Tensor:
 
 
 @torch.no_grad()
-def tuned_plain(model, cache, batch_size: int = 8) -> torch.Tensor:
-    """Plain transformers at its best: sorted by length, logits of the response rows only (`logits_to_keep` mask)."""
-    cells = cells_of(cache)
-    order = longest_first(cells)
+def longest_first(cells, batch_size: int, score) -> torch.Tensor:
+    """[len(cells)] float64 in the cells' order of ``score(part)``, [len(part)], on batches of similar length."""
+    order = sorted(range(len(cells)), key=lambda c: -_length(cells[c]))
     out = torch.empty(len(cells), dtype=torch.float64)
     for i in range(0, len(order), batch_size):
         chosen = order[i : i + batch_size]
-        part = [cells[c] for c in chosen]
+        out[chosen] = score([cells[c] for c in chosen])
+    return out
+
+
+def _length(cell) -> int:
+    return len(cell[0]) + len(cell[1]) - 1
+
+
+def tuned_plain(model, cache, batch_size: int = 8) -> torch.Tensor:
+    """Plain transformers at its best: sorted by length, logits of the response rows only (`logits_to_keep` mask)."""
+
+    def score(part):
         ids, mask, rows = padded(part, model.device)
         logits = logits_of_rows(model, rows, input_ids=ids, attention_mask=mask, use_cache=False)
-        out[chosen] = sums(row_logprob(logits, targets_of(part, ids.device)), part)
-    return out
+        return sums(row_logprob(logits, targets_of(part, ids.device)), part)
+
+    return longest_first(cells_of(cache), batch_size, score)
 
 
 @torch.no_grad()
@@ -90,7 +97,7 @@ def packed(model, cache, tokens: int = 1024) -> torch.Tensor:
     """
     cells = cells_of(cache)
     out = torch.empty(len(cells), dtype=torch.float64)
-    waiting = longest_first(cells)
+    waiting = sorted(range(len(cells)), key=lambda c: -_length(cells[c]))
     while waiting:
         chosen, size = [], 0
         while waiting and (not chosen or size + _length(cells[waiting[0]]) <= tokens):
@@ -103,7 +110,3 @@ def packed(model, cache, tokens: int = 1024) -> torch.Tensor:
         logits = logits_of_rows(model, rows, input_ids=ids, position_ids=positions, use_cache=False)
         out[chosen] = sums(row_logprob(logits, targets_of(part, ids.device)), part)
     return out
-
-
-def _length(cell) -> int:
-    return len(cell[0]) + len(cell[1]) - 1
