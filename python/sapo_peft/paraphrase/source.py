@@ -51,12 +51,13 @@ class Deadline:
 
     @property
     def over(self) -> bool:
+        """Whether it has come."""
         return self.left <= 0.0
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back for one question: the paraphrases in it, where they are from, what was wrong with it."""
+    """What came back for one question: the `texts` of paraphrases, their `source`, the `fault` if there is one."""
 
     texts: tuple[str, ...]
     source: str
@@ -75,7 +76,9 @@ class ParaphraseSource(Protocol):
     name: str
     finite: bool
 
-    def paraphrase(self, request: Request, deadline: Deadline) -> Iterator[Answer]: ...
+    def paraphrase(self, request: Request, deadline: Deadline) -> Iterator[Answer]:
+        """See the class."""
+        ...
 
 
 def gather(
@@ -93,9 +96,9 @@ def gather(
 
     Each answer is saved to `store` (a ``.json`` file that `PromptPool.read` reads) as it arrives. Called again with
     that file, after a crash, Ctrl-C or an outage, it goes on from there and asks only for what is missing;
-    `overwrite` begins anew, whatever the file holds. It ends when there are enough, at the deadline, when the
-    source cannot go on, or when three rounds of asking brought nothing new. If fewer than `wanted` are there then,
-    the result says so in `notes()`, and so does the log.
+    `overwrite` begins anew, whatever the file holds. It ends when there are enough, after `deadline_seconds` of `clock`
+    (a function giving seconds that never goes back), when the source cannot go on, or when three rounds of asking
+    brought nothing new. If fewer than `wanted` are there then, the result says so in `notes()`, and so does the log.
 
     Raises: `TooFewPrompts` if fewer than `minimum` of the `wanted` are there at the end; `DataError` if the store
     is there and no pool of this task and original; `RuntimeError` if another process fills it; `OSError` from saving.

@@ -130,7 +130,8 @@ def read_tasks(
 ) -> list[SequenceTask]:
     """The tasks of these names, in this order: a folder each with train, test and perhaps dev.
 
-    Files of a split are .json, .jsonl, .ndjson, .csv or .tsv.
+    data: the folder with the tasks' own folders; files of a split are .json, .jsonl, .ndjson, .csv or .tsv. prompts:
+    what `PromptPool.read` reads, where the paraphrases do not lie in `data`.
 
     Raises: `DataError` naming the file or folder, what was wanted and what was got.
     """
