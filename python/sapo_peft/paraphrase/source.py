@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from filelock import FileLock, Timeout
-
 from sapo_kernels.files import DataError, excerpt
 
 from ..data.prompt_files import MAX_PROMPTS
 from ..data.prompt_pool import PoolPrompt, PromptPool, is_pool_file
+from ..locks import alone
 from .answers import Request
 
 _log = logging.getLogger(__name__)
@@ -187,16 +186,8 @@ def _only_writer(store: Path) -> Iterator[None]:
         raise DataError(f"{store}: expected a file in a folder that can be written to, got none")
     if store.suffix.lower() != ".json":
         raise DataError(f"{store}: expected a file that ends in .json, got {excerpt(store.name)}")
-    # The lock goes with the process, however it ends; the empty file stays.
-    lock = FileLock(folder / f".{store.name}.lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise RuntimeError(f"{store}: another process is filling this file") from None
-    try:
+    with alone(folder / f".{store.name}.lock", store):
         yield
-    finally:
-        lock.release()
 
 
 def resumed_from(pool: PromptPool, store: Path, size: int = MAX_PROMPTS) -> PromptPool:
