@@ -13,14 +13,14 @@ it. Providers take turns, their outputs are checked before a time is kept, and t
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 from . import ops  # noqa: F401
+from .apart import run_apart, shared_out
 from .registry import OPS
-from .rows import RESULTS, ROOT
+from .rows import RESULTS
 
 # The minutes that a case's own size is meant for.
 USUAL = 9.0
@@ -55,23 +55,13 @@ def main(argv: list[str] | None = None) -> int:
     if "race" in options.only and options.base is None:
         parser.error("--only race: expected --base, the model to race on")
     started, failed = time.monotonic(), []
-    total = options.minutes * 60
-    waiting = [op for op in OPS if op in options.only]
-    while waiting:
-        # What the operations before left over is shared by those that follow.
-        left = total - (time.monotonic() - started)
-        op, share = waiting[0], (OPS[waiting[0]].share or 1.0) / sum(OPS[op].share or 1.0 for op in waiting)
-        waiting = waiting[1:]
-        seconds = max(5.0, left * share)
+    shares = {op: OPS[op].share or 1.0 for op in OPS if op in options.only}
+    for op, share, left in shared_out(shares, options.minutes * 60):
+        seconds = max(5.0, share)
         print(f"== {op}: {seconds:.0f} s", flush=True)
-        try:
-            # No case begins after its seconds; the last one may end a little later, and one that hangs is ended.
-            done = subprocess.run(command(op, options, seconds), cwd=ROOT, timeout=max(30.0, left) + GRACE)
-            code = done.returncode
-        except subprocess.TimeoutExpired:
-            code = "out of time"
-        if code not in (0, 5):  # 5: nothing to run for this device
-            failed.append(f"{op} ({code})")
+        # No case begins after its seconds; the last one may end a little later. 5: nothing to run for this device.
+        status = run_apart(command(op, options, seconds), None, max(30.0, left) + GRACE, well=(0, 5))
+        failed += [f"{op} ({status})"] if status != "passed" else []
     print(f"{time.monotonic() - started:.0f} s; " + (f"failed: {', '.join(failed)}" if failed else "all parts passed"))
     return 1 if failed else 0
 
