@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import sapo_kernels as sk
-from sapo_kernels.scoring import decoder
+from sapo_kernels.scoring import attention
 from tests.families import (
     ALTERNATING,
     BASE,
@@ -38,10 +38,10 @@ def attention_calls(monkeypatch):
 
     def spy(*args, **kwargs):
         calls.append({name for name in ("window", "softcap", "sinks") if kwargs[name] is not None})
-        return decoder_attention(*args, **kwargs)
+        return plain(*args, **kwargs)
 
-    decoder_attention = decoder.tree_attention
-    monkeypatch.setattr(decoder, "tree_attention", spy)
+    plain = attention.tree_attention
+    monkeypatch.setattr(attention, "tree_attention", spy)
     return calls
 
 
@@ -84,8 +84,8 @@ def test_a_dropped_feature_would_show(name, feature, cache, monkeypatch):
     model = build(name)
     plain = plain_nll(model, cache)
     assert per_token_error(sk.score_prompts(model, cache, impl="tree"), plain) < TOLERANCE
-    attention = decoder.tree_attention
-    monkeypatch.setattr(decoder, "tree_attention", lambda *a, **kw: attention(*a, **{**kw, feature: None}))
+    whole = attention.tree_attention
+    monkeypatch.setattr(attention, "tree_attention", lambda *a, **kw: whole(*a, **{**kw, feature: None}))
     with pytest.raises(RuntimeError, match="by the tree path: it differs from the plain model by"):
         sk.score_prompts(model, cache, impl="tree")
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import sapo_kernels as sk
-from sapo_kernels.scoring import decoder, paths
+from sapo_kernels.scoring import attention, paths
 from tests.families import TOLERANCE, build, cells, per_token_error, plain_nll
 from tests.scoring.snapshots import assert_unchanged, in_training, snapshot
 
@@ -45,7 +45,7 @@ def interrupt(where: str, error, at: int, model, monkeypatch):
 
     if where == "hook":  # the model is scored alone then
         return model.model.layers[1].mlp.register_forward_hook(count).remove
-    owner, name = {"attention": (decoder, "tree_attention"), "batch": (paths, "run_padded")}[where]
+    owner, name = {"attention": (attention, "tree_attention"), "batch": (paths, "run_padded")}[where]
     plain = getattr(owner, name)
     monkeypatch.setattr(owner, name, lambda *args, **kwargs: (count(), plain(*args, **kwargs))[1])
     return monkeypatch.undo

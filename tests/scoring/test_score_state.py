@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import sapo_kernels as sk
-from sapo_kernels.scoring import decoder, paths
+from sapo_kernels.scoring import attention, paths
 from sapo_kernels.scoring.progress import Progress
 from tests.oracles import random_cells, small_qwen3
 from tests.scoring.snapshots import assert_unchanged, snapshot, stance
@@ -82,7 +82,7 @@ class Paused:
         if where == "hook":
             self.undo = model.model.layers[0].register_forward_hook(self._pause).remove
             return
-        module, name = {"attention": (decoder, "tree_attention"), "batch": (paths, "run_padded")}[where]
+        module, name = {"attention": (attention, "tree_attention"), "batch": (paths, "run_padded")}[where]
         plain = getattr(module, name)
 
         def pausing(*args, **kwargs):
