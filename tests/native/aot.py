@@ -99,11 +99,26 @@ def merge(shape: tuple, capability: int):
     return module._merge_kernel, types, {}, {**module.MERGE_BLOCKS, "num_warps": 4}
 
 
+def logprob_gradient(shape: tuple, capability: int):
+    """shape: dtype of the inputs, options ("bc": bias, softcap)."""
+    from sapo_kernels.linear_logprob import triton_backward as module
+
+    dtype, flags = shape
+    constants = {"HAS_BIAS": "b" in flags, "HAS_SOFTCAP": "c" in flags, "stride_bias": 1}
+    if "b" not in flags:
+        constants["bias_ptr"] = None
+    types = {"bias_ptr": f"*{dtype}", "d_ptr": f"*{dtype}"} | dict.fromkeys(("targets_ptr", "target_ptr_ptr"), "*i64")
+    types |= dict.fromkeys(("logits_ptr", "lse_ptr", "a_ptr", "g_ptr"), "*fp32")
+    types |= dict.fromkeys(("logit_scale", "softcap", "d_scale"), "fp32")
+    return module._coefficients_kernel, types, constants, module.COEFFICIENTS
+
+
 BUILDERS = {
     "tree_attention": attention,
     "tree_attention careful": lambda shape, capability: attention(shape, capability, careful=True),
     "linear_logprob": logprob,
     "linear_logprob merge": merge,
+    "linear_logprob gradient": logprob_gradient,
 }
 
 ATTENTION = [
@@ -124,6 +139,7 @@ ATTENTION = [
     ("fp32", 256, 256, 3, 64, "ws"),
 ]
 CAREFUL = [("bf16", 128, 128, 4, 64, "wcs"), ("bf16", 256, 256, 2, 64, ""), ("fp32", 128, 128, 4, 64, "")]
+GRADIENT = [("bf16", "bc"), ("fp16", ""), ("fp32", "c")]
 LOGPROB = [
     ("bf16", 4096, ""),
     ("bf16", 2304, "c"),
@@ -140,6 +156,7 @@ def jobs(short: bool) -> list[Job]:
             "tree_attention careful": CAREFUL[:1],
             "linear_logprob": LOGPROB[2:3],
             "linear_logprob merge": [()],
+            "linear_logprob gradient": GRADIENT[:1],
         }
         return [Job(kernel, shape, t) for kernel, shapes in names.items() for shape in shapes for t in TARGETS]
     names = {
@@ -147,6 +164,7 @@ def jobs(short: bool) -> list[Job]:
         "tree_attention careful": CAREFUL,
         "linear_logprob": LOGPROB,
         "linear_logprob merge": [()],
+        "linear_logprob gradient": GRADIENT,
     }
     listed = [Job(kernel, shape, t) for kernel, shapes in names.items() for shape in shapes for t in TARGETS]
     few = {"tree_attention": [ATTENTION[4], ATTENTION[9]], "linear_logprob": LOGPROB[:1]}
@@ -184,7 +202,8 @@ def build(job: Job) -> Row:
         code = done.asm["ptx"]
         if launch.get("num_stages", 1) > 1 and "cp.async" not in code:
             complaints.append("not pipelined")
-        if job.shape and job.shape[0] != "fp32" and not re.search(r"\b(wgmma|tcgen05)\.mma|\bmma\.sync", code):
+        products = job.shape and job.shape[0] != "fp32" and job.kernel != "linear_logprob gradient"
+        if products and not re.search(r"\b(wgmma|tcgen05)\.mma|\bmma\.sync", code):
             complaints.append("no tensor cores")
     else:
         text = done.asm["amdgcn"]
