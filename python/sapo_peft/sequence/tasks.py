@@ -146,7 +146,8 @@ def read_tasks(
 ) -> list[SequenceTask]:
     """The tasks of these names, in this order: a folder each with train, test and perhaps dev.
 
-    Files of a split are .json, .jsonl, .ndjson, .csv, .tsv or .parquet.
+    data: the folder with the tasks' own folders; files of a split are .json, .jsonl, .ndjson, .csv, .tsv or .parquet.
+    prompts: what `PromptPool.read` reads, where the paraphrases do not lie in `data`.
 
     Raises: `DataError` naming the file or folder, what was expected and what was got.
     """
