@@ -165,7 +165,7 @@ def _ninja() -> str:
 
 def _ninja_file(options: Options, wanted: list[str]) -> str:
     cxx = shlex.join([*_launcher(), *shlex.split(os.environ.get("CXX", "g++"))])
-    # No fused multiply-add: the same bits with and without it, on every device. __FILE__ must not name this machine.
+    # No fused multiply-add: what overflows or cancels does so as in plain torch. __FILE__ must not name this machine.
     common = [
         "-std=c++17",
         "-O3",
@@ -175,7 +175,6 @@ def _ninja_file(options: Options, wanted: list[str]) -> str:
         "-fvisibility=hidden",
         "-Wall",
         "-Wextra",
-        "-Wno-psabi",
     ]
     common += [f"-DSAPO_ABI={abi()}", f"-ffile-prefix-map={SOURCES}=csrc"]
     if options.sanitize:

@@ -2,7 +2,15 @@
 // documented in sapo_kernels/reweight/api.py.
 #pragma once
 
-#include "portable_math.h"
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define SAPO_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define SAPO_HOST_DEVICE inline
+#endif
 
 namespace sapo {
 
@@ -23,23 +31,31 @@ struct Reweight {
   double floor;
 };
 
-// The running mean and weight of prompts after `tokens` new response tokens with summed loss `nll`. Number is a double
-// or a vector of them; without branches both give the same bits.
-template <typename Number>
-SAPO_HOST_DEVICE void update(Number& mean, Number& weight, Number nll, Number tokens, double decay) {
-  const Number zero = {};
-  const Number aged = decay * weight;
-  const auto finite = is_finite(nll);
-  const auto valid = (tokens > 0.0) & finite;
-  // The first evidence, or the first after a loss that was not finite, stands alone.
-  const auto kept = (aged > 0.0) & is_finite(mean);
-  const Number total = tokens + (kept ? aged : zero);
-  const Number before = kept ? mean : zero;
-  const Number moved = before + (nll - tokens * before) / total;
-  const Number broken = finite ? zero + __builtin_nan("") : nll;
-  const auto scored = tokens != 0.0;
-  mean = scored ? (valid ? moved : broken) : mean;
-  weight = scored ? (valid ? total : zero) : aged;
+SAPO_HOST_DEVICE bool is_finite(double x) { return fabs(x) <= DBL_MAX; }
+
+// The running mean and weight of prompt k after its new response tokens.
+SAPO_HOST_DEVICE void update(const Reweight& a, int64_t k) {
+  const double aged = a.decay * a.weight[k], nll = a.nll[k], tokens = static_cast<double>(a.tokens[k]);
+  double mean = a.mean[k], weight = aged;
+  if (tokens < 0 || (tokens > 0 && !is_finite(nll))) {
+    mean = is_finite(nll) ? NAN : nll;
+    weight = 0;
+  } else if (tokens > 0) {
+    // The first evidence, or the first after a loss that was not finite, stands alone.
+    const bool kept = aged > 0 && is_finite(mean);
+    weight = kept ? aged + tokens : tokens;
+    mean = kept ? mean + (nll - tokens * mean) / weight : nll / tokens;
+  }
+  a.mean[k] = mean;
+  a.weight[k] = weight;
+}
+
+SAPO_HOST_DEVICE bool usable(const Reweight& a, int64_t k) { return a.live[k] && is_finite(a.mean[k]); }
+
+// What prompt k weighs beside the best one, whose weight is 1 and whose mean is `low`.
+SAPO_HOST_DEVICE double soft(const Reweight& a, int64_t k, int64_t best, double low) {
+  if (a.inverse_temperature == 0) return k == best ? 1.0 : 0.0;
+  return usable(a, k) ? exp((low - a.mean[k]) * a.inverse_temperature) : 0.0;
 }
 
 void reweight_cpu(const Reweight& a);

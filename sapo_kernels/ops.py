@@ -3,7 +3,7 @@
 The documented functions are in ``<op>/api.py``. Backends are imported on first use, so that importing the package
 needs neither Triton nor a GPU. ``impl`` is the name of a backend; "auto" is resolved by `resolve_impl`. The in-place
 operators have no ``impl``: compiled kernels are registered for their device by csrc/ops.cpp and csrc/cuda/ops.cpp, and
-where there are none the dispatcher takes the plain-torch ones, which give the same bits.
+where there are none the dispatcher takes the plain-torch ones.
 """
 
 from __future__ import annotations

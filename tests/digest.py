@@ -53,23 +53,6 @@ def accumulated() -> str:
     return fingerprint(*results)
 
 
-def reweighted() -> str:
-    """200 updates of states of several sizes, with samples drawn between them."""
-    results = []
-    for seed, size in enumerate((1, 2, 21, 31, 32, 33, 64, 100)):
-        generator = torch.Generator().manual_seed(seed)
-        state = sk.PromptState(3, [size, max(1, size // 2), 1])
-        for step in range(25):
-            tokens = torch.randint(0, 50, (3, size), generator=generator)
-            nll = torch.rand(3, size, dtype=torch.float64, generator=generator) * 3 * tokens
-            nll[torch.rand(3, size, generator=generator) < 0.02] = (torch.nan, torch.inf, -torch.inf)[step % 3]
-            choice = ((1.0, 0.0, 0.0), (0.9, 0.1, 0.1), (0.5, 1e-300, 0.0), (0.0, 2.0, 1.0))[step % 4]
-            sk.reweight_(state, nll, tokens, *choice)
-            results += [*state.state_dict().values(), state.sample(4, generator)]
-    # NaN has many bit patterns and says the same with all of them.
-    return fingerprint(*(torch.nan_to_num(r, nan=-1.0) if r.is_floating_point() else r for r in results))
-
-
 def scored() -> str:
     """`score_prompts` on a small random model, both roads."""
     tokenizer = byte_tokenizer()
@@ -84,7 +67,7 @@ def scored() -> str:
 
 def main() -> None:
     torch.set_num_threads(1)
-    parts = {"planner": planned, "accumulate_": accumulated, "reweight_": reweighted, "score_prompts": scored}
+    parts = {"planner": planned, "accumulate_": accumulated, "score_prompts": scored}
     print(json.dumps({"native": native.status(), "digests": {name: part() for name, part in parts.items()}}))
 
 

@@ -27,7 +27,7 @@ void launch(void (*kernel)(Argument), int64_t blocks, int threads, void* stream,
   kernel<<<static_cast<unsigned>(blocks), threads, 0, static_cast<cudaStream_t>(stream)>>>(argument);
   cuda_check(cudaGetLastError(), op);
 #else
-  // The tests compile the kernels for a CPU: tests/cuda_emulator/cuda_runtime.h.
+  // The tests compile the kernels for a CPU: tests/native/cuda_emulator/cuda_runtime.h.
   static_cast<void>(stream);
   emulator::run(kernel, static_cast<unsigned>(blocks), threads, argument);
 #endif

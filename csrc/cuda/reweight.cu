@@ -1,10 +1,11 @@
-// One warp per pool. Lane l walks the prompts l, l + 32, ..., so sums run in the order that portable_math.h fixes.
+// One warp per pool. Lane l walks the prompts l, l + 32, ...; sums run in a fixed order.
 #include "../reweight_args.h"
 #include "launch.h"
 
 namespace sapo {
 namespace {
 
+constexpr int kLanes = 32;
 constexpr int kWarps = 4;
 constexpr unsigned kAll = 0xffffffffu;
 
@@ -15,10 +16,6 @@ __device__ double warp_sum(double value) {
   return __shfl_sync(kAll, value, 0);
 }
 
-__device__ double candidate(const Reweight& a, int64_t k) {
-  return a.live[k] ? a.mean[k] : __longlong_as_double(0x7ff0000000000000LL);
-}
-
 __global__ void __launch_bounds__(kWarps* kLanes) reweight_kernel(Reweight a) {
   const int64_t pool = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kLanes;
   if (pool >= a.pools) {
@@ -27,18 +24,16 @@ __global__ void __launch_bounds__(kWarps* kLanes) reweight_kernel(Reweight a) {
   const int lane = threadIdx.x % kLanes;
   const int64_t begin = pool * a.prompts, end = begin + a.prompts;
 
-  double low = __longlong_as_double(0x7ff0000000000000LL), live = 0;
+  double low = INFINITY, live = 0;
   int64_t best = end;
   for (int64_t k = begin + lane; k < end; k += kLanes) {
-    double mean = a.mean[k], weight = a.weight[k];
-    update(mean, weight, a.nll[k], static_cast<double>(a.tokens[k]), a.decay);
-    a.mean[k] = mean;
-    a.weight[k] = weight;
-    const bool usable = a.live[k] && is_finite(mean);
-    live += usable ? 1.0 : 0.0;
-    if (usable && mean < low) {
-      low = mean;
-      best = k;
+    update(a, k);
+    if (usable(a, k)) {
+      live += 1;
+      if (a.mean[k] < low) {
+        low = a.mean[k];
+        best = k;
+      }
     }
   }
   live = warp_sum(live);
@@ -59,16 +54,12 @@ __global__ void __launch_bounds__(kWarps* kLanes) reweight_kernel(Reweight a) {
 
   double total = 0;
   for (int64_t k = begin + lane; k < end; k += kLanes) {
-    const double mean = candidate(a, k);
-    const double soft = is_finite(mean) ? exp_nonpositive((low - mean) * a.inverse_temperature) : 0.0;
-    const double e = a.inverse_temperature == 0 ? (k == best ? 1.0 : 0.0) : soft;
-    a.probs[k] = e;
-    total += e;
+    total += a.probs[k] = soft(a, k, best, low);
   }
-  const double inverse = 1.0 / warp_sum(total), keep = 1.0 - a.floor, base = a.floor / live;
+  const double scale = (1.0 - a.floor) / warp_sum(total), base = a.floor / live;
   double squares = 0;
   for (int64_t k = begin + lane; k < end; k += kLanes) {
-    const double p = is_finite(candidate(a, k)) ? keep * (a.probs[k] * inverse) + base : 0.0;
+    const double p = usable(a, k) ? scale * a.probs[k] + base : 0.0;
     a.probs[k] = p;
     squares += p * p;
   }

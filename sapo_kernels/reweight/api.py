@@ -53,9 +53,10 @@ def reweight_(
         ValueError, TypeError: naming the argument, what was expected and what was got; nothing was written.
         RuntimeError: the state's own tensors do not fit together; nothing was written.
 
-    Numerics: float64, sums in a fixed order; the same bits on every device, compiled or not (the softmax's exp is our
-    own, within 1 ulp). Safe under CUDA graphs (after one call outside; decay, temperature and floor are those of the
-    capture) and torch.compile.
+    Numerics: float64; the same bits again on the same device. Between devices, and compiled or not, a mean may differ
+    in its last bits (relative 1e-13), probs by that over the temperature (1e-9 at 1e-4 nats): processes that must
+    choose alike share the state of one. Safe under CUDA graphs (after one call outside; decay, temperature and floor
+    are those of the capture) and torch.compile.
     Source: SAPO, arXiv 2606.01967, section 3; the weights are exponential weights over prompts.
     """
     shape = state.mean.shape

@@ -1,7 +1,4 @@
-"""reweight_ in plain torch, for where nothing is compiled: the same bits as csrc/reweight.cpp and its CUDA kernel.
-
-Every line mirrors one of csrc/reweight_args.h and csrc/portable_math.h; only IEEE +, -, *, / in the same order.
-"""
+"""reweight_ in plain torch, for where nothing is compiled."""
 
 from __future__ import annotations
 
@@ -11,9 +8,6 @@ import sys
 import torch
 
 from ..arguments import Arguments
-
-LANES = 32
-LARGEST = sys.float_info.max
 
 
 def reweight_torch(mean, weight, probs, best, effective, live, nll, tokens, decay, temperature, floor) -> None:
@@ -29,70 +23,35 @@ def reweight_torch(mean, weight, probs, best, effective, live, nll, tokens, deca
     check.tensor("nll", nll, torch.float64, mean.shape)
     check.tensor("tokens", tokens, torch.int64, mean.shape)
     check.number("decay", decay, 0.0, 1.0)
-    check.number("temperature", temperature, 0.0, LARGEST)
+    check.number("temperature", temperature, 0.0, sys.float_info.max)
     check.number("floor", floor, 0.0, 1.0)
     if not mean.numel():
         best.fill_(-1)
         return
 
-    _update(mean, weight, nll, tokens, decay)
+    count, aged, finite = tokens.double(), decay * weight, nll.isfinite()
+    # The first evidence, or the first after a loss that was not finite, stands alone.
+    kept = (aged > 0) & mean.isfinite()
+    total = torch.where(kept, aged + count, count)
+    moved = torch.where(kept, mean + (nll - count * mean) / total, nll / total)
+    valid = (count > 0) & finite
+    moved = torch.where(valid, moved, torch.where(finite, math.nan, nll))
+    mean.copy_(torch.where(count == 0, mean, moved))
+    weight.copy_(torch.where(count == 0, aged, torch.where(valid, total, 0.0)))
+
     usable = live & mean.isfinite()
-    live_count = usable.sum(1, dtype=torch.float64)
-    some = live_count > 0
+    some = usable.any(1)
     candidate = torch.where(usable, mean, math.inf)
     low = candidate.amin(1, keepdim=True)
+    # torch.argmin promises no order among ties.
     chosen = (usable & (mean == low)).to(torch.uint8).argmax(1)
-    index = torch.arange(mean.shape[1], device=mean.device)
     if temperature == 0:
-        soft = (index == chosen[:, None]).double()
+        soft = torch.zeros_like(mean).scatter_(1, chosen[:, None], 1.0)
     else:
-        soft = torch.where(
-            usable, _exp_nonpositive((low - candidate) * max(min(1.0 / temperature, LARGEST), sys.float_info.min)), 0.0
-        )
-    inverse, base = _divided(1.0, _lane_sum(soft)), _divided(floor, live_count)
-    mixed = (1.0 - floor) * (soft * inverse[:, None]) + base[:, None]
-    new = torch.where(usable, mixed, 0.0)
+        inverse = max(min(1.0 / temperature, sys.float_info.max), sys.float_info.min)
+        soft = ((low - candidate) * inverse).exp()
+    new = (1.0 - floor) / soft.sum(1, keepdim=True) * soft + floor / usable.sum(1, keepdim=True).double()
+    new = torch.where(usable, new, 0.0)
     best.copy_(torch.where(some, chosen, -1))
     probs.copy_(torch.where(some[:, None], new, probs))
-    effective.copy_(torch.where(some, _divided(1.0, _lane_sum(new * new)), effective))
-
-
-def _update(mean, weight, nll, tokens, decay) -> None:
-    count = tokens.double()
-    aged = decay * weight
-    scored = count != 0
-    valid = (count > 0) & nll.isfinite()
-    fresh = ~((aged > 0) & mean.isfinite())
-    total = torch.where(fresh, count, aged + count)
-    moved = torch.where(fresh, 0.0, mean) + torch.where(fresh, nll, nll - count * mean) / total
-    broken = torch.where(nll.isfinite(), math.nan, nll)
-    mean.copy_(torch.where(scored, torch.where(valid, moved, broken), mean))
-    weight.copy_(torch.where(scored, torch.where(valid, total, 0.0), aged))
-
-
-def _divided(number: float, values: torch.Tensor) -> torch.Tensor:
-    # A Python number on the left would become a product with a rounded reciprocal.
-    return torch.full_like(values, number) / values
-
-
-def _lane_sum(values: torch.Tensor) -> torch.Tensor:
-    """[P] sums of [P, K] in the order that csrc/portable_math.h fixes."""
-    values = torch.nn.functional.pad(values, (0, -values.shape[1] % LANES)).unflatten(1, (-1, LANES))
-    lanes = torch.zeros_like(values[:, 0])
-    for chunk in values.unbind(1):
-        lanes = lanes + chunk
-    half = LANES // 2
-    while half:
-        lanes = lanes[:, :half] + lanes[:, half : 2 * half]
-        half //= 2
-    return lanes[:, 0]
-
-
-def _exp_nonpositive(x: torch.Tensor) -> torch.Tensor:
-    n = (x.clamp(min=-709.0) * 1.4426950408889634).round()
-    r = (x.clamp(min=-709.0) - n * 6.93147180369123816490e-01) - n * 1.90821492927058770002e-10
-    p = torch.full_like(r, 1.0 / math.factorial(13))
-    for k in range(12, -1, -1):
-        p = p * r + 1.0 / math.factorial(k)
-    power = ((n.to(torch.int64) + 1023) << 52).view(torch.float64)
-    return torch.where(x < -708.0, 0.0, p * power)
+    effective.copy_(torch.where(some, 1.0 / new.square().sum(1), effective))

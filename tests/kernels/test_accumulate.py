@@ -69,6 +69,10 @@ def test_a_cell_has_its_own_bits_whatever_is_around_it(impl):
             nll, tokens = accumulated(impl, logprob, lists, cuts)
             assert_same_bits([nll, tokens], [exact[chosen], lists[1].diff()], f"seed {seed}, cuts {cuts}:")
             done += 1
+        oracle = [torch.zeros_like(nll), torch.zeros_like(tokens)]
+        for begin, end in zip(cuts, cuts[1:], strict=False):
+            accumulate_reference(*oracle, logprob[begin:end], *lists, begin)
+        assert_same_bits([nll, tokens], oracle)
         seed += 1
 
 
@@ -81,18 +85,6 @@ def test_the_inputs_tell_orders_apart():
         other += float(-values.double().flip(0).cumsum(0)[-1]) != job.exact(c)
         narrow += float(-values.float().cumsum(0)[-1]) != job.exact(c)
     assert len(cells) > 30 and other > len(cells) / 2 and narrow > len(cells) / 2
-
-
-@everywhere
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_as_the_reference_says(impl, dtype):
-    for seed in range(100, 100 + rounds(40)):
-        _, logprob, lists, cuts = Job(seed, dtype).composition()
-        cells = len(lists[1]) - 1
-        nll, tokens = torch.zeros(cells, dtype=torch.float64), torch.zeros(cells, dtype=torch.int64)
-        for begin, end in zip(cuts, cuts[1:], strict=False):
-            accumulate_reference(nll, tokens, logprob[begin:end], *lists, begin)
-        assert_same_bits(accumulated(impl, logprob, lists, cuts), [nll, tokens])
 
 
 @everywhere
@@ -173,25 +165,21 @@ def test_slices_of_larger_tensors_side_by_side(impl):
     assert_same_bits([floats, integers], before)
 
 
+def own(name: str, other: str) -> str:
+    return f"{name}: expected memory of its own, got some of {other}'s"
+
+
 # What is wrong with a call, and what is said of it.
 REFUSED = {
     "nll float32": (lambda a: {"nll": a["nll"].float()}, "nll: expected float64, got float32"),
     "tokens int32": (lambda a: {"tokens": a["tokens"].int()}, "tokens: expected int64, got int32"),
-    "tokens float64": (lambda a: {"tokens": a["tokens"].double()}, "tokens: expected int64, got float64"),
     "logprob float16": (lambda a: {"logprob": a["logprob"].half()}, "logprob: expected float32, got float16"),
-    "logprob bfloat16": (lambda a: {"logprob": a["logprob"].bfloat16()}, "logprob: expected float32, got bfloat16"),
-    "logprob int64": (lambda a: {"logprob": a["logprob"].long()}, "logprob: expected float32, got int64"),
     "cell_target int32": (lambda a: {"cell_target": a["cell_target"].int()}, "cell_target: expected int64, got int32"),
     "cell_ptr bool": (lambda a: {"cell_ptr": a["cell_ptr"].bool()}, "cell_ptr: expected int64, got bool"),
-    "nll 2-d": (lambda a: {"nll": a["nll"][None]}, "nll: expected 1 dimension, got 2"),
     "nll 0-d": (lambda a: {"nll": a["nll"][0]}, "nll: expected 1 dimension, got 0"),
     "logprob 2-d": (lambda a: {"logprob": a["logprob"][:, None]}, "logprob: expected 1 dimension, got 2"),
-    "cell_target 2-d": (lambda a: {"cell_target": a["cell_target"].view(2, 3)}, "cell_target: expected 1 dimension"),
     "tokens short": (lambda a: {"tokens": a["tokens"][:2]}, r"tokens: expected shape \[3\], got \[2\]"),
-    "tokens 2-d": (lambda a: {"tokens": a["tokens"][None]}, r"tokens: expected shape \[3\], got \[1, 3\]"),
     "cell_ptr short": (lambda a: {"cell_ptr": a["cell_ptr"][:3]}, r"cell_ptr: expected shape \[4\], got \[3\]"),
-    "cell_ptr long": (lambda a: {"cell_ptr": a["cell_ptr"].repeat(2)}, r"cell_ptr: expected shape \[4\], got \[8\]"),
-    "cell_ptr empty": (lambda a: {"cell_ptr": a["cell_ptr"][:0]}, r"cell_ptr: expected shape \[4\], got \[0\]"),
     **{
         f"{name} strided": (
             lambda a, name=name: {name: strided(a[name])},
@@ -199,41 +187,29 @@ REFUSED = {
         )
         for name in ("nll", "tokens", "logprob", "cell_target", "cell_ptr")
     },
-    "logprob of stride 0": (
-        lambda a: {"logprob": a["logprob"][:1].expand(6)},
-        r"logprob: expected contiguous strides, got \[0\]",
-    ),
     "nll as tokens": (
         lambda a: {"tokens": a["nll"].zero_().view(torch.int64)},
-        "tokens: expected memory of its own, got some of nll's",
-    ),
-    "nll as logprob": (
-        lambda a: {"nll": (f := torch.zeros(6).double())[:3], "logprob": f},
-        "logprob: expected memory of its own, got some of nll's",
+        own("tokens", "nll"),
     ),
     "the last of nll is the first of logprob": (
         lambda a: {"nll": (f := torch.zeros(8).double())[:3], "logprob": f[2:]},
-        "logprob: expected memory of its own, got some of nll's",
+        own("logprob", "nll"),
     ),
     "the first of nll is the last of logprob": (
         lambda a: {"logprob": (f := torch.zeros(8).double())[:6], "nll": f[5:]},
-        "logprob: expected memory of its own, got some of nll's",
+        own("logprob", "nll"),
     ),
     "the last half of nll's last is logprob's": (
         lambda a: {"nll": (f := torch.zeros(20))[:6].view(torch.float64), "logprob": f[5:11]},
-        "logprob: expected memory of its own, got some of nll's",
-    ),
-    "nll within logprob": (
-        lambda a: {"nll": (f := torch.zeros(9).double())[3:6], "logprob": f},
-        "logprob: expected memory of its own, got some of nll's",
+        own("logprob", "nll"),
     ),
     "the last token is the first of cell_target": (
         lambda a: {"tokens": (i := torch.zeros(8, dtype=torch.int64))[:3], "cell_target": i[2:]},
-        "cell_target: expected memory of its own, got some of tokens's",
+        own("cell_target", "tokens"),
     ),
     "the first token is the last of cell_ptr": (
         lambda a: {"cell_ptr": (i := torch.zeros(6, dtype=torch.int64))[:4], "tokens": i[3:]},
-        "cell_ptr: expected memory of its own, got some of tokens's",
+        own("cell_ptr", "tokens"),
     ),
     "start -1": (lambda a: {"start": -1}, "start: expected at least 0, got -1"),
     "start at the bottom": (lambda a: {"start": LOW}, f"start: expected at least 0, got {LOW}"),
@@ -241,16 +217,12 @@ REFUSED = {
 # Not seen on the host where the lists are on another device: there such a cell becomes NaN.
 UNREADABLE = {
     "cell_ptr below 0": (lambda a: {"cell_ptr": int64(-1, 3, 3, 6)}, "cell_ptr: cell 0: .* 6 entries, got -1 to 3"),
-    "cell_ptr at the bottom": (lambda a: {"cell_ptr": int64(LOW, 3, 3, 6)}, f"cell_ptr: cell 0: .* got {LOW} to 3"),
     "cell_ptr descends": (lambda a: {"cell_ptr": int64(0, 3, 2, 6)}, "cell_ptr: cell 1: .* got 3 to 2"),
     "cell_ptr past the end": (lambda a: {"cell_ptr": int64(0, 3, 3, 7)}, "cell_ptr: cell 2: .* got 3 to 7"),
-    "cell_ptr at the top": (lambda a: {"cell_ptr": int64(0, 3, 3, TOP)}, f"cell_ptr: cell 2: .* got 3 to {TOP}"),
-    "cell_ptr up and down": (lambda a: {"cell_ptr": int64(0, 9, 3, 6)}, "cell_ptr: cell 0: .* got 0 to 9"),
     "tokens below 0": (
         lambda a: {"tokens": int64(0, 0, -1)},
         "tokens: cell 2: expected from 0 to its 3 entries, got -1",
     ),
-    "tokens at the bottom": (lambda a: {"tokens": int64(LOW, 0, 0)}, f"tokens: cell 0: .* 3 entries, got {LOW}"),
     "tokens one too many": (lambda a: {"tokens": int64(0, 1, 0)}, "tokens: cell 1: .* its 0 entries, got 1"),
     "tokens at the top": (lambda a: {"tokens": int64(0, 0, TOP)}, f"tokens: cell 2: .* its 3 entries, got {TOP}"),
     "a target below 0": (
@@ -264,10 +236,6 @@ UNREADABLE = {
     "the first piece left out": (
         lambda a: {"start": 1},
         "cell_target: cell 0: .* begins at 1, or after it, got 0: a piece was left out",
-    ),
-    "a later piece left out": (
-        lambda a: {"start": 3, "tokens": int64(1, 0, 2)},
-        "cell_target: cell 0: .* begins at 3, or after it, got 2: a piece was left out",
     ),
     "a target after one that is here": (
         lambda a: {"cell_target": int64(3, 2, 5, 2, 3, 4), "start": 3, "tokens": int64(0, 0, 1)},
@@ -307,28 +275,11 @@ def test_memory_that_is_not_aligned_is_refused(impl, name):
     assert re.match(f"accumulate_: {name}: expected memory aligned", refusal(impl.accumulate_, given.values()))
 
 
-@pytest.mark.parametrize("name", ["tokens", "logprob", "cell_target", "cell_ptr"])
-def test_another_device_is_refused_by_the_plain_one(name):
-    given = arguments()
-    given[name] = given[name].to("meta")
-    text = refusal(Implementation("plain", "cpu").accumulate_, given.values())
-    assert text == f"accumulate_: {name}: expected it on the device of the other arguments, cpu, got meta"
-
-
 @pytest.mark.gpu
 @needs_cuda_kernels
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_on_the_gpu(name):
     assert re.search(told(name), refusal(op, on_device(wrong(name), "cuda")))
-
-
-@pytest.mark.gpu
-@needs_cuda_kernels
-@pytest.mark.parametrize("name", ["nll", "tokens", "logprob", "cell_target", "cell_ptr"])
-def test_a_cpu_tensor_among_gpu_tensors_is_refused(name):
-    given = arguments(device="cuda")
-    given[name] = given[name].cpu()
-    assert "expected it on the device of the other arguments" in refusal(op, given.values())
 
 
 @pytest.mark.gpu
@@ -359,8 +310,6 @@ def test_operator_is_the_public_function():
     assert sk.accumulate_(*given.values()) is None
     Implementation("plain", "cpu").accumulate_(*wanted.values())
     assert_same_bits([given["nll"], given["tokens"]], [wanted["nll"], wanted["tokens"]])
-    for name in (*REFUSED, *UNREADABLE):
-        assert re.search(told(name), refusal(sk.accumulate_, wrong(name))), name
 
 
 @pytest.mark.parametrize("name", ["nll", "tokens", "logprob", "cell_target", "cell_ptr"])
@@ -403,16 +352,6 @@ def test_operator_compiles_without_a_graph_break(dynamic):
 
 def test_everything_about_the_operator_holds_without_the_module():
     run_without_compiled(__file__)
-
-
-@pytest.mark.gpu
-@needs_cuda_kernels
-def test_a_thousand_runs_on_the_gpu_have_the_same_bits():
-    _, logprob, lists, cuts = Job(5).composition()
-    impl = Implementation("compiled", "cuda")
-    wanted = accumulated(Implementation("plain", "cpu"), logprob, lists, cuts)
-    for _ in range(1000):
-        assert_same_bits(accumulated(impl, logprob, lists, cuts), wanted)
 
 
 @pytest.mark.gpu

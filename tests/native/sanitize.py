@@ -68,7 +68,7 @@ library.read(values.data_ptr(), 5)
 """
 # Wall-clock promises, other processes, and sizes that take minutes here and show nothing that small ones do not.
 LEFT_OUT = (
-    "not without_the_module and not vector_width and not opcheck and not compiles_without and not deep_tries "
+    "not without_the_module and not opcheck and not compiles_without and not deep_tries "
     "and not two_long_sequences and not other_threads_run "
     "and not less_than and not under_compile"
 )

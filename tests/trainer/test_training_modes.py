@@ -220,3 +220,14 @@ def test_every_switch_is_one_readable_line(tmp_path, caplog, capsys, shown):
     assert "step 0 (start)" in lines[0] and "to prompt 1" in lines[0] and "Two\\nlines\\tand a tab \\u2028" in lines[0]
     assert "step 1 (every 1 steps)" in lines[1] and "from prompt 1" in lines[1] and "\\u001b[31m" in lines[1]
     assert end.startswith("SAPO: 6 scorings took") and end.endswith("4 switches in all")
+
+
+def test_every_rank_draws_by_the_numbers_of_rank_0(tmp_path):
+    """Processors may differ in the last bits of an exponential, so what is drawn by is shared, not computed."""
+    config = SapoConfig(mode="soft", temperature=0.5, probe_examples=2)
+    trainer, callback = sapo_trainer(tmp_path, config=config, max_steps=1)
+    callback._agree = lambda value: value if value.ndim == 3 else torch.full_like(value, 2.0)
+    trainer.train()
+    state = callback.choice.state
+    for value in (state.mean, state.weight, state.probs, state.best, state.effective, callback.choice.chosen):
+        assert (value == 2).all()

@@ -82,7 +82,8 @@ class Rescorer:
     def score(self, model: Any, step: int, reason: str, agree=None) -> Scoring:
         """Score all pools and settle the choice.
 
-        `agree` maps float64 tensors, the [2, P, K] losses and counts first, to those of all ranks (rank 0's).
+        `agree` maps float64 tensors, the [2, P, K] losses and counts first and the state last, to those of all ranks
+        (rank 0's).
 
         Each prompt enters the state with its loss and the response tokens that it was scored on. After a race the loss
         is `PromptScores.loss`, that of the winner plus their difference on the examples that both have, since means
@@ -113,6 +114,10 @@ class Rescorer:
             sk.reweight_(state, sums[0], sums[1].long(), config.decay, temperature, config.floor)
         finally:
             state.live.copy_(live)
+        if agree is not None:
+            # Processors may differ in the last bits of an exponential: draws are made by rank 0's numbers.
+            for value in (state.mean, state.weight, state.probs, state.best, state.effective):
+                value.copy_(agree(value.double()))
         switches = self.choice.settle()
         tasks = self.choice.tasks
         return Scoring(
