@@ -16,6 +16,7 @@ import triton.language as tl
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -107,6 +108,7 @@ def _tree_attention_kernel(
     span_ptr,
     sinks_ptr,
     out_ptr,
+    lse_ptr,
     sick_ptr,
     carried,
     tiles_per_block,
@@ -128,6 +130,7 @@ def _tree_attention_kernel(
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
+    WITH_LSE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -219,6 +222,9 @@ def _tree_attention_kernel(
         if not CAREFUL:
             # A hidden key has weight 0, and 0 * NaN is NaN: a sick sequence would spoil its neighbours in the block.
             tl.store(p_sick, tl.max(tl.max(tl.where(tl.abs(acc) < float("inf"), 0, 1), 1), 0))
+        if WITH_LSE:
+            p_lse = lse_ptr + (i_token * tl.num_programs(1) * GROUP + i_q_head)
+            tl.store(p_lse, (m_i + tl.log2(l_i)) * LN2, mask=m_m)
         # l_i is 0 only where every logit was -inf: 0 / 0 gives the NaN that a plain softmax gives.
         acc = acc / l_i[:, None]
         o_v = tl.arange(0, BLOCK_V)
@@ -314,9 +320,9 @@ def _capability(device: torch.device) -> int:
 
 
 def tree_attention_triton(
-    q, k, v, position, subtree_end, block_start, span_ptr, span, sinks, scale, window, softcap, block_tokens
+    q, k, v, position, subtree_end, block_start, span_ptr, span, sinks, scale, window, softcap, block_tokens, with_lse
 ):
-    """Same arguments and result as the reference; float32, bfloat16 or float16, head dimensions up to 512."""
+    """Same arguments and results as the reference; float32, bfloat16 or float16, head dimensions up to 512."""
     tokens, q_heads, head_k = q.shape
     keys, kv_heads, head_v = v.shape
     if q.dtype not in DTYPES:
@@ -328,9 +334,10 @@ def tree_attention_triton(
             raise ValueError(f"tree_attention: {name}: expected stride 1 in the last dimension, got {t.stride(-1)}")
     # The interpreter truncates when it stores bfloat16: let it store float32 and round here.
     out = torch.empty(tokens, q_heads, head_v, dtype=torch.float32 if INTERPRET else q.dtype, device=q.device)
+    lse = torch.empty((tokens, q_heads) if with_lse else 0, dtype=torch.float32, device=q.device)
     blocks = block_start.shape[0] - 1
     if out.numel() == 0 or blocks == 0:
-        return out.to(q.dtype)
+        return out.to(q.dtype), lse
 
     group = q_heads // kv_heads
     wide = max(head_k, head_v)
@@ -355,6 +362,7 @@ def tree_attention_triton(
                 span,
                 sinks,
                 out,
+                lse if with_lse else None,
                 sick,
                 keys - tokens,
                 tiles_per_block,
@@ -371,9 +379,10 @@ def tree_attention_triton(
                 0.0 if softcap is None else softcap * log2e,
                 0 if window is None else min(window, 2**31 - 1),
                 **specialise(head_k, head_v, group, window, softcap, sinks),
+                WITH_LSE=with_lse,
                 CAREFUL=is_careful,
                 SICK_M=sick_m,
                 **options,
                 enable_fp_fusion=True,
             )
-    return out.to(q.dtype)
+    return out.to(q.dtype), lse

@@ -52,10 +52,16 @@ def attend(part, dtype=torch.float32, heads=(2, 1), dims=(16, 16), sinks=False, 
     sink = torch.randn(group * kv_heads, generator=generator) * 2 if sinks else None
     scale, window, softcap = dims[0] ** -0.5, options.get("window"), options.get("softcap")
     inputs = (q, k, v) if strides is None else tuple(poisoned(t, strides) for t in (q, k, v))
-    got = tree_attention_triton(*inputs, *layout(part), sink, scale, window, softcap, part.block_tokens)
+    arguments = (*inputs, *layout(part), sink, scale, window, softcap, part.block_tokens)
+    got, lse = tree_attention_triton(*arguments, True)
+    alone, none = tree_attention_triton(*arguments, False)
     rest = (part, sink, scale, window, softcap)
-    assert got.dtype == dtype and got.shape == (*shapes[0], dims[1])
-    return got, plain_attention(q, k, v, *rest), attention_oracle(q, k, v, *rest)
+    assert got.dtype == dtype and got.shape == (*shapes[0], dims[1]) and torch.equal(got, alone) and not len(none)
+    want, want_lse = attention_oracle(q, k, v, *rest)
+    assert lse.dtype == torch.float32
+    # Their precision is that of the largest product, whatever the sum of products comes to.
+    assert_close("linear_logprob extreme" if gain > 1e3 else "linear_logprob fp32", lse, want_lse)
+    return got, plain_attention(q, k, v, *rest), want
 
 
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 63, 127])
@@ -109,9 +115,9 @@ def test_attention_empty():
     none = torch.zeros(1, dtype=torch.int32)
     got = tree_attention_triton(
         torch.zeros(0, 2, 16), torch.zeros(0, 1, 16), torch.zeros(0, 1, 8), part.position[:0], part.subtree_end[:0],
-        none, none, part.span[:0], None, 1.0, None, None, 64,
+        none, none, part.span[:0], None, 1.0, None, None, 64, True,
     )  # fmt: skip
-    assert got.shape == (0, 2, 8)
+    assert got[0].shape == (0, 2, 8) and got[1].shape == (0, 2)
 
 
 @pytest.mark.parametrize("value", [NAN, INF])
@@ -121,8 +127,8 @@ def test_attention_non_finite_stays_in_its_subtree(what, value):
     (part,) = branches().passes(block_tokens=16)
     q, k, v = (torch.randn(len(part.position), n, 16) for n in (3, 1, 1))
     (k if what == "k" else v)[len(part.position) - 4] = value
-    rest = (*layout(part), None, 0.25, 9, None, part.block_tokens)
-    got, want = tree_attention_triton(q, k, v, *rest), tree_attention_reference(q, k, v, *rest)
+    rest = (*layout(part), None, 0.25, 9, None, part.block_tokens, False)
+    got, want = (attend(q, k, v, *rest)[0] for attend in (tree_attention_triton, tree_attention_reference))
     good = want.isfinite().all(-1)
     assert torch.equal(got.isfinite().all(-1), good) and 0 < int((~good).sum()) < good.numel() // 2
     assert_close("tree_attention fp32", got[good], want[good])
@@ -131,7 +137,7 @@ def test_attention_non_finite_stays_in_its_subtree(what, value):
 def test_attention_refuses():
     (part,) = chain(4).passes()
     q = torch.zeros(4, 1, 16)
-    rest = (*layout(part), None, 1.0, None, None, 64)
+    rest = (*layout(part), None, 1.0, None, None, 64, False)
     with pytest.raises(TypeError, match="float64"):
         tree_attention_triton(q.double(), q.double(), q.double(), *rest)
     with pytest.raises(ValueError, match="stride"):
@@ -298,7 +304,7 @@ for window in (None, 3):
     for part in branches(prompts=2, examples=2).passes(max_tokens=60, block_tokens=24):
         q, k, v = torch.randn(len(part.input_ids), 3, 24), *torch.randn(2, len(part.position), 1, 24)
         index = tuple(guarded(t) if t.numel() else t for t in layout(part))
-        tree_attention_triton(*map(guarded, (q, k, v)), *index, guarded(torch.zeros(3)), 0.2, window, None, 24)
+        tree_attention_triton(*map(guarded, (q, k, v)), *index, guarded(torch.zeros(3)), 0.2, window, None, 24, True)
 for rows, width, vocab in ((17, 33, 65), (3, 16, 31)):
     tensors = torch.randn(rows, width), torch.randn(vocab, width), torch.arange(rows), torch.arange(rows + 1)
     linear_logprob_triton(*map(guarded, tensors), guarded(torch.zeros(vocab)), 1.0, None)
@@ -319,8 +325,9 @@ region = mmap.mmap(-1, (3 * apart + 4096) * 4, flags=flags)
 far = torch.frombuffer(region, dtype=torch.float32).as_strided((4, 1, 16), (apart, 16, 1))
 near = torch.randn(4, 1, 16)
 far.copy_(near)
-rest = (*layout(chain(4).passes()[0]), None, 0.25, None, None, 64)
-assert torch.equal(tree_attention_triton(far, far, far, *rest), tree_attention_triton(near, near, near, *rest))
+rest = (*layout(chain(4).passes()[0]), None, 0.25, None, None, 64, True)
+for got, want in zip(*(tree_attention_triton(t, t, t, *rest) for t in (far, near)), strict=True):
+    assert torch.equal(got, want)
 rest = torch.arange(4), torch.arange(5), None, 1.0, None
 for got, want in zip(*(linear_logprob_triton(t[:, 0], t[:, 0], *rest) for t in (far, near)), strict=True):
     assert torch.equal(got, want)

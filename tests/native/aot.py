@@ -51,7 +51,7 @@ class Row:
 
 
 def attention(shape: tuple, capability: int, careful: bool = False):
-    """shape: dtype, Dk, Dv, q heads a kv head, tokens a block, options ("wcs": window, softcap, sinks)."""
+    """shape: dtype, Dk, Dv, q heads a kv head, tokens a block, options ("wcsl": window, softcap, sinks, log-sum-exp)."""
     import torch
 
     from sapo_kernels.tree_attention import triton as module
@@ -65,11 +65,13 @@ def attention(shape: tuple, capability: int, careful: bool = False):
     if careful:
         options = module.careful_config(wide, torch_dtype, capability, sick_m)
     constants = module.specialise(head_k, head_v, group, window, softcap, sinks)
-    constants |= {"CAREFUL": careful, "SICK_M": sick_m, "stride_sinks": 1}
+    constants |= {"CAREFUL": careful, "SICK_M": sick_m, "WITH_LSE": "l" in flags, "stride_sinks": 1}
     if sinks is None:
         constants["sinks_ptr"] = None
+    if "l" not in flags:
+        constants["lse_ptr"] = None
     types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), f"*{dtype}")
-    types |= {"sinks_ptr": f"*{dtype}", "logit_scale": "fp32", "cap_scale": "fp32"}
+    types |= {"sinks_ptr": f"*{dtype}", "lse_ptr": "*fp32", "logit_scale": "fp32", "cap_scale": "fp32"}
     return module._tree_attention_kernel, types, constants, options
 
 
