@@ -28,9 +28,17 @@ def run_aot(*options: str, interpret: bool = False) -> subprocess.CompletedProce
 def test_one_configuration_of_each_kernel():
     done = run_aot("--short")
     assert done.returncode == 0, done.stdout + done.stderr
-    for word in ("sm_80", "sm_90", "sm_100", "gfx942", "tree_attention careful", "linear_logprob merge"):
+    for word in (
+        "sm_80",
+        "sm_90",
+        "sm_100",
+        "gfx942",
+        "tree_attention careful",
+        "tree_attention keys",
+        "linear_logprob merge",
+    ):
         assert word in done.stdout
-    assert done.stdout.rstrip().endswith("16 compilations, 0 with complaints")
+    assert done.stdout.rstrip().endswith("24 compilations, 0 with complaints")
 
 
 @pytest.mark.slow
