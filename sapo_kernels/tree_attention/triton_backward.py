@@ -60,7 +60,7 @@ def _queries_kernel(
     stride_k_head, stride_v_token, stride_v_head, logit_scale, cap_scale, window, scale,
     GROUP: tl.constexpr, HEAD_K: tl.constexpr, HEAD_V: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr, IN_LOOP: tl.constexpr, UPCAST: tl.constexpr, WHILE: tl.constexpr,
+    BLOCK_V: tl.constexpr, RELOAD: tl.constexpr, UPCAST: tl.constexpr, WHILE: tl.constexpr,
 ):  # fmt: skip
     """dQ of one tile of (token, q head) rows of a block and one kv head, and delta [Tq, Hq] = sum of grad * out."""
     i_block = tl.program_id(0) // tiles_per_block
@@ -80,7 +80,8 @@ def _queries_kernel(
         delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
         tl.store(delta_ptr + i_row, delta, mask=m_m)
         lse = tl.load(lse_ptr + i_row, mask=m_m, other=0.0) * LOG2E
-        q = load_rows(q_ptr, i_token * stride_q_token + i_q_head * stride_q_head, m_m, HEAD_K, BLOCK_K, UPCAST)
+        i_q = i_token * stride_q_token + i_q_head * stride_q_head
+        q = load_rows(q_ptr, i_q, m_m, HEAD_K, BLOCK_K, UPCAST)
         k_ptr += i_head * stride_k_head
         v_ptr += i_head * stride_v_head
         dq = tl.zeros([BLOCK_M, BLOCK_K], dtype=tl.float32)
@@ -111,7 +112,10 @@ def _queries_kernel(
                     )  # fmt: skip
                     begin += BLOCK_N
             else:
-                for n in tl.range(begin, end, BLOCK_N, disable_licm=IN_LOOP):
+                for n in tl.range(begin, end, BLOCK_N, disable_licm=RELOAD):
+                    if RELOAD:
+                        q = load_rows(q_ptr, i_q, m_m, HEAD_K, BLOCK_K, UPCAST)
+                        grad = load_rows(grad_ptr, i_row * HEAD_V, m_m, HEAD_V, BLOCK_V, UPCAST)
                     dq = _of_keys(
                         q, grad, dq, lse, delta, n + tl.arange(0, BLOCK_N), end, i_query, p_query, k_ptr, v_ptr,
                         position_ptr, subtree_end_ptr, stride_k_token, stride_v_token, logit_scale, cap_scale, window,
@@ -164,7 +168,8 @@ def _keys_kernel(
 ):  # fmt: skip
     """dK and dV of one tile of keys of one kv head.
 
-    Keys near a root have the most queries and the lowest indices, so the longest programs start first.
+    Keys near a root have the most queries and the lowest indices, so the longest programs start first. One of them
+    walks every query of the pass: a short pass with one long root is as slow as that program.
     """
     i_head = tl.program_id(1).to(tl.int64)
     o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -227,7 +232,7 @@ def tree_attention_backward_triton(
     (tokens, q_heads, head_k), (keys, kv_heads, head_v) = q.shape, v.shape
     group, wide, carried = q_heads // kv_heads, max(head_k, head_v), keys - tokens
     part = capability(q.device)
-    grad, out = grad.contiguous(), out.contiguous()
+    grad, out, lse = (t.contiguous() for t in (grad, out, lse))
     dq, dk, dv = (torch.empty(t.shape, dtype=stored_as(q), device=q.device) for t in (q, k, v))
     delta = torch.empty(tokens, q_heads, dtype=torch.float32, device=q.device)
     # The first query of the block that each span belongs to.

@@ -72,8 +72,8 @@ def queries_config(head_dim: int, dtype: torch.dtype, capability: int) -> dict[s
         tile = {64: (64, 32, 4, 1), 128: (64, 32, 4, 1), 256: (32, 16, 4, 1), 512: (16, 16, 4, 1)}[wide]
     else:
         tile = {64: (128, 64, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 2), 512: (16, 16, 8, 1)}[wide]
-    # IN_LOOP: q and grad are read from shared memory in every turn; hoisted, they would fill the registers twice.
-    return {**_options(tile, capability), "IN_LOOP": dtype == torch.float32 and wide > 128}
+    # RELOAD: q and grad are read again in every turn. Kept, both would lie in the registers whole, and those spill.
+    return {**_options(tile, capability), "RELOAD": dtype == torch.float32 and wide > 128}
 
 
 def keys_config(head_dim: int, dtype: torch.dtype, capability: int) -> dict[str, int]:
