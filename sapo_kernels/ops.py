@@ -38,10 +38,18 @@ _library.define(
     "float? softcap, int block_tokens, str impl) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-# targets: [P] int64 sorted by row; target_ptr: [R + 1] int64.
+# targets: [P] int64 sorted by row; target_ptr: [R + 1] int64. mean: [R, D] if `with_mean`, else [0, D]: what the
+# backward pass needs where only hidden wants a gradient; it has none of its own. See linear_logprob/gradient.py.
 _library.define(
     "linear_logprob(Tensor hidden, Tensor weight, Tensor targets, Tensor target_ptr, Tensor? bias, float scale, "
-    "float? softcap, str impl) -> (Tensor logprob, Tensor lse)",
+    "float? softcap, str impl, bool with_mean=False) -> (Tensor logprob, Tensor lse, Tensor mean)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+# Gradients of hidden, weight and bias; None for those that are not wanted.
+_library.define(
+    "linear_logprob_backward(Tensor? grad_logprob, Tensor? grad_lse, Tensor logprob, Tensor lse, Tensor mean, "
+    "Tensor hidden, Tensor weight, Tensor targets, Tensor target_ptr, Tensor? bias, float scale, float? softcap, "
+    "str impl, bool[3] wanted) -> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -86,9 +94,10 @@ def resolve_impl(op: str, impl: str, device: torch.device, dtype: torch.dtype = 
     return impl
 
 
-def _backend(op: str, impl: str, example: torch.Tensor, what: str = ""):
+def _backend(op: str, impl: str, example: torch.Tensor, backward: bool = False):
     name = resolve_impl(op, impl, example.device, example.dtype)
-    return getattr(importlib.import_module(f"{__package__}.{op}.{name}"), f"{op}{what}_{name}")
+    function = f"{op}_backward_{name}" if backward else f"{op}_{name}"
+    return getattr(importlib.import_module(f"{__package__}.{op}.{name}"), function)
 
 
 def attention_shape(q: torch.Tensor, v: torch.Tensor) -> tuple[int, int, int]:
@@ -116,7 +125,7 @@ def _tree_attention_backward(grad, q, k, v, *others):
     if q.shape[0] == 0:
         return tuple(t.zero_() for t in _tree_attention_backward_fake(grad, q, k, v, *others))
     # An expanded or transposed gradient is read row by row.
-    *found, dsinks = _backend("tree_attention", impl, q, "_backward")(grad.contiguous(), q, k, v, *others)
+    *found, dsinks = _backend("tree_attention", impl, q, backward=True)(grad.contiguous(), q, k, v, *others)
     return *found, q.new_empty(0) if dsinks is None else dsinks
 
 
@@ -149,26 +158,65 @@ torch.library.register_autograd(
 
 
 @torch.library.impl(_library, "linear_logprob", "CompositeExplicitAutograd")
-def _linear_logprob(hidden, weight, targets, target_ptr, bias, scale, softcap, impl):
+def _linear_logprob(hidden, weight, targets, target_ptr, bias, scale, softcap, impl, with_mean=False):
     if hidden.shape[0] == 0:
         return _linear_logprob_fake(hidden, weight, targets)
-    return _backend("linear_logprob", impl, hidden)(hidden, weight, targets, target_ptr, bias, scale, softcap)
+    run = _backend("linear_logprob", impl, hidden)
+    return run(hidden, weight, targets, target_ptr, bias, scale, softcap, with_mean)
 
 
 @torch.library.register_fake("sapo_kernels::linear_logprob", lib=_library)
-def _linear_logprob_fake(hidden, weight, targets, *_):
+def _linear_logprob_fake(hidden, weight, targets, target_ptr=None, bias=None, scale=1.0, softcap=None, impl="auto",
+                         with_mean=False):  # fmt: skip
+    rows, width = hidden.shape
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    return hidden.new_empty(targets.shape[0], dtype=dtype), hidden.new_empty(hidden.shape[0], dtype=dtype)
+    mean = hidden.new_empty(rows if with_mean else 0, width)
+    return hidden.new_empty(targets.shape[0], dtype=dtype), hidden.new_empty(rows, dtype=dtype), mean
+
+
+@torch.library.impl(_library, "linear_logprob_backward", "CompositeExplicitAutograd")
+def _linear_logprob_backward(grad_logprob, grad_lse, logprob, lse, mean, hidden, weight, targets, target_ptr, bias,
+                             scale, softcap, impl, wanted):  # fmt: skip
+    if hidden.shape[0] == 0:
+        found = _linear_logprob_backward_fake(None, None, None, None, None, hidden, weight, *[None] * 6, wanted)
+        return tuple(None if t is None else t.zero_() for t in found)
+    run = _backend("linear_logprob", impl, hidden, backward=True)
+    return run(grad_logprob, grad_lse, logprob, lse, mean, hidden, weight, targets, target_ptr, bias, scale, softcap,
+               wanted)  # fmt: skip
+
+
+@torch.library.register_fake("sapo_kernels::linear_logprob_backward", lib=_library)
+def _linear_logprob_backward_fake(grad_logprob, grad_lse, logprob, lse, mean, hidden, weight, *rest):
+    shapes = (hidden.shape, weight.shape, weight.shape[:1])
+    return tuple(hidden.new_empty(s) if want else None for s, want in zip(shapes, rest[-1], strict=True))
+
+
+def _save_linear_logprob(ctx, inputs, output):
+    hidden, weight, targets, target_ptr, bias, *ctx.options, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[2])
+    ctx.save_for_backward(*output, hidden, weight, targets, target_ptr, bias)
+
+
+def _linear_logprob_gradients(ctx, grad_logprob, grad_lse, _):
+    needs = ctx.needs_input_grad
+    found = torch.ops.sapo_kernels.linear_logprob_backward(
+        grad_logprob, grad_lse, *ctx.saved_tensors, *ctx.options, [needs[0], needs[1], needs[4]]
+    )
+    return found[0], found[1], None, None, found[2], None, None, None, None
 
 
 def _no_backward(op: str):
     def backward(ctx, *grads):
-        raise NotImplementedError(f"sapo_kernels::{op} scores, it has no backward; call it under torch.no_grad()")
+        raise NotImplementedError(f"sapo_kernels::{op} has no backward; call it under torch.no_grad()")
 
     return backward
 
 
-for _op in ("linear_logprob", "tree_attention_backward"):
+torch.library.register_autograd(
+    "sapo_kernels::linear_logprob", _linear_logprob_gradients, setup_context=_save_linear_logprob, lib=_library
+)
+for _op in ("tree_attention_backward", "linear_logprob_backward"):
     torch.library.register_autograd(f"sapo_kernels::{_op}", _no_backward(_op), lib=_library)
 
 

@@ -45,6 +45,13 @@ TOLERANCES = {
     "linear_logprob low": Tolerance(
         1e-3, 0.0, 2.0, "twice the error of log_softmax over PyTorch's logits in that dtype"
     ),
+    "logprob gradient fp64": Tolerance(1e-11, 1e-12, 0.0, "two products and one softmax in double"),
+    "logprob gradient fp32": Tolerance(
+        2e-5, 2e-5, 0.0, "probabilities err by fp32 rounding of logits up to 20; gradients are of order 1 to 10"
+    ),
+    "logprob gradient low": Tolerance(
+        1e-3, 0.0, 2.0, "twice the error of autograd through PyTorch's ops in that dtype"
+    ),
     "token nll": Tolerance(1e-4, 0.0, 0.0, "the promise of the package per token, fp32; 2e-5 typical"),
     "mean loss": Tolerance(1e-5, 0.0, 0.0, "the promise of the package for the mean loss of a prompt, fp32"),
     "float64 sums": Tolerance(1e-12, 0.0, 0.0, "the same float64 numbers summed in another order"),

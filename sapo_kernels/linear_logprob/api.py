@@ -47,7 +47,12 @@ def linear_logprob(
             are checked on the host, which waits for the device once; `torch.ops.sapo_kernels.linear_logprob` does not.
         RuntimeError: an explicit ``impl`` that cannot run here.
 
-    Numerics: log-sum-exp in float32 (float64 for float64 inputs); deterministic. No backward.
+    Gradients flow from both results to hidden, weight and bias, each computed only if it is wanted; double backward is
+    refused. Memory beside results and gradients: logits of one chunk of rows, and [R, D] for the backward pass of a
+    frozen head, whose work is done in the forward pass while the logits are there. The gradient of a weight takes the
+    logits once more.
+
+    Numerics: log-sum-exp in float32 (float64 for float64 inputs); deterministic, gradients too.
     Source: SAPO, arXiv 2606.01967; the online form as in arXiv 1805.02867.
     """
     if target_ptr is None:
@@ -58,9 +63,17 @@ def linear_logprob(
         target_ptr = torch.arange(hidden.shape[0] + 1, device=hidden.device)
     _check(hidden, weight, targets, target_ptr, bias, scale, softcap)
     hidden, weight = (t if t.stride(-1) == 1 else t.contiguous() for t in (hidden, weight))
-    return torch.ops.sapo_kernels.linear_logprob(
-        hidden, weight, targets.contiguous(), target_ptr.contiguous(), bias, float(scale), softcap, impl
-    )
+    logprob, lse, _ = torch.ops.sapo_kernels.linear_logprob(
+        hidden, weight, targets.contiguous(), target_ptr.contiguous(), bias, float(scale), softcap, impl,
+        wants_mean(hidden, weight, bias),
+    )  # fmt: skip
+    return logprob, lse
+
+
+def wants_mean(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Whether the backward pass will be of a frozen head: with the operator's mean it needs no logits."""
+    head_wanted = weight.requires_grad or (bias is not None and bias.requires_grad)
+    return torch.is_grad_enabled() and hidden.requires_grad and not head_wanted
 
 
 def _check(hidden, weight, targets, target_ptr, bias, scale, softcap) -> None:

@@ -16,6 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .triton_backward import linear_logprob_backward_triton, mean_weight  # noqa: F401 (the first for ops.py)
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -266,7 +268,7 @@ def _device(device: torch.device) -> tuple[int, int]:
     return capability, properties.multi_processor_count
 
 
-def linear_logprob_triton(hidden, weight, targets, target_ptr, bias, scale, softcap):
+def linear_logprob_triton(hidden, weight, targets, target_ptr, bias, scale, softcap, with_mean=False):
     """Same arguments and result as the reference; float32, bfloat16 or float16.
 
     A target id outside ``[0, V)`` gives NaN.
@@ -281,7 +283,7 @@ def linear_logprob_triton(hidden, weight, targets, target_ptr, bias, scale, soft
     logprob = torch.empty(targets.shape[0], dtype=torch.float32, device=hidden.device)
     lse = torch.empty(rows, dtype=torch.float32, device=hidden.device)
     if rows == 0:
-        return logprob, lse
+        return logprob, lse, hidden.new_empty(0, width)
 
     capability, processors = _device(hidden.device)
     options = config(width, hidden.dtype, capability)
@@ -333,4 +335,6 @@ def linear_logprob_triton(hidden, weight, targets, target_ptr, bias, scale, soft
                 num_warps=4,
                 enable_fp_fusion=True,
             )
-    return logprob, lse
+    if not with_mean:
+        return logprob, lse, hidden.new_empty(0, width)
+    return logprob, lse, mean_weight(logprob, lse, hidden, weight, targets, target_ptr, bias, scale, softcap)

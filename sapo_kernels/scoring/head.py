@@ -17,7 +17,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from ..linear_logprob.torch import chunk_rows, logprob_of_logits
+from ..linear_logprob.api import wants_mean
+from ..linear_logprob.gradient import chunk_rows
+from ..linear_logprob.torch import logprob_of_logits
 from ..trie.trie import TriePass
 from . import model_support as support
 from .model_state import BUSY, Unrecoverable
@@ -178,11 +180,12 @@ class HeadReader:
         weight, bias = self.head.weight, self.head.bias
         dtype = self._head_dtype(rows)
         rows, weight = rows.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
         # The operator itself: the public function would wait for the device to check ids that were checked on the host.
         return torch.ops.sapo_kernels.linear_logprob(
             rows.contiguous(), weight if weight.stride(-1) == 1 else weight.contiguous(), targets, pointer,
-            None if bias is None else bias.to(dtype), self.scale, self.softcap, self.impl,
-        )  # fmt: skip
+            bias, self.scale, self.softcap, self.impl, wants_mean(rows, weight, bias),
+        )[:2]  # fmt: skip
 
     def _through_module(self, rows, targets, pointer):
         """A head that is more than a matrix (LoRA, quantised): the module itself, on response rows, chunk by chunk."""

@@ -78,8 +78,7 @@ def compare(
     bound = gradient_bound = TOLERANCE
     again = None
     if not (apart <= bound and gradients_apart <= bound):
-        with exact_products():
-            again = _run(parameters, exact)
+        again = _in_float32(parameters, exact)
     if again is not None:
         noise = _norm(_difference(again[1], gradients)) / size.clamp(min=1e-30)
         bound = min(max(NOISE * _apart(again[0], own), bound), LOW_TOLERANCE)
@@ -89,6 +88,18 @@ def compare(
     if not gradients_apart <= gradient_bound:
         return f"its gradients over the trie differ from those on padded rows by {gradients_apart:.2g} of their norm"
     return None
+
+
+def _in_float32(parameters: Sequence[torch.Tensor], exact: Callable[[], torch.Tensor | None]):
+    """`_run` of the plain losses with every operation in float32, outside an autocast around it."""
+    # Weights that autocast has in low precision already would stay so.
+    torch.clear_autocast_cache()
+    kinds = {p.device.type for p in parameters} or {"cpu"}
+    with contextlib.ExitStack() as stack:
+        for kind in kinds - {"meta"}:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.enter_context(exact_products())
+        return _run(parameters, exact)
 
 
 def _apart(one: torch.Tensor, other: torch.Tensor) -> float:

@@ -38,6 +38,7 @@ class TrieBatch:
 
     @property
     def num_sequences(self) -> int:
+        """How many were packed."""
         return len(self.sequence_ptr) - 1
 
     @property

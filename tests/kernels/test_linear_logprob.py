@@ -234,11 +234,11 @@ def test_strides_do_not_matter(impl, device, poisoned_outputs):
 
 def test_more_rows_than_a_chunk(monkeypatch):
     """The torch backend cuts rows into chunks; the cuts fall between targets rightly."""
-    from sapo_kernels.linear_logprob import torch as backend
+    from sapo_kernels.linear_logprob import gradient
 
     hidden, weight, targets, options = inputs("everything", torch.float32, "cpu")
     for rows in (1, 7, 16, 32, 33):
-        monkeypatch.setattr(backend, "chunk_rows", lambda *_, rows=rows: rows)
+        monkeypatch.setattr(gradient, "chunk_rows", lambda *_, rows=rows: rows)
         got = sk.linear_logprob(hidden, weight, targets, impl="torch", **options)
         check("linear_logprob fp32", got, written_out(hidden, weight, targets, options))
 

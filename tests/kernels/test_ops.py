@@ -83,13 +83,9 @@ def test_compiles_without_a_graph_break(name, dynamic):
     assert all(torch.equal(a, b) for a, b in zip(got, around(*tensors), strict=True))
 
 
-@pytest.mark.parametrize("name", ["logprob torch"])
-def test_there_is_no_backward(name):
+@pytest.mark.parametrize("name", ["attention sdpa", "logprob torch"])
+def test_nothing_is_recorded_without_gradients(name):
     op, (first, *rest) = CALLS[name]
-    result = outputs(op(first.clone().requires_grad_(), *rest))[0]
-    assert result.requires_grad
-    with pytest.raises(NotImplementedError, match=rf"{op.__name__}.* no backward.*no_grad"):
-        result.sum().backward()
     with torch.no_grad():
         assert not outputs(op(first.clone().requires_grad_(), *rest))[0].requires_grad
 
@@ -130,9 +126,9 @@ def test_no_rows_and_no_queries():
     assert [(t.shape, t.dtype) for t in empty] == [((0, 4, 8), torch.float32), ((0, 4), torch.float32)]
     hidden, weight, *_ = logprob_arguments(torch.bfloat16)
     long = torch.zeros(1, dtype=torch.int64)
-    logprob, lse = ops.linear_logprob(hidden[:0], weight, long[:0], long, None, 1.0, None, "torch")
+    logprob, lse, _ = ops.linear_logprob(hidden[:0], weight, long[:0], long, None, 1.0, None, "torch")
     assert [(t.shape, t.dtype) for t in (logprob, lse)] == [((0,), torch.float32)] * 2
-    logprob, lse = ops.linear_logprob(hidden, weight, long[:0], long.repeat(7), None, 1.0, None, "torch")
+    logprob, lse, _ = ops.linear_logprob(hidden, weight, long[:0], long.repeat(7), None, 1.0, None, "torch")
     assert logprob.shape == (0,)
     assert_close("linear_logprob low", lse, torch.logsumexp(hidden.double() @ weight.double().T, -1),
                  torch.logsumexp((hidden @ weight.T).float(), -1))  # fmt: skip

@@ -198,9 +198,9 @@ def plain_logprob(hidden, weight, targets, ptr, bias, scale, softcap):
 
 def check_logprob(inputs, scale=1.0, softcap=None, extreme=False):
     hidden, weight, targets, ptr, bias = inputs
-    got = linear_logprob_triton(*inputs, scale, softcap)
+    got = linear_logprob_triton(*inputs, scale, softcap)[:2]
     wide = (hidden.double(), weight.double(), targets, ptr, None if bias is None else bias.double())
-    want = linear_logprob_reference(*wide, scale, softcap)
+    want = linear_logprob_reference(*wide, scale, softcap)[:2]
     plain = plain_logprob(*inputs, scale, softcap)
     for ours, theirs, true in zip(got, plain, want, strict=True):
         assert ours.dtype == torch.float32
@@ -248,7 +248,7 @@ def test_logprob_bits_do_not_depend_on_the_batch(monkeypatch):
     # On this grid every product and sum is exact: the interpreter's matrix product is numpy's, whose order of summation
     # depends on where a row lies in the tile. Log-sum-exp is not exact, and its order is what is tested.
     hidden, weight = (hidden * 4).round() / 4, (weight * 16).round() / 16
-    whole, lse = linear_logprob_triton(hidden, weight, targets, ptr, None, 1.0, None)
+    whole, lse, _ = linear_logprob_triton(hidden, weight, targets, ptr, None, 1.0, None)
     check_logprob((hidden, weight, targets, ptr, None))
 
     order = torch.randperm(40, generator=torch.Generator().manual_seed(1))
@@ -274,17 +274,17 @@ def test_logprob_non_finite_logits(value, lse_is):
     inputs = make_rows(4, 1, 100, bias=False)
     hidden, weight, targets, ptr, _ = inputs
     targets.fill_(90)
-    clean, clean_lse = linear_logprob_triton(*inputs, 1.0, None)
+    clean, clean_lse, _ = linear_logprob_triton(*inputs, 1.0, None)
     bias = torch.zeros(100)
     bias[40] = value
-    got, lse = linear_logprob_triton(hidden, weight, targets, ptr, bias, 1.0, None)
+    got, lse, _ = linear_logprob_triton(hidden, weight, targets, ptr, bias, 1.0, None)
     want = linear_logprob_reference(hidden, weight, targets, ptr, bias, 1.0, None)[1]
     assert lse_is(lse).all() and torch.allclose(lse, want, equal_nan=True)
     assert not torch.isfinite(got).any() if value != -INF else torch.isfinite(got).all()
 
     hidden = hidden.clone()
     hidden[2] = NAN
-    got, lse = linear_logprob_triton(hidden, weight, targets, ptr, None, 1.0, None)
+    got, lse, _ = linear_logprob_triton(hidden, weight, targets, ptr, None, 1.0, None)
     assert torch.isnan(got[2]) and torch.isnan(lse[2])
     rest = torch.tensor([0, 1, 3])
     assert torch.equal(got[rest], clean[rest]) and torch.equal(lse[rest], clean_lse[rest])
@@ -294,7 +294,7 @@ def test_logprob_target_outside_the_vocabulary_is_nan(monkeypatch):
     monkeypatch.setattr(torch, "empty", torch.zeros)  # old memory can hold plausible numbers
     hidden, weight, targets, ptr, _ = make_rows(3, 8, 40)
     targets[1], targets[2] = 40, -1
-    got, lse = linear_logprob_triton(hidden, weight, targets, ptr, None, 1.0, None)
+    got, lse, _ = linear_logprob_triton(hidden, weight, targets, ptr, None, 1.0, None)
     assert torch.isfinite(got[0]) and torch.isnan(got[1:]).all() and torch.isfinite(lse).all()
 
 

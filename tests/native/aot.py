@@ -118,6 +118,20 @@ def merge(shape: tuple, capability: int):
     return module._merge_kernel, types, {}, {**module.MERGE_BLOCKS, "num_warps": 4}
 
 
+def logprob_gradient(shape: tuple, capability: int):
+    """shape: dtype of the inputs, options ("bc": bias, softcap)."""
+    from sapo_kernels.linear_logprob import triton_backward as module
+
+    dtype, flags = shape
+    constants = {"HAS_BIAS": "b" in flags, "HAS_SOFTCAP": "c" in flags, "stride_bias": 1}
+    if "b" not in flags:
+        constants["bias_ptr"] = None
+    types = {"bias_ptr": f"*{dtype}", "d_ptr": f"*{dtype}"} | dict.fromkeys(("targets_ptr", "target_ptr_ptr"), "*i64")
+    types |= dict.fromkeys(("logits_ptr", "lse_ptr", "a_ptr", "g_ptr"), "*fp32")
+    types |= dict.fromkeys(("logit_scale", "softcap", "d_scale"), "fp32")
+    return module._coefficients_kernel, types, constants, module.COEFFICIENTS
+
+
 BUILDERS = {
     "tree_attention": attention,
     "tree_attention careful": lambda shape, capability: attention(shape, capability, careful=True),
@@ -125,6 +139,7 @@ BUILDERS = {
     "tree_attention keys": lambda shape, capability: backward(shape, capability, "keys"),
     "linear_logprob": logprob,
     "linear_logprob merge": merge,
+    "linear_logprob gradient": logprob_gradient,
 }
 
 ATTENTION = [
@@ -159,6 +174,7 @@ BACKWARD = [
     ("fp32", 256, 256, 3, "w"),
     ("fp32", 512, 512, 1, "wc"),
 ]
+GRADIENT = [("bf16", "bc"), ("fp16", ""), ("fp32", "c")]
 LOGPROB = [
     ("bf16", 4096, ""),
     ("bf16", 2304, "c"),
@@ -177,6 +193,7 @@ def jobs(short: bool) -> list[Job]:
             "tree_attention keys": BACKWARD[3:4],
             "linear_logprob": LOGPROB[2:3],
             "linear_logprob merge": [()],
+            "linear_logprob gradient": GRADIENT[:1],
         }
         return [Job(kernel, shape, t) for kernel, shapes in names.items() for shape in shapes for t in TARGETS]
     names = {
@@ -186,6 +203,7 @@ def jobs(short: bool) -> list[Job]:
         "tree_attention keys": BACKWARD,
         "linear_logprob": LOGPROB,
         "linear_logprob merge": [()],
+        "linear_logprob gradient": GRADIENT,
     }
     listed = [Job(kernel, shape, t) for kernel, shapes in names.items() for shape in shapes for t in TARGETS]
     few = {"tree_attention": [ATTENTION[4], ATTENTION[9]], "linear_logprob": LOGPROB[:1]}
@@ -223,7 +241,8 @@ def build(job: Job) -> Row:
         code = done.asm["ptx"]
         if launch.get("num_stages", 1) > 1 and "cp.async" not in code:
             complaints.append("not pipelined")
-        if job.shape and job.shape[0] != "fp32" and not re.search(r"\b(wgmma|tcgen05)\.mma|\bmma\.sync", code):
+        products = job.shape and job.shape[0] != "fp32" and job.kernel != "linear_logprob gradient"
+        if products and not re.search(r"\b(wgmma|tcgen05)\.mma|\bmma\.sync", code):
             complaints.append("no tensor cores")
     else:
         text = done.asm["amdgcn"]

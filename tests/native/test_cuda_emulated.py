@@ -20,11 +20,9 @@ import sapo_kernels as sk
 from sapo_kernels.reweight.prompt_state import DTYPES
 
 HERE = Path(__file__).resolve().parent
-CSRC = HERE.parent / "csrc"
+CSRC = HERE.parents[1] / "csrc"
 
-pytestmark = pytest.mark.skipif(
-    not (shutil.which("g++") and CSRC.exists()), reason="no g++ or no sources of the kernels"
-)
+pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
 
 
 @pytest.fixture(scope="module")

@@ -16,13 +16,10 @@ import torch
 
 import sapo_kernels as sk
 from sapo_kernels.scoring import decoder, fingerprint, paths, score, verification
-from tests.families import build, cells, per_token_error, plain_nll
+from tests.families import TOLERANCE, build, cells, per_token_error, plain_nll
 from tests.scoring.test_zoo import many
-from tests.tolerances import TOLERANCES
 
 pytest.importorskip("transformers")
-
-TOLERANCE = TOLERANCES["token nll"].atol
 
 
 @pytest.fixture(scope="module")

@@ -80,11 +80,11 @@ def read_examples(
     a dataset of the hub ("owner/name" or "owner/name:configuration"), a list of mappings or a `datasets.Dataset`
     (`name` stands for these in messages).
 
-    Columns that are not given are recognised by name; several candidates are an error, never a guess. A row's
-    ``instruction`` (Alpaca) is joined in front of its input, its ``choices`` or ``options`` below it. Labels are text;
-    integers are taken as the names of their `ClassLabel`, as the letter of the choice they point at, or as their
-    digits. An empty label (or only spaces) is an error unless `skip_empty`, which leaves such rows out and says so.
-    With `limit`, reading stops after that many examples.
+    `input_column` and `target_column` are recognised by name where they are not given; several candidates are an
+    error, never a guess. A row's ``instruction`` (Alpaca) is joined in front of its input, its ``choices`` or
+    ``options`` below it. Labels are text; integers are taken as the names of their `ClassLabel`, as the letter of
+    the choice they point at, or as their digits. An empty label (or only spaces) is an error unless `skip_empty`,
+    which leaves such rows out and says so. With `limit`, reading stops after that many examples.
 
     Raises: `DataError` naming the file, the row and the field; `OSError` from opening and reading; `TypeError` for a
         source that is none of these, such as a stream of rows.

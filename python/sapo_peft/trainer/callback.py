@@ -74,6 +74,7 @@ class SapoCallback(TrainerCallback):
 
     @property
     def trainer(self) -> Any:
+        """The trainer that it was attached to; None once that is gone."""
         return self._trainer()
 
     # When to score. The trainer fetches a step's batches after on_step_end and on_epoch_begin, so that what is chosen

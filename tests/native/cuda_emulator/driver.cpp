@@ -1,6 +1,6 @@
 // The launchers of csrc/cuda/*.cu as C functions over raw pointers, for ctypes.
-#include "../../csrc/accumulate_args.h"
-#include "../../csrc/reweight_args.h"
+#include "../../../csrc/accumulate_args.h"
+#include "../../../csrc/reweight_args.h"
 
 extern "C" {
 
