@@ -47,11 +47,11 @@ def layout(part) -> tuple:
     return part.position, part.subtree_end, part.block_start, part.span_ptr, part.span
 
 
-def attention_oracle(q, k, v, part, sinks, scale, window, softcap) -> torch.Tensor:
-    """The reference in float64."""
+def attention_oracle(q, k, v, part, sinks, scale, window, softcap) -> tuple[torch.Tensor, torch.Tensor]:
+    """The reference in float64: result and log-sum-exp."""
     sinks = None if sinks is None else sinks.double()
     return tree_attention_reference(
-        q.double(), k.double(), v.double(), *layout(part), sinks, scale, window, softcap, part.block_tokens
+        q.double(), k.double(), v.double(), *layout(part), sinks, scale, window, softcap, part.block_tokens, True
     )
 
 

@@ -8,14 +8,26 @@ plan gives the same bits.
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-LOG2E = tl.constexpr(1.4426950408889634)
+from .triton_backward import tree_attention_backward_triton
+from .triton_common import (
+    LN2,
+    LOG2E,
+    capability,
+    check,
+    load_rows,
+    on_device,
+    scalars,
+    specialise,
+    store_rows,
+    stored_as,
+)
+from .triton_config import careful_config, config
+
+__all__ = ["tree_attention_backward_triton", "tree_attention_triton"]
 
 
 @triton.jit
@@ -50,22 +62,9 @@ def _attend(
 
     CAREFUL takes value rows that are not finite out of the product and makes l_i NaN in the rows that see them.
     """
-    o_k = tl.arange(0, BLOCK_K)
-    o_v = tl.arange(0, BLOCK_V)
     m_n = o_n < stop
-    m_k = m_n[:, None]
-    if HEAD_K != BLOCK_K:
-        m_k = m_k & (o_k < HEAD_K)[None, :]
-    m_v = m_n[:, None]
-    if HEAD_V != BLOCK_V:
-        m_v = m_v & (o_v < HEAD_V)[None, :]
-    i_key = o_n.to(tl.int64)[:, None]
-    k = tl.load(k_ptr + i_key * stride_k_token + o_k[None, :], mask=m_k, other=0.0)
-    v = tl.load(v_ptr + i_key * stride_v_token + o_v[None, :], mask=m_v, other=0.0)
-    if UPCAST:
-        k = k.to(tl.float32)
-        v = v.to(tl.float32)
-
+    k = load_rows(k_ptr, o_n.to(tl.int64) * stride_k_token, m_n, HEAD_K, BLOCK_K, UPCAST)
+    v = load_rows(v_ptr, o_n.to(tl.int64) * stride_v_token, m_n, HEAD_V, BLOCK_V, UPCAST)
     s = tl.dot(q, tl.trans(k), input_precision="ieee") * logit_scale
     if HAS_SOFTCAP:
         # tanh(s) = 1 - 2 / (1 + exp(2 s)): exp runs to inf or to 0, both with the right limit. cap_scale is in log2.
@@ -107,6 +106,7 @@ def _tree_attention_kernel(
     span_ptr,
     sinks_ptr,
     out_ptr,
+    lse_ptr,
     sick_ptr,
     carried,
     tiles_per_block,
@@ -128,6 +128,7 @@ def _tree_attention_kernel(
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
+    WITH_LSE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -160,14 +161,7 @@ def _tree_attention_kernel(
         i_query = first + o_m // GROUP
         i_q_head = i_head * GROUP + o_m % GROUP
         i_token = (i_query - carried).to(tl.int64)
-        o_k = tl.arange(0, BLOCK_K)
-        m_q = m_m[:, None]
-        if HEAD_K != BLOCK_K:
-            m_q = m_q & (o_k < HEAD_K)[None, :]
-        p_q = q_ptr + (i_token * stride_q_token + i_q_head * stride_q_head)[:, None] + o_k[None, :]
-        q = tl.load(p_q, mask=m_q, other=0.0)
-        if UPCAST:
-            q = q.to(tl.float32)
+        q = load_rows(q_ptr, i_token * stride_q_token + i_q_head * stride_q_head, m_m, HEAD_K, BLOCK_K, UPCAST)
         k_ptr += i_head * stride_k_head
         v_ptr += i_head * stride_v_head
 
@@ -219,129 +213,36 @@ def _tree_attention_kernel(
         if not CAREFUL:
             # A hidden key has weight 0, and 0 * NaN is NaN: a sick sequence would spoil its neighbours in the block.
             tl.store(p_sick, tl.max(tl.max(tl.where(tl.abs(acc) < float("inf"), 0, 1), 1), 0))
+        if WITH_LSE:
+            p_lse = lse_ptr + (i_token * tl.num_programs(1) * GROUP + i_q_head)
+            tl.store(p_lse, (m_i + tl.log2(l_i)) * LN2, mask=m_m)
         # l_i is 0 only where every logit was -inf: 0 / 0 gives the NaN that a plain softmax gives.
-        acc = acc / l_i[:, None]
-        o_v = tl.arange(0, BLOCK_V)
-        m_out = m_m[:, None]
-        if HEAD_V != BLOCK_V:
-            m_out = m_out & (o_v < HEAD_V)[None, :]
-        p_out = out_ptr + (i_token * stride_out_token + i_q_head * stride_out_head)[:, None] + o_v[None, :]
-        tl.store(p_out, acc.to(out_ptr.dtype.element_ty), mask=m_out)
-
-
-INTERPRET = not isinstance(_tree_attention_kernel, triton.JITFunction)
-
-
-def _needs_while() -> bool:
-    """Interpreters before Triton 3.9 cannot run `range` with bounds known at run time only."""
-    if not INTERPRET:
-        return False
-    from packaging.version import Version
-
-    return Version(triton.__version__) < Version("3.9")
-
-
-def config(head_dim: int, dtype: torch.dtype, capability: int, rows: int = 128) -> dict[str, int]:
-    """Tile sizes and launch options. Chosen from compiler reports (no spills), not yet measured on a GPU.
-
-    Args:
-        head_dim: the larger of Dk and Dv, at most 512; padded to a power of two inside.
-        dtype: float32, bfloat16 or float16.
-        capability: 10 * major + minor of an NVIDIA GPU, 0 for AMD.
-        rows: the largest number of (token, q head) rows of a plan block; small blocks get a smaller tile.
-    """
-    wide = triton.next_power_of_2(head_dim)
-    if INTERPRET:
-        # Small tiles, so that short test sequences cross tile borders.
-        tile, warps, stages = (32, 16), 1, 1
-    elif dtype == torch.float32:
-        # IEEE products run on the plain FMA units with both operands in registers, so the tile must be small.
-        tile, warps = {64: ((32, 32), 4), 128: ((32, 32), 8)}.get(max(wide, 64), ((16, 16), 8))
-        stages = 1
-    elif wide > 256:
-        tile, warps, stages = (32, 16), 8, 1
-    elif capability == 0:
-        # CDNA3 has 64 KiB of shared memory a workgroup and 512 registers a thread at 4 waves.
-        tile, warps, stages = {64: (128, 32), 128: (64, 32), 256: (64, 16)}[max(wide, 64)], 4, 2
-    elif 90 <= capability < 120:
-        # 227 KiB of shared memory; operands of wgmma / tcgen05 stay out of the registers.
-        tile, warps, stages = {64: (128, 64), 128: (128, 64), 256: (128, 32)}[max(wide, 64)], 8, 2
-        if wide == 256 and capability >= 100:
-            tile = (64, 32)
-    else:
-        # mma.sync keeps Q in registers, and consumer parts have 99 KiB of shared memory: 128 rows spill from 128 on.
-        tile, warps, stages = {64: (128, 64), 128: (64, 64), 256: (64, 32)}[max(wide, 64)], 8, 2
-    chosen = {"BLOCK_M": tile[0], "BLOCK_N": tile[1], "num_warps": warps, "num_stages": stages}
-    if rows <= 64:
-        chosen["BLOCK_M"] = min(tile[0], 64)
-    if dtype == torch.float32 and capability > 0:
-        # Without it ptxas trades a few spills for a second block on the SM.
-        chosen["maxnreg"] = 255
-    return chosen
-
-
-def careful_config(head_dim: int, dtype: torch.dtype, capability: int, sick_m: int) -> dict[str, int]:
-    """Tile and options of the careful kernel, which nearly always has nothing to do: small, and spilling is avoided."""
-    wide = head_dim > 128 or dtype == torch.float32
-    chosen = {"BLOCK_M": min(sick_m, 16 if wide else 64), "BLOCK_N": 16, "num_warps": 4 if wide else 8, "num_stages": 1}
-    if capability > 0:
-        chosen["maxnreg"] = 255
-    return chosen
-
-
-def specialise(head_k: int, head_v: int, group: int, window, softcap, sinks) -> dict[str, object]:
-    """The kernel's compile-time arguments that follow from shapes and options."""
-    return {
-        "GROUP": group,
-        "HEAD_K": head_k,
-        "HEAD_V": head_v,
-        "HAS_WINDOW": window is not None,
-        "HAS_SOFTCAP": softcap is not None,
-        "HAS_SINKS": sinks is not None,
-        "BLOCK_K": max(16, triton.next_power_of_2(head_k)),
-        "BLOCK_V": max(16, triton.next_power_of_2(head_v)),
-        # The interpreter computes garbage on bfloat16 without an error; a cast right after the load is exact.
-        "UPCAST": INTERPRET,
-        "WHILE": _needs_while(),
-    }
-
-
-def _capability(device: torch.device) -> int:
-    if device.type != "cuda" or torch.version.hip is not None:
-        return 0
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+        i_out = i_token * stride_out_token + i_q_head * stride_out_head
+        store_rows(out_ptr, i_out, acc / l_i[:, None], m_m, HEAD_V, BLOCK_V)
 
 
 def tree_attention_triton(
-    q, k, v, position, subtree_end, block_start, span_ptr, span, sinks, scale, window, softcap, block_tokens
+    q, k, v, position, subtree_end, block_start, span_ptr, span, sinks, scale, window, softcap, block_tokens, with_lse
 ):
-    """Same arguments and result as the reference; float32, bfloat16 or float16, head dimensions up to 512."""
+    """Same arguments and results as the reference; float32, bfloat16 or float16, head dimensions up to 512."""
     tokens, q_heads, head_k = q.shape
     keys, kv_heads, head_v = v.shape
-    if q.dtype not in DTYPES:
-        raise TypeError(f"tree_attention: impl='triton': expected one of {DTYPES}, got {q.dtype}")
-    if max(head_k, head_v) > 512:
-        raise ValueError(f"tree_attention: impl='triton': expected head_dim up to 512, got {max(head_k, head_v)}")
-    for name, t in (("q", q), ("k", k), ("v", v)):
-        if t.stride(-1) != 1:
-            raise ValueError(f"tree_attention: {name}: expected stride 1 in the last dimension, got {t.stride(-1)}")
-    # The interpreter truncates when it stores bfloat16: let it store float32 and round here.
-    out = torch.empty(tokens, q_heads, head_v, dtype=torch.float32 if INTERPRET else q.dtype, device=q.device)
+    check(q, k, v)
+    out = torch.empty(tokens, q_heads, head_v, dtype=stored_as(q), device=q.device)
+    lse = torch.empty((tokens, q_heads) if with_lse else 0, dtype=torch.float32, device=q.device)
     blocks = block_start.shape[0] - 1
     if out.numel() == 0 or blocks == 0:
-        return out.to(q.dtype)
+        return out.to(q.dtype), lse
 
     group = q_heads // kv_heads
     wide = max(head_k, head_v)
-    capability = _capability(q.device)
-    plain = config(wide, q.dtype, capability, block_tokens * group)
+    part = capability(q.device)
+    plain = config(wide, q.dtype, part, block_tokens * group)
     sick_m = plain["BLOCK_M"]
-    careful = careful_config(wide, q.dtype, capability, sick_m)
+    careful = careful_config(wide, q.dtype, part, sick_m)
     tiles = triton.cdiv(block_tokens * group, sick_m)
     sick = torch.empty(blocks * tiles * kv_heads, dtype=torch.int32, device=q.device)
-    log2e = LOG2E.value
-    with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
+    with on_device(q):
         for is_careful, options in ((False, plain), (True, careful)):
             tiles_per_block = tiles * (sick_m // options["BLOCK_M"])
             _tree_attention_kernel[(blocks * tiles_per_block, kv_heads)](
@@ -355,6 +256,7 @@ def tree_attention_triton(
                 span,
                 sinks,
                 out,
+                lse if with_lse else None,
                 sick,
                 keys - tokens,
                 tiles_per_block,
@@ -367,13 +269,13 @@ def tree_attention_triton(
                 out.stride(0),
                 out.stride(1),
                 sinks.stride(0) if sinks is not None else 0,
-                scale * log2e if softcap is None else scale / softcap,
-                0.0 if softcap is None else softcap * log2e,
-                0 if window is None else min(window, 2**31 - 1),
-                **specialise(head_k, head_v, group, window, softcap, sinks),
+                *scalars(scale, window, softcap),
+                **specialise(head_k, head_v, group, window, softcap),
+                HAS_SINKS=sinks is not None,
+                WITH_LSE=with_lse,
                 CAREFUL=is_careful,
                 SICK_M=sick_m,
                 **options,
                 enable_fp_fusion=True,
             )
-    return out.to(q.dtype)
+    return out.to(q.dtype), lse

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -105,6 +106,36 @@ def test_keys_carried_from_earlier_passes_get_their_gradients(case, impl, device
 
     tensors = {"q": q, "k": k, "v": v}
     got, wanted = (gradients(attend, tensors, options, up) for attend in (in_passes, whole))
+    for name in wanted:
+        assert_close("tree_attention gradient fp32", got[name], wanted[name].double())
+
+
+@pytest.mark.parametrize("case", ["job random", "window 5", "everything"])
+def test_keys_that_the_caller_holds_get_their_gradients(case, impl, device, poisoned_outputs):
+    """Keys in front of a pass that are seen from its middle on, as in a trie of which nothing is held."""
+    if impl == "reference":
+        pytest.skip("the reference refuses passes with held tokens")
+    q, k, v, options = inputs(case, torch.float32, device)
+    job = CASES[case][0]
+    trie, oracle = TREES[job]
+    held = np.random.default_rng(7).random(len(trie)) < 0.4
+    held[trie.row_token] = False
+
+    def alone(q, k, v, options):
+        return each_alone(job, q, k, v, options, torch.float64)[~held]
+
+    def in_passes(q, k, v, options):
+        parts = []
+        for step in trie.passes(30, 8, held):
+            inside = np.arange(step.start, step.stop)
+            new = inside[~held[inside]]
+            keys = torch.from_numpy(np.concatenate([oracle.path(step.start)[:-1], inside[held[inside]], new])).long()
+            parts.append(sk.tree_attention(q[new], k[keys], v[keys], step.to(device), impl=impl, **options))
+        return torch.cat(parts)
+
+    tensors = {"q": q, "k": k, "v": v}
+    up = torch.randn(int((~held).sum()), q.shape[1], v.shape[2]).to(device)
+    got, wanted = (gradients(attend, tensors, options, up) for attend in (in_passes, alone))
     for name in wanted:
         assert_close("tree_attention gradient fp32", got[name], wanted[name].double())
 

@@ -21,8 +21,8 @@ from sapo_kernels.linear_logprob import triton as logprob_kernel
 from sapo_kernels.linear_logprob.reference import linear_logprob_reference
 from sapo_kernels.linear_logprob.triton import linear_logprob_triton
 from sapo_kernels.tree_attention import triton as attention_kernel
-from sapo_kernels.tree_attention.reference import tree_attention_reference
-from sapo_kernels.tree_attention.triton import tree_attention_triton
+from sapo_kernels.tree_attention.reference import tree_attention_backward_reference, tree_attention_reference
+from sapo_kernels.tree_attention.triton import tree_attention_backward_triton, tree_attention_triton
 from tests.tolerances import assert_close
 from tests.triton_cases import attention_oracle, branches, chain, layout, plain_attention, poisoned
 
@@ -42,20 +42,31 @@ def check(op: str, got, plain, want, dtype) -> None:
     assert_close(f"{op} {'low' if low else 'fp32'}", got, want, plain if low else None)
 
 
-def attend(part, dtype=torch.float32, heads=(2, 1), dims=(16, 16), sinks=False, gain=1.0, strides=None, **options):
-    """Random tensors for a pass; returns (kernel, plain torch, oracle)."""
+def make_attention(part, dtype, heads, dims, sinks):
+    """Random q, k, v and sinks (or None) for a pass."""
     generator = torch.Generator().manual_seed(len(part.position))
     group, kv_heads = heads
-    shapes = (len(part.input_ids), group * kv_heads), (len(part.position), kv_heads)
-    q = torch.randn(*shapes[0], dims[0], generator=generator).to(dtype) * gain
-    k, v = (torch.randn(*shapes[1], d, generator=generator).to(dtype) for d in dims)
-    sink = torch.randn(group * kv_heads, generator=generator) * 2 if sinks else None
+    q = torch.randn(len(part.input_ids), group * kv_heads, dims[0], generator=generator).to(dtype)
+    k, v = (torch.randn(len(part.position), kv_heads, d, generator=generator).to(dtype) for d in dims)
+    return q, k, v, torch.randn(group * kv_heads, generator=generator) * 2 if sinks else None
+
+
+def attend(part, dtype=torch.float32, heads=(2, 1), dims=(16, 16), sinks=False, gain=1.0, strides=None, **options):
+    """Random tensors for a pass; returns (kernel, plain torch, oracle)."""
+    q, k, v, sink = make_attention(part, dtype, heads, dims, sinks)
+    q = q * gain
     scale, window, softcap = dims[0] ** -0.5, options.get("window"), options.get("softcap")
     inputs = (q, k, v) if strides is None else tuple(poisoned(t, strides) for t in (q, k, v))
-    got = tree_attention_triton(*inputs, *layout(part), sink, scale, window, softcap, part.block_tokens)
+    arguments = (*inputs, *layout(part), sink, scale, window, softcap, part.block_tokens)
+    got, lse = tree_attention_triton(*arguments, True)
+    alone, none = tree_attention_triton(*arguments, False)
     rest = (part, sink, scale, window, softcap)
-    assert got.dtype == dtype and got.shape == (*shapes[0], dims[1])
-    return got, plain_attention(q, k, v, *rest), attention_oracle(q, k, v, *rest)
+    assert got.dtype == dtype and got.shape == (*q.shape[:2], dims[1]) and torch.equal(got, alone) and not len(none)
+    want, want_lse = attention_oracle(q, k, v, *rest)
+    assert lse.dtype == torch.float32
+    # Their precision is that of the largest product, whatever the sum of products comes to.
+    assert_close("linear_logprob extreme" if gain > 1e3 else "linear_logprob fp32", lse, want_lse)
+    return got, plain_attention(q, k, v, *rest), want
 
 
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 63, 127])
@@ -104,14 +115,39 @@ def test_attention_one_group_over_many_tiles():
     check("tree_attention", *attend(part, heads=(37, 1)), torch.float32)
 
 
+@pytest.mark.parametrize("case", ["everything", "head-major", "bfloat16"])
+def test_attention_gradients_of_strided_inputs(case):
+    """Views into buffers of NaN, a group of heads larger than a tile: as plain torch has it."""
+    options = {"dtype": torch.float32, "dims": (24, 16), "strides": "rows", **ATTENTION[case], "heads": (37, 1)}
+    (part,) = branches(prompts=2, examples=2).passes(block_tokens=16)
+    q, k, v, sinks = make_attention(part, **{n: options.get(n) for n in ("dtype", "heads", "dims", "sinks")})
+    scale, window, softcap = 0.3, options.get("window"), options.get("softcap")
+    rest = (*layout(part), sinks, scale, window, softcap, part.block_tokens)
+    views = [poisoned(t, options["strides"]) for t in (q, k, v)]
+    out, lse = tree_attention_triton(*views, *rest, True)
+    up = torch.randn(out.shape, generator=torch.Generator().manual_seed(5)).to(q.dtype)
+    got = [tree_attention_backward_triton(up, *views, out, lse, *rest) for _ in range(2)]
+    wide = [t.double() for t in (q, k, v)]
+    wide_rest = (*layout(part), None if sinks is None else sinks.double(), *rest[6:])
+    want = tree_attention_backward_reference(up.double(), *wide, None, None, *wide_rest)
+    leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+    plain = torch.autograd.grad(plain_attention(*leaves, part, sinks, scale, window, softcap), leaves, up)
+    for ours, again, exact, theirs in zip(*got, want, (*plain, None), strict=True):
+        assert exact is None or torch.equal(ours, again), "the same bits each time"
+        if theirs is not None:
+            check("tree_attention gradient", ours, theirs, exact, q.dtype)
+        elif exact is not None:
+            assert_close("tree_attention gradient fp32", ours, exact)
+
+
 def test_attention_empty():
     part = chain(1).passes()[0]
     none = torch.zeros(1, dtype=torch.int32)
     got = tree_attention_triton(
         torch.zeros(0, 2, 16), torch.zeros(0, 1, 16), torch.zeros(0, 1, 8), part.position[:0], part.subtree_end[:0],
-        none, none, part.span[:0], None, 1.0, None, None, 64,
+        none, none, part.span[:0], None, 1.0, None, None, 64, True,
     )  # fmt: skip
-    assert got.shape == (0, 2, 8)
+    assert got[0].shape == (0, 2, 8) and got[1].shape == (0, 2)
 
 
 @pytest.mark.parametrize("value", [NAN, INF])
@@ -121,8 +157,8 @@ def test_attention_non_finite_stays_in_its_subtree(what, value):
     (part,) = branches().passes(block_tokens=16)
     q, k, v = (torch.randn(len(part.position), n, 16) for n in (3, 1, 1))
     (k if what == "k" else v)[len(part.position) - 4] = value
-    rest = (*layout(part), None, 0.25, 9, None, part.block_tokens)
-    got, want = tree_attention_triton(q, k, v, *rest), tree_attention_reference(q, k, v, *rest)
+    rest = (*layout(part), None, 0.25, 9, None, part.block_tokens, False)
+    got, want = (attend(q, k, v, *rest)[0] for attend in (tree_attention_triton, tree_attention_reference))
     good = want.isfinite().all(-1)
     assert torch.equal(got.isfinite().all(-1), good) and 0 < int((~good).sum()) < good.numel() // 2
     assert_close("tree_attention fp32", got[good], want[good])
@@ -131,7 +167,7 @@ def test_attention_non_finite_stays_in_its_subtree(what, value):
 def test_attention_refuses():
     (part,) = chain(4).passes()
     q = torch.zeros(4, 1, 16)
-    rest = (*layout(part), None, 1.0, None, None, 64)
+    rest = (*layout(part), None, 1.0, None, None, 64, False)
     with pytest.raises(TypeError, match="float64"):
         tree_attention_triton(q.double(), q.double(), q.double(), *rest)
     with pytest.raises(ValueError, match="stride"):
@@ -276,7 +312,7 @@ def test_logprob_scratch_and_schedule():
 GUARDED = """
 import ctypes, mmap, torch
 from tests.triton_cases import branches, layout
-from sapo_kernels.tree_attention.triton import tree_attention_triton
+from sapo_kernels.tree_attention.triton import tree_attention_backward_triton, tree_attention_triton
 from sapo_kernels.linear_logprob.triton import linear_logprob_triton
 libc, kept = ctypes.CDLL(None, use_errno=True), []
 
@@ -298,7 +334,10 @@ for window in (None, 3):
     for part in branches(prompts=2, examples=2).passes(max_tokens=60, block_tokens=24):
         q, k, v = torch.randn(len(part.input_ids), 3, 24), *torch.randn(2, len(part.position), 1, 24)
         index = tuple(guarded(t) if t.numel() else t for t in layout(part))
-        tree_attention_triton(*map(guarded, (q, k, v)), *index, guarded(torch.zeros(3)), 0.2, window, None, 24)
+        tensors = [guarded(t) for t in (q, k, v)]
+        rest = (*index, guarded(torch.zeros(3)), 0.2, window, None, 24)
+        out, lse = tree_attention_triton(*tensors, *rest, True)
+        tree_attention_backward_triton(guarded(out), *tensors, out, lse, *rest)
 for rows, width, vocab in ((17, 33, 65), (3, 16, 31)):
     tensors = torch.randn(rows, width), torch.randn(vocab, width), torch.arange(rows), torch.arange(rows + 1)
     linear_logprob_triton(*map(guarded, tensors), guarded(torch.zeros(vocab)), 1.0, None)
@@ -309,7 +348,7 @@ print("inside the bounds")
 OFFSETS = """
 import mmap, torch
 from tests.triton_cases import chain, layout
-from sapo_kernels.tree_attention.triton import tree_attention_triton
+from sapo_kernels.tree_attention.triton import tree_attention_backward_triton, tree_attention_triton
 from sapo_kernels.linear_logprob.triton import linear_logprob_triton
 
 # Rows 2**30 elements apart in a mapping of which only the touched pages exist: 32-bit products would wrap.
@@ -319,8 +358,11 @@ region = mmap.mmap(-1, (3 * apart + 4096) * 4, flags=flags)
 far = torch.frombuffer(region, dtype=torch.float32).as_strided((4, 1, 16), (apart, 16, 1))
 near = torch.randn(4, 1, 16)
 far.copy_(near)
-rest = (*layout(chain(4).passes()[0]), None, 0.25, None, None, 64)
-assert torch.equal(tree_attention_triton(far, far, far, *rest), tree_attention_triton(near, near, near, *rest))
+rest = (*layout(chain(4).passes()[0]), None, 0.25, None, None, 64, True)
+(out, lse), far_results = (tree_attention_triton(t, t, t, *rest) for t in (near, far))
+gradients = (tree_attention_backward_triton(out, t, t, t, out, lse, *rest[:-1])[:3] for t in (far, near))
+for got, want in (*zip(far_results, (out, lse), strict=True), *zip(*gradients, strict=True)):
+    assert torch.equal(got, want)
 rest = torch.arange(4), torch.arange(5), None, 1.0, None
 for got, want in zip(*(linear_logprob_triton(t[:, 0], t[:, 0], *rest) for t in (far, near)), strict=True):
     assert torch.equal(got, want)

@@ -51,7 +51,7 @@ class Row:
 
 
 def attention(shape: tuple, capability: int, careful: bool = False):
-    """shape: dtype, Dk, Dv, q heads a kv head, tokens a block, options ("wcs": window, softcap, sinks)."""
+    """shape: dtype, Dk, Dv, q heads a kv head, tokens a block, options ("wcsl": window, softcap, sinks, lse)."""
     import torch
 
     from sapo_kernels.tree_attention import triton as module
@@ -64,13 +64,32 @@ def attention(shape: tuple, capability: int, careful: bool = False):
     sick_m = options["BLOCK_M"]
     if careful:
         options = module.careful_config(wide, torch_dtype, capability, sick_m)
-    constants = module.specialise(head_k, head_v, group, window, softcap, sinks)
-    constants |= {"CAREFUL": careful, "SICK_M": sick_m, "stride_sinks": 1}
+    constants = module.specialise(head_k, head_v, group, window, softcap) | {"HAS_SINKS": sinks is not None}
+    constants |= {"CAREFUL": careful, "SICK_M": sick_m, "WITH_LSE": "l" in flags, "stride_sinks": 1}
     if sinks is None:
         constants["sinks_ptr"] = None
+    if "l" not in flags:
+        constants["lse_ptr"] = None
     types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), f"*{dtype}")
-    types |= {"sinks_ptr": f"*{dtype}", "logit_scale": "fp32", "cap_scale": "fp32"}
+    types |= {"sinks_ptr": f"*{dtype}", "lse_ptr": "*fp32"} | dict.fromkeys(("logit_scale", "cap_scale"), "fp32")
     return module._tree_attention_kernel, types, constants, options
+
+
+def backward(shape: tuple, capability: int, what: str):
+    """shape: dtype, Dk, Dv, q heads a kv head, options ("wc": window, softcap); what: "queries" or "keys"."""
+    import torch
+
+    from sapo_kernels.tree_attention import triton_backward as module
+
+    dtype, head_k, head_v, group, flags = shape
+    torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
+    window, softcap = ("on" if flag in flags else None for flag in "wc")
+    options = getattr(module, f"{what}_config")(max(head_k, head_v), torch_dtype, capability)
+    types = dict.fromkeys([f"{name}_ptr" for name in ("grad", "q", "k", "v", "out", "dq", "dk", "dv")], f"*{dtype}")
+    types |= {"lse_ptr": "*fp32", "delta_ptr": "*fp32"}
+    types |= dict.fromkeys(("logit_scale", "cap_scale", "scale"), "fp32")
+    constants = module.specialise(head_k, head_v, group, window, softcap)
+    return getattr(module, f"_{what}_kernel"), types, constants, options
 
 
 def logprob(shape: tuple, capability: int):
@@ -116,6 +135,8 @@ def logprob_gradient(shape: tuple, capability: int):
 BUILDERS = {
     "tree_attention": attention,
     "tree_attention careful": lambda shape, capability: attention(shape, capability, careful=True),
+    "tree_attention queries": lambda shape, capability: backward(shape, capability, "queries"),
+    "tree_attention keys": lambda shape, capability: backward(shape, capability, "keys"),
     "linear_logprob": logprob,
     "linear_logprob merge": merge,
     "linear_logprob gradient": logprob_gradient,
@@ -139,6 +160,20 @@ ATTENTION = [
     ("fp32", 256, 256, 3, 64, "ws"),
 ]
 CAREFUL = [("bf16", 128, 128, 4, 64, "wcs"), ("bf16", 256, 256, 2, 64, ""), ("fp32", 128, 128, 4, 64, "")]
+BACKWARD = [
+    ("bf16", 64, 64, 8, "w"),
+    ("bf16", 80, 80, 1, ""),
+    ("bf16", 128, 128, 4, ""),
+    ("bf16", 128, 128, 7, "wc"),
+    ("bf16", 192, 128, 8, "w"),
+    ("bf16", 256, 256, 2, "wc"),
+    ("bf16", 512, 512, 6, ""),
+    ("fp16", 128, 128, 4, "c"),
+    ("fp32", 64, 64, 4, "wc"),
+    ("fp32", 128, 128, 4, "wc"),
+    ("fp32", 256, 256, 3, "w"),
+    ("fp32", 512, 512, 1, "wc"),
+]
 GRADIENT = [("bf16", "bc"), ("fp16", ""), ("fp32", "c")]
 LOGPROB = [
     ("bf16", 4096, ""),
@@ -154,6 +189,8 @@ def jobs(short: bool) -> list[Job]:
         names = {
             "tree_attention": ATTENTION[4:5],
             "tree_attention careful": CAREFUL[:1],
+            "tree_attention queries": BACKWARD[3:4],
+            "tree_attention keys": BACKWARD[3:4],
             "linear_logprob": LOGPROB[2:3],
             "linear_logprob merge": [()],
             "linear_logprob gradient": GRADIENT[:1],
@@ -162,6 +199,8 @@ def jobs(short: bool) -> list[Job]:
     names = {
         "tree_attention": ATTENTION,
         "tree_attention careful": CAREFUL,
+        "tree_attention queries": BACKWARD,
+        "tree_attention keys": BACKWARD,
         "linear_logprob": LOGPROB,
         "linear_logprob merge": [()],
         "linear_logprob gradient": GRADIENT,
