@@ -109,6 +109,22 @@ def test_stopped_before_a_write(tmp_path, monkeypatch, stride):
         assert everything(folder) == expected, f"write {place} of {total}"
 
 
+def test_a_task_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    """Every file of it, its folders and the announcement in the run's manifest; then the name itself."""
+    events, fsync, rename = [], os.fsync, os.rename
+    monkeypatch.setattr(os, "fsync", lambda fd: (events.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd))[1])
+    monkeypatch.setattr(os, "rename", lambda *names: (events.append(("rename", *map(str, names))), rename(*names))[1])
+    run_small(tmp_path, count=1, max_steps=1, generate=False)
+    place = next(i for i, event in enumerate(events) if event[0] == "rename" and "01-colours1" in event[1])
+    staging = events[place][1]
+    written = {str(path).replace("/01-colours1", "/.01-colours1") for path in (tmp_path / "tasks").rglob("*")}
+    # A file that is replaced at once is flushed under its temporary name; manifests are written so.
+    flushed = {path.removesuffix(" (deleted)") for path in events[:place] if isinstance(path, str)}
+    assert {path for path in written if not path.endswith("manifest.json")} <= flushed and staging in flushed
+    assert sum("/.01-colours1/" in path and path.endswith(".tmp") for path in flushed) >= 2
+    assert str(tmp_path) in events[:place] and str(tmp_path / "tasks") in events[place:]
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 from dataclasses import asdict, dataclass, fields
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
@@ -121,10 +122,7 @@ class SequenceConfig:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        # Runs of before these were options have neither.
-        new = {"race": False, "trainer": None}
-        values = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
-        return {name: v for name, v in values.items() if name not in new or v != new[name]}
+        return json.loads(json.dumps(asdict(self)))
 
 
 @functools.cache

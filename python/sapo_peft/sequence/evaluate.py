@@ -23,7 +23,7 @@ from sapo_kernels.scoring.render import Renderer, special_tokens
 
 from .config import SequenceConfig
 from .metrics import SCORES, best
-from .schema import Answer, Evaluation
+from .schema import Answer, Evaluation, finite
 from .tasks import SequenceTask
 
 # What is kept of the answers to a task, so that a reader sees a few before and after.
@@ -42,20 +42,21 @@ class Evaluator:
         self.tasks, self.tokenizer, self.config = tasks, tokenizer, config
         ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
         self._ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-        self._caches: dict[tuple[int, int], sk.ResponseCache] = {}
-        self._closings: dict[int, tuple[list[int], str]] = {}
+        self._caches: dict[int, tuple[int, sk.ResponseCache]] = {}
+        self._closings: dict[int, tuple[list[int], list[str]]] = {}
 
     def cache(self, task: int, prompt: int) -> sk.ResponseCache:
         """The test examples of a task under one of its prompts (both counted from 0)."""
-        if (task, prompt) not in self._caches:
+        # A task has one prompt at a time; that before the choice is not needed again.
+        known, cache = self._caches.get(task, (None, None))
+        if known != prompt:
             pool, config = self.tasks[task].pool, self.config
-            # A task has one prompt at a time; that before the choice is not needed again.
-            self._caches = {key: cache for key, cache in self._caches.items() if key[0] != task}
-            self._caches[task, prompt] = sk.ResponseCache.build(
+            cache = sk.ResponseCache.build(
                 self.tokenizer, [pool.prompts[prompt]], self.tasks[task].test, suffix=pool.suffix,
                 text_word=pool.text_word, max_source=config.max_source, max_target=config.max_target,
             )  # fmt: skip
-        return self._caches[task, prompt]
+            self._caches[task] = prompt, cache
+        return cache
 
     def evaluate(self, model: Any, prompts: Mapping[int, int], tick: Callable[[int], None] | None = None) -> Evaluation:
         """Evaluate the tasks in `prompts` (task -> prompt, from 0); `tick` hears how many examples were done.
@@ -75,8 +76,7 @@ class Evaluator:
                 if cut := cache.stats[f"truncated_{what}"]:
                     notes.append(f"task {task.name}: {cut} of {cache.num_examples} test {what} are cut to {limit}")
             if config.eval_loss:
-                loss = float(sk.score_prompts(model, cache, progress=False).loss[0])
-                row["loss"][j] = loss if math.isfinite(loss) else None
+                row["loss"][j] = finite(float(sk.score_prompts(model, cache, progress=False).loss[0]))
             if config.generate:
                 answers = self.answers(model, j, prompts[j], tick)
                 for name, score in SCORES.items():
@@ -97,40 +97,51 @@ class Evaluator:
     def answers(self, model: Any, task: int, prompt: int, tick: Callable[[int], None] | None = None) -> list[str]:
         """The answer to each test example of a task, decoded greedily."""
         cache = self.cache(task, prompt)
-        stops, closing = self.closing(task)
+        stops, closings = self.closing(task)
         most = self.config.max_new_tokens or int(cache.response_lengths.max())
         contexts = cache.contexts[0]
         answers = [""] * len(contexts)
-        for rows, ids in greedy(model, contexts, most, stops, self._pad(), self.config.eval_batch_size):
+        pad = next(one for one in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0) if one is not None)
+        for rows, ids in greedy(model, contexts, most, stops, pad, self.config.eval_batch_size):
             for m, answer in zip(rows, ids, strict=True):
                 # Spaces before punctuation are part of the targets, so they are of the answers.
                 text = self.tokenizer.decode(answer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-                answers[m] = text.partition(closing)[0] if closing else text
+                answers[m] = min((text.partition(closing)[0] for closing in closings), key=len, default=text)
             if tick is not None:
                 tick(len(rows))
         return answers
 
-    def closing(self, task: int) -> tuple[list[int], str]:
-        """(ids that end an answer, text that ends one) for a task.
+    def closing(self, task: int) -> tuple[list[int], list[str]]:
+        """(ids that end an answer, texts that end one) for a task.
 
-        What closes the assistant's turn is in the responses that the model is trained on; where it begins with a
-        special token, that token ends an answer besides the end tokens of the tokenizer and of the model's generation
-        configuration. Other closings end it as text.
+        What closes the assistant's turn is in the responses that the model is trained on; some templates only begin the
+        next one. Where either begins with a special token, that token ends an answer besides the end tokens of the
+        tokenizer and of the model's generation configuration; else its text does.
         """
         if task not in self._closings:
             tokenizer, pool = self.tokenizer, self.tasks[task].pool
             # Not a target of the task: one of few letters may stand in the closing itself.
             example = {"input": self.tasks[task].test[0]["input"], "target": _ANSWER}
             rendered = Renderer(tokenizer, None, pool.suffix, pool.text_word).render(pool.prompts[0], example)
-            closing = rendered.response.rpartition(_ANSWER)[2].lstrip()
-            first = max((one for one in special_tokens(tokenizer) if closing.startswith(one)), key=len, default=None)
-            stops = self._ends | ({tokenizer.convert_tokens_to_ids(first)} if first else set())
-            self._closings[task] = sorted(stops), "" if first else closing.strip()
+            stops, texts = set(self._ends), []
+            for closing in (rendered.response.rpartition(_ANSWER)[2].strip(), _next_turn(tokenizer)):
+                first = [one for one in special_tokens(tokenizer) if closing.startswith(one)]
+                if first:
+                    stops.add(tokenizer.convert_tokens_to_ids(max(first, key=len)))
+                elif closing:
+                    texts.append(closing)
+            self._closings[task] = sorted(stops), texts
         return self._closings[task]
 
-    def _pad(self) -> int:
-        known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
-        return next(one for one in known if one is not None)
+
+def _next_turn(tokenizer: Any) -> str:
+    """What the chat template puts between an answer and the next question, or nothing."""
+    turns = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", _ANSWER), ("user", "zzz"))]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+    except Exception:  # no template, or one for a single turn
+        return ""
+    return text.rpartition(_ANSWER)[2].partition("zzz")[0].strip() if _ANSWER in text else ""
 
 
 def greedy(

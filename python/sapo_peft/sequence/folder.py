@@ -9,16 +9,18 @@ import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-from filelock import FileLock, Timeout
 from pydantic import BaseModel
 
 from sapo_kernels.files import DataError, atomic_write, excerpt, parse_json
 from sapo_kernels.manifest import MANIFEST, TEMPORARY, check_manifest, flush_folder, write_manifest
 
+from ..locks import alone
 from .results import results_of
-from .schema import Evaluation, FinishedTask, Results, RunRecord, Scores, TaskData, Training, read
+from .schema import MEASURES, Evaluation, FinishedTask, RunRecord, Scores, TaskData, Training, read
 
 RUN, TASK = "sapo_sequence", "sapo_sequence_task"
 _FILES = {"run.json", "before.json", "results.json", "tasks"}
@@ -35,8 +37,21 @@ class Run:
     tasks: list[FinishedTask]
 
     @property
-    def results(self) -> Results:
+    def finished(self) -> bool:
+        return self.record.status == "done"
+
+    @cached_property
+    def results(self) -> dict[str, Any]:
         return results_of(self.record.tasks, self.before, self.tasks)
+
+    @property
+    def measures(self) -> list[str]:
+        """Those of `MEASURES` that it has, after a task is done; the first is its headline."""
+        return [name for name in MEASURES if self.tasks and name in self.results["metrics"]]
+
+    def figure(self, measure: str, metric: str) -> Any:
+        """ "R", "AP", "BWT" or "FWT" of a measure, None if it is not known."""
+        return self.results["metrics"][measure][metric] if measure in self.measures else None
 
 
 def task_folder(run: Path, index: int, name: str) -> Path:
@@ -105,7 +120,7 @@ class RunFolder:
         if other:
             raise DataError(f"{path}: expected an empty folder or one of a run, got {excerpt(other[0])} in it")
 
-    def write(self, documents: dict[str, BaseModel], staging: Path | None = None) -> None:
+    def write(self, documents: dict[str, BaseModel | dict], staging: Path | None = None) -> None:
         """Put the documents in their files, and a task that was staged in its place.
 
         All of it is announced in the manifest first: killed in between, the folder is sound, and old or new in each
@@ -160,12 +175,8 @@ def run_folder(path: str | os.PathLike | None) -> Iterator[RunFolder]:
         return
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    try:
-        # The lock goes with the process, however it ends; the empty file stays.
-        with FileLock(path / ".lock", timeout=0):
-            yield RunFolder(path)
-    except Timeout:
-        raise RuntimeError(f"{path}: another process is at work in this folder") from None
+    with alone(path / ".lock", path):
+        yield RunFolder(path)
 
 
 def _foreign(name: str) -> bool:
@@ -174,8 +185,9 @@ def _foreign(name: str) -> bool:
     return top not in _FILES or inside.startswith(".")
 
 
-def _bytes(document: BaseModel) -> bytes:
-    text = json.dumps(document.model_dump(mode="json"), allow_nan=False, ensure_ascii=False, indent=1)
+def _bytes(document: BaseModel | dict) -> bytes:
+    value = document.model_dump(mode="json") if isinstance(document, BaseModel) else document
+    text = json.dumps(value, allow_nan=False, ensure_ascii=False, indent=1)
     # A file that could not be read again must fail now, while the data still exists.
     parse_json(text, type(document).__name__)
     return (text + "\n").encode("utf-8")

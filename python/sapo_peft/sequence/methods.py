@@ -6,7 +6,7 @@ import hashlib
 import logging
 import os
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,14 @@ import torch
 from sapo_kernels.files import DataError, excerpt, read_json, write_json
 from sapo_kernels.manifest import write_manifest
 
+from ..trainer.checkpoints import ADAPTER
 from ..trainer.records import PROMPTS_FILE, write_beside_adapter
 from .config import SequenceConfig
 from .folder import read_run, task_folder
 
 logger = logging.getLogger("sapo_peft")
 
-ADAPTER, WEIGHTS, CONFIG = "sapo_adapter", "adapter_model.safetensors", "adapter_config.json"
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 class Adapters:
@@ -91,7 +92,7 @@ class Adapters:
         Raises:
             DataError: a tensor is missing, unexpected, of another shape or not finite.
         """
-        from peft import set_peft_model_state_dict
+        from peft import get_peft_model_state_dict, set_peft_model_state_dict
         from safetensors.torch import load_file
 
         self.add(index, 0)
@@ -100,20 +101,14 @@ class Adapters:
             stored = load_file(file)
         except Exception as error:
             raise DataError(f"{file}: expected the weights of an adapter, got {type(error).__name__}") from error
-        expected, got = (
-            {name: list(tensor.shape) for name, tensor in one.items()} for one in (self._weights(), stored)
-        )
+        present = get_peft_model_state_dict(self.model, adapter_name=self.names[-1], save_embedding_layers=False)
+        expected, got = ({name: list(tensor.shape) for name, tensor in one.items()} for one in (present, stored))
         for name in sorted({*expected, *got}):
             if expected.get(name) != got.get(name):
                 raise DataError(f"{file}: {name}: expected shape {expected.get(name)}, got {got.get(name)}")
-        if name := _not_finite(stored):
-            raise DataError(f"{file}: {name}: expected finite numbers, got others")
+            if not bool(stored[name].isfinite().all()):
+                raise DataError(f"{file}: {name}: expected finite numbers, got others")
         set_peft_model_state_dict(self.model, stored, adapter_name=self.names[-1])
-
-    def check_finite(self) -> None:
-        """Raises: `RuntimeError` naming a tensor of the newest adapter that is not finite."""
-        if name := _not_finite(self._weights()):
-            raise RuntimeError(f"{name}: expected finite weights after training, got others; lower the learning rate")
 
     def save(self, folder: str | os.PathLike, prompts: dict[str, Any]) -> None:
         """The newest adapter with its prompts and a manifest, in PEFT's layout, directly in `folder`."""
@@ -135,11 +130,6 @@ class Adapters:
         else:  # the model card would name SAPO
             write_json(folder / PROMPTS_FILE, prompts)
         write_manifest(folder, ADAPTER)
-
-    def _weights(self) -> dict[str, torch.Tensor]:
-        from peft import get_peft_model_state_dict
-
-        return get_peft_model_state_dict(self.model, adapter_name=self.names[-1], save_embedding_layers=False)
 
     def penalty(self) -> torch.Tensor | None:
         """``lambda_1 * orthogonality`` of the newest adapter, or None where there is nothing to be orthogonal to."""
@@ -178,10 +168,6 @@ class Adapters:
             r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, task_type="CAUSAL_LM",
             target_modules=modules if isinstance(modules, str) else list(modules),
         )  # fmt: skip
-
-
-def _not_finite(tensors: Mapping[str, torch.Tensor]) -> str | None:
-    return next((name for name, tensor in sorted(tensors.items()) if not bool(tensor.isfinite().all())), None)
 
 
 def fingerprint(model: Any) -> str:

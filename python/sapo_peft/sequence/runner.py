@@ -68,7 +68,8 @@ def run_sequence(
         ImportError: a package that is needed is missing.
         ValueError (`DataError`): an argument or file, with what was expected and got; the folder is of another run or
             damaged.
-        RuntimeError: another process is at work in the folder; a loss or an adapter is not finite.
+        RuntimeError: another process is at work in the folder.
+        FloatingPointError: training has diverged; nothing of the task is written.
 
     On one machine, with one number of threads, a run that was killed at any point and continued ends with the same
     adapters (bytes), choices and matrix as one that was not: every task is redone from its beginning unless it was
@@ -136,7 +137,8 @@ class _Start:
                 self.folder.write({"results": results, "run": self.record})
         finally:
             self.progress.end()
-        return SequenceResult.of(self.record, results, self.folder.path)
+        del results["version"]
+        return SequenceResult(run=self.record.model_dump(), folder=self.folder.path, **results)
 
     def _task(self, index: int) -> None:
         """Train the `index`-th task (from 1), evaluate, and put its folder in place."""

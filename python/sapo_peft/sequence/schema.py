@@ -7,7 +7,7 @@
 ``tasks/NN-NAME/metrics.json``     `Evaluation` after the task
 ``tasks/NN-NAME/train.json``       `Training`: losses by step, time, tokens
 ``tasks/NN-NAME/data.json``        `TaskData`: rows and what is to be known about them
-``results.json``                   `Results`: the matrix, the choices, the cost so far
+``results.json``                   what follows from the others so far, see `results_of`
 =================================  =====================================================
 
 Losses are nats per token, times seconds; scores have the unit of their `MEASURES`. Which files there must be, and their
@@ -16,6 +16,7 @@ bytes, is the matter of the manifests, see `folder.py`.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ Amount = Annotated[float, Field(ge=0, le=1e15)]
 Texts = Annotated[list[str], FailFast()]
 # A row of a matrix, a column a task; null where it was not measured.
 MatrixRow = Annotated[list[Amount | None], FailFast()]
-Logged = Annotated[list[tuple[Count, float]], FailFast()]
+Logged = Annotated[list[tuple[Count, float | None]], FailFast()]
 
 
 @dataclass(frozen=True)
@@ -171,49 +172,6 @@ class TaskData(_File):
     notes: Texts
 
 
-class Score(_Part):
-    """A matrix [N + 1][N], row 0 before training, with what follows from it, see `sequence_metrics`."""
-
-    R: list[MatrixRow]
-    AP: float | None
-    BWT: float | None
-    BWT_last: float | None
-    FWT: float | None
-
-
-class ChosenPrompt(_Part):
-    """The chosen prompt of a task beside the original; the losses are those of the last scoring, null without one."""
-
-    task: Name
-    index: Count
-    prompt: str
-    original: str
-    loss: float | None
-    original_loss: float | None
-    prompts: Annotated[int, Field(ge=1)]
-
-
-class Cost(_Part):
-    """Of the whole run so far. overhead_fraction: scoring by training."""
-
-    score_seconds: Amount
-    train_seconds: Amount
-    eval_seconds: Amount
-    score_dense_tokens: Count
-    score_computed_tokens: Count
-    train_tokens: Count
-    overhead_fraction: Amount
-
-
-class Results(_File):
-    """What the tasks that are done add up to, see `results_of`."""
-
-    tasks: list[Name]
-    metrics: dict[str, Score]
-    choices: list[ChosenPrompt]
-    cost: Cost
-
-
 @dataclass(frozen=True)
 class FinishedTask:
     """The files of a task that is done, by their names."""
@@ -233,6 +191,11 @@ def read(kind: type[Document], path: str | os.PathLike) -> Document:
     Raises: `DataError` naming file, place, expected and got; `OSError` from reading.
     """
     return validated(kind, read_json(path), os.fspath(path))
+
+
+def finite(value: float) -> float | None:
+    """A number as a file may hold it."""
+    return value if math.isfinite(value) else None
 
 
 def _length(values: Sequence[Any], expected: int, place: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -76,15 +77,13 @@ class SequenceTask:
             raise DataError(f"task: expected a printable name of 1 to {MAX_NAME} characters, got {excerpt(name)}")
         if not isinstance(pool, PromptPool):
             raise TypeError(f"task {excerpt(name)}: pool: expected a PromptPool, got {type(pool).__name__}")
-        columns = (input_column, target_column)
-        splits = {"train": train, "dev": dev, "test": test}
-        read = {
-            split: rows
-            if isinstance(rows, Examples)
-            else read_examples(rows, *columns, skip_empty=True, name=f"task {excerpt(name)}: {split}")
-            for split, rows in splits.items()
-            if rows is not None
-        }
+        read, splits = {}, {"train": train, "dev": dev, "test": test}
+        for split, rows in splits.items():
+            place = f"task {excerpt(name)}: {split}"
+            if isinstance(rows, Examples):
+                read[split] = rows
+            elif rows is not None:
+                read[split] = read_examples(rows, input_column, target_column, skip_empty=True, name=place)
         for split in ("train", "test"):
             if split not in read:
                 raise DataError(f"task {excerpt(name)}: {split}: expected rows, got none")
@@ -101,15 +100,9 @@ class SequenceTask:
 
     def digest(self) -> str:
         """Fingerprint of the rows and the prompts."""
-        found = hashlib.sha256()
-        texts = [self.name, self.pool.suffix, self.pool.text_word, *self.pool.prompts]
-        for rows in (self.train, self.test):
-            texts += ["\0"] + [row[key] for row in rows for key in ("input", "target")]
-        texts += [text for texts in self.references for text in texts[1:]]
-        for text in texts:
-            data = text.encode("utf-8", "surrogatepass")
-            found.update(len(data).to_bytes(8, "little") + data)
-        return found.hexdigest()[:16]
+        pool = self.pool
+        texts = [self.name, pool.suffix, pool.text_word, pool.prompts, self.train, self.test, self.references]
+        return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
 
 
 def leaks(train: Sequence[Mapping[str, str]], test: Sequence[Mapping[str, str]]) -> list[str]:
@@ -142,12 +135,9 @@ def read_order(data: str | os.PathLike, order: str, prompts: str | os.PathLike |
             raise DataError(f"{stage / 'train_tasks.json'}: expected {expected}, got {excerpt(trained)}")
         names += trained
     tasks = read_tasks(data, names, prompts)
-    for stage in stages:
-        for split in ("test", "dev"):
-            file = stage / f"{split}_tasks.json"
-            other = set(_dataset_names(file)) - set(names) if split == "test" or file.exists() else set()
-            if other:
-                raise DataError(f"{file}: expected tasks that the order trains on, got {excerpt(min(other))}")
+    for file in (stage / "test_tasks.json" for stage in stages):
+        if other := set(_dataset_names(file)) - set(names):
+            raise DataError(f"{file}: expected tasks that the order trains on, got {excerpt(min(other))}")
     return tasks
 
 

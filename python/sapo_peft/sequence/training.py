@@ -10,11 +10,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 import sapo_kernels as sk
 
@@ -23,7 +23,7 @@ from ..trainer.config import SapoConfig
 from ..trainer.records import prompt_record
 from .config import SequenceConfig, derived_seed
 from .methods import Adapters
-from .schema import Scores, ScoringRecord, Training
+from .schema import Scores, ScoringRecord, Training, finite
 from .tasks import SequenceTask
 
 
@@ -86,31 +86,22 @@ class _Policy(TrainerCallback):
             return random.Random(derived_seed(self.config.seed, self.index, "prompt")).randrange(1, prompts)
         if policy == "worst":
             losses = self.sapo.history[-1].losses[self.task.pool.task]
-            finite = [(-loss, k) for k, loss in enumerate(losses) if math.isfinite(loss)]
-            if finite:
-                return min(finite)[1]
+            known = [(-loss, k) for k, loss in enumerate(losses) if math.isfinite(loss)]
+            if known:
+                return min(known)[1]
             self.notes.append(f"task {self.task.name}: no prompt has a finite loss; the original was taken")
         return 0
 
 
-class _Watch(TrainerCallback):
-    """Tells each step and the newest loss; stops a training whose loss is no number."""
-
-    def __init__(self, tick: Callable[[int, float | None], None] | None):
+class _Ticker(TrainerCallback):
+    def __init__(self, tick: Callable[[int, float | None], None]):
         self.tick, self.loss = tick, None
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         self.loss = (logs or {}).get("loss", self.loss)
-        if self.loss is not None and not math.isfinite(self.loss):
-            _refuse(state.global_step, self.loss)
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.tick is not None:
-            self.tick(state.global_step, self.loss)
-
-
-def _refuse(step: int, loss: float) -> NoReturn:
-    raise RuntimeError(f"step {step}: expected a finite training loss, got {loss}; lower the learning rate")
+        self.tick(state.global_step, self.loss)
 
 
 @contextmanager
@@ -146,7 +137,7 @@ def train_task(
 
     `tick` hears each step and the newest loss. The pool must have been checked with the tokenizer.
 
-    Raises: `RuntimeError` for a loss or an adapter that is not finite.
+    Raises: `FloatingPointError`: training has left a weight that is no number.
     """
     sapo, probe = config.policy == "sapo", list(task.train[: config.probe_examples])
     scored = sapo or config.policy == "worst" or config.score_always
@@ -164,19 +155,15 @@ def train_task(
         policy = _Policy(callback, task, index, config)
         if not sapo:
             trainer.add_callback(policy)
-        trainer.add_callback(_Watch(tick))
-        # Dropout draws from here on, whatever was drawn for the choice.
-        set_seed(seed)
+        if tick is not None:
+            trainer.add_callback(_Ticker(tick))
         started = time.perf_counter()
         with _quiet():
             trainer.train()
+            callback.check_finite()
         adapters.settle()
         seconds = time.perf_counter() - started - callback.score_seconds
     losses, penalties = _windows(trainer.parts, config.logging_steps)
-    for step, loss in losses:
-        if not math.isfinite(loss):
-            _refuse(step, loss)
-    adapters.check_finite()
     notes = policy.notes
     if lost := callback.scorings - len(callback.history):
         notes.append(f"task {task.name}: the first {lost} of {callback.scorings} scorings are not recorded")
@@ -199,7 +186,7 @@ def _record(scoring: Any, task: SequenceTask, fixed: int | None, policy: str) ->
         step=scoring.step,
         # "every 7 steps", "epoch 1", "drift of +3.1 standard errors"
         reason="steps" if scoring.reason.startswith("every") else scoring.reason.split()[0],
-        loss=[loss if math.isfinite(loss) else None for loss in losses],
+        loss=[finite(loss) for loss in losses],
         tokens=scoring.tokens[task.pool.task],
         weights=[1.0 / len(losses) if policy == "sample" else float(k == chosen) for k in range(len(losses))],
         chosen=chosen,
@@ -232,7 +219,7 @@ def _trainer(
     return trainer
 
 
-def _windows(parts: list, size: int) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
+def _windows(parts: list, size: int) -> tuple[list[tuple[int, float | None]], ...]:
     """(step, mean over the steps since the last one) of losses and penalties, every `size` steps and at the end."""
     if not parts:
         return [], []
@@ -246,5 +233,5 @@ def _windows(parts: list, size: int) -> tuple[list[tuple[int, float]], list[tupl
             continue
         sums = np.bincount(steps, weights=torch.stack(values).double().cpu().numpy())[1:]
         means = np.add.reduceat(sums, starts) / np.diff([0, *ends])
-        found.append(list(zip(ends, means.tolist(), strict=True)))
-    return found[0], found[1]
+        found.append([(step, finite(mean)) for step, mean in zip(ends, means.tolist(), strict=True)])
+    return tuple(found)
