@@ -1,6 +1,6 @@
 """A GRPO group: one prompt, G completions, log-probabilities and gradients with the prompt computed once.
 
-    python examples/grpo_group.py
+python examples/grpo_group.py
 """
 
 import torch

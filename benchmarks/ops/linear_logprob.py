@@ -1,7 +1,9 @@
-"""linear_logprob against the full product with log-softmax, and the fused heads that are installed."""
+"""linear_logprob, alone and with the backward pass, against log-softmax and the fused heads that are installed."""
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from types import SimpleNamespace
 
 import torch
@@ -9,7 +11,7 @@ import torch.nn.functional as F
 
 import sapo_kernels as sk
 
-from ..registry import DTYPE_NAMES, Op, Setting
+from ..registry import DTYPE_NAMES, Op, Setting, gradients
 from ..timing import Case
 
 
@@ -116,3 +118,31 @@ def cce(x):
     from cut_cross_entropy import linear_cross_entropy as head
 
     return lambda: -head(x.hidden, x.weight, x.targets, reduction="none", impl="cce")
+
+
+def make_backward(setting: Setting, name: str, rows: int, vocabulary: int, hidden: int):
+    """Forward and backward of a frozen head: the gradient of the hidden rows, as training with LoRA wants it."""
+    case, x = make(setting, name, rows, vocabulary, hidden)
+    x.upstream = torch.linspace(0.5, 1.5, rows, device=x.hidden.device)
+    wide = torch.float64 if setting.dtype == torch.float32 else torch.float32
+    weight, exact = x.weight.to(wide), []
+    for own, targets, upstream in zip(*(t.split(256) for t in (x.hidden, x.targets, x.upstream)), strict=True):
+        expected = torch.softmax(F.linear(own.to(wide), weight), -1) @ weight
+        exact.append((weight[targets] - expected).double() * upstream[:, None])
+    exact = torch.cat(exact).flatten()
+    x.hidden.requires_grad_()
+    case.check = lambda found: float((found.double() - exact).abs().max()) if found.shape == exact.shape else math.inf
+    own = case.check(gradients(log_softmax(x), [x.hidden], x.upstream)())
+    case.op, case.work, case.formula = "linear_logprob_backward", 2 * case.work, "4*R*V*D"
+    case.tolerance = 2 * own + 1e-5
+    return case, x
+
+
+linear_logprob_backward = Op(
+    "linear_logprob_backward", make_backward, toy=(8, 300, 16), share=0.03, cpu={"V 50k": (256, 50257, 512)},
+    gpu={"0.6B 4k rows": (4096, 151936, 1024), "8B 4k rows": (4096, 151936, 4096)},
+)  # fmt: skip
+for provider, entry in linear_logprob.providers.items():
+    linear_logprob_backward.providers[provider] = dataclasses.replace(
+        entry, prepare=lambda x, forward=entry.prepare: gradients(forward(x), [x.hidden], x.upstream)
+    )

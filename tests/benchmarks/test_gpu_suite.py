@@ -32,7 +32,8 @@ def test_every_measuring_part_starts(tmp_path, capsys, monkeypatch):
     assert code == 1, "a failed part shows in the exit status"
     ops = {row.op for row in read_rows(out / "rows.csv")}
     assert ops == {
-        "ceiling", "tree_attention", "linear_logprob", "end_to_end", "tree_attention config", "linear_logprob config",
+        "ceiling", "tree_attention", "linear_logprob", "linear_logprob_backward", "end_to_end", "tree_attention config",
+        "linear_logprob config",
     }  # fmt: skip
     summary = (out / "summary.md").read_text()
     for name in MEASURING:

@@ -371,23 +371,7 @@ def test_mutated_json_raises_only_data_error():
     """Random edits of a valid document: parsed like `json` parses it, or `DataError`."""
     rng = random.Random(0)
     seed = '{"task": [{"a": "x\\u00e9\\\\", "b": [1, -2.5e3, null, true]}, {"a": "{}[]", "c": {}}], "n": 12}'
-    pieces = [
-        '"',
-        "\\",
-        "{",
-        "}",
-        "[",
-        "]",
-        ",",
-        ":",
-        "1e999",
-        "NaN",
-        "\\ud800",
-        "\\u0000",
-        '"a":',
-        "9" * 200,
-        " ",
-    ]
+    pieces = [*'"\\{}[],: ', "1e999", "NaN", "\\ud800", "\\u0000", '"a":', "9" * 200]
     accepted = 0
     for _ in range(5000):
         text = seed
