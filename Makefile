@@ -7,7 +7,7 @@ PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
 READY = $(VENV)/.ready
 NATIVE = $(wildcard csrc/*.h csrc/*.cpp csrc/cuda/*.h csrc/cuda/*.cpp csrc/cuda/*.cu)
 
-.PHONY: demo test lint bench bench-gpu aot native clean
+.PHONY: demo test lint docs bench bench-gpu aot native clean
 
 demo: $(READY)
 	$(VENV)/bin/sapo demo
@@ -19,6 +19,11 @@ lint: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/clang-format --dry-run --Werror $(NATIVE)
+
+# Of the public docstrings, as HTML in build/api.
+docs: $(READY)
+	$(PIP) install -q -c .ci/constraints.txt pdoc
+	$(VENV)/bin/python -m tools.api_docs --html build/api
 
 aot: $(READY)
 	$(VENV)/bin/python -m tests.native.aot

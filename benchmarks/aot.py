@@ -12,8 +12,6 @@ but a bound that falls without a reason is. Tables in docs/measured.md are made 
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import multiprocessing
 import os
 import sys
@@ -21,9 +19,9 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from sapo_kernels.files import DataError, atomic_write, excerpt, read_text
+from sapo_kernels.files import atomic_write, read_text
 
-from .rows import RESULTS, version
+from .rows import RESULTS, csv_text, read_csv, version
 
 PATH = RESULTS / "aot.csv"
 # CUDA programming guide, "technical specifications": registers, shared KiB (1 KiB a block is the system's), warps and
@@ -60,10 +58,6 @@ class Use:
     triton: str
 
 
-COLUMNS = [field.name for field in fields(Use)]
-_INTEGERS = {"registers", "spills", "shared", "threads", "warps", "warps_of"}
-
-
 def occupancy(target: str, registers: int, shared: int, threads: int) -> tuple[int, int, str]:
     """(resident warps at most, what the part can hold, what limits them) of one multiprocessor."""
     file, shared_kib, most_warps, most_blocks = PARTS[target]
@@ -79,33 +73,9 @@ def occupancy(target: str, registers: int, shared: int, threads: int) -> tuple[i
     return blocks[limit] * warps, most_warps, limit
 
 
-def to_csv(uses: list[Use]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    for use in uses:
-        writer.writerow({name: " ".join(str(value).split()) for name, value in asdict(use).items()})
-    return text.getvalue()
-
-
 def read_uses(path: Path = PATH) -> list[Use]:
     """The rows of a file; `DataError` names line and column of what does not fit."""
-    uses = []
-    for number, cells in enumerate(csv.reader(io.StringIO(read_text(path)))):
-        place = f"{path}, line {number + 1}"
-        if number == 0:
-            if cells != COLUMNS:
-                raise DataError(f"{place}: expected the columns {COLUMNS}, got {excerpt(cells, 200)}")
-            continue
-        if len(cells) != len(COLUMNS):
-            raise DataError(f"{place}: expected {len(COLUMNS)} columns, got {len(cells)}")
-        values = dict(zip(COLUMNS, cells, strict=True))
-        for name in _INTEGERS:
-            if not values[name].isdecimal():
-                raise DataError(f"{place}, {name}: expected a whole number, got {excerpt(values[name])}")
-            values[name] = int(values[name])
-        uses.append(Use(**values))
-    return uses
+    return [Use(**row) for row in read_csv(read_text(path), str(path), Use)]
 
 
 def _options_of(job) -> dict:
@@ -188,7 +158,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"not the committed row: {use}")
         return 1 if differing or bad else 0
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(options.out, to_csv(uses))
+    atomic_write(options.out, csv_text([asdict(use) for use in uses], [field.name for field in fields(Use)]))
     print(f"{options.out}: {len(uses)} rows, {len(bad)} unfit")
     return 1 if bad else 0
 

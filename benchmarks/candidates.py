@@ -42,6 +42,9 @@ def logprob(hidden: int, dtype: torch.dtype, capability: int, toy: bool = False)
     return _with_first(module.config(hidden, dtype, capability), names, TOY_LOGPROB if toy else LOGPROB)
 
 
+CANDIDATES = {"tree_attention": attention, "linear_logprob": logprob}
+
+
 def _with_first(first: dict[str, int], names: tuple[str, ...], others) -> list[dict[str, int]]:
     extra = {name: value for name, value in first.items() if name not in names}
     found = [first]

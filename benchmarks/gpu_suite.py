@@ -13,10 +13,7 @@ printed. The exit status is 1 if a part failed, was ended or had no time; what i
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
-import signal
-import subprocess
 import sys
 import time
 import traceback
@@ -25,6 +22,7 @@ from pathlib import Path
 
 from sapo_kernels.files import atomic_write, read_text
 
+from .apart import run_apart, shared_out
 from .gpu_parts import NO_TIME, PARTS, Job, run_part
 from .rows import ROOT, Row, read_rows, to_csv
 from .suite_summary import summary
@@ -50,36 +48,9 @@ def child_environment() -> dict[str, str]:
     return {**kept, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
-def run_apart(command: list[str], log: Path, seconds: float) -> str:
-    """Run a command with its output in `log`; end it and everything it started after `seconds`. Returns the status."""
-    with open(log, "wb") as output:
-        child = subprocess.Popen(
-            command, cwd=ROOT, env=child_environment(), stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
-            code = child.wait(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            return f"ended after {seconds:.0f} s"
-        finally:
-            # Also what a part left behind must not go on while the next one measures.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
-            child.wait(timeout=60)
-    return "passed" if code == 0 else f"failed (exit {code}; {log.parent.name}/{log.name})"
-
-
 def part_command(name: str, options, seconds: float) -> list[str]:
-    made = [
-        sys.executable,
-        "-m",
-        "benchmarks.gpu_parts",
-        name,
-        "--out",
-        str(options.out),
-        "--seconds",
-        f"{seconds:.1f}",
-    ]
-    made += ["--toy"] if options.toy else []
+    made = [sys.executable, *["-m", "benchmarks.gpu_parts"], name, "--out", str(options.out)]
+    made += [f"--seconds={seconds:.1f}", *(["--toy"] if options.toy else [])]
     return made + (["--data", str(options.data.resolve())] if options.data else [])
 
 
@@ -94,7 +65,8 @@ def run_here(name: str, options, seconds: float) -> str:
 
 def run_part_apart(name: str, options, seconds: float, limit: float) -> str:
     """The part in a process of its own, ended after `limit`."""
-    status = run_apart(part_command(name, options, seconds), options.out / "logs" / f"{name}.log", limit)
+    log = options.out / "logs" / f"{name}.log"
+    status = run_apart(part_command(name, options, seconds), log, limit, env=child_environment())
     said = options.out / "status" / f"{name}.txt"
     if status != "passed":
         return status
@@ -137,13 +109,8 @@ def main(argv: list[str] | None = None) -> int:
     (options.out / "logs").mkdir(parents=True, exist_ok=True)
 
     started, outcomes = time.monotonic(), []
-    waiting = [name for name in PARTS if name in options.only]
-    total = options.minutes * 60 - CLOSING_SECONDS
-    while waiting:
-        name, left = waiting[0], total - (time.monotonic() - started)
-        # What earlier parts did not need is shared by those that follow.
-        seconds = left * PARTS[name].share / sum(PARTS[n].share for n in waiting)
-        waiting = waiting[1:]
+    shares = {name: part.share for name, part in PARTS.items() if name in options.only}
+    for name, seconds, left in shared_out(shares, options.minutes * 60 - CLOSING_SECONDS):
         begun = time.monotonic()
         if left < 5:
             status = NO_TIME

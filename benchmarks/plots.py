@@ -5,7 +5,7 @@ No font is measured and no library draws, hence nothing moves between versions. 
 
 from __future__ import annotations
 
-from xml.etree import ElementTree
+from html import escape
 
 WIDTH, LABEL, VALUE, BAR, GAP, TOP = 760, 190, 60, 14, 10, 62
 STYLE = """
@@ -30,44 +30,30 @@ def bars(title: str, series: list[str], groups: list[tuple[str, list[float | Non
     numbers = [value for _, values in groups for value in values if value is not None]
     if any(not 0 <= value < float("inf") for value in numbers):
         raise ValueError("bars: expected finite values of at least 0")
-    most = max([*numbers, line or 0.0]) or 1.0
-    room = WIDTH - LABEL - VALUE
+    room = (WIDTH - LABEL - VALUE) / (max([*numbers, line or 0.0]) or 1.0)
     height = TOP + sum(BAR * len(series) + GAP for _ in groups) + GAP
-    given = {"xmlns": "http://www.w3.org/2000/svg", "viewBox": f"0 0 {WIDTH} {height}", "role": "img"}
-    root = ElementTree.Element("svg", given | {"width": str(WIDTH), "height": str(height)})
-    ElementTree.SubElement(root, "title").text = title
-    ElementTree.SubElement(root, "style").text = STYLE
-    _text(root, 8, 20, title, "title")
-    at = 8
-    for place, name in enumerate(series):
-        _box(root, at, 32, 12, 12, "abcd"[place])
-        _text(root, at + 17, 42, name)
-        at += 30 + 7 * len(name)
-    y = TOP
+    parts = [f"<title>{escape(title)}</title>", f"<style>{STYLE}</style>", _text(8, 20, title, 'class="title"')]
+    x, y = 8, TOP
+    for kind, name in zip("abcd", series, strict=False):
+        parts += [_box(x, 32, 12, 12, kind), _text(x + 17, 42, name)]
+        x += 30 + 7 * len(name)
     for label, values in groups:
-        _text(root, LABEL - 8, y + BAR * len(series) / 2 + 4, label, anchor="end")
+        parts.append(_text(LABEL - 8, y + BAR * len(series) / 2 + 4, label, 'text-anchor="end"'))
         for place, value in enumerate(values):
             if value is not None:
-                _box(root, LABEL, y + place * BAR, room * value / most, BAR - 2, "abcd"[place])
-                _text(root, LABEL + room * value / most + 5, y + place * BAR + 10, f"{value:.2f}")
+                parts.append(_box(LABEL, y + place * BAR, room * value, BAR - 2, "abcd"[place]))
+                parts.append(_text(LABEL + room * value + 5, y + place * BAR + 10, f"{value:.2f}"))
         y += BAR * len(series) + GAP
     if line is not None:
-        x = f"{LABEL + room * line / most:.1f}"
-        ElementTree.SubElement(root, "line", {"class": "line", "x1": x, "x2": x, "y1": str(TOP - 6), "y2": str(y)})
-    ElementTree.indent(root)
-    return ElementTree.tostring(root, encoding="unicode") + "\n"
+        x = LABEL + room * line
+        parts.append(f'<line class="line" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP - 6}" y2="{y}" />')
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img" width="{WIDTH}"'
+    return "\n".join([f'{head} height="{height}">', *(f"  {part}" for part in parts), "</svg>"]) + "\n"
 
 
-def _box(root, x: float, y: float, width: float, height: float, kind: str) -> None:
-    ElementTree.SubElement(
-        root,
-        "rect",
-        {"class": kind, "x": f"{x:.1f}", "y": f"{y:.1f}", "width": f"{width:.1f}", "height": f"{height:.1f}"},
-    )
+def _box(x: float, y: float, width: float, height: float, kind: str) -> str:
+    return f'<rect class="{kind}" x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" />'
 
 
-def _text(root, x: float, y: float, text: str, kind: str | None = None, anchor: str | None = None) -> None:
-    given = {"x": f"{x:.1f}", "y": f"{y:.1f}"}
-    given |= {"class": kind} if kind else {}
-    given |= {"text-anchor": anchor} if anchor else {}
-    ElementTree.SubElement(root, "text", given).text = text
+def _text(x: float, y: float, text: str, more: str = "") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}"{" " + more if more else ""}>{escape(text)}</text>'

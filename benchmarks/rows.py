@@ -91,51 +91,61 @@ class Row:
         return self.op, self.case, self.provider
 
 
-_OWN = [f for f in fields(Row) if f.name != "environment"]
-COLUMNS = [f.name for f in _OWN] + [f.name for f in fields(Environment)]
-_TYPES = {f.name: {"int": int, "float": float}.get(f.type, str) for f in [*_OWN, *fields(Environment)]}
+COLUMNS = [f.name for f in fields(Row) if f.name != "environment"] + [f.name for f in fields(Environment)]
+_KINDS = {"int": int, "float": float, "str": str}
 
 
-def to_csv(rows: list[Row], header: bool = True) -> str:
-    """The rows as CSV text; floats keep 6 significant digits."""
+def csv_text(records: list[dict], columns: list[str], header: bool = True) -> str:
+    """Rows as CSV text; floats keep 6 significant digits, line ends inside a text become blanks."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
     if header:
         writer.writeheader()
-    for row in rows:
-        flat = {**asdict(row), **asdict(row.environment)}
-        flat.pop("environment")
-        writer.writerow({n: f"{v:.6g}" if isinstance(v, float) else " ".join(str(v).split()) for n, v in flat.items()})
+    for row in records:
+        writer.writerow({n: f"{v:.6g}" if isinstance(v, float) else " ".join(str(v).split()) for n, v in row.items()})
     return text.getvalue()
 
 
-def from_csv(text: str, name: str) -> list[Row]:
-    """The rows of CSV text; `DataError` names file, line and column of whatever does not fit."""
-    reader = csv.reader(io.StringIO(text), strict=True)
-    rows: list[Row] = []
+def read_csv(text: str, name: str, *kinds: type) -> list[dict]:
+    """The rows of CSV text whose columns are the fields of some dataclasses; `DataError` names what does not fit."""
+    types = {f.name: _KINDS[f.type] for kind in kinds for f in fields(kind) if f.type in _KINDS}
+    reader, rows = csv.reader(io.StringIO(text), strict=True), []
     try:
-        for cells in reader:
+        for number, cells in enumerate(reader):
             place = f"{name}, line {reader.line_num}"
-            if reader.line_num == 1:
-                if cells != COLUMNS:
-                    raise DataError(f"{place}: expected the columns {COLUMNS}, got {excerpt(cells, 200)}")
+            if number == 0:
+                if cells != list(types):
+                    raise DataError(f"{place}: expected the columns {list(types)}, got {excerpt(cells, 200)}")
                 continue
-            if len(cells) != len(COLUMNS):
-                raise DataError(f"{place}: expected {len(COLUMNS)} columns, got {len(cells)}")
-            values = {n: _value(n, cell, place) for n, cell in zip(COLUMNS, cells, strict=True)}
-            environment = Environment(**{f.name: values.pop(f.name) for f in fields(Environment)})
-            rows.append(Row(**values, environment=environment))
+            if len(cells) != len(types):
+                raise DataError(f"{place}: expected {len(types)} columns, got {len(cells)}")
+            rows.append({n: _value(n, kind, cell, place) for (n, kind), cell in zip(types.items(), cells, strict=True)})
     except csv.Error as error:
         raise DataError(f"{name}: expected CSV, got {error}") from None
     return rows
 
 
-def _value(column: str, cell: str, place: str):
-    kind = _TYPES[column]
+def _value(column: str, kind: type, cell: str, place: str):
     try:
         return kind(cell)
     except ValueError:
         raise DataError(f"{place}, {column}: expected {kind.__name__}, got {excerpt(cell)}") from None
+
+
+def to_csv(rows: list[Row], header: bool = True) -> str:
+    """The rows as CSV text."""
+    flat = [{**asdict(row), **asdict(row.environment)} for row in rows]
+    return csv_text([{name: row[name] for name in COLUMNS} for row in flat], COLUMNS, header)
+
+
+def from_csv(text: str, name: str) -> list[Row]:
+    """The rows of CSV text; `DataError` names file, line and column of whatever does not fit."""
+    where = [f.name for f in fields(Environment)]
+    rows = []
+    for values in read_csv(text, name, Row, Environment):
+        environment = Environment(**{column: values.pop(column) for column in where})
+        rows.append(Row(**values, environment=environment))
+    return rows
 
 
 def read_rows(path: str | os.PathLike) -> list[Row]:
@@ -178,21 +188,18 @@ def _output(*command: str) -> str:
 def commit() -> str:
     """The checkout's commit, with "+" if what is measured differs from it; "unknown" outside a checkout."""
     found = _output("git", "rev-parse", "--short=12", "HEAD")
-    changed = _output(
-        "git", "status", "--porcelain", "--untracked-files=no", "--", "sapo_kernels", "csrc", "benchmarks"
-    )
-    # Rows that the same run appended are no change of what is measured.
-    changed = [line for line in changed.splitlines() if "benchmarks/results/" not in line]
+    measured = ("sapo_kernels", "csrc", "benchmarks", ":!benchmarks/results")
+    changed = _output("git", "status", "--porcelain", "--untracked-files=no", "--", *measured)
     return f"{found}{'+' if changed else ''}" if found else "unknown"
 
 
 def _processor() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
-        lines = []
-    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return f"{name}, {os.cpu_count()} cores"
+        text = ""
+    found = re.search(r"^model name\s*:\s*(.*)", text, re.MULTILINE)
+    return f"{found[1] if found else platform.machine()}, {os.cpu_count()} cores"
 
 
 @cache
@@ -202,17 +209,12 @@ def _fixed(device: str) -> dict:
     name, driver = _processor(), "none"
     if device == "cuda":
         name = torch.cuda.get_device_name()
-        found = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        driver = found.splitlines()[0] if found else "unknown"
-    return {
-        "commit": commit(),
-        "device": name,
-        "driver": driver,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": version("triton"),
-        "transformers": version("transformers"),
-    }
+        driver = (
+            _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0] or "unknown"
+        )
+    versions = {package: version(package) for package in ("triton", "transformers")}
+    return {"commit": commit(), "device": name, "driver": driver, "python": platform.python_version(),
+            "torch": torch.__version__, **versions}  # fmt: skip
 
 
 def environment(device: str = "cpu") -> Environment:

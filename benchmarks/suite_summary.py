@@ -58,7 +58,8 @@ def summary(rows: list[Row], outcomes, notes: dict[str, list[str]], took: float)
     reached = ceilings(rows)
     lines += ["", "## Ceilings", ""]
     lines += [f"- {unit}: {value / 1e12:.4g} T{unit}/s" for unit, value in reached.items()] or ["Not measured."]
-    for op in ("tree_attention", "linear_logprob", "accumulate", "reweight", "end_to_end"):
+    measured = dict.fromkeys(row.op for row in rows if row.op != "ceiling" and not row.op.endswith(" config"))
+    for op in measured:
         for case, found in cases(rows, op).items():
             lines += ["", f"## {op}: {case}", "", f"{found[0].shape}; {found[0].dtype}; work = {found[0].formula}", ""]
             ours = next((row.p50_s for row in found if row.provider == "ours"), math.nan)

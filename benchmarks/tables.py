@@ -1,4 +1,4 @@
-"""Tables of README.md and docs/measured.md and the plots in docs/plots, all made of the committed rows.
+"""Tables and plots of the documents, all made of the committed rows.
 
     python -m benchmarks.tables --check      # do files and rows agree? exit 1 and say where not
     python -m benchmarks.tables --write
@@ -17,19 +17,21 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from sapo_kernels.files import atomic_write
+from sapo_kernels.files import DataError, atomic_write
 
-from . import aot, plots
-from .end_to_end import summary
+from . import aot, ops, plots  # noqa: F401
+from .documents import outdated
 from .peers import PEERS
+from .registry import OPS
 from .rows import RESULTS, ROOT, Row, read_rows
 from .suite_summary import ceilings, seconds, size, table
 
-FILES = ("README.md", "docs/measured.md")
 PLOTS = ROOT / "docs" / "plots"
-MARKED = re.compile(r"(<!-- table: ([a-z0-9 -]+) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
 ABSENT = "No rows yet: `{}` writes them."
 CPU_COMMAND, GPU_COMMAND = "python -m benchmarks --data DIR", "python -m benchmarks.gpu_suite --minutes 9 --out DIR"
+TASK_PEERS = {
+    "trainer_loop": "the published loop", "tuned_plain": "tuned transformers", "prefix_cache": "a prefix cache",
+}  # fmt: skip
 
 
 def newest(rows: list[Row]) -> dict[tuple[str, str], list[Row]]:
@@ -58,59 +60,56 @@ def shape_value(row: Row, name: str) -> str:
     return found[1] if found else "-"
 
 
-def _job(shape: str) -> str:
-    """A row's shape without the token ratio, which is another one in every case."""
-    return re.sub(r" dense/trie=\S+", "", shape)
+def _job(shape: str, *names: str) -> str:
+    """A row's shape without the values that are others in every case."""
+    return re.sub(rf" (?:{'|'.join(['dense/trie', *names])})=\S+", "", shape)
 
 
-def fastest(rows: list[Row]) -> tuple[str, float]:
-    """(name, p50 seconds) of the fastest peer of a case."""
-    by = {name: value for name, value in summary(rows).items() if name in PEERS}
-    return min(by.items(), key=lambda item: item[1]) if by else ("none", math.nan)
+def ours_of(rows: list[Row]) -> Row | None:
+    return next((row for row in rows if row.provider == "ours"), None)
+
+
+def peer_of(row: Row) -> str:
+    """The peer that a provider is a size of, or the provider."""
+    names = (row.provider, row.provider.rpartition("_")[0])
+    return next((name for name in PEERS if name in names), row.provider)
+
+
+def fastest_sizes(rows: list[Row]) -> dict[str, float]:
+    """p50 seconds of one case by peer, the fastest of its sizes."""
+    best: dict[str, float] = {}
+    for row in rows:
+        best[peer_of(row)] = min(best.get(peer_of(row), math.inf), row.p50_s)
+    return best
 
 
 def end_to_end(results: Path) -> list[str]:
     """Every provider of the one-task cases, times and ratios."""
     lines: list[str] = []
     for case, rows in cases_of("end_to_end", results).items():
-        ours = next(row for row in rows if row.provider == "ours")
-        lines += [f"{case}: {ours.shape}, {ours.dtype}", ""]
-        body = []
-        for row in rows:
-            peer = next(
-                (p for n, p in PEERS.items() if row.provider == n or row.provider.rpartition("_")[0] == n), None
-            )
-            body.append(
-                [f"{row.provider}: {peer.about}" if peer else "sapo_kernels", seconds(row.p50_s),
-                 f"{row.p50_s / ours.p50_s:.2f}x", size(row.peak_bytes), f"{row.error:.1g}"]
-            )  # fmt: skip
-        lines += table(["provider", "p50", "of ours", "peak memory", "error, nats a token"], body) + [
-            "",
-            where(rows),
-            "",
-        ]
+        ours = ours_of(rows)
+        body = [
+            [f"{row.provider}: {PEERS[peer_of(row)].about}" if peer_of(row) in PEERS else "sapo_kernels",
+             seconds(row.p50_s), f"{row.p50_s / ours.p50_s:.2f}x", size(row.peak_bytes), f"{row.error:.1g}"]
+            for row in rows
+        ]  # fmt: skip
+        made = table(["provider", "p50", "of ours", "peak memory", "error, nats a token"], body)
+        lines += [f"{case}: {ours.shape}, {ours.dtype}", "", *made, "", where(rows), ""]
     return lines[:-1]
-
-
-TASK_PEERS = {
-    "trainer_loop": "the published loop",
-    "tuned_plain": "tuned transformers",
-    "prefix_cache": "a prefix cache",
-}
 
 
 def task_ratios(results: Path) -> dict[str, tuple[float, dict[str, float], list[Row]]]:
     """Task -> (dense / trie tokens, times each peer's p50, rows)."""
     made = {}
     for case, rows in cases_of("tasks", results).items():
-        by = summary(rows)
+        by = fastest_sizes(rows)
         times = {peer: by[peer] / by["ours"] for peer in TASK_PEERS if peer in by}
         made[case] = float(shape_value(rows[0], "dense/trie")), times, rows
     return made
 
 
 def tasks(results: Path) -> list[str]:
-    """All tasks: token ratio, times the published loop, tuned transformers and a prefix cache; geometric means."""
+    """Every task of the data folder: the token ratio, and how many times ours the peers take."""
     found = task_ratios(results)
     if not found:
         return []
@@ -125,29 +124,23 @@ def tasks(results: Path) -> list[str]:
     peers = [f"times {name}" for name in TASK_PEERS.values()]
     header = ["task", "examples", "dense / trie tokens", *peers, "tuned, of ratio"]
     rows = [row for _, _, rows in found.values() for row in rows]
-    shape = re.sub(r" M=\S+", "", _job(rows[0].shape))
-    return table(header, body) + ["", f"{shape}, {rows[0].dtype}; {where(rows)}"]
-
-
-def sweep_ratios(results: Path) -> list[tuple[str, float, float, str, float]]:
-    """(point, dense / trie, times faster than the fastest peer, its name, ours seconds) of every sweep point."""
-    made = []
-    for case, rows in cases_of("sweep", results).items():
-        ours = next(row for row in rows if row.provider == "ours")
-        name, best = fastest(rows)
-        made.append((case, float(shape_value(ours, "dense/trie")), best / ours.p50_s, name, ours.p50_s))
-    return made
+    return [*table(header, body), "", f"{_job(rows[0].shape, 'M')}, {rows[0].dtype}; {where(rows)}"]
 
 
 def sweep(results: Path) -> list[str]:
     """One thing changed at a time, the losses named."""
-    found = sweep_ratios(results)
-    if not found:
+    body, lost = [], []
+    found = cases_of("sweep", results)
+    for point, rows in found.items():
+        ours, by = ours_of(rows), fastest_sizes(rows)
+        name = min((peer for peer in by if peer in PEERS), key=by.__getitem__)
+        gain = by[name] / ours.p50_s
+        body.append([point, f"{float(shape_value(ours, 'dense/trie')):.2f}", seconds(ours.p50_s), name, f"{gain:.2f}"])
+        lost += [f"{point} ({gain:.2f}x, {name})"] if gain < 1 else []
+    if not body:
         return []
-    body = [[point, f"{ratio:.2f}", seconds(ours), name, f"{gain:.2f}"] for point, ratio, gain, name, ours in found]
-    lost = [f"{point} ({gain:.2f}x, {name})" for point, _, gain, name, _ in found if gain < 1]
     lines = table(["changed", "dense / trie tokens", "ours, p50", "fastest peer", "times faster than it"], body)
-    usual = next((rows[0] for case, rows in cases_of("sweep", results).items() if case == "layout=first"), None)
+    usual = next((rows[0] for case, rows in found.items() if case == "layout=first"), None)
     told = [f"Unless a line says otherwise: {_job(usual.shape)}, {usual.dtype}; {where([usual])}", ""] if usual else []
     return [*lines, "", *told, f"Slower than the fastest peer at: {', '.join(lost) if lost else 'no point of it'}."]
 
@@ -157,8 +150,7 @@ def operators(results: Path) -> list[str]:
     body = []
     for op in ("tree_attention", "linear_logprob", "accumulate", "reweight", "planner"):
         for case, rows in cases_of(op, results).items():
-            ours = next((row for row in rows if row.provider == "ours"), None)
-            if ours is None:
+            if (ours := ours_of(rows)) is None:
                 continue
             others = [f"{r.provider} {r.p50_s / ours.p50_s:.2f}x" for r in rows if r is not ours]
             rate = f"{ours.work / ours.p50_s / 1e9:.3g} G{ours.work_unit}/s" if ours.work else "-"
@@ -167,22 +159,21 @@ def operators(results: Path) -> list[str]:
 
 
 def gpu(results: Path) -> list[str]:
-    """The GPU suite's rows, every op of it, with what the ceilings of the same run allow."""
-    rows = read_rows(results / "gpu.csv")
-    if not rows:
+    """The operators and models of the GPU suite's newest rows, with what the ceilings of the same run allow."""
+    rows = [row for path in sorted(results.glob("gpu/*.csv")) for row in read_rows(path)]
+    shown = {key: found for key, found in newest(rows).items() if key[0] in OPS}
+    if not shown:
         return []
-    lines: list[str] = []
-    by_run = newest(rows)
-    reached = ceilings([row for found in by_run.values() for row in found])
     body = []
-    for (op, case), found in by_run.items():
-        ours = next((row for row in found if row.provider == "ours"), None)
+    for (op, case), found in shown.items():
+        ours = ours_of(found)
+        reached = ceilings([row for row in rows if row.environment.commit == found[0].environment.commit])
         for row in found:
             share = f"{row.work / row.p50_s / reached[row.work_unit]:.0%}" if row.work_unit in reached else "-"
             times = f"{row.p50_s / ours.p50_s:.2f}x" if ours else "-"
             body.append([f"{op}: {case}", row.provider, seconds(row.p50_s), times, share, size(row.peak_bytes)])
-    lines += table(["case", "provider", "p50", "of ours", "of ceiling", "peak memory"], body)
-    return [*lines, "", where(rows)]
+    header = ["case", "provider", "p50", "of ours", "of ceiling", "peak memory"]
+    return [*table(header, body), "", where([row for found in shown.values() for row in found])]
 
 
 def ahead_of_time(results: Path) -> list[str]:
@@ -190,27 +181,18 @@ def ahead_of_time(results: Path) -> list[str]:
     path = results / "aot.csv"
     if not path.exists():
         return []
-    uses = aot.read_uses(path)
-    targets = list(aot.PARTS)[:1] + ["sm_90", "sm_100"]
-    shapes: dict[tuple[str, str], dict[str, aot.Use]] = {}
+    uses, targets = aot.read_uses(path), ("sm_80", "sm_90", "sm_100")
+    shapes: dict[str, dict[str, str]] = {}
     for use in uses:
         if use.role == "in use":
-            shapes.setdefault((use.kernel, use.shape), {})[use.target] = use
-
-    def cell(use: aot.Use | None) -> str:
-        if use is None:
-            return "-"
-        spills = f", {use.spills} B spilled" if use.spills else ""
-        return f"{use.configuration}: {use.registers} / {use.shared / 1024:.0f} / {use.warps} of {use.warps_of}{spills}"
-
-    body = [
-        [f"{kernel} {shape}".strip(), *(cell(found.get(t)) for t in targets)]
-        for (kernel, shape), found in shapes.items()
-    ]
+            taken = f"{use.registers} / {use.shared / 1024:.0f} / {use.warps} of {use.warps_of}"
+            spills = f", {use.spills} B spilled" if use.spills else ""
+            name = f"{use.kernel} {use.shape}".strip()
+            shapes.setdefault(name, {})[use.target] = f"{use.configuration}: {taken}{spills}"
+    body = [[name, *(found.get(target, "-") for target in targets)] for name, found in shapes.items()]
     lines = ["Tile, warps, stages: registers / shared KiB / warps resident at most.", ""]
     lines += table(["kernel", *targets], body)
-    candidates = [use for use in uses if use.role == "candidate"]
-    if candidates:
+    if candidates := [use for use in uses if use.role == "candidate"]:
         lines += ["", f"Candidates that the GPU suite tries on {candidates[0].target}:", ""]
         lines += table(
             ["kernel", "configuration", "registers", "spills, B", "shared KiB", "warps", "unfit"],
@@ -230,33 +212,20 @@ TABLES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
 }
 
 
-def made_table(name: str, results: Path = RESULTS) -> str:
+def made_table(name: str, results: Path = RESULTS) -> list[str]:
+    """The lines of a table."""
     if name not in TABLES:
-        raise SystemExit(f"table {name!r}: expected one of {', '.join(TABLES)}")
+        raise DataError(f"table {name!r}: expected one of {', '.join(TABLES)}")
     function, command = TABLES[name]
-    return "\n".join(function(results) or [ABSENT.format(command)]) + "\n"
-
-
-def replaced(text: str, results: Path = RESULTS) -> str:
-    """`text` with every marked table made anew."""
-    if len(re.findall(r"<!-- table: ", text)) != len(MARKED.findall(text)):
-        raise SystemExit("a table has no end, or a name with other characters than a-z, 0-9, blanks and hyphens")
-    return MARKED.sub(lambda m: m[1] + "\n" + made_table(m[2], results) + "\n" + m[4], text)
+    return function(results) or [ABSENT.format(command)]
 
 
 def made_plots(results: Path = RESULTS) -> dict[str, str]:
     """File name -> SVG text of every plot that there are rows for."""
-    made = {}
     found = task_ratios(results)
     groups = [(case, [*(times.get(p) for p in TASK_PEERS), ratio]) for case, (ratio, times, _) in found.items()]
-    if groups:
-        names = [*(f"over {name}" for name in TASK_PEERS.values()), "dense / trie tokens"]
-        made["tasks.svg"] = plots.bars("Times faster, by task", names, groups, line=1.0)
-    points = [(point, [gain, ratio]) for point, ratio, gain, _, _ in sweep_ratios(results)]
-    if points:
-        names = ["over the fastest peer", "dense / trie tokens"]
-        made["sweep.svg"] = plots.bars("One thing changed at a time", names, points, line=1.0)
-    return made
+    names = [*(f"over {name}" for name in TASK_PEERS.values()), "dense / trie tokens"]
+    return {"tasks.svg": plots.bars("Times faster, by task", names, groups, line=1.0)} if groups else {}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -265,14 +234,15 @@ def main(argv: list[str] | None = None) -> int:
     action.add_argument("--check", action="store_true")
     action.add_argument("--write", action="store_true")
     options = parser.parse_args(argv)
-    wanted = {ROOT / name: replaced((ROOT / name).read_text(encoding="utf-8")) for name in FILES}
-    wanted |= {PLOTS / name: text for name, text in made_plots().items()}
-    stale = [path for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
-    for path in stale:
-        if options.write:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write(path, wanted[path])
-        print(f"{path.relative_to(ROOT)}: {'written' if options.write else 'differs from the rows'}")
+    stale = outdated("table", made_table, options.write)
+    for name, text in made_plots().items():
+        path = PLOTS / name
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            stale.append(path.relative_to(ROOT).as_posix())
+            if options.write:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                atomic_write(path, text)
+    print("\n".join(f"{name}: {'written' if options.write else 'differs from the rows'}" for name in stale))
     return 1 if stale and options.check else 0
 
 

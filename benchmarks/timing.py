@@ -30,14 +30,16 @@ class Disagreement(AssertionError):
 class Provider:
     """One column of a table.
 
-    run: computes the output. calls: how many calls one timing covers. tokens: what goes through it. rounds: turns it
-    takes part in at most, for a slow one (None: all). peer: the name of the peer that this is one size of, if it is.
-    check: overrides the case's check, for a provider that gives something else (a mean where others give cells).
+    run: computes the output. calls: how many runs one timing covers; repeats: how often one run does the work; times
+    are of one. tokens: what goes through it. rounds: turns it takes part in at most, for a slow one (None: all). peer:
+    the name of the peer that this is one size of, if it is. check: overrides the case's check, for a provider that
+    gives something else (a mean where others give cells).
     """
 
     run: Callable[[], object]
-    calls: int = 1
+    calls: int = 0
     tokens: int = 0
+    repeats: int = 1
     rounds: int | None = None
     check: Callable[[object], float] | None = None
     note: str = ""
@@ -46,19 +48,24 @@ class Provider:
 
 @dataclass
 class Case:
-    """What is measured: providers by name, the check that gives an output's error, and the work that it stands for."""
+    """What is measured: providers by name, the check that gives an output's error, and the work that it stands for.
+
+    calls, tokens: of providers that have none of their own.
+    """
 
     op: str
     name: str
-    providers: dict[str, Provider]
-    check: Callable[[object], float]
-    tolerance: float
+    providers: dict[str, Provider] = field(default_factory=dict)
+    check: Callable[[object], float] = lambda _: math.inf
+    tolerance: float = 0.0
     shape: str = ""
     dtype: str = "fp32"
     work: float = 0.0
     work_unit: str = "FLOP"
     formula: str = ""
     rounds: int = 5
+    calls: int = 1
+    tokens: int = 0
     warm_up: Callable[[], object] | None = None
 
 
@@ -91,15 +98,16 @@ class Turns:
                 continue
             if self.seconds and deadline is not None and time.monotonic() > deadline:
                 continue
+            calls = provider.calls or self.case.calls
             read = contextlib.nullcontext() if self.count else _peak_memory(self.device)
             synchronise(self.device)
             with read as memory:
                 started = time.perf_counter()
-                for _ in range(provider.calls - 1):
+                for _ in range(calls - 1):
                     provider.run()
                 output = provider.run()
                 synchronise(self.device)
-                took = (time.perf_counter() - started) / provider.calls
+                took = (time.perf_counter() - started) / (calls * provider.repeats)
             if memory is not None:
                 self.peak[name] = memory.bytes
             self._check(name, provider, output)
@@ -130,15 +138,14 @@ class Turns:
             if name not in self.seconds:
                 continue
             p20, p50, p80 = quantiles(self.seconds[name])
-            rows.append(
-                Row(
-                    op=case.op, case=case.name, provider=name, dtype=case.dtype, shape=case.shape,
-                    rounds=len(self.seconds[name]), p20_s=p20, p50_s=p50, p80_s=p80, peak_bytes=self.peak.get(name, -1),
-                    tokens=provider.tokens, work=float(case.work), work_unit=case.work_unit if case.work else "",
-                    formula=case.formula, error=self.error[name], tolerance=case.tolerance, note=provider.note,
-                    environment=where,
-                )
+            made = Row(
+                op=case.op, case=case.name, provider=name, dtype=case.dtype, shape=case.shape,
+                rounds=len(self.seconds[name]), p20_s=p20, p50_s=p50, p80_s=p80, peak_bytes=self.peak.get(name, -1),
+                tokens=provider.tokens or case.tokens, work=float(case.work),
+                work_unit=case.work_unit if case.work else "", formula=case.formula, error=self.error[name],
+                tolerance=case.tolerance, note=provider.note, environment=where,
             )  # fmt: skip
+            rows.append(made)
         return rows
 
 

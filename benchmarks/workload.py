@@ -57,24 +57,22 @@ def load_tokenizer(path: Path | None):
     return PreTrainedTokenizerFast(tokenizer_file=str(path / "tokenizer.json"), eos_token="<|endoftext|>")
 
 
-def qwen3_shaped(vocabulary: int, hidden: int = 512, layers: int = 8, dtype=torch.float32, device: str = "cpu"):
+def qwen3_shaped(vocabulary: int, hidden: int = 512, layers: int = 8):
     """A random Qwen3-shaped model: head_dim 64, two query heads for each kv head, MLP three times as wide."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    config = Qwen3Config(
-        hidden_size=hidden,
-        intermediate_size=3 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // 64,
-        num_key_value_heads=hidden // 128,
-        head_dim=64,
-        vocab_size=vocabulary,
-        max_position_embeddings=8192,
+    return _qwen3(
+        torch.float32, "cpu", hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers,
+        num_attention_heads=hidden // 64, num_key_value_heads=hidden // 128, head_dim=64, vocab_size=vocabulary,
         tie_word_embeddings=True,
-    )
-    with torch.random.fork_rng():
+    )  # fmt: skip
+
+
+def _qwen3(dtype: torch.dtype, device: str, **sizes):
+    from transformers import AutoModelForCausalLM, Qwen3Config
+
+    config = Qwen3Config(**sizes, max_position_embeddings=8192)
+    with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(0)
-        return Qwen3ForCausalLM(config).to(device=device, dtype=dtype).eval()
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 # Published shapes; the weights are random, so nothing is downloaded.
@@ -90,11 +88,7 @@ QWEN3 = {
 
 def qwen3_published(name: str, dtype=torch.bfloat16, device: str = "cuda"):
     """A random model of a published shape, drawn on its device: N(0, 1/fan_in) matrices, norms of one."""
-    from transformers import AutoModelForCausalLM, Qwen3Config
-
-    with torch.random.fork_rng(), torch.device(device):
-        config = Qwen3Config(**QWEN3[name], max_position_embeddings=8192)
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    model = _qwen3(dtype, device, **QWEN3[name])
     generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -16,10 +16,14 @@ from .scoring.ranks import RankError
 from .scoring.response_cache import ResponseCache
 from .scoring.score import score_prompts
 from .scoring.verify import verify
+from .training.over_trie import OverTrie
+from .training.tree_logprobs import tree_logprobs, use_tree_attention
+from .training.trie_batch import TrieBatch
 from .tree_attention.api import tree_attention
 from .trie.trie import TokenTrie, TriePass, plan_trie
 
 __all__ = [
+    "OverTrie",
     "PromptScores",
     "PromptState",
     "Race",
@@ -27,6 +31,7 @@ __all__ = [
     "RankError",
     "ResponseCache",
     "TokenTrie",
+    "TrieBatch",
     "TriePass",
     "accumulate_",
     "linear_logprob",
@@ -35,6 +40,8 @@ __all__ = [
     "score_prompts",
     "score_prompts_sharded",
     "tree_attention",
+    "tree_logprobs",
+    "use_tree_attention",
     "verify",
 ]
 

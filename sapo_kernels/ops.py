@@ -28,7 +28,14 @@ _library = torch.library.Library("sapo_kernels", "FRAGMENT")
 _library.define(
     "tree_attention(Tensor q, Tensor k, Tensor v, Tensor position, Tensor subtree_end, Tensor block_start, "
     "Tensor span_ptr, Tensor span, Tensor? sinks, float scale, int? window, float? softcap, int block_tokens, "
-    "str impl) -> Tensor",
+    "str impl, bool with_lse) -> (Tensor out, Tensor lse)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+# lse: [Tq, Hq], the log-sum-exp of each row's logits, nats; [0] unless `with_lse`. dsinks: [0] without sinks.
+_library.define(
+    "tree_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor position, "
+    "Tensor subtree_end, Tensor block_start, Tensor span_ptr, Tensor span, Tensor? sinks, float scale, int? window, "
+    "float? softcap, int block_tokens, str impl) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 # targets: [P] int64 sorted by row; target_ptr: [R + 1] int64. mean: [R, D] if `with_mean`, else [0, D]: what the
@@ -99,17 +106,55 @@ def attention_shape(q: torch.Tensor, v: torch.Tensor) -> tuple[int, int, int]:
 
 
 @torch.library.impl(_library, "tree_attention", "CompositeExplicitAutograd")
-def _tree_attention(q, k, v, position, subtree_end, block_start, span_ptr, span, sinks, scale, window, softcap,
-                    block_tokens, impl):  # fmt: skip
+def _tree_attention(q, k, v, *others):
+    *others, impl, with_lse = others
     if q.shape[0] == 0:
-        return q.new_empty(attention_shape(q, v))
-    run = _backend("tree_attention", impl, q)
-    return run(q, k, v, position, subtree_end, block_start, span_ptr, span, sinks, scale, window, softcap, block_tokens)
+        return _tree_attention_fake(q, k, v, with_lse)
+    return _backend("tree_attention", impl, q)(q, k, v, *others, with_lse)
 
 
 @torch.library.register_fake("sapo_kernels::tree_attention", lib=_library)
-def _tree_attention_fake(q, k, v, *_):
-    return q.new_empty(attention_shape(q, v))
+def _tree_attention_fake(q, k, v, *others):
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(attention_shape(q, v)), q.new_empty(q.shape[:2] if others[-1] else 0, dtype=dtype)
+
+
+@torch.library.impl(_library, "tree_attention_backward", "CompositeExplicitAutograd")
+def _tree_attention_backward(grad, q, k, v, *others):
+    *others, impl = others
+    if q.shape[0] == 0:
+        return tuple(t.zero_() for t in _tree_attention_backward_fake(grad, q, k, v, *others))
+    # An expanded or transposed gradient is read row by row.
+    *found, dsinks = _backend("tree_attention", impl, q, backward=True)(grad.contiguous(), q, k, v, *others)
+    return *found, q.new_empty(0) if dsinks is None else dsinks
+
+
+@torch.library.register_fake("sapo_kernels::tree_attention_backward", lib=_library)
+def _tree_attention_backward_fake(grad, q, k, v, *others):
+    sinks = others[7]
+    dsinks = q.new_empty(0) if sinks is None else torch.empty_like(sinks)
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dsinks
+
+
+def _attention_context(ctx, inputs, output):
+    q, k, v, *plan, sinks, scale, window, softcap, block_tokens, impl, with_lse = inputs
+    ctx.save_for_backward(q, k, v, *output, *plan, sinks)
+    ctx.options = scale, window, softcap, block_tokens, impl
+    ctx.mark_non_differentiable(output[1])
+    ctx.has_lse = with_lse
+
+
+def _attention_gradients(ctx, grad, _):
+    if not ctx.has_lse:
+        raise RuntimeError("sapo_kernels::tree_attention: expected with_lse=True for a backward pass, got False")
+    q, k, v, out, lse, *plan, sinks = ctx.saved_tensors
+    *found, dsinks = torch.ops.sapo_kernels.tree_attention_backward(grad, q, k, v, out, lse, *plan, sinks, *ctx.options)
+    return *found, *[None] * len(plan), None if sinks is None else dsinks, *[None] * 6
+
+
+torch.library.register_autograd(
+    "sapo_kernels::tree_attention", _attention_gradients, setup_context=_attention_context, lib=_library
+)
 
 
 @torch.library.impl(_library, "linear_logprob", "CompositeExplicitAutograd")
@@ -171,7 +216,7 @@ def _no_backward(op: str):
 torch.library.register_autograd(
     "sapo_kernels::linear_logprob", _linear_logprob_gradients, setup_context=_save_linear_logprob, lib=_library
 )
-for _op in ("tree_attention", "linear_logprob_backward"):
+for _op in ("tree_attention_backward", "linear_logprob_backward"):
     torch.library.register_autograd(f"sapo_kernels::{_op}", _no_backward(_op), lib=_library)
 
 

@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 import torch
 
 import sapo_kernels as sk
+from tests.tolerances import TOLERANCES
 
+TOLERANCE = TOLERANCES["token nll"].atol
 WINDOW = 8  # tokens; every sequence of `cells` is several times as long
 BASE = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -342,3 +344,18 @@ def print_table(title: str, rows: list[tuple[str, str, float]]) -> None:
 def per_token_error(scores: sk.PromptScores, plain: torch.Tensor) -> float:
     """Largest difference in nats per response token; NaN if any cell is NaN."""
     return float(((scores.nll - plain).abs() / scores.tokens).max())
+
+
+def check(model, cache, what: str, table, *paths: tuple[str, int, str], plain=None) -> torch.Tensor:
+    """Score on each (impl, max_tokens, expected path) and compare every cell with `plain`, which is returned.
+
+    plain: by default the plain forward of the model as it is. table: gets a row (what, where, error) a path.
+    """
+    plain = plain_nll(model, cache) if plain is None else plain
+    for impl, max_tokens, path in paths:
+        scores = sk.score_prompts(model, cache, impl=impl, max_tokens=max_tokens)
+        assert scores.stats["path"] == path, scores.stats["reason"]
+        error = per_token_error(scores, plain)
+        table.append((what, f"{impl}@{max_tokens}", error))
+        assert error < TOLERANCE, f"{what}, impl={impl}, max_tokens={max_tokens}: {error:.3g} nats per token"
+    return plain

@@ -3,7 +3,7 @@
     python -m benchmarks.effect run single --work DIR                  # single-task runs under every prompt
     python -m benchmarks.effect run sequences --work DIR               # sequences under every policy
     python -m benchmarks.effect run sequences --work DIR --backwards   # a second process, from the other end
-    python -m benchmarks.effect table            # write the tables of docs/effect.md and README.md from the rows
+    python -m benchmarks.effect table            # write the tables of docs/effect.md from the rows
     python -m benchmarks.effect table --check    # exit status 1 if they are not up to date
 
 `run` goes on where it was, and writes benchmarks/effect/results/ from all rows that are there when it ends.

@@ -1,24 +1,20 @@
-"""The tables of docs/effect.md and README.md, made from the committed rows and put between their markers."""
+"""The tables of docs/effect.md, made from the committed rows and put between ``<!-- effect: NAME -->`` markers."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sapo_kernels.files import DataError, atomic_write, read_text
+from sapo_kernels.files import DataError
 from tools.tiny_base.corpus import known_wordings
 from tools.tiny_base.presets import PRESETS
 
+from .. import documents
 from . import again, design, rows
 from .statistics import Interval, bootstrap_mean, differences, group_means, paired_difference, spearman, student_mean
-
-ROOT = Path(__file__).resolve().parents[2]
-DOCUMENTS = ("docs/effect.md", "README.md")
-_BLOCK = re.compile(r"(<!-- effect: (\w+) -->\n).*?(<!-- /effect -->)", re.DOTALL)
 
 Rows = list[dict[str, Any]]
 MEASURES = ("AP", "BWT", "FWT")
@@ -229,27 +225,13 @@ TABLES: dict[str, Callable[[Path], list[str]]] = {
 }
 
 
-def filled(text: str, results: Path = rows.RESULTS) -> str:
-    """`text` with every ``<!-- effect: NAME -->`` block filled from the rows."""
-
-    def fill(match: re.Match) -> str:
-        if match[2] not in TABLES:
-            raise DataError(f"effect: expected a table ({', '.join(TABLES)}), got {match[2]}")
-        return match[1] + "\n".join(TABLES[match[2]](results)) + "\n" + match[3]
-
-    return _BLOCK.sub(fill, text)
+def made_table(name: str, results: Path = rows.RESULTS) -> list[str]:
+    """The lines of a table."""
+    if name not in TABLES:
+        raise DataError(f"effect: expected a table ({', '.join(TABLES)}), got {name}")
+    return TABLES[name](results)
 
 
-def outdated(write: bool, root: Path = ROOT, results: Path = rows.RESULTS) -> list[str]:
-    """The documents whose tables are not those of the rows; with `write` they are written."""
-    changed = []
-    for name in DOCUMENTS:
-        path = root / name
-        if not path.is_file():
-            continue
-        text = read_text(path)
-        if (new := filled(text, results)) != text:
-            changed.append(name)
-            if write:
-                atomic_write(path, new)
-    return changed
+def outdated(write: bool, results: Path = rows.RESULTS) -> list[str]:
+    """The pages whose tables are not those of the rows; with `write` they are written."""
+    return documents.outdated("effect", lambda name: made_table(name, results), write)

@@ -14,6 +14,7 @@ from pathlib import Path
 from sapo_kernels.files import atomic_write
 
 from ..rows import Row, append_rows
+from ..timing import Case, run_case, synchronise
 
 NO_TIME = "not run: no time left"
 
@@ -24,25 +25,25 @@ class Skipped(Exception):
 
 @dataclass(frozen=True)
 class Part:
-    """where: module of this package and its function. share: of the suite's time."""
+    """where: "module.function" of this package. share: of the suite's time. ops: what the function is given."""
 
-    module: str
-    function: str
+    where: str
     share: float
     about: str
+    ops: tuple[str, ...] = ()
 
 
 PARTS = {
-    "build": Part("machine", "build", 0.08, "compile the native modules, CUDA kernels included"),
-    "ceilings": Part("machine", "ceilings", 0.04, "what copying and bf16 matrix products reach on this device"),
-    "tests": Part("machine", "tests", 0.14, "pytest -m gpu"),
-    "tree_attention": Part("ops", "tree_attention", 0.09, "tree_attention against FlexAttention and SDPA"),
-    "linear_logprob": Part("ops", "linear_logprob", 0.09, "linear_logprob against cuBLAS and fused heads"),
-    "in_place": Part("ops", "in_place_ops", 0.03, "accumulate_ and reweight_"),
-    "small_model": Part("models", "small", 0.13, "end to end, 0.6B shape, every peer; kernel counts"),
-    "large_model": Part("models", "large", 0.22, "end to end, 8B shape, peers; K=21, M=250 alone"),
-    "configs": Part("configs", "sweep", 0.12, "kernel configurations, the one in use first"),
-    "sanitizer": Part("machine", "sanitizer", 0.06, "compute-sanitizer over every kernel"),
+    "build": Part("machine.build", 0.08, "compile the native modules, CUDA kernels included"),
+    "ceilings": Part("machine.ceilings", 0.04, "what copying and bf16 matrix products reach on this device"),
+    "tests": Part("machine.tests", 0.14, "pytest -m gpu"),
+    "tree_attention": Part("measure.operators", 0.09, "against FlexAttention and SDPA", ("tree_attention",)),
+    "linear_logprob": Part("measure.operators", 0.09, "against cuBLAS and fused heads", ("linear_logprob",)),
+    "in_place": Part("measure.operators", 0.03, "accumulate_ and reweight_", ("accumulate", "reweight")),
+    "small_model": Part("models.small", 0.13, "end to end, 0.6B shape, every peer; kernel counts"),
+    "large_model": Part("models.large", 0.22, "end to end, 8B shape, peers; K=21, M=250 alone"),
+    "configs": Part("measure.configurations", 0.12, "kernel configurations, the one in use first"),
+    "sanitizer": Part("machine.sanitizer", 0.06, "compute-sanitizer over every kernel"),
 }
 
 
@@ -100,7 +101,8 @@ def run_part(job: Job) -> str:
     """
     part, status = PARTS[job.name], "passed"
     try:
-        getattr(importlib.import_module(f"{__name__}.{part.module}"), part.function)(job)
+        module, _, function = part.where.partition(".")
+        getattr(importlib.import_module(f"{__name__}.{module}"), function)(job, *part.ops)
     except Skipped as why:
         status = f"skipped: {why}"
     if status == "passed" and job.missed:
@@ -109,3 +111,58 @@ def run_part(job: Job) -> str:
     (job.out / "status").mkdir(parents=True, exist_ok=True)
     atomic_write(job.out / "status" / f"{job.name}.txt", status)
     return status
+
+
+# A first run also warms up, so a size is given up only if it takes so many times as long as its peer's fastest.
+SLOWER = 1.5
+
+
+def settle(job: Job, case: Case, must: str = "ours") -> list[str]:
+    """Run every provider once, which is its warm-up too, and leave out, with a line each, those that cannot take part.
+
+    What a peer raises (out of memory, a kernel that does not compile) is a finding about the peer; what `must` raises,
+    or an output of it that is wrong, ends the part. Of a peer's sizes those go that are far from its fastest.
+    Returns the names of the providers whose output was wrong.
+    """
+    place, wrong, took = f"{case.op}, {case.name}", [], {}
+    for name, provider in list(case.providers.items()):
+        if name != must and job.left <= 0:
+            job.miss(f"{place}: {name}")
+            del case.providers[name]
+            continue
+        began = time.monotonic()
+        try:
+            output = provider.run()
+            synchronise(job.device)
+            took[name] = time.monotonic() - began
+            error = float((provider.check or case.check)(output))
+        except Exception as failure:  # see above
+            if name == must:
+                raise
+            lines = str(failure).strip().splitlines() or ["no message"]
+            job.say(f"{place}: {name} does not run: {type(failure).__name__}: {lines[0][:200]}")
+            del case.providers[name]
+            continue
+        if error <= case.tolerance:
+            continue
+        what = f"{place}: {name}: expected within {case.tolerance:.3g} of the oracle, got {error:.3g}"
+        if name == must:
+            raise RuntimeError(what)
+        job.say(f"{what}; left out")
+        wrong.append(name)
+        del case.providers[name]
+    for name, provider in list(case.providers.items()):
+        best = min(took[other] for other, of in case.providers.items() if of.peer == provider.peer)
+        if provider.peer and took[name] > SLOWER * best:
+            job.say(f"{place}: {name}: {took[name]:.3g} s, another size {best:.3g} s; left out")
+            del case.providers[name]
+    case.warm_up = lambda: None
+    return wrong
+
+
+def measured(job: Job, case: Case) -> list[Row]:
+    """The rows of a settled case; a line for each provider that was not reached in time."""
+    rows = run_case(case, job.device, job.deadline)
+    for name in case.providers.keys() - {row.provider for row in rows}:
+        job.miss(f"{case.op}, {case.name}: {name}")
+    return rows

@@ -8,11 +8,10 @@ import torch
 
 import sapo_kernels as sk
 
-from ..end_to_end import make_case
+from ..ops.end_to_end import make_case
 from ..peers import PEERS
 from ..workload import Cells, build_cache, load_tasks, load_tokenizer, qwen3_published
-from . import Job
-from .settle import measured, settle
+from . import Job, measured, settle
 
 PROMPTS, EXAMPLES = 21, 250
 # On a GPU more cells fill it; the fastest size is the figure.

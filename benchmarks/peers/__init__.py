@@ -12,14 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from .flex import flex_trie
-from .lm_eval import lm_eval_harness, scorer
-from .packed import packed
-from .plain import alone, padded_loop, tuned_plain
+from .loops import lm_eval_harness, scorer, trainer_loop, trl_fused_head
+from .plain import packed, tuned_plain
 from .prefix import prefix_cache
-from .trainer_loop import trainer_loop
-from .trl_head import trl_fused_head
 
-__all__ = ["PEERS", "Peer", "alone", "padded_loop", "tuned_plain"]
+__all__ = ["PEERS", "Peer"]
 
 
 @dataclass(frozen=True)
@@ -65,7 +62,6 @@ PEERS = {
         trainer_loop, "the published loop: Trainer.evaluate per prompt, batches of 8, left padding",
         ("transformers", "accelerate"), gives="batch8", loop=True,
     ),
-    "padded_loop": Peer(padded_loop, "batches of 8 in order, right padding, logits of every position", loop=True),
     "tuned_plain": Peer(tuned_plain, "sorted by length, logits_to_keep mask of the response rows", sizes=(8, 32)),
     "packed": Peer(
         packed, "the same, packed with a block-diagonal mask", sizes=(1024, 4096), size_name="tokens"
@@ -76,5 +72,5 @@ PEERS = {
         prepare=scorer,
     ),
     "trl_head": Peer(trl_fused_head, "TRL's fused log-probability head, sorted", ("trl",), sizes=(8, 32), loop=True),
-    "flex_trie": Peer(flex_trie, "our road with FlexAttention over the same trie", gpu=True),
+    "flex_trie": Peer(flex_trie, "our path with FlexAttention over the same trie", gpu=True),
 }  # fmt: skip

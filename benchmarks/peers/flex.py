@@ -48,9 +48,9 @@ def flex_tree_attention(q, k, v, plan, *, scale=None, mask=None, compiled: bool 
 @contextlib.contextmanager
 def _in_place(masks: dict[int, tuple], compiled: bool):
     """`score_prompts` attends by FlexAttention for the block; a pass's mask is made once and used in every layer."""
-    from sapo_kernels.scoring import decoder
+    from sapo_kernels.scoring import attention
 
-    def attention(q, k, v, plan, *, scale, window, softcap, sinks, impl):
+    def flex(q, k, v, plan, *, scale, window, softcap, sinks, impl):
         if window is not None or softcap is not None or sinks is not None:
             raise ValueError("flex_trie: expected plain attention, got a window, a soft cap or sinks")
         if id(plan) not in masks:
@@ -60,11 +60,11 @@ def _in_place(masks: dict[int, tuple], compiled: bool):
         with torch.compiler.set_stance("default"):
             return flex_tree_attention(q, k, v, plan, scale=scale, mask=masks[id(plan)][1], compiled=compiled)
 
-    own, decoder.tree_attention = decoder.tree_attention, attention
+    own, attention.tree_attention = attention.tree_attention, flex
     try:
         yield
     finally:
-        decoder.tree_attention = own
+        attention.tree_attention = own
 
 
 def flex_trie(model, cache, compiled: bool = True, **options) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Plain transformers, nothing of ours: the padded loop, and sorted by length with logits of response rows only.
+"""Plain transformers at its best: sorted by length with logits of response rows only, padded or packed.
 
 Every function of this package takes ``(model, cache)`` and gives [K * M] float64 sums of negative log-likelihood in
 nats, in the order of the cache's cells, unless it says otherwise.
@@ -13,10 +13,6 @@ def cells_of(cache) -> list[tuple[list[int], list[int]]]:
     """(context ids, response ids) of every cell."""
     contexts, responses = cache.contexts, cache.responses
     return [(c, r) for row, answers in zip(contexts, responses, strict=True) for c, r in zip(row, answers, strict=True)]
-
-
-def longest_first(cells) -> list[int]:
-    return sorted(range(len(cells)), key=lambda c: -len(cells[c][0]) - len(cells[c][1]))
 
 
 def padded(cells, device):
@@ -67,40 +63,50 @@ def sums(logprob_rows, cells) -> torch.Tensor:
 
 
 @torch.no_grad()
-def alone(model, cache, chosen: list[int]) -> torch.Tensor:
-    """The oracle, [len(chosen)]: each cell's own forward without padding, full logits, log-softmax in float64."""
-    cells, out = cells_of(cache), []
-    for c in chosen:
-        context, response = cells[c]
-        ids = torch.tensor([context + response[:-1]], device=model.device)
-        logits = model(input_ids=ids, use_cache=False).logits[0, len(context) - 1 :].double()
-        out.append(-torch.log_softmax(logits, -1)[range(len(response)), response].sum().cpu())
-    return torch.stack(out)
-
-
-@torch.no_grad()
-def padded_loop(model, cache, batch_size: int = 8) -> torch.Tensor:
-    """The usual loop: cells in order, padded batches, logits of every position."""
-    cells, out = cells_of(cache), []
-    for i in range(0, len(cells), batch_size):
-        part = cells[i : i + batch_size]
-        ids, mask, rows = padded(part, model.device)
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        logprob = torch.log_softmax(logits.float(), -1)[rows].gather(-1, targets_of(part, ids.device)[:, None])[:, 0]
-        out.append(sums(logprob, part))
-    return torch.cat(out)
-
-
-@torch.no_grad()
-def tuned_plain(model, cache, batch_size: int = 8) -> torch.Tensor:
-    """Plain transformers at its best: sorted by length, logits of the response rows only (`logits_to_keep` mask)."""
-    cells = cells_of(cache)
-    order = longest_first(cells)
+def longest_first(cells, batch_size: int, score) -> torch.Tensor:
+    """[len(cells)] float64 in the cells' order of ``score(part)``, [len(part)], on batches of similar length."""
+    order = sorted(range(len(cells)), key=lambda c: -_length(cells[c]))
     out = torch.empty(len(cells), dtype=torch.float64)
     for i in range(0, len(order), batch_size):
         chosen = order[i : i + batch_size]
-        part = [cells[c] for c in chosen]
+        out[chosen] = score([cells[c] for c in chosen])
+    return out
+
+
+def _length(cell) -> int:
+    return len(cell[0]) + len(cell[1]) - 1
+
+
+def tuned_plain(model, cache, batch_size: int = 8) -> torch.Tensor:
+    """Plain transformers at its best: sorted by length, logits of the response rows only (`logits_to_keep` mask)."""
+
+    def score(part):
         ids, mask, rows = padded(part, model.device)
         logits = logits_of_rows(model, rows, input_ids=ids, attention_mask=mask, use_cache=False)
+        return sums(row_logprob(logits, targets_of(part, ids.device)), part)
+
+    return longest_first(cells_of(cache), batch_size, score)
+
+
+@torch.no_grad()
+def packed(model, cache, tokens: int = 1024) -> torch.Tensor:
+    """Flattened rows of about `tokens` tokens, longest cells first, logits of the response rows only.
+
+    Position ids that begin anew tell transformers where a sequence begins; it makes a block-diagonal mask of them (or
+    a block mask under ``flex_attention``).
+    """
+    cells = cells_of(cache)
+    out = torch.empty(len(cells), dtype=torch.float64)
+    waiting = sorted(range(len(cells)), key=lambda c: -_length(cells[c]))
+    while waiting:
+        chosen, size = [], 0
+        while waiting and (not chosen or size + _length(cells[waiting[0]]) <= tokens):
+            size += _length(cells[waiting[0]])
+            chosen.append(waiting.pop(0))
+        part = [cells[c] for c in chosen]
+        ids = torch.tensor([[t for c, r in part for t in c + r[:-1]]], device=model.device)
+        positions = torch.cat([torch.arange(_length(cell)) for cell in part])[None].to(model.device)
+        rows = torch.cat([torch.arange(_length((c, r))) >= len(c) - 1 for c, r in part])[None].to(model.device)
+        logits = logits_of_rows(model, rows, input_ids=ids, position_ids=positions, use_cache=False)
         out[chosen] = sums(row_logprob(logits, targets_of(part, ids.device)), part)
     return out

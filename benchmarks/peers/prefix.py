@@ -8,6 +8,7 @@ whichever leaves fewer tokens.
 from __future__ import annotations
 
 import copy
+import functools
 
 import numpy as np
 import torch
@@ -21,32 +22,27 @@ def prefix_cache(model, cache, batch_size: int = 8, by: str = "best") -> torch.T
     cells = cells_of(cache)
     out = torch.empty(len(cells), dtype=torch.float64)
     for group, shared in _groups(cells, cache.num_prompts, cache.num_examples, by):
-        if not shared:
-            _score(model, cells, group, None, 0, batch_size, out)
-            continue
-        ids = torch.tensor([cells[group[0]][0][:shared]], device=model.device)
-        held = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
-        _score(model, cells, group, held, shared, batch_size, out)
+        past = None
+        if shared:
+            ids = torch.tensor([cells[group[0]][0][:shared]], device=model.device)
+            past = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+        suffixes = [(cells[c][0][shared:], cells[c][1]) for c in group]
+        out[group] = longest_first(suffixes, batch_size, functools.partial(_score, model, past, shared))
     return out
 
 
-def _score(model, cells, group, held, shared: int, batch_size: int, out) -> None:
-    suffixes = {c: (cells[c][0][shared:], cells[c][1]) for c in group}
-    order = [group[i] for i in longest_first([suffixes[c] for c in group])]
-    for i in range(0, len(order), batch_size):
-        chosen = order[i : i + batch_size]
-        part = [suffixes[c] for c in chosen]
-        ids, mask, rows = padded(part, model.device)
-        options = {"use_cache": False}
-        if held is not None:
-            # The forward adds to the cache it is given.
-            copies = copy.deepcopy(held)
-            copies.batch_repeat_interleave(len(part))
-            mask = torch.cat([mask.new_ones(len(part), shared), mask], 1)
-            positions = torch.arange(shared, shared + ids.shape[1], device=ids.device)[None].expand(len(part), -1)
-            options = {"use_cache": True, "past_key_values": copies, "position_ids": positions}
-        logits = logits_of_rows(model, rows, input_ids=ids, attention_mask=mask, **options)
-        out[chosen] = sums(row_logprob(logits, targets_of(part, ids.device)), part)
+def _score(model, past, shared: int, part) -> torch.Tensor:
+    ids, mask, rows = padded(part, model.device)
+    options = {"use_cache": False}
+    if past is not None:
+        # The forward adds to the cache it is given.
+        copies = copy.deepcopy(past)
+        copies.batch_repeat_interleave(len(part))
+        mask = torch.cat([mask.new_ones(len(part), shared), mask], 1)
+        positions = torch.arange(shared, shared + ids.shape[1], device=ids.device)[None].expand(len(part), -1)
+        options = {"use_cache": True, "past_key_values": copies, "position_ids": positions}
+    logits = logits_of_rows(model, rows, input_ids=ids, attention_mask=mask, **options)
+    return sums(row_logprob(logits, targets_of(part, ids.device)), part)
 
 
 def _groups(cells, prompts: int, examples: int, by: str) -> list[tuple[list[int], int]]:

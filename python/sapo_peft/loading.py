@@ -18,6 +18,7 @@ from sapo_kernels.files import DataError, excerpt, read_json
 
 from .assets import tiny_base_folder
 from .gguf import MODELS, load_gguf, resolve
+from .trainer.checkpoints import check_adapter
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?")
 _LAYER = re.compile(r"\.\d+\.")
@@ -206,6 +207,8 @@ def _load_adapter(model: Any, name: str) -> Any:
         got = "none (pickled adapters are not loaded)"
         raise DataError(f"--adapter {name}: expected adapter_model.safetensors, got {got}")
     read_json(Path(source, "adapter_config.json"))
+    if local:
+        check_adapter(source)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -63,13 +63,17 @@ def linear_logprob(
         target_ptr = torch.arange(hidden.shape[0] + 1, device=hidden.device)
     _check(hidden, weight, targets, target_ptr, bias, scale, softcap)
     hidden, weight = (t if t.stride(-1) == 1 else t.contiguous() for t in (hidden, weight))
-    # A frozen head: with the mean the backward pass needs no logits.
-    head_wanted = weight.requires_grad or (bias is not None and bias.requires_grad)
-    with_mean = torch.is_grad_enabled() and hidden.requires_grad and not head_wanted
     logprob, lse, _ = torch.ops.sapo_kernels.linear_logprob(
-        hidden, weight, targets.contiguous(), target_ptr.contiguous(), bias, float(scale), softcap, impl, with_mean
-    )
+        hidden, weight, targets.contiguous(), target_ptr.contiguous(), bias, float(scale), softcap, impl,
+        wants_mean(hidden, weight, bias),
+    )  # fmt: skip
     return logprob, lse
+
+
+def wants_mean(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Whether the backward pass will be of a frozen head: with the operator's mean it needs no logits."""
+    head_wanted = weight.requires_grad or (bias is not None and bias.requires_grad)
+    return torch.is_grad_enabled() and hidden.requires_grad and not head_wanted
 
 
 def _check(hidden, weight, targets, target_ptr, bias, scale, softcap) -> None:

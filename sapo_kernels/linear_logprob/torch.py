@@ -25,8 +25,16 @@ def _exponentials(logits, row, targets, scale, softcap, slope_wanted=False):
 
 
 def logprob_of_logits(logits, targets, target_ptr, scale=1.0, softcap=None):
-    """logits [R, V] (overwritten if fp32 or fp64) -> logprob [P], lse [R] in fp32, or fp64 for fp64."""
+    """logits [R, V] (overwritten if fp32 or fp64) -> logprob [P], lse [R] in fp32, or fp64 for fp64.
+
+    Logits that want gradients stay, and so does a chunk of float32 for the backward pass.
+    """
     row = gradient.row_of_target(target_ptr, targets)
+    if torch.is_grad_enabled() and logits.requires_grad:
+        part = (logits if logits.dtype == torch.float64 else logits.float()) * scale
+        part = part if softcap is None else softcap * torch.tanh(part / softcap)
+        lse = torch.logsumexp(part, -1)
+        return part[row, targets] - lse[row], lse
     _, _, chosen, top, log_sum = _exponentials(logits, row, targets, scale, softcap)
     return chosen - log_sum[row], top + log_sum
 

@@ -69,6 +69,7 @@ class PromptState:
 
     @property
     def num_pools(self) -> int:
+        """P."""
         return self.mean.shape[0]
 
     @property
@@ -78,6 +79,7 @@ class PromptState:
 
     @property
     def device(self) -> torch.device:
+        """Where all tensors are."""
         return self.mean.device
 
     def __repr__(self) -> str:

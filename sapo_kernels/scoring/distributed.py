@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from ..trie.trie import TokenTrie
-from .decoder import NotTreeable
+from .attention import NotTreeable
 from .fingerprint import autocast_of
 from .model_state import Unrecoverable, compilation_off, is_out_of_memory, scoring_mode
 from .paths import ALONE, Paths

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from ..linear_logprob.api import wants_mean
 from ..linear_logprob.gradient import chunk_rows
 from ..linear_logprob.torch import logprob_of_logits
 from ..trie.trie import TriePass
@@ -88,9 +89,12 @@ class HeadReader:
     """Reads the log-probabilities of one job; install it around the job's forwards.
 
     ``through_model`` leaves all rows to the model and reads its logits: slower and exact whatever the head does.
+    ``statistics`` of each target, as TRL's trainers log them: of its row the "entropy" in nats, "mean_logits" and
+    "log_sum_sq_probs", and whether it "is_top1" there; False: not computed.
     """
 
-    def __init__(self, inner: nn.Module, impl: str, through_model: bool = False):
+    def __init__(self, inner: nn.Module, impl: str, through_model: bool = False, statistics: bool = False):
+        self.statistics: dict[str, torch.Tensor] | bool = statistics
         self.head, self.impl, self.through_model = inner.get_output_embeddings(), impl, through_model
         self.scale, self.softcap = support.head_transform(inner)
         self.vocabulary, self.options = support.vocabulary_size(inner), support.forward_options(inner)
@@ -115,6 +119,10 @@ class HeadReader:
 
         After a forward whose batch is the last one, all of them are.
         """
+        return self.read_with_rest(call, batch)[0]
+
+    def read_with_rest(self, call, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same, and the logits [1, n, V] of the forward, n = 0 or 1 unless `through_model`."""
         self._batch, self._logprob = batch, None
         waiting = list(self._waiting)
         try:
@@ -125,8 +133,9 @@ class HeadReader:
                 rows = logits.reshape(-1, logits.shape[-1])
                 for check, at, own in batch.checks:
                     check.compare(own, rows[at.to(rows.device)])
-                return logprob_of_logits(rows, batch.targets.to(rows.device), batch.target_ptr.to(rows.device))[0]
-            return self._logprob
+                targets, pointer = batch.targets.to(rows.device), batch.target_ptr.to(rows.device)
+                return logprob_of_logits(rows, targets, pointer)[0], logits
+            return self._logprob, logits
         except BaseException:
             self._waiting = waiting
             raise
@@ -153,6 +162,8 @@ class HeadReader:
             self._waiting = []
         for check, at, own in batch.checks:
             check.compare(own, self.logits(rows[at.to(rows.device)]))
+        if self.statistics is not False:
+            self.statistics = self._statistics(rows.detach(), batch)
         # Heads that are more than a matrix may not expect an empty input.
         keep = 0 if support.plain_head(self.head, rows, own_hooks=1) else 1
         return (flat[None, :keep], *args[1:])
@@ -169,11 +180,12 @@ class HeadReader:
         weight, bias = self.head.weight, self.head.bias
         dtype = self._head_dtype(rows)
         rows, weight = rows.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
         # The operator itself: the public function would wait for the device to check ids that were checked on the host.
         return torch.ops.sapo_kernels.linear_logprob(
             rows.contiguous(), weight if weight.stride(-1) == 1 else weight.contiguous(), targets, pointer,
-            None if bias is None else bias.to(dtype), self.scale, self.softcap, self.impl,
-        )  # fmt: skip
+            bias, self.scale, self.softcap, self.impl, wants_mean(rows, weight, bias),
+        )[:2]  # fmt: skip
 
     def _through_module(self, rows, targets, pointer):
         """A head that is more than a matrix (LoRA, quantised): the module itself, on response rows, chunk by chunk."""
@@ -185,6 +197,19 @@ class HeadReader:
             mine, begin = targets[cuts[i] : cuts[i + 1]], pointer[first : stop + 1] - cuts[i]
             parts.append(logprob_of_logits(logits, mine, begin, self.scale, self.softcap))
         return torch.cat([p for p, _ in parts]), torch.cat([lse for _, lse in parts])
+
+    @torch.no_grad()
+    def _statistics(self, rows: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
+        found = []
+        for some in rows.split(chunk_rows(self.vocabulary)):
+            logits = self.logits(some)
+            logprob = torch.log_softmax(logits, -1)
+            entropy = -(logprob.exp() * logprob).nansum(-1)
+            found.append((entropy, logits.mean(-1), torch.logsumexp(2 * logprob, -1), logprob.argmax(-1)))
+        row = torch.repeat_interleave(batch.target_ptr.diff().to(rows.device))
+        entropy, mean, squares, top = (torch.cat(part)[row] for part in zip(*found, strict=True))
+        targets = batch.targets.to(rows.device)
+        return {"entropy": entropy, "mean_logits": mean, "log_sum_sq_probs": squares, "is_top1": top == targets}
 
     def logits(self, rows: torch.Tensor) -> torch.Tensor:
         """rows [R, D] -> [R, V], as the loss of these rows is computed from them; for a few rows, inside a forward."""

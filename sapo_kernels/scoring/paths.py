@@ -16,8 +16,9 @@ import torch
 
 from ..trie.trie import TokenTrie, TriePass
 from . import model_support
+from .attention import trie_attention_installed
 from .cell_sums import CellSums
-from .decoder import TreeRunner, run_padded, trie_attention_installed
+from .decoder import TreeRunner, run_padded
 from .head import OP_IMPL, HeadReader, padded_batch
 from .model_state import is_out_of_memory
 from .prefix_cache import PrefixCache

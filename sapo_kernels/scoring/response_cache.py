@@ -53,6 +53,7 @@ class ResponseCache:
 
     @property
     def num_prompts(self) -> int:
+        """K."""
         return len(self.prompts)
 
     @property

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from . import model_support
-from .decoder import NotTreeable
+from .attention import NotTreeable
 from .fingerprint import configurations, fingerprint
 from .foreign_code import foreign_code
 from .model_state import (

@@ -138,7 +138,8 @@ def _widened(value):
 
 
 @contextlib.contextmanager
-def _exact_products():
+def exact_products():
+    """Every operation in float32, and products in full precision."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -192,7 +193,7 @@ class PlainModel:
     def _noise(self, cache: ResponseCache, cell: int) -> tuple[float, float]:
         logits = self.score(cache, cell, MORE_ROWS)[0]
         try:
-            with _exact_products():
+            with exact_products():
                 exact = self.score(cache, cell, MORE_ROWS)[0]
             pairs = zip(logits.split(1), exact.split(1), strict=True)
             _, square, largest = torch.stack([_distances(a, b) for a, b in pairs]).nanquantile(USUAL_ROWS, 0).tolist()

@@ -51,7 +51,11 @@ def tree_attention(
         ValueError, TypeError: naming the argument, what was expected and what was got; nothing was computed.
         RuntimeError: an explicit ``impl`` that cannot run here.
 
-    Numerics: softmax and accumulation in float32 (float64 for float64 inputs); deterministic. No backward.
+    Gradients flow to q, k, v and sinks; only the result and the log-sum-exp of each row are kept for them. The backward
+    pass cannot be differentiated again. A NaN anywhere in a pass may reach every gradient of it, as the gradients of
+    weights that all its tokens share would.
+
+    Numerics: softmax and accumulation in float32 (float64 for float64 inputs); deterministic, gradients too.
     Source: SAPO, arXiv 2606.01967; online softmax as in FlashAttention, arXiv 2205.14135.
     """
     if isinstance(trie, TokenTrie):
@@ -66,10 +70,12 @@ def tree_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     plan = trie.to(q.device)
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+    inputs = (q, k, v) if sinks is None else (q, k, v, sinks)
+    with_lse = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
     return torch.ops.sapo_kernels.tree_attention(
         q, k, v, plan.position, plan.subtree_end, plan.block_start, plan.span_ptr, plan.span,
-        sinks, scale, window, softcap, plan.block_tokens, impl,
-    )  # fmt: skip
+        sinks, scale, window, softcap, plan.block_tokens, impl, with_lse,
+    )[0]  # fmt: skip
 
 
 def _check(q, k, v, trie, scale, window, softcap, sinks) -> None:

@@ -23,8 +23,8 @@ MEASURING = ["ceilings", "tree_attention", "linear_logprob", "in_place", "small_
 @pytest.mark.skipif(torch.cuda.is_available(), reason="toy size is for the Triton interpreter, which is off with a GPU")
 def test_every_measuring_part_starts(tmp_path, capsys, monkeypatch):
     pytest.importorskip("triton")
-    own = gpu_parts.PARTS["in_place"]
-    monkeypatch.setitem(gpu_parts.PARTS, "in_place", gpu_parts.Part("ops", "no_such_function", own.share, own.about))
+    broken = gpu_parts.Part("measure.no_such_function", 0.03, "")
+    monkeypatch.setitem(gpu_parts.PARTS, "in_place", broken)
     out = tmp_path / "out"
     code = gpu_suite.main(["--toy", "--together", "--minutes", "60", "--out", str(out), "--only", *MEASURING])
     logs = {path.stem: path.read_text() for path in (out / "logs").glob("*.log")}

@@ -6,7 +6,6 @@ import json
 import re
 import signal
 import time
-from pathlib import Path
 
 import pytest
 
@@ -17,7 +16,6 @@ from tests.oracles import small_qwen3
 from tests.sequence.sequence_helpers import everything
 
 sapo = cli_helpers.sapo
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 SMALL = ("--train-examples", 2, "--test-examples", 2, "--probe-examples", 1, "--epochs", 1, "--max-new-tokens", 3,
          "--batch-size", 2, "--device", "cpu")  # fmt: skip
 
@@ -47,7 +45,6 @@ def test_a_run_its_report_and_going_on(tiny, sapo, tmp_path, monkeypatch):
     assert sapo(*command, "--method", "o-lora", "--quiet")[:2] == (0, out)
     one_line_error(sapo(*command), "method: ", "'o-lora', as this run began with, got 'lora-inc'")
     assert everything(tmp_path / "run") == before
-    assert not {"race", "trainer"} & set(json.loads((tmp_path / "run" / "run.json").read_text())["config"])
 
 
 def test_a_file_with_options_of_the_run_and_of_the_trainer(tiny, sapo, tmp_path):
@@ -72,7 +69,7 @@ def test_a_file_with_options_of_the_run_and_of_the_trainer(tiny, sapo, tmp_path)
         (("--tasks", "a", "--order", "b"), ["--order, --tasks: expected one of them, got both"]),
         (("--data", BUNDLED_DIR), ["--order: expected the name of an order"]),
         (("--data", "/nowhere", "--order", "a"), ["/nowhere: ", "a folder with tasks, got no such folder"]),
-        (("--epochs", "0"), ["epochs: ", "more than 0"]),
+        (("--epochs", "0"), ["'epochs': ", "greater than 0"]),
         (("--train-examples", "x"), ["--train-examples"]),
         (("--policy", "best"), ["--policy"]),
         (("--no-generate",), ["generate, eval_loss: ", "at least one of them"]),
@@ -104,23 +101,3 @@ def test_control_c_says_how_to_go_on(tmp_path):
     assert process.returncode == 130 and out == "", err
     assert f"sapo: stopped; the same command goes on in {tmp_path}/r" in err and "Traceback" not in err
     assert json.loads((tmp_path / "r" / "run.json").read_text())["status"] == "running"
-
-
-@pytest.mark.skipif(not SHARED.is_dir(), reason=f"no folder {SHARED}")
-@pytest.mark.parametrize("examples", [2, pytest.param(64, marks=pytest.mark.slow)])
-def test_a_published_order(sapo, tmp_path, examples, request):
-    """Shortened; at nightly size with the tiny model as it is."""
-    limits = ("--train-examples", examples, "--epochs", 1, "--test-examples", 1, "--probe-examples", 1)
-    if examples == 2:
-        request.getfixturevalue("tiny")
-        limits += ("--max-new-tokens", 2)
-    where = ("--data", SHARED / "SUPERNI", "--order", "ni_seq_c1", "--output", tmp_path / "run")
-    code, _, err = sapo("sequence", *where, *limits)
-    assert code == 0, err
-    results = json.loads((tmp_path / "run" / "results.json").read_text())
-    names = ["task195_", "task1310", "task273_", "task611_", "task224_"]
-    assert [choice["task"][:8] for choice in results["choices"]] == names
-    matrix = results["metrics"]["rougeL"]["R"]
-    assert len(matrix) == 6 and all(0.0 <= value <= 1.0 for row in matrix for value in row)
-    assert all(results["metrics"]["rougeL"][name] is not None for name in ("AP", "BWT", "BWT_last", "FWT"))
-    assert len(list((tmp_path / "run").glob("tasks/0*/adapter/adapter_model.safetensors"))) == 5

@@ -5,11 +5,11 @@ import sys
 
 import pytest
 import torch
-from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sapo_kernels as sk
 from sapo_peft import plain_scores, tiny_model, tiny_tokenizer
+from tests.scoring.test_score import naive
 
 
 @pytest.fixture(scope="module")
@@ -75,13 +75,7 @@ EXAMPLES = [
 
 def test_plain_scores_equal_each_sequence_alone(model, tokenizer):
     cache = sk.ResponseCache.build(tokenizer, PROMPTS, EXAMPLES)
-    expected = torch.zeros(3, 3, dtype=torch.float64)
-    with torch.no_grad():
-        for k, m in ((k, m) for k in range(3) for m in range(3)):
-            context, response = cache.contexts[k][m], cache.responses[k][m]
-            logprob = functional.log_softmax(model(torch.tensor([context + response])).logits[0].double(), -1)
-            for i, token in enumerate(response):
-                expected[k, m] -= logprob[len(context) + i - 1, token]
+    expected = naive(model, cache)
     for batch_size in (1, 2, 8, 100):
         nll = plain_scores(model, cache, batch_size)
         assert nll.dtype == torch.float64 and (nll - expected).abs().max() < 1e-4

@@ -10,15 +10,16 @@ from dataclasses import fields
 import pytest
 from transformers import TrainingArguments
 
-from sapo_peft import PromptPool
+from sapo_peft import PromptPool, last_good_checkpoint
 from sapo_peft.assets import BUNDLED_DIR
 from sapo_peft.cli import train
 from sapo_peft.cli.main import main
 from sapo_peft.data.prompt_pool import PoolPrompt
+from sapo_peft.locks import alone
 from tests.cli import cli_helpers
 from tests.cli.cli_helpers import child, one_line_error, put
 
-sapo = cli_helpers.sapo
+sapo, files, model = cli_helpers.sapo, cli_helpers.files, cli_helpers.model
 
 # Seconds until a child process must have ended.
 DEADLINE = 300
@@ -152,7 +153,7 @@ def test_bad_values_are_refused_before_the_model_is_loaded(tmp_path, sapo, words
     else:
         words += [option, value.replace("{out}", str(tmp_path))]
     one_line_error(sapo(*words), expected)
-    assert not list((tmp_path / "out").glob("*"))
+    assert not list((tmp_path / "out").glob("[!.]*"))
 
 
 def test_a_run_and_its_resumption(tmp_path, words, sapo):
@@ -278,3 +279,45 @@ def test_a_saved_pool_can_be_scored_and_trained_on(tmp_path, words):
     assert main(["score", "--prompts", str(tmp_path / "prompts.json"), "--data", DATA, "--examples", "2"]) == 0
     assert main([*words, "--max-steps", "1"]) == 0
     assert json.loads((tmp_path / "out" / "sapo_prompts.json").read_text())["tasks"][TASK]["prompts"] == 2
+
+
+def test_training_that_diverges_ends_with_an_error_and_without_an_adapter(tmp_path, words, sapo):
+    code, out, err = sapo(*words, "--lr", "1e30", "--save-steps", "1000")
+    assert code == 2 and "expected finite weights, got NaN or infinity" in err and "trained with prompt" not in out
+    assert not list((tmp_path / "out").rglob("adapter_model.safetensors"))
+
+
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path, words, sapo):
+    (tmp_path / "out").mkdir()
+    with alone(tmp_path / "out" / ".lock", tmp_path):
+        code, _, err = sapo(*words)
+    assert code != 0 and "another process is at work here" in err
+    assert sapo(*words)[0] == 0
+
+
+def test_what_is_learnt_must_be_the_same_on_resumption(words, sapo):
+    assert sapo(*words)[0] == 0
+    code, _, err = sapo(*words, "--resume", "--max-steps", "6", "--lora-alpha", "64")
+    assert code != 0 and "adapter 'default': lora_alpha: expected 32 as before, got 64" in err
+    code, _, err = sapo(*words, "--resume", "--max-steps", "6", "--lr", "3e-4")
+    assert code == 0 and "learning_rate 0.001 -> 0.0003" in err and "max_steps 4 -> 6" in err
+
+
+def test_a_run_killed_while_it_wrote_its_first_checkpoint_begins_anew(tmp_path, words, sapo):
+    cut = tmp_path / "out" / "checkpoint-2"
+    cut.mkdir(parents=True)
+    (cut / "optimizer.pt").write_bytes(b"PK")
+    code, out, err = sapo(*words, "--resume")
+    assert code == 0 and "No checkpoint to resume from: a new run." in out and "is not whole" in err
+    assert last_good_checkpoint(tmp_path / "out") == str(tmp_path / "out" / "checkpoint-4")
+
+
+def test_an_adapter_that_changed_is_not_loaded(tmp_path, words, sapo, files):
+    assert sapo(*words)[0] == 0
+    score = ("score", "--prompts", "p.json", "--data", "d.json", "--adapter", tmp_path / "out")
+    assert sapo(*score)[0] == 0
+    weights = tmp_path / "out" / "adapter_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-3] ^= 16
+    weights.write_bytes(content)
+    one_line_error(sapo(*score), "adapter_model.safetensors: expected sha256")

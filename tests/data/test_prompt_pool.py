@@ -126,6 +126,7 @@ def test_rules_of_a_tokenizer():
     assert again.extended([special + "c"]).prompts == again.prompts
     with pytest.raises(DataError, match="marker 'b'"):
         plain.checked(markers=["b"])
+    assert plain.checked(markers=["text"]).markers == ("<X>", "text"), "more of them, none instead"
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,7 @@ JOBS = {
     "duplicates": random_cells(3, prompts=2, examples=3) * 3,
     "deep": [([1] * 70 + [2 + c] * 20, [3, 4]) for c in range(4)],
     "random": random_cells(4, prompts=3, examples=4, longest=12),
+    "short": random_cells(6, prompts=2, examples=2, longest=4),
     "large": random_cells(5, prompts=5, examples=6, longest=20),
 }
 SLOW_INTERPRETED = "the interpreter takes too long; smaller cases go the same way"

@@ -23,20 +23,11 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from tests.native import NATIVE_TESTS
+
 ROOT = Path(__file__).resolve().parents[2]
 # Not the packages themselves: what is imported must be what was installed. Tests compile some of csrc/ for themselves.
 COPIED = ("tests", "tools", "benchmarks", "csrc", "examples", "docs", "README.md", "pyproject.toml")
-NATIVE_TESTS = (
-    "kernels/test_accumulate.py",
-    "kernels/test_reweight.py",
-    "kernels/test_reweight_calls.py",
-    "kernels/test_prompt_state.py",
-    "kernels/test_planner.py",
-    "kernels/test_trie.py",
-    "scoring/test_score.py",
-    "native/test_native.py",
-    "native/test_native_attacks.py",
-)
 # What an installation can lose: commands, examples, data and a model that ship, pages made of templates, both packages.
 INSTALLED_TESTS = (
     "cli", "data", "report", "system/test_examples.py", "system/test_imports.py", "kernels/test_ops.py",
@@ -129,20 +120,12 @@ def main() -> None:
                 shutil.copy2(origin, outside / name)
         python = folder / "venv" / "bin" / "python"
         run(sys.executable, "-m", "venv", folder / "venv", cwd=folder, minutes=5)
-        install = (
-            python,
-            "-m",
-            "pip",
-            "--disable-pip-version-check",
-            "install",
-            "-q",
-            "-c",
-            ROOT / ".ci/constraints.txt",
-        )
+        pip = ["-m", "pip", "--disable-pip-version-check", "install", "-q", "-c"]
+        install = (python, *pip, ROOT / ".ci/constraints.txt")
         # torch first and by its pin, as in the Makefile.
         run(*install, "torch", "numpy", cwd=folder, minutes=15, quiet=True)
         run(*install, f"{plain}[train,dev]", cwd=folder, minutes=15, quiet=True)
-        tests = [f"tests/{name}" for name in NATIVE_TESTS]
+        tests = [f"tests/{name}" for name in (*NATIVE_TESTS, "scoring/test_score.py", "native/test_native.py")]
         print("without native modules", flush=True)
         run(python, *PYTEST, *tests, cwd=outside, minutes=15)
         without = digests(python, outside, loaded=False)

@@ -26,6 +26,8 @@ sys.path.insert(0, str(ROOT / "csrc"))
 
 import build_native  # noqa: E402
 
+from tests.native import NATIVE_TESTS  # noqa: E402
+
 FLAGS = [
     "-std=c++17",
     "-O1",
@@ -69,15 +71,6 @@ LEFT_OUT = (
     "not without_the_module and not opcheck and not compiles_without and not deep_tries "
     "and not two_long_sequences and not other_threads_run "
     "and not less_than and not under_compile"
-)
-TESTS = (
-    "kernels/test_accumulate.py",
-    "kernels/test_reweight.py",
-    "kernels/test_reweight_calls.py",
-    "kernels/test_prompt_state.py",
-    "kernels/test_planner.py",
-    "kernels/test_trie.py",
-    "native/test_native_attacks.py",
 )
 
 
@@ -175,19 +168,11 @@ def main() -> None:
         modules = copy_with_sanitized_modules(folder)
         check_who_is_tested(folder, modules)
         print(f"built with sanitizers: {', '.join(modules)}, {time.monotonic() - started:.0f} s", flush=True)
-        tests = [f"tests/{test}" for test in TESTS if (folder / "tests" / test).exists()]
+        tests = [f"tests/{test}" for test in NATIVE_TESTS if (folder / "tests" / test).exists()]
         steps = {
             "tests": ["-m", "pytest", "-p", "no:cacheprovider", "--no-header", "-k", LEFT_OUT, "--durations=5", *tests],
-            "fuzzer": [
-                "-W",
-                "ignore",
-                "-m",
-                "tests.native.fuzz_native",
-                "--seconds",
-                args.seconds,
-                "--seed",
-                args.seed,
-            ],
+            "fuzzer": ["-W", "ignore", "-m", "tests.native.fuzz_native"]
+            + ["--seconds", args.seconds, "--seed", args.seed],
         }
         for step, command in steps.items():
             code, text = run([sys.executable, *command], cwd=folder, env=environment(), timeout=1200 + args.seconds)

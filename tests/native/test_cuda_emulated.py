@@ -22,7 +22,7 @@ from sapo_kernels.reweight.prompt_state import DTYPES
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
 
 
 @pytest.fixture(scope="module")

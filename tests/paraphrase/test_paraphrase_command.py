@@ -83,7 +83,7 @@ def test_one_run_at_a_time_and_one_that_is_stopped_is_gone_on_from(sapo, endpoin
             end = time.monotonic() + 60
             while saved() < 11 and process.poll() is None and time.monotonic() < end:
                 time.sleep(0.02)
-            one_line_error(sapo(*arguments), "pool.json: another process is filling this file")
+            one_line_error(sapo(*arguments), "pool.json: another process is at work here")
             process.send_signal(number)
             _, err = process.communicate(timeout=20)
         finally:

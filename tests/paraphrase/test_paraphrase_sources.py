@@ -68,6 +68,7 @@ def test_each_answer_is_saved_as_it_arrives(tmp_path, stop):
     assert source.requests[0].wanted == 3 and PromptPool.read(store) == made
     source = Scripted()
     assert gather(pool, source, 5, store=store) == made and source.requests == []
+    assert gather(pool, source, 2, store=store).prompts == made.prompts[:4], "fewer are wanted than the store has"
 
 
 def test_prompts_of_the_store_pass_the_rules_of_now(tmp_path):

@@ -12,10 +12,10 @@ import sys
 from html import unescape
 from pathlib import Path
 
-from sapo_kernels.files import write_json
+from sapo_kernels.manifest import write_manifest
 from sapo_peft.report import write_report
-from sapo_peft.sequence import sequence_metrics
-from sapo_peft.sequence.folder import task_folder
+from sapo_peft.sequence import folder, schema
+from sapo_peft.sequence.results import results_of
 
 TASKS = ["task1310_amazonreview_rating_classification", "task195_sentiment140", "sort_numbers", "task360_spolin"]
 TWO = ["sort_numbers", "task195_sentiment140"]
@@ -27,11 +27,11 @@ ORIGINAL = (
 )
 
 
-def make_run(folder: Path, policy="sapo", seed=0, tasks=TASKS, done=None, prompts=21, scorings=5, method="lora-inc",
+def make_run(path: Path, policy="sapo", seed=0, tasks=TASKS, done=None, prompts=21, scorings=5, method="lora-inc",
              order="ni_seq_c1", options=None, measures=("rougeL", "exact_match"), gain=None) -> Path:  # fmt: skip
     """Write a run folder and return it. done: tasks that are finished (None: all). gain: in place of the policy's."""
     draw = random.Random(f"{policy} {seed} {method} {order}")
-    size, files, choices, spent = len(tasks), {}, [], []
+    size = len(tasks)
     done = size if done is None else done
     gain = GAIN[policy] if gain is None else gain
 
@@ -45,12 +45,13 @@ def make_run(folder: Path, policy="sapo", seed=0, tasks=TASKS, done=None, prompt
         for measure in measures
     }
 
-    def evaluation(number: int) -> dict:
-        answers = [{"input": f"text {m}", "target": "good", "answer": f"answer {number}.{m}"} for m in range(3)]
-        return {"row": {measure: found[number] for measure, found in matrices.items()}, "examples": [200] * size,
-                "seconds": 12.5, "notes": [], "answers": [answers] * size}  # fmt: skip
+    def evaluation(number: int) -> schema.Evaluation:
+        row = {measure: found[number] for measure, found in matrices.items()}
+        answers = [[schema.Answer(input=f"text {j}.{m}", target="good", answer=f"answer {number}.{m}")
+                    for m in range(3)] for j in range(1, size + 1)]  # fmt: skip
+        return schema.Evaluation(row=row, examples=[200] * size, seconds=12.5, answers=answers)
 
-    for number, task in enumerate(tasks[:done], 1):
+    def task(number: int) -> schema.FinishedTask:
         words = ORIGINAL.split()
         texts = [" ".join(words[: draw.randint(5, 20)] + draw.sample(words, 12)) + "." for _ in range(prompts)]
         texts[0] = ORIGINAL
@@ -60,44 +61,40 @@ def make_run(folder: Path, policy="sapo", seed=0, tasks=TASKS, done=None, prompt
             loss = [round(q * 0.8**step + draw.uniform(-0.04, 0.04), 6) for q in quality]
             extremes = {"sapo": loss.index(min(loss)), "worst": loss.index(max(loss))}
             chosen = extremes.get(policy, (seed + number) % prompts)
-            records.append({
-                "step": 40 * step, "reason": "drift" if step else "start", "loss": loss, "tokens": [640] * prompts,
-                "weights": [float(i == chosen) for i in range(prompts)], "chosen": chosen,
-                "seconds": draw.uniform(0.5, 2), "dense_tokens": 60_000, "computed_tokens": 23_456,
-            })  # fmt: skip
-        index, last = (records[-1]["chosen"], records[-1]["loss"]) if records else (0, [None] * prompts)
-        losses = [[10 * i, round(1.2 * 0.9**i + draw.uniform(0, 0.1) - gain, 4)] for i in range(20)]
-        place = f"tasks/{task_folder(number, task)}/"
-        files[f"{place}scores"] = {"task": task, "prompts": texts, "suffix": "", "chosen": index, "scorings": records}
-        files[f"{place}metrics"] = evaluation(number)
-        files[f"{place}train"] = {"losses": losses, "seconds": 61.5, "tokens": 91_234, "examples": 1000}
-        files[f"{place}data"] = {"rows": {"train": 1000, "test": 200}, "notes": ["1 row left out"]}
-        choices.append({"task": task, "index": index, "prompt": texts[index], "original": ORIGINAL, "prompts": prompts,
-                        "loss": last[index], "original_loss": last[0]})  # fmt: skip
-        spent += [record["seconds"] for record in records]
-    cost = {
-        "score_seconds": sum(spent), "train_seconds": 61.5 * done, "eval_seconds": 12.5 * (done + 1),
-        "train_tokens": 91_234 * done, "score_dense_tokens": 60_000 * len(spent),
-        "score_computed_tokens": 23_456 * len(spent), "overhead_fraction": 0.0,
-    }  # fmt: skip
-    metrics = {measure: {"R": found, **sequence_metrics(found)} for measure, found in matrices.items()}
-    files |= {"results": {"tasks": tasks, "metrics": metrics, "choices": choices, "cost": cost}} if done else {}
-    files["before"] = evaluation(0)
-    files["run"] = {
-        "kind": "sequence", "status": "done" if done == size else "running", "method": method, "policy": policy,
-        "order": order, "tasks": tasks, "seed": seed, "model": "tiny", "started": "2026-06-01T10:00:00Z", "data": {},
-        "config": {"seed": seed, "policy": policy, "epochs": 2, "learning_rate": 1e-4, **(options or {})},
-        "versions": {"torch": "2.13.0"}, "finished": "2026-06-01T10:06:40Z" if done == size else None,
-        "warnings": ["labels were cut at 128 tokens"],
-    }  # fmt: skip
-    for name, content in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        write_json(folder / f"{name}.json", {"version": 1, **content})
-    return folder
+            records.append(schema.ScoringRecord(
+                step=40 * step, reason="drift" if step else "start", loss=loss, tokens=[640] * prompts, chosen=chosen,
+                weights=[float(i == chosen) for i in range(prompts)], seconds=draw.uniform(0.5, 2),
+                dense_tokens=60_000, computed_tokens=23_456,
+            ))  # fmt: skip
+        losses = [(10 * i, round(1.2 * 0.9**i + draw.uniform(0, 0.1) - gain, 4)) for i in range(20)]
+        return schema.FinishedTask(
+            schema.Scores(task=tasks[number - 1], prompts=texts, suffix="", scorings=records,
+                          chosen=records[-1].chosen if records else 0),
+            evaluation(number),
+            schema.Training(losses=losses, seconds=61.5, tokens=91_234, examples=1000),
+            schema.TaskData(rows={"train": 1000, "test": 200}, notes=["1 row left out"]),
+        )  # fmt: skip
+
+    record = schema.RunRecord(
+        method=method, policy=policy, order=order, tasks=tasks, seed=seed, model="tiny", data={},
+        started="2026-06-01T10:00:00Z", versions={"torch": "2.13.0"}, warnings=["labels were cut at 128 tokens"],
+        config={"seed": seed, "policy": policy, "epochs": 2, "learning_rate": 1e-4, **(options or {})},
+        **({"status": "done", "finished": "2026-06-01T10:06:40Z"} if done == size else {}),
+    )  # fmt: skip
+    with folder.run_folder(path) as opened:
+        before, finished = evaluation(0), []
+        for number, name in enumerate(tasks[:done], 1):
+            finished.append(task(number))
+            with opened.staging(number, name) as staging:
+                folder.write_documents(staging, finished[-1])
+                opened.write({}, staging)
+        results = {"results": results_of(tasks, before, finished)} if done else {}
+        opened.write({"run": record, "before": before, **results})
+    return path
 
 
-def small(folder, policy="sapo", seed=0, **options):
-    return make_run(folder, policy, seed, **{"tasks": TWO, "prompts": 4, "scorings": 3, **options})
+def small(path, policy="sapo", seed=0, **options):
+    return make_run(path, policy, seed, **{"tasks": TWO, "prompts": 4, "scorings": 3, **options})
 
 
 def read(path):
@@ -113,6 +110,22 @@ def edit(path, *keys, value):
     if value is KeyError:
         del at[keys[-1]]
     path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def sealed(run: Path) -> Path:
+    """Manifests of the files as they are now."""
+    for task in (run / "tasks").iterdir():
+        write_manifest(task, folder.TASK)
+    write_manifest(run, folder.RUN, skip=folder._foreign)
+    return run
+
+
+def of_version_1(run: Path) -> Path:
+    """Without the manifests that later runs have, so that only what a file says can be checked."""
+    for manifest in run.rglob("sapo_manifest.json"):
+        manifest.unlink()
+    edit(run / "run.json", "version", value=1)
+    return run
 
 
 def page(*runs, out=None):

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 
 from sapo_kernels.files import DataError
-from sapo_peft.report import MAX_DETAILED, write_report
+from sapo_peft.report import MAX_DETAILED, find_runs, write_report
 from sapo_peft.report.charts import Series, _Scale, plot
-from sapo_peft.report.compare import difference, group_runs, student_interval
-from sapo_peft.report.runs import find_runs, read_run
+from sapo_peft.report.compare import difference, group_runs
 from sapo_peft.report.text import fixed, line, name, signed, visible, whole, word_diff
+from sapo_peft.sequence.folder import read_run
 from tests.cli import cli_helpers
 from tests.cli.cli_helpers import one_line_error
-from tests.report.report_runs import TWO, edit, make_run, page, read, small
+from tests.report.report_runs import TWO, edit, make_run, of_version_1, page, read, sealed, small
 
 sapo = cli_helpers.sapo
 CELL = re.compile(r'<td class="(own|ahead|) ?(bad|)" style="--good:([\d.]+)">([^<]*)</td>')
@@ -52,7 +52,8 @@ def test_numbers_are_those_of_the_folder(tmp_path):
     assert f"scoring: {spent[0]:.1f} s, {100 * spent[0] / sum(spent):.1f} %" in text and "91,234 tokens" in text
     assert re.search(rf"whole run \S+ \S+ \S+ {100 * spent[0] / sum(spent):.1f} 364,936 ", text)
     for told in ("AP, average performance (ROUGE-L) %.1f" % (100 * results["metrics"]["rougeL"]["AP"]),
-                 "labels were cut at 128 tokens", "1 row left out", "text 2 good answer 0.2 answer 4.2",
+                 "labels were cut at 128 tokens", "1 row left out", "text 3.2 good answer 0.2 answer 3.2",
+                 "text 4.2 good answer 0.2 answer 4.2",
                  "One run says nothing about whether choosing helped"):  # fmt: skip
         assert told in text
     assert 'class="compare"' not in html
@@ -106,22 +107,20 @@ def test_a_task_that_left_the_original_for_a_while_is_counted(tmp_path):
     for i, chosen in enumerate((0, 1, 0)):
         edit(scores, "scorings", i, "chosen", value=chosen)
     edit(scores, "chosen", value=0)
-    for key, value in (("index", 0), ("prompt", read(scores)["prompts"][0])):
-        edit(run / "results.json", "choices", 0, key, value=value)
-    _, text = page(run)
+    _, text = page(sealed(run))
     assert "Tasks trained on another prompt 1 of 1" in text and "Original, which was kept" in text
 
 
 def test_differences_are_paired_by_seed(tmp_path):
-    # Of [1, 2, 4]: mean 7/3, standard error 0.88192, 4.30265 of them on either side.
-    assert student_interval([1.0, 2.0, 4.0]) == pytest.approx((7 / 3 - 3.79462, 7 / 3 + 3.79462), abs=1e-4)
-    assert student_interval([0.25, 0.25]) == (0.25, 0.25) and student_interval([0.5]) is None
     runs = [small(tmp_path / f"sapo-{seed}", "sapo", seed) for seed in (0, 1, 2)]
     runs += [small(tmp_path / f"original-{seed}", "original", seed) for seed in (2, 1, 7)]
     [group] = group_runs([read_run(run) for run in runs])
     found = difference(*group.arms, "rougeL", "BWT")
     level = {run.name: read(run / "results.json")["metrics"]["rougeL"]["BWT"] for run in runs}
     assert found.values == [level[f"sapo-{seed}"] - level[f"original-{seed}"] for seed in (1, 2)]
+    # Student's 97.5 % point with one degree of freedom; the standard error of two values is half their distance.
+    half = 12.7062 * abs(found.values[0] - found.values[1]) / 2
+    assert found.interval == pytest.approx((found.mean - half, found.mean + half), rel=1e-4)
     assert found.mean == sum(found.values) / 2
     assert re.search(rf"BWT original 3 \S+ {re.escape(signed(100 * found.mean))} 2 ", page(*runs)[1])
 
@@ -142,6 +141,7 @@ def test_other_runs_are_not_compared(tmp_path, change):
     other = small(tmp_path / "other", "original", **({"tasks": TWO[::-1]} if change == "tasks" else {}))
     if change != "tasks":
         edit(other / "run.json", change, value={"base": "0123"} if change == "data" else "another")
+        sealed(other)
     html, text = page(one, other)
     assert "1 run given, of another method" in text and "less original" not in text and 'id="comparison"' not in html
 
@@ -172,6 +172,7 @@ def test_a_folder_of_runs(tmp_path):
             for seed in (1, 0):
                 small(tmp_path / method / policy / str(seed), policy, seed, method=method)
     small(tmp_path / "o-lora" / ".being-written")
+    of_version_1(tmp_path / "lora-inc" / "worst" / "1")
     assert len(find_runs([tmp_path])) == 12
     html, text = page(tmp_path)
     assert text.startswith("12 runs of tasks in a row") and (tmp_path / "report.html").read_text() == html

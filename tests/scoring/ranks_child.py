@@ -205,6 +205,29 @@ def scene_sharded(case, rank: int) -> dict:
     return found
 
 
+def scene_trained(case, rank: int) -> dict:
+    """score_prompts itself on a model sharded by FSDP2 and on the whole one, before and after a step of SGD."""
+    from torch.distributed.fsdp import fully_shard
+
+    def steps(model) -> list:
+        optimizer, found = torch.optim.SGD(model.parameters(), lr=0.1), []
+        for _ in range(2):
+            scores = sk.score_prompts(model, cache, progress=False)
+            found.append((scores.stats["path"], scores.nll.tolist()))
+            ids = torch.tensor([cache.contexts[scores.best][0] + cache.responses[scores.best][0]])
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return found
+
+    cache, model = cache_of(7, 2, 4, vocabulary=200), small_qwen3()
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    kinds = sorted({type(p.data).__name__ for p in model.parameters()})
+    return {"whole": steps(small_qwen3()), "sharded": steps(model), "kinds": kinds}
+
+
 def scene_wrapped(case, rank: int) -> dict:
     """Plain, in DDP, with an adapter, through Accelerate: whole options of score_prompts go through."""
     from accelerate import Accelerator

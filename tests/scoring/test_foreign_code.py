@@ -8,14 +8,9 @@ import pytest
 import torch
 
 from sapo_kernels.scoring import fingerprint, foreign_code
-from tests.families import build, cells
+from tests.families import build
 
 pytest.importorskip("transformers")
-
-
-@pytest.fixture(scope="module")
-def cache():
-    return cells()
 
 
 @functools.wraps(torch.nn.functional.silu)
@@ -42,7 +37,7 @@ def test_code_of_the_users_own_is_found_behind_any_wrapper(code):
     assert "a forward hook of 'model.layers.1.mlp'" in foreign_code.foreign_code(model, [])
 
 
-def test_code_of_libraries_is_not_foreign(cache):
+def test_code_of_libraries_is_not_foreign():
     accelerate, peft = pytest.importorskip("accelerate"), pytest.importorskip("peft")
     model = build("qwen3")
     model.enable_input_require_grads()

@@ -4,107 +4,76 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import random
 
-import numpy as np
 import pytest
 import torch
 
 import sapo_kernels as sk
-from tests.families import build, cells, made, per_token_error, plain_nll
-from tests.scoring.test_families import vision_language
-from tests.tolerances import TOLERANCES
+from sapo_kernels.scoring import attention, paths
+from tests.families import TOLERANCE, build, cells, per_token_error, plain_nll
+from tests.scoring.snapshots import assert_unchanged, in_training, snapshot
 
 pytest.importorskip("transformers")
-
-TOLERANCE = TOLERANCES["token nll"].atol
-
-
-@pytest.fixture(scope="module")
-def cache():
-    return cells()
-
-
-def snapshot(model) -> dict:
-    """Everything about a model and the process that scoring must not change; tensors by identity and by value."""
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
-    parts_of = [getattr(c, name, None) for c in configs.values() for name in c.sub_configs]
-    configs.update({id(c): c for c in parts_of if c is not None})
-    parts = {
-        "training": [m.training for m in model.modules()],
-        "hooks": [(len(m._forward_hooks), len(m._forward_pre_hooks), "forward" in vars(m)) for m in model.modules()],
-        "attention": [(c._attn_implementation, c.get_text_config()._attn_implementation) for c in configs.values()],
-        "config": [c.to_dict() for c in configs.values()],
-        "requires_grad": [p.requires_grad for p in model.parameters()],
-        "generators": (torch.random.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()),
-        "process": (torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.get_num_threads()),
-        "buffers": [(n, b.tolist()) for n, b in model.named_buffers(remove_duplicate=False)],
-    }
-    parts["parameters"] = [(id(p), p._version, id(p.grad)) for p in model.parameters()]
-    parts["grads"] = [None if p.grad is None else p.grad.double().sum().item() for p in model.parameters()]
-    return parts
-
-
-def in_training(name: str = "qwen3"):
-    """A model in the middle of training: one layer kept in evaluation, one parameter frozen, gradients present."""
-    model = made(lambda: vision_language(name)) if name == "gemma3" else build(name)
-    ids = torch.arange(5, 25)[None]
-    kinds = {"token_type_ids": torch.zeros_like(ids)} if name == "gemma3" else {}
-    model(input_ids=ids, labels=ids, **kinds).loss.backward()
-    list(model.modules())[4].eval()
-    next(model.parameters()).requires_grad_(False)
-    return model
 
 
 @pytest.mark.parametrize(
     ("name", "impl"),
-    [("qwen3", "tree"), ("qwen3", "padded"), ("gemma2", "tree"), ("gpt2", "tree"), ("mixtral", "tree"),
-     ("gemma3", "tree"), ("dbrx", "tree"), ("mamba2", "auto"), ("bloom", "auto"), ("falcon_h1", "auto")],
+    [("qwen3", "tree"), ("qwen3", "padded"), ("lora", "tree"), ("gemma2", "tree"), ("gpt2", "tree"),
+     ("mixtral", "tree"), ("gemma3", "tree"), ("dbrx", "tree"), ("mamba2", "auto"), ("bloom", "auto"),
+     ("falcon_h1", "auto")],
 )  # fmt: skip
 @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
 def test_left_as_it_was(name, impl, grad, cache):
     model = in_training(name)
+    plain = plain_nll(model, cache)
     with torch.set_grad_enabled(grad):
-        for _ in range(2):  # with the probe and without
+        for _ in range(2):  # verified for the first time, and again
             before = snapshot(model)
             scores = sk.score_prompts(model, cache, impl=impl, max_tokens=200)
-            after = snapshot(model)
-            assert not scores.nll.requires_grad
-            for part, value in before.items():
-                assert after[part] == value, part
+            assert_unchanged(before, model)
+            assert not scores.nll.requires_grad and per_token_error(scores, plain) < TOLERANCE
 
 
-class Bomb:
-    """A forward that raises on its n-th call."""
+def interrupt(where: str, error, at: int, model, monkeypatch):
+    """Raise at the n-th call of something inside the model's forward; returns what undoes it."""
+    left = [at]
 
-    def __init__(self, forward, calls: int, error: BaseException):
-        self.forward, self.calls, self.error = forward, calls, error
+    def count(*args, **kwargs):
+        left[0] -= 1
+        if left[0] == 0:
+            raise error
 
-    def __call__(self, *args, **kwargs):
-        self.calls -= 1
-        if self.calls == 0:
-            raise self.error
-        return self.forward(*args, **kwargs)
+    if where == "hook":  # the model is scored alone then
+        return model.model.layers[1].mlp.register_forward_hook(count).remove
+    owner, name = {"attention": (attention, "tree_attention"), "batch": (paths, "run_padded")}[where]
+    plain = getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *args, **kwargs: (count(), plain(*args, **kwargs))[1])
+    return monkeypatch.undo
 
 
-@pytest.mark.parametrize("error", [RuntimeError("boom"), KeyboardInterrupt("boom")], ids=lambda e: type(e).__name__)
-@pytest.mark.parametrize("impl", ["tree", "padded"])
-@pytest.mark.parametrize("probed", [True, False], ids=["later", "in the probe"])
-def test_left_as_it_was_after_an_exception(impl, error, probed, cache, monkeypatch):
-    model = in_training("gemma3")
-    plain = plain_nll(model, cache)
-    if probed:
-        sk.score_prompts(model, cache, impl=impl)
-    before = snapshot(model)
-    layer = model.model.language_model.layers[1].mlp
-    with monkeypatch.context() as patch:
-        patch.setattr(layer, "forward", Bomb(layer.forward, 3, error))
-        with pytest.raises(type(error), match="boom"):
-            sk.score_prompts(model, cache, impl=impl, max_tokens=24)
-    after = snapshot(model)
-    for part, value in before.items():
-        assert after[part] == value, part
-    assert per_token_error(sk.score_prompts(model, cache, impl=impl, max_tokens=24), plain) < TOLERANCE
+@pytest.mark.parametrize("where", ["hook", "attention", "batch"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError("broken"), SystemExit], ids=repr)
+@pytest.mark.parametrize("at", [1, 3])
+def test_an_exception_restores_everything(error, at, where, cache, monkeypatch):
+    model = in_training("qwen3")
+    plain, before = plain_nll(model, cache), snapshot(model)
+    undo = interrupt(where, error, at, model, monkeypatch)
+    during = snapshot(model)
+    impl = "padded" if where == "batch" else "auto"
+    try:
+        if isinstance(error, type) or where == "hook":
+            with pytest.raises(error if isinstance(error, type) else RuntimeError):
+                sk.score_prompts(model, cache, impl=impl, max_tokens=48)
+        else:  # the next path is taken
+            scores = sk.score_prompts(model, cache, impl=impl, max_tokens=48)
+            assert "broken" in scores.stats["reason"]
+    finally:
+        assert_unchanged(during, model)
+        undo()
+    assert_unchanged(before, model)
+    scores = sk.score_prompts(model, cache, impl=impl)
+    assert scores.stats["path"] == ("padded" if where == "batch" else "tree")
+    assert per_token_error(scores, plain) < TOLERANCE
 
 
 def test_the_model_works_as_before_after_scoring(cache):
@@ -146,25 +115,17 @@ def assert_no_worse(name: str, paths, dtype=torch.float32, autocast=contextlib.n
 
 
 TREE_PATHS = (("auto", 4096, "tree"), ("tree", 24, "tree"), ("padded", 200, "padded"))
-PADDED_PATHS = (("auto", 200, "padded"),)
-
-
 LOW = ["llama-tied", "qwen3", "gemma2", "gemma3_text", "gpt_oss", "deepseek_v3", "gpt2", "phi"]
+LOW_CASES = [
+    *((name, torch.bfloat16, TREE_PATHS) for name in LOW),
+    *((name, torch.float16, TREE_PATHS) for name in ("qwen3", "gemma2", "gpt_oss", "gpt2")),
+    *((name, torch.bfloat16, (("auto", 200, "padded"),)) for name in ("mamba2", "bloom")),
+]
 
 
-@pytest.mark.parametrize("name", LOW)
-def test_bfloat16_is_as_good_as_the_plain_forward(name):
-    assert_no_worse(name, TREE_PATHS, torch.bfloat16)
-
-
-@pytest.mark.parametrize("name", ["qwen3", "gemma2", "gpt_oss", "gpt2"])
-def test_float16_is_as_good_as_the_plain_forward(name):
-    assert_no_worse(name, TREE_PATHS, torch.float16)
-
-
-@pytest.mark.parametrize("name", ["mamba2", "bloom"])
-def test_bfloat16_on_the_padded_path(name):
-    assert_no_worse(name, PADDED_PATHS, torch.bfloat16)
+@pytest.mark.parametrize(("name", "dtype", "paths"), LOW_CASES, ids=[f"{n}-{d}" for n, d, _ in LOW_CASES])
+def test_low_precision_is_as_good_as_the_plain_forward(name, dtype, paths):
+    assert_no_worse(name, paths, dtype)
 
 
 @pytest.mark.parametrize("name", LOW)

@@ -6,11 +6,9 @@ import pytest
 import torch
 
 import sapo_kernels as sk
-from benchmarks import peers
+from sapo_peft import plain_scores
+from tests.families import TOLERANCE, plain_nll
 from tests.oracles import byte_tokenizer, small_qwen3
-from tests.tolerances import TOLERANCES
-
-TOLERANCE = TOLERANCES["token nll"].atol
 
 
 def job(seed: int = 0, prompts: int = 2, examples: int = 10, low: int = 5) -> sk.ResponseCache:
@@ -62,13 +60,8 @@ def test_activated_lora_takes_the_padded_path():
     model = peft.get_peft_model(small_qwen3(), config).eval()
     scores = sk.score_prompts(model, cache)
     assert scores.stats["path"] == "padded" and "invocation tokens" in scores.stats["reason"]
-    alone = []
-    for context, response in zip(sum(cache.contexts, []), sum(cache.responses, []), strict=True):
-        ids = torch.tensor([context + response])
-        with torch.no_grad():
-            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, len(context) - 1 : -1]
-        alone.append(-torch.log_softmax(logits.double(), -1).gather(-1, torch.tensor(response)[:, None]).sum())
-    assert float((scores.nll.flatten() - torch.stack(alone)).abs().max()) < TOLERANCE
+    masked = lambda **inputs: model(**inputs, attention_mask=torch.ones_like(inputs["input_ids"]))
+    assert float((scores.nll - plain_nll(model, cache, masked)).abs().max()) < TOLERANCE
     with pytest.raises(RuntimeError, match="invocation tokens"):
         sk.score_prompts(model, cache, impl="tree")
 
@@ -76,11 +69,11 @@ def test_activated_lora_takes_the_padded_path():
 def test_offloaded_model():
     accelerate = pytest.importorskip("accelerate")
     model, cache = small_qwen3(), job()
-    wanted = peers.padded_loop(model, cache)
+    wanted = plain_scores(model, cache)
     accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
     assert model.get_input_embeddings().weight.device.type == "meta"
     scores = sk.score_prompts(model, cache)
-    assert float((scores.nll.flatten() - wanted).abs().max()) < TOLERANCE
+    assert float((scores.nll - wanted).abs().max()) < TOLERANCE
 
 
 PARTS = """{% for m in messages %}[{{ m.role }}]{% for p in m.content %}{{ p.text }}{% endfor %}<|im_end|>

@@ -6,27 +6,13 @@ import pytest
 import torch
 
 import sapo_kernels as sk
-from tests.families import build, cells, per_token_error, plain_nll, print_table
-from tests.tolerances import TOLERANCES
+from tests import families
+from tests.families import TOLERANCE, build, per_token_error, plain_nll
 
 peft = pytest.importorskip("peft")
 
-TOLERANCE = TOLERANCES["token nll"].atol
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
-
-
-@pytest.fixture(scope="module")
-def cache():
-    return cells()
-
-
-@pytest.fixture(scope="module")
-def table():
-    """Rows of (adapter, path or "moved" from the base model, difference), printed when the module is done."""
-    rows: list[tuple[str, str, float]] = []
-    yield rows
-    print_table("largest difference from the plain forward, nats per token", rows)
 
 
 def adapted(base, config, name: str = "default", seed: int = 1):
@@ -55,14 +41,10 @@ def lora(targets=None, **options):
 
 
 def check(model, cache, table, what: str, base=None, *, path: str = "tree"):
-    """Tree path with small and large passes and padded path, each against the plain forward of `model` as it is."""
-    plain = plain_nll(model, cache)
-    for impl, max_tokens in (("auto", 4096), ("auto", 24), ("padded", 200)):
-        scores = sk.score_prompts(model, cache, impl=impl, max_tokens=max_tokens)
-        assert scores.stats["path"] == ("padded" if impl == "padded" else path), scores.stats["reason"]
-        error = per_token_error(scores, plain)
-        table.append((what, f"{impl}@{max_tokens}", error))
-        assert error < TOLERANCE, f"{what}, impl={impl}, max_tokens={max_tokens}: {error:.3g} nats per token"
+    """Tree path with small and large passes and padded path; the adapter moves what `base` gives."""
+    plain = families.check(
+        model, cache, what, table, ("auto", 4096, path), ("auto", 24, path), ("padded", 200, "padded")
+    )
     if base is not None:
         moved = float((plain - base).abs().max())
         table.append((what, "moved", moved))
@@ -185,25 +167,6 @@ def test_prompt_learning_is_refused(kind, cache):
     with pytest.raises(ValueError, match="prompt-learning adapters cannot be scored"):
         sk.score_prompts(model, cache)
     assert [module.training for module in model.modules()] == training
-
-
-def test_adapters_keep_their_flags_and_gradients(cache):
-    model = adapted(build("qwen3"), lora(["q_proj", "lm_head"]))
-    model.base_model.model.model.layers[0].eval()
-    batch = torch.arange(5, 25)[None]
-    model(input_ids=batch, labels=batch).loss.backward()
-    before = {n: (p.requires_grad, p.grad, None if p.grad is None else p.grad.clone(), p.clone())
-              for n, p in model.named_parameters()}  # fmt: skip
-    training = [module.training for module in model.modules()]
-    random = torch.random.get_rng_state()
-    sk.score_prompts(model, cache)
-    assert torch.equal(torch.random.get_rng_state(), random)
-    assert [module.training for module in model.modules()] == training
-    for name, parameter in model.named_parameters():
-        wanted, grad, grad_value, value = before[name]
-        assert parameter.requires_grad == wanted and parameter.grad is grad and torch.equal(parameter, value)
-        assert grad is None or torch.equal(grad, grad_value)
-    assert model.active_adapters == ["default"]
 
 
 def test_the_scores_follow_the_weights(cache):

@@ -165,11 +165,9 @@ def test_special_tokens_in_data_are_counted_and_named(tokenizer, caplog):
 @pytest.mark.parametrize(
     "arguments, error, wanted",
     [
-        ({"prompts": []}, ValueError, "prompts: expected at least one, got an empty list"),
         ({"prompts": ["P", " "]}, ValueError, "prompt 1: expected text"),
         ({"prompts": ["P", "a\ud800"]}, ValueError, "prompt 1: .*lone surrogate at character 1"),
         ({"prompts": ["a\0b"]}, ValueError, "prompt 0: .*NUL"),
-        ({"examples": []}, ValueError, "examples: expected at least one, got an empty list"),
         ({"examples": [{"input": "i", "target": " "}]}, ValueError, "example 0: expected a target"),
         ({"examples": [{"input": "\udc00", "target": "t"}]}, ValueError, "example 0: 'input': .*lone surrogate"),
         ({"examples": [{"sentence": "s", "label": "\ud800"}]}, ValueError, "example 0: 'label': .*lone surrogate"),

@@ -1,4 +1,4 @@
-"""score_prompts against the plain loop, on every road, and what it does on every kind of trouble."""
+"""score_prompts against the plain loop, on every path, and what it does on every kind of trouble."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 import sapo_kernels as sk
 from sapo_kernels.scoring import decoder, paths
 from sapo_kernels.scoring.cell_sums import CellSums
-from tests.oracles import alone_nll, small_qwen3
+from tests.oracles import alone_nll, byte_tokenizer, small_qwen3
 from tests.tolerances import assert_close
 
 PROMPTS = ["Say yes or no.", "Answer: is it true?", "Is the text right? Say yes or no."]
@@ -55,10 +55,10 @@ def test_equals_the_plain_loop(tiny_model, cache, impl, max_tokens):
         cache = sk.ResponseCache.from_token_ids([[[5, 6, 7]], [[5, 8]]], [[9, 10, 11]])
     scores = sk.score_prompts(tiny_model, cache, impl=impl, max_tokens=max_tokens)
     assert_right(tiny_model, cache, scores)
-    road = "padded" if impl == "padded" else "tree"
-    assert (scores.stats["path"], scores.stats["impl"], scores.stats["reason"]) == (road, impl, None)
+    path = "padded" if impl == "padded" else "tree"
+    assert (scores.stats["path"], scores.stats["impl"], scores.stats["reason"]) == (path, impl, None)
     assert scores.stats["dense_tokens"] == cache.lengths.sum() and scores.stats["seconds"] > 0
-    assert (scores.stats["trie_tokens"] < scores.stats["dense_tokens"]) == (road == "tree")
+    assert (scores.stats["trie_tokens"] < scores.stats["dense_tokens"]) == (path == "tree")
 
 
 def test_prompts_and_examples_in_one_call(tiny_model, tokenizer):
@@ -266,20 +266,17 @@ def test_another_error_is_not_taken_for_memory(tiny_model, cache, monkeypatch, c
         ({"max_tokens": 0}, ValueError, "max_tokens: expected a whole number of at least 1, got 0"),
         ({"examples": EXAMPLES}, ValueError, "examples, skip_empty: expected none beside"),
         ({"prompts": PROMPTS, "examples": EXAMPLES}, ValueError, "tokenizer: expected one"),
+        (
+            {"prompts": PROMPTS, "examples": None, "tokenizer": byte_tokenizer()},
+            ValueError,
+            "examples: .*an empty list",
+        ),
         ({"model": torch.nn.Linear(2, 2)}, TypeError, "model: expected a transformers causal LM .*got Linear"),
     ],
 )
 def test_bad_arguments_are_named(tiny_model, cache, arguments, error, wanted):
     with pytest.raises(error, match=wanted):
         sk.score_prompts(**{"model": tiny_model, "prompts": cache, **arguments})
-
-
-def test_no_examples_is_an_error(tiny_model, tokenizer):
-    for examples in (None, []):
-        with pytest.raises(ValueError, match="examples: expected at least one, got an empty list"):
-            sk.score_prompts(tiny_model, PROMPTS, examples, tokenizer=tokenizer)
-    with pytest.raises(ValueError, match="prompts: expected at least one, got an empty list"):
-        sk.score_prompts(tiny_model, [], EXAMPLES, tokenizer=tokenizer)
 
 
 @pytest.mark.parametrize("where", ["context", "response"])

@@ -1,4 +1,4 @@
-"""score_prompts leaves the model and the process as they were, also after Ctrl-C and beside other threads."""
+"""score_prompts beside other threads, and what it shows meanwhile."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import pytest
 import torch
 
 import sapo_kernels as sk
-from sapo_kernels.scoring import decoder, paths
+from sapo_kernels.scoring import attention, paths
 from sapo_kernels.scoring.progress import Progress
 from tests.oracles import random_cells, small_qwen3
+from tests.scoring.snapshots import assert_unchanged, snapshot, stance
 from tests.scoring.test_score import assert_right, naive
 from tests.tolerances import assert_close
 
@@ -23,107 +24,6 @@ def cache_of(seed: int) -> sk.ResponseCache:
     return sk.ResponseCache.from_token_ids(
         [[cells[3 * k + m][0] for m in range(3)] for k in range(3)], [cells[m][1] for m in range(3)]
     )
-
-
-def stance():
-    """What torch.compile would do now."""
-    return torch._dynamo.eval_frame._stance.stance
-
-
-def state_of(model):
-    """Everything that scoring could have changed."""
-    return {
-        "training": [module.training for module in model.modules()],
-        "attention": [m.config._attn_implementation for m in model.modules() if hasattr(m, "config")],
-        "hooks": [
-            [list(d) for d in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks)] for m in model.modules()
-        ],
-        "attributes": [sorted(vars(module)) for module in model.modules()],
-        "parameters": [p.detach().clone() for p in model.parameters()],
-        "gradients": [None if p.grad is None else p.grad.clone() for p in model.parameters()],
-        "requires_grad": [p.requires_grad for p in model.parameters()],
-        "random": torch.get_rng_state(),
-        "grad mode": torch.is_grad_enabled(),
-        "stance": stance(),
-    }
-
-
-def assert_same(a, b):
-    def same(x, y):
-        if isinstance(x, torch.Tensor):
-            return torch.equal(x, y)
-        if isinstance(x, list):
-            return len(x) == len(y) and all(map(same, x, y))
-        return x == y
-
-    different = [name for name in a if not same(a[name], b[name])]
-    assert not different, f"changed: {different}"
-
-
-@pytest.fixture
-def training_model():
-    """In the middle of a training step: dropout on, one layer frozen in eval mode, gradients there."""
-    model = small_qwen3(attention_dropout=0.3)
-    model.train()
-    model.model.layers[0].eval()
-    model.model.embed_tokens.weight.requires_grad_(False)
-    model(input_ids=torch.tensor([[1, 2, 3]]), labels=torch.tensor([[1, 2, 3]])).loss.backward()
-    return model
-
-
-def interrupt(where: str, error, at: int, model, monkeypatch):
-    """Raise at the n-th call of something inside the model's forward; returns what undoes it."""
-    left = [at]
-
-    def count(*args, **kwargs):
-        left[0] -= 1
-        if left[0] == 0:
-            raise error
-
-    if where == "hook":  # the model is scored alone then
-        return model.model.layers[1].mlp.register_forward_hook(count).remove
-    plain = {"attention": decoder.tree_attention, "batch": paths.run_padded}[where]
-
-    def counted(*args, **kwargs):
-        count()
-        return plain(*args, **kwargs)
-
-    monkeypatch.setattr(*((decoder, "tree_attention") if where == "attention" else (paths, "run_padded")), counted)
-    return monkeypatch.undo
-
-
-@pytest.mark.parametrize("impl", ["auto", "padded"])
-def test_a_training_model_is_left_as_it_was(training_model, impl):
-    cache, before = cache_of(1), state_of(training_model)
-    scores = sk.score_prompts(training_model, cache, impl=impl)
-    assert_same(before, state_of(training_model))
-    again = sk.score_prompts(training_model, cache, impl=impl)
-    assert torch.equal(scores.nll, again.nll), "no dropout"
-    assert_right(training_model.eval(), cache, scores)
-
-
-@pytest.mark.parametrize("where", ["hook", "attention", "batch"])
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError("broken"), SystemExit], ids=repr)
-@pytest.mark.parametrize("at", [1, 3])
-def test_an_exception_restores_everything(training_model, error, at, where, monkeypatch):
-    cache, before = cache_of(2), state_of(training_model)
-    undo = interrupt(where, error, at, training_model, monkeypatch)
-    during = state_of(training_model)
-    impl = "padded" if where == "batch" else "auto"
-    try:
-        if error is KeyboardInterrupt or error is SystemExit or where == "hook":
-            with pytest.raises(error if isinstance(error, type) else RuntimeError):
-                sk.score_prompts(training_model, cache, impl=impl, max_tokens=16)
-        else:  # the next path is taken
-            scores = sk.score_prompts(training_model, cache, impl=impl, max_tokens=16)
-            assert "broken" in scores.stats["reason"]
-    finally:
-        assert_same(during, state_of(training_model))
-        undo()
-    assert_same(before, state_of(training_model))
-    scores = sk.score_prompts(training_model, cache, impl=impl)
-    assert scores.stats["path"] == ("padded" if where == "batch" else "tree")
-    assert_right(training_model.eval(), cache, scores)
 
 
 def test_the_bar_is_quiet_unless_on_a_terminal(tiny_model, monkeypatch, capsys):
@@ -182,7 +82,7 @@ class Paused:
         if where == "hook":
             self.undo = model.model.layers[0].register_forward_hook(self._pause).remove
             return
-        module, name = {"attention": (decoder, "tree_attention"), "batch": (paths, "run_padded")}[where]
+        module, name = {"attention": (attention, "tree_attention"), "batch": (paths, "run_padded")}[where]
         plain = getattr(module, name)
 
         def pausing(*args, **kwargs):
@@ -225,7 +125,7 @@ WHERE = pytest.mark.parametrize("where", ["hook", "attention", "batch"])
 def test_two_threads_score_two_models(where):
     """Interleaved in the worst way: both inside at once, the first to begin ends first."""
     models, caches = [small_qwen3(seed=s) for s in (0, 1)], [cache_of(5), cache_of(6)]
-    before = [state_of(model) for model in models]
+    before = [snapshot(model) for model in models]
     impl = "padded" if where == "batch" else "auto"
     with Paused(models[0], caches[0], where, impl=impl) as first:
         with Paused(models[1], caches[1], where, impl=impl) as second:
@@ -237,7 +137,7 @@ def test_two_threads_score_two_models(where):
     for model, cache, was, paused in zip(models, caches, before, (first, second), strict=True):
         assert paused.error is None
         assert_right(model, cache, paused.result)
-        assert_same(was, state_of(model))
+        assert_unchanged(was, model)
 
 
 def test_many_threads_score_many_models():
@@ -267,7 +167,7 @@ def test_a_model_that_is_being_scored_cannot_be_used(tiny_model, where):
     with torch.no_grad():
         plain = tiny_model(input_ids=ids).logits
     impl = "padded" if where == "batch" else "auto"
-    before = state_of(tiny_model)
+    before = snapshot(tiny_model)
     with Paused(tiny_model, cache, where, impl=impl) as paused:
         with pytest.raises(RuntimeError, match="being scored by another thread"), torch.no_grad():
             tiny_model(input_ids=ids)
@@ -275,7 +175,7 @@ def test_a_model_that_is_being_scored_cannot_be_used(tiny_model, where):
             sk.score_prompts(tiny_model, cache_of(8), impl=impl)
     assert paused.error is None
     assert_right(tiny_model, cache, paused.result)
-    assert_same(before, state_of(tiny_model))
+    assert_unchanged(before, tiny_model)
     with torch.no_grad():
         assert torch.equal(tiny_model(input_ids=ids).logits, plain)
     assert_right(tiny_model, cache, sk.score_prompts(tiny_model, cache, impl=impl))

@@ -76,6 +76,7 @@ def few(tmp_path_factory):
         {"name": "random", "scene": "random", "world": 4, "seeds": [0, 40], "deadline": 600},
         {"name": "alike", "scene": "alike", "world": 3},
         {"name": "wrapped", "scene": "wrapped", "world": 2},
+        {"name": "trained", "scene": "trained", "world": 2},
         {"name": "fsdp2", "scene": "sharded", "world": 2},
         {"name": "fsdp3", "scene": "sharded", "world": 3},
         *FEW,
@@ -154,6 +155,18 @@ def test_a_model_sharded_by_fsdp2_gives_the_bits_of_the_whole_one(few, name):
         assert result["timeout"] == BEGIN.total_seconds(), "the group's own again"
         assert result["sharded"] == result["whole"] == ranks[0]["whole"]
         assert "spread over ranks" in result["refused"] and "up_proj.weight" in result["refused"]
+
+
+@needs_gloo
+def test_a_model_sharded_by_fsdp2_is_scored_as_the_whole_one_while_it_is_trained(few):
+    ranks = results(few["trained"])
+    for found in ranks:
+        assert found["kinds"] == ["DTensor"], "nothing was sharded"
+        for (path, whole), (other, sharded) in zip(found["whole"], found["sharded"], strict=True):
+            assert path == other == "tree"
+            assert torch.allclose(torch.tensor(whole), torch.tensor(sharded), rtol=0, atol=1e-5)
+        assert found["whole"][0][1] != found["whole"][1][1], "the step changed nothing"
+    assert ranks[0]["sharded"] == ranks[1]["sharded"]
 
 
 def check_lost(case: dict, ranks: list[dict]) -> None:

@@ -16,13 +16,10 @@ import torch
 
 import sapo_kernels as sk
 from sapo_kernels.scoring import decoder, fingerprint, paths, score, verification
-from tests.families import build, cells, per_token_error, plain_nll
+from tests.families import TOLERANCE, build, cells, per_token_error, plain_nll
 from tests.scoring.test_zoo import many
-from tests.tolerances import TOLERANCES
 
 pytest.importorskip("transformers")
-
-TOLERANCE = TOLERANCES["token nll"].atol
 
 
 @pytest.fixture(scope="module")
@@ -189,9 +186,9 @@ def test_a_layer_of_the_users_own_can_be_packed_on_request(cache, plain_forwards
 # The check itself, with faults planted in what it checks and in itself.
 
 FAULTS = {
-    "keys of the next token": ("sapo_kernels.scoring.decoder.tree_attention",
+    "keys of the next token": ("sapo_kernels.scoring.attention.tree_attention",
                                lambda f: lambda q, k, v, plan, **kw: f(q, k.roll(1, 0), v, plan, **kw)),
-    "another scale": ("sapo_kernels.scoring.decoder.tree_attention",
+    "another scale": ("sapo_kernels.scoring.attention.tree_attention",
                       lambda f: lambda q, k, v, plan, **kw: f(q, k, v, plan, **{**kw, "scale": 0.4})),
     "the next row": ("sapo_kernels.scoring.head.Batch.of_pass",
                      lambda f: lambda plan, checks=(): dataclasses.replace(f(plan, checks), rows=plan.rows.roll(1))),
@@ -334,7 +331,7 @@ def test_the_error_of_low_precision_is_measured_as_a_float32_copy_would(name, ca
     with torch.no_grad():
         low, _ = plain.score(cache, 3, 8)
         exact, _ = wide.score(cache, 3, 8)
-        with verification._exact_products():
+        with verification.exact_products():
             assert torch.equal(plain.score(cache, 3, 8)[0], exact)
         assert low.dtype == torch.bfloat16
         square, largest = plain._noise(cache, 3)

@@ -10,14 +10,12 @@ import torch
 
 import sapo_kernels as sk
 from sapo_kernels.scoring import race
-from tests.families import build, cells, per_token_error, plain_nll
+from tests.families import TOLERANCE, build, cells, per_token_error, plain_nll
 from tests.scoring import zoo_modules  # noqa: F401 (its ways are in ZOO)
 from tests.scoring.zoo import ZOO
-from tests.tolerances import TOLERANCES
 
 pytest.importorskip("transformers")
 
-TOLERANCE = TOLERANCES["token nll"].atol
 # Whatever does not give the same twice has no score.
 NO_SCORE = {"noise that never repeats", "a counter"}
 

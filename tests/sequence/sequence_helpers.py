@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,11 @@ from sapo_peft.sequence import SequenceConfig, SequenceTask, run_sequence
 from tests.oracles import CHATML, byte_tokenizer, small_qwen3
 from tests.trainer.training_helpers import PHRASINGS, WORDS
 
-# Seconds are what a run took, never what it found.
-TIMES = ("seconds", "score_seconds", "train_seconds", "eval_seconds", "overhead_fraction", "started", "finished")
+# Seconds are what a run took, never what it found; digests of files with seconds in them are others.
+TIMES = (
+    "seconds", "score_seconds", "train_seconds", "eval_seconds", "overhead_fraction", "started", "finished", "sha256",
+    "size",
+)  # fmt: skip
 
 
 def model_and_tokenizer(seed: int = 0):
@@ -56,6 +60,28 @@ def adapter_bytes(folder: Path) -> dict[str, str]:
     """SHA-256 of every adapter's weights, by task folder."""
     files = sorted(folder.glob("tasks/[0-9]*/adapter/adapter_model.safetensors"))
     return {file.parts[-3]: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+class Stop(BaseException):
+    """Not an `Exception`: nothing on the way may think that it has been dealt with."""
+
+
+def stop_at(monkeypatch, number: int | None) -> dict:
+    """Counts every write of a run (a file or folder that gets its name) under "n"; the `number`-th is a `Stop`."""
+    counted = {"n": 0, "stop": number}
+
+    def before(plain):
+        def write(*args, **kwargs):
+            counted["n"] += 1
+            if counted["n"] == counted["stop"]:
+                raise Stop
+            return plain(*args, **kwargs)
+
+        return write
+
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(os, name, before(getattr(os, name)))
+    return counted
 
 
 def without_times(value: Any) -> Any:

@@ -15,7 +15,7 @@ from tests.conftest import ROOT
 from tests.trainer.training_helpers import environment
 
 EXAMPLES = ROOT / "examples"
-NAMES = ("hf_trainer.py", "plain_loop.py", "trl_sft.py")
+NAMES = ("dpo_shared_prefix.py", "grpo_group.py", "hf_trainer.py", "plain_loop.py", "trl_sft.py")
 # Seconds; the longest takes about 45 on one free core.
 DEADLINE = 400
 
@@ -36,7 +36,7 @@ def run(name: str, *words: str, folder) -> str:
 def test_they_are_short_and_all_there():
     assert sorted(path.name for path in EXAMPLES.glob("*.py")) == sorted(NAMES)
     for name in NAMES:
-        assert len((EXAMPLES / name).read_text().splitlines()) < 40, name
+        assert len((EXAMPLES / name).read_text().splitlines()) < 60, name
 
 
 def test_the_plain_loop_imports_sapo_kernels_alone():

@@ -13,9 +13,10 @@ from ..terminal import MODEL_HELP, cut, log_on_stderr, plain, table, terminal_wi
 from .faults import late_parser
 
 _EPILOG = """\
-The folder given with --output holds run.json, results.json and a folder a task (adapter, scores, metrics). The same
-command goes on where a run was stopped, however it was; other options in the same folder are refused. A YAML file given
-with --config holds the same options by their long names; options on the command line win.
+The folder given with --output holds run.json, results.json and a folder a task (adapter, scores, metrics), with
+manifests of every file. The same command goes on where a run was stopped, however it was; other options in the same
+folder are refused, and so are files that are not as they were written. A YAML file given with --config holds the same
+options by their long names; options on the command line win.
 """
 # Those of `SequenceConfig`.
 _HELP = {
@@ -131,9 +132,6 @@ def _options(words: list[str]) -> tuple[argparse.Namespace, Any]:
 
 def _run_options(config: type) -> type:
     """The fields of `SequenceConfig` with their help and today's other names."""
-    from ..sequence.config import EVALUATE, METHODS, POLICIES
-
-    choices = {"method": METHODS, "policy": POLICIES, "evaluate": EVALUATE}
     hints = {**get_type_hints(config), "target_modules": str}
     found = []
     for entry in fields(config):
@@ -141,8 +139,6 @@ def _run_options(config: type) -> type:
             continue
         shown = f" (default {entry.default})" if entry.default not in (None, False) else ""
         extra: dict[str, Any] = {"help": f"{_HELP.get(entry.name, '')}{shown}".strip()}
-        if entry.name in choices:
-            extra["choices"] = choices[entry.name]
         if entry.name == "learning_rate":
             extra["aliases"] = ["--lr"]
         found.append((entry.name, hints[entry.name], field(default=entry.default, metadata=extra)))

@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import shutil
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from ..locks import alone
 from ..terminal import log_on_stderr, plain, say_notes
 from .faults import late_parser
 
@@ -65,13 +68,18 @@ def run(args: argparse.Namespace) -> int:
         if not kept:
             raise ValueError(f"--eval-fraction: expected examples left to train on, got {len(examples)} in all")
         examples, held_out = examples[:kept], examples[kept:]
-    output = Path(options["output_dir"])
-    resumed = options["resume_from_checkpoint"] or _checkpoint(output, options["resume"])
+    output, main = Path(options["output_dir"]), os.environ.get("RANK", "0") == "0"
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"--output {output}: expected a folder, got a file")
     output.mkdir(parents=True, exist_ok=True)
     check_folder("--output", output)
-    main = os.environ.get("RANK", "0") == "0"
-    say_notes(notes, quiet=not main)
-    with log_on_stderr("sapo_peft", quiet=not main), naming(output):
+    with (
+        alone(output / ".lock", output) if main else nullcontext(),
+        log_on_stderr("sapo_peft", quiet=not main),
+        naming(output),
+    ):
+        resumed = options["resume_from_checkpoint"] or _checkpoint(output, options["resume"], main)
+        say_notes(notes, quiet=not main)
         callback = _train(pool, list(examples), list(held_out), config, options, resumed)
     if main:
         _report(callback, output)
@@ -105,26 +113,31 @@ def _options(words: list[str]) -> dict[str, Any]:
     return options
 
 
-def _checkpoint(output: Path, resume: bool) -> str | None:
+def _checkpoint(output: Path, resume: bool, main: bool) -> str | None:
     """The checkpoint to go on from; None for a new run, which must not mix its checkpoints with those of another."""
+    from sapo_kernels.manifest import MANIFEST
+
     from ..trainer.checkpoints import checkpoints_in, last_good_checkpoint
 
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"--output {output}: expected a folder, got a file")
-    found = checkpoints_in(output)
+    found = [path for _, path in checkpoints_in(output)]
     if not resume:
         if found:
             raise ValueError(
-                f"--output {output}: expected a folder without checkpoints, got one with {found[0][1].name}; "
+                f"--output {output}: expected a folder without checkpoints, got one with {found[0].name}; "
                 "continue that run with --resume, or choose another folder"
             )
         return None
     newest = last_good_checkpoint(output)
-    if found and newest is None:
+    damaged = [path for path in found if (path / MANIFEST).exists()]
+    if damaged and newest is None:
         raise ValueError(
-            f"--resume: expected a whole checkpoint in {output}, got {len(found)} that are not "
-            f"({found[0][1].name}, ...); remove them to begin anew"
+            f"--resume: expected a whole checkpoint in {output}, got {len(damaged)} that have changed since they were "
+            f"written ({damaged[0].name}, ...); remove them to begin anew"
         )
+    for path in found:
+        # Of a run that was killed while it wrote: nothing in it can be used.
+        if main and path not in damaged:
+            shutil.rmtree(path)
     return newest
 
 
@@ -161,6 +174,7 @@ def _train(pool, examples: list, held_out: list, config, options: dict[str, Any]
     from ..data.prompt_pool import PromptPool
     from ..loading import load
     from ..trainer.attach import attach_sapo
+    from ..trainer.checkpoints import seal_adapter
 
     set_seed(options["seed"])
     # First: it says which of several processes this is, and sets its device.
@@ -194,6 +208,8 @@ def _train(pool, examples: list, held_out: list, config, options: dict[str, Any]
             print(f"\nsapo: {steps}; {then}", file=sys.stderr)
         raise
     trainer.save_model(str(output))
+    if main:
+        seal_adapter(output)
     return callback
 
 

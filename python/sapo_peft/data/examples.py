@@ -26,7 +26,8 @@ class Examples(list):
     `source` is the file, `columns` the names read as input and target, `total` the rows in the file, `unread`
     those after the limit (counted, not looked at), `skipped` the places of rows left out for an empty label.
     Counted among the rows kept: `duplicates` (equal to an earlier row), `conflicts` (an input that stands
-    earlier with another label), `empty_inputs`, `several_targets` (several outputs, the first is used).
+    earlier with another label), `empty_inputs`, `several_targets` (several outputs, the first is used). `references`:
+    all outputs of each row.
     Rows are conserved: ``total == len(self) + len(skipped) + unread``.
     """
 
@@ -35,6 +36,7 @@ class Examples(list):
         self.source, self.columns, self.total = source, columns, total
         self.skipped: list[str] = []
         self.remarks: list[str] = []
+        self.references: list[list[str]] = [[row["target"]] for row in self]
         self.unread = self.several_targets = 0
         self.duplicates = self.conflicts = self.empty_inputs = 0
         first: dict[str, str] = {}
@@ -53,7 +55,7 @@ class Examples(list):
             (self.duplicates, "repeat an earlier one exactly"),
             (self.conflicts, "have an input that stands earlier with another label"),
             (self.empty_inputs, "have an empty input"),
-            (self.several_targets, "have several outputs (the first one is used)"),
+            (self.several_targets, "have several outputs (the first one is used; an evaluation takes any)"),
         )
         notes = [f"{count} of the rows read {what}" for count, what in counts if count]
         return [f"{self.source}: {note}" for note in [*notes, *self.remarks]]
@@ -78,11 +80,11 @@ def read_examples(
     a dataset of the hub ("owner/name" or "owner/name:configuration"), a list of mappings or a `datasets.Dataset`
     (`name` stands for these in messages).
 
-    Columns that are not given are recognised by name; several candidates are an error, never a guess. A row's
-    ``instruction`` (Alpaca) is joined in front of its input, its ``choices`` or ``options`` below it. Labels are text;
-    integers are taken as the names of their `ClassLabel`, as the letter of the choice they point at, or as their
-    digits. An empty label (or only spaces) is an error unless `skip_empty`, which leaves such rows out and says so.
-    With `limit`, reading stops after that many examples.
+    `input_column` and `target_column` are recognised by name where they are not given; several candidates are an
+    error, never a guess. A row's ``instruction`` (Alpaca) is joined in front of its input, its ``choices`` or
+    ``options`` below it. Labels are text; integers are taken as the names of their `ClassLabel`, as the letter of
+    the choice they point at, or as their digits. An empty label (or only spaces) is an error unless `skip_empty`,
+    which leaves such rows out and says so. With `limit`, reading stops after that many examples.
 
     Raises: `DataError` naming the file, the row and the field; `OSError` from opening and reading; `TypeError` for a
         source that is none of these, such as a stream of rows.
@@ -101,7 +103,7 @@ def read_examples(
 
 
 def _examples(table: Table, columns: Columns, source: str, limit: int | None, skip_empty: bool) -> Examples:
-    kept, skipped, several, used, numbers = [], [], 0, 0, False
+    kept, references, skipped, used, numbers = [], [], [], 0, False
     # Columns in which no text was seen so far.
     other = [name for name in table.columns if name not in columns.used and name.lower() not in _IDENTIFIERS]
     unused: set[str] = set()
@@ -115,7 +117,7 @@ def _examples(table: Table, columns: Columns, source: str, limit: int | None, sk
             skipped.append(where)
             continue
         kept.append({"input": text, "target": targets[0]})
-        several += len(targets) > 1
+        references.append(targets)
         numbers |= isinstance(row[columns.target], int)
         unused |= {name for name in other if name not in unused and _has_words(row.get(name))}
         if len(kept) == limit:
@@ -123,7 +125,8 @@ def _examples(table: Table, columns: Columns, source: str, limit: int | None, sk
     if not kept:
         raise DataError(f"{source}: expected at least one row with a label, got {table.total} rows and none")
     examples = Examples(kept, source, (columns.input, columns.target), table.total)
-    examples.skipped, examples.several_targets, examples.unread = skipped, several, table.total - used
+    examples.skipped, examples.references, examples.unread = skipped, references, table.total - used
+    examples.several_targets = sum(len(targets) > 1 for targets in references)
     examples.remarks = columns.notes([name for name in other if name in unused], numbers)
     return examples
 

@@ -32,6 +32,7 @@ class FileSource:
             self._prompts = [(text, "original") for text in read_prompt_file(Path(path), task).texts]
 
     def paraphrase(self, request: Request, deadline: Deadline) -> Iterator[Answer]:
+        """All that the file holds but the original, an answer each."""
         for text, source in self._prompts:
             if text != request.original:
                 yield Answer((text,), self.name if source in ("original", "given") else source)

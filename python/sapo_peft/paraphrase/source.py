@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from filelock import FileLock, Timeout
-
 from sapo_kernels.files import DataError, excerpt
 
 from ..data.prompt_files import MAX_PROMPTS
 from ..data.prompt_pool import PoolPrompt, PromptPool, is_pool_file
+from ..locks import alone
 from .answers import Request
 
 _log = logging.getLogger(__name__)
@@ -51,12 +50,13 @@ class Deadline:
 
     @property
     def over(self) -> bool:
+        """Whether it has come."""
         return self.left <= 0.0
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back for one question: the paraphrases in it, where they are from, what was wrong with it."""
+    """What came back for one question: the `texts` of paraphrases, their `source`, the `fault` if there is one."""
 
     texts: tuple[str, ...]
     source: str
@@ -75,7 +75,9 @@ class ParaphraseSource(Protocol):
     name: str
     finite: bool
 
-    def paraphrase(self, request: Request, deadline: Deadline) -> Iterator[Answer]: ...
+    def paraphrase(self, request: Request, deadline: Deadline) -> Iterator[Answer]:
+        """See the class."""
+        ...
 
 
 def gather(
@@ -93,9 +95,9 @@ def gather(
 
     Each answer is saved to `store` (a ``.json`` file that `PromptPool.read` reads) as it arrives. Called again with
     that file, after a crash, Ctrl-C or an outage, it goes on from there and asks only for what is missing;
-    `overwrite` begins anew, whatever the file holds. It ends when there are enough, at the deadline, when the
-    source cannot go on, or when three rounds of asking brought nothing new. If fewer than `wanted` are there then,
-    the result says so in `notes()`, and so does the log.
+    `overwrite` begins anew, whatever the file holds. It ends when there are enough, after `deadline_seconds` of `clock`
+    (a function giving seconds that never goes back), when the source cannot go on, or when three rounds of asking
+    brought nothing new. If fewer than `wanted` are there then, the result says so in `notes()`, and so does the log.
 
     Raises: `TooFewPrompts` if fewer than `minimum` of the `wanted` are there at the end; `DataError` if the store
     is there and no pool of this task and original; `RuntimeError` if another process fills it; `OSError` from saving.
@@ -184,16 +186,8 @@ def _only_writer(store: Path) -> Iterator[None]:
         raise DataError(f"{store}: expected a file in a folder that can be written to, got none")
     if store.suffix.lower() != ".json":
         raise DataError(f"{store}: expected a file that ends in .json, got {excerpt(store.name)}")
-    # The lock goes with the process, however it ends; the empty file stays.
-    lock = FileLock(folder / f".{store.name}.lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise RuntimeError(f"{store}: another process is filling this file") from None
-    try:
+    with alone(folder / f".{store.name}.lock", store):
         yield
-    finally:
-        lock.release()
 
 
 def resumed_from(pool: PromptPool, store: Path, size: int = MAX_PROMPTS) -> PromptPool:

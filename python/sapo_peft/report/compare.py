@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from sapo_kernels.files import DataError
 
 from ..sequence.config import POLICIES
+from ..sequence.folder import Run
 from ..sequence.schema import MEASURES, RunRecord
-from .runs import Run
 
 LEVEL = 0.95
-# Settings that are no difference between arms.
-IDENTITY = ("policy", "seed")
+# SAPO first.
+ORDER = sorted(POLICIES, key=lambda policy: policy != "sapo")
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Group:
     @property
     def measures(self) -> list[str]:
         """Those that any run has; the first is the headline."""
-        return [name for name in MEASURES if any(run.matrix(name) for run in self.runs)]
+        return [name for name in MEASURES if any(name in run.measures for run in self.runs)]
 
     def arm_of(self, run: Run) -> Arm:
         return next(arm for arm in self.arms if arm.runs.get(run.record.seed) is run)
@@ -78,7 +78,7 @@ class Group:
             return None
         others = sorted(self.arms, key=lambda arm: arm.policy != "original")
         found = (arm.runs.get(run.record.seed) for arm in others)
-        return next((other for other in found if other and other is not run and other.results), None)
+        return next((other for other in found if other and other is not run and other.tasks), None)
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
@@ -86,49 +86,39 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
 
     Raises: `DataError` if two folders hold the same run, because it is open which of them counts.
     """
-    groups: dict[str, list[Run]] = {}
+    groups: dict[str, dict[tuple[str, str], dict[int, Run]]] = {}
     for run in runs:
         record = run.record
-        key = [record.method, record.order, record.model, record.tasks, record.data]
-        groups.setdefault(json.dumps(key, sort_keys=True), []).append(run)
-    return [Group(found[0].record, _arms(found)) for found in groups.values()]
-
-
-def _arms(runs: Sequence[Run]) -> list[Arm]:
-    by_key: dict[tuple[str, str], dict[int, Run]] = {}
-    for run in runs:
-        record = run.record
-        by_seed = by_key.setdefault((record.policy, json.dumps(_settings(run))), {})
-        other = by_seed.setdefault(record.seed, run)
+        key = json.dumps([record.method, record.order, record.model, record.tasks, sorted(record.data.items())])
+        settings = {name: json.dumps(value, sort_keys=True) for name, value in sorted(record.config.items())}
+        arm = json.dumps({name: value for name, value in settings.items() if name not in ("policy", "seed")})
+        other = groups.setdefault(key, {}).setdefault((record.policy, arm), {}).setdefault(record.seed, run)
         if other is not run:
             raise DataError(
                 f"{run.path}: expected each run once, got policy {record.policy!r} with seed {record.seed} in "
                 f"{other.path} too"
             )
+    return [Group(next(iter(next(iter(arms.values())).values())).record, _arms(arms)) for arms in groups.values()]
+
+
+def _arms(found: dict[tuple[str, str], dict[int, Run]]) -> list[Arm]:
     arms = []
-    for (policy, key), by_seed in by_key.items():
+    for (policy, key), by_seed in found.items():
         settings = json.loads(key)
-        apart = differing(*(json.loads(other) for name, other in by_key if name == policy))
+        apart = differing(*(json.loads(other) for name, other in found if name == policy))
         told = ", ".join(f"{name}={settings.get(name, 'none')}" for name in apart)
         arms.append(Arm(policy, f"{policy} ({told})" if told else policy, settings, by_seed))
     return sorted(arms, key=lambda arm: (_rank(arm.policy), arm.label))
 
 
-def _settings(run: Run) -> dict[str, str]:
-    return {k: json.dumps(v, sort_keys=True) for k, v in sorted(run.record.config.items()) if k not in IDENTITY}
-
-
 def _rank(policy: str) -> int:
-    """SAPO first, then as `POLICIES` has them."""
-    order = ("sapo", *POLICIES)
-    return order.index(policy) if policy in order else len(order)
+    return ORDER.index(policy) if policy in ORDER else len(ORDER)
 
 
 def in_order(runs: Sequence[Run]) -> list[Run]:
     """One seed of everything first: by seed, then method and order, then policy."""
-    return sorted(
-        runs, key=lambda run: (run.record.seed, run.record.method, run.record.order, _rank(run.record.policy))
-    )
+    records = lambda run: (run.record.seed, run.record.method, run.record.order, _rank(run.record.policy))
+    return sorted(runs, key=records)
 
 
 def differing(*settings: dict[str, str]) -> list[str]:
@@ -137,23 +127,18 @@ def differing(*settings: dict[str, str]) -> list[str]:
 
 
 def difference(arm: Arm, other: Arm, measure: str, metric: str) -> Difference | None:
-    """Over the seeds that both have; None if they share none."""
+    """Over the seeds that both have; None if they share none.
+
+    Student's interval is honest for the few seeds that a comparison usually has; a percentile bootstrap is too narrow.
+    """
+    from scipy.stats import ttest_1samp
+
     ours, theirs = arm.values(measure, metric), other.values(measure, metric)
     values = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
     if not values:
         return None
-    return Difference(values, sum(values) / len(values), student_interval(values), MEASURES[measure].lower_is_better)
-
-
-def student_interval(values: Sequence[float], level: float = LEVEL) -> tuple[float, float] | None:
-    """Student's interval of the mean of paired differences; None for fewer than two.
-
-    Honest for the few seeds that a comparison usually has, where a percentile bootstrap is too narrow.
-    """
-    from scipy import stats
-
-    if len(values) < 2:
-        return None
-    mean, error = sum(values) / len(values), float(stats.sem(values))
-    half = float(stats.t.ppf((1 + level) / 2, len(values) - 1)) * error
-    return mean - half, mean + half
+    mean, interval = sum(values) / len(values), None
+    if len(values) > 1:
+        equal = min(values) == max(values)
+        interval = (mean, mean) if equal else tuple(map(float, ttest_1samp(values, 0).confidence_interval(LEVEL)))
+    return Difference(values, mean, interval, MEASURES[measure].lower_is_better)

@@ -8,10 +8,10 @@ from typing import Any
 
 from markupsafe import Markup
 
-from ..sequence.schema import MEASURES
+from ..sequence.folder import Run
+from ..sequence.schema import MEASURES, Evaluation, FinishedTask, Scores
 from . import charts
 from .compare import Arm, Difference, Group, difference, differing
-from .runs import FinishedTask, Run
 from .text import change, figure, fixed, level, line, percent, plural, seconds, whole, word_diff
 
 # More prompts, lines or dots than these make a page that nobody reads.
@@ -52,7 +52,7 @@ def meaning(metric: str, measure: str) -> str:
 def matrices(run: Run, baseline: Run | None) -> Iterator[tuple[Any, list[tuple[str, list[list[dict]]]]]]:
     """(measure, its tables): the matrix of the run, that of the baseline, and the differences, as (title, cells)."""
     for name in run.measures:
-        measure, ours, theirs = MEASURES[name], run.matrix(name), baseline and baseline.matrix(name)
+        measure, ours, theirs = MEASURES[name], run.figure(name, "R"), baseline and baseline.figure(name, "R")
         values = [v for matrix in (ours, theirs or []) for row in matrix for v in row if v is not None]
         worst, best = (0.0, measure.top) if measure.top else (max(values, default=1.0), min(values, default=0.0))
         share = lambda value, worst=worst, best=best: (value - worst) / (best - worst) if best != worst else 0.5
@@ -79,30 +79,30 @@ def _cells(matrix: Sequence[Sequence], shown: Callable, measure: str, good: Call
     return [[cell(i, j, value) for j, value in enumerate(row, 1)] for i, row in enumerate(matrix)]
 
 
-def task_view(run: Run, task: FinishedTask, baseline: Run | None) -> dict[str, Any]:
+def task_view(run: Run, number: int, task: FinishedTask, baseline: Run | None) -> dict[str, Any]:
     """The prompts of a task, its charts and a few answers."""
     prompts, chosen, scorings = task.scores.prompts, task.scores.chosen, task.scores.scorings
     losses = scorings[-1].loss if scorings else [None] * len(prompts)
     marks = {0: " original", chosen: " chosen"} if chosen else {0: " original, chosen"}
     ranked = sorted(range(len(prompts)), key=lambda k: (losses[k] is None, losses[k] or 0.0, k))[:MAX_PROMPTS]
-    other = next((one for one in baseline.tasks if one.number == task.number), None) if baseline else None
-    curves = [charts.Series(other.train.losses, "original", baseline.record.policy)] if other else []
+    others = baseline.tasks[number - 1 : number] if baseline else []
+    curves = [charts.Series(other.train.losses, "original", baseline.record.policy) for other in others]
     curves.append(charts.Series(task.train.losses, "used", run.record.policy))
     return {
         "words": word_diff(prompts[0], prompts[chosen]),
         "losses": losses,
         "gain": None if None in (losses[0], losses[chosen]) else losses[chosen] - losses[0],
         "prompts": [[f"{k}{marks.get(k, '')}", fixed(losses[k], 4), line(prompts[k], 1000)] for k in ranked],
-        "prompt_chart": _prompt_chart(task) if scorings else "",
-        "prompt_told": _told(task),
-        "training_chart": charts.plot(curves, f"Training loss of task {task.number}", "step", "nats per token"),
-        "answers": _answers(run, task),
+        "prompt_chart": _prompt_chart(task.scores) if scorings else "",
+        "prompt_told": _told(task.scores),
+        "training_chart": charts.plot(curves, f"Training loss of task {number}", "step", "nats per token"),
+        "answers": _answers(run.before, task.metrics, number - 1),
     }
 
 
-def _prompt_chart(task: FinishedTask) -> Markup:
+def _prompt_chart(scores: Scores) -> Markup:
     """Losses of the prompts: by rank for one scoring, else over the steps."""
-    scorings, prompts = task.scores.scorings, task.scores.prompts
+    scorings, prompts = scores.scorings, scores.prompts
     by_rank = len(scorings) == 1
     lowest = {k: min((s.loss[k] for s in scorings if s.loss[k] is not None), default=None) for k in range(len(prompts))}
     ranked = sorted((k for k in lowest if lowest[k] is not None), key=lambda k: lowest[k])
@@ -124,8 +124,15 @@ def _prompt_chart(task: FinishedTask) -> Markup:
     return charts.plot(series, label, "rank among the prompts" if by_rank else "step", "nats per token")
 
 
-def _told(task: FinishedTask) -> str:
-    scorings, switches = task.scores.scorings, task.switches()
+def left_original(scores: Scores) -> bool:
+    """Whether a task was trained on another prompt than the first, at the end or before a switch."""
+    return any([scores.chosen, *(scoring.chosen for scoring in scores.scorings)])
+
+
+def _told(scores: Scores) -> str:
+    scorings = scores.scorings
+    pairs = zip(scorings, scorings[1:], strict=False)
+    switches = [(after, before.chosen) for before, after in pairs if before.chosen != after.chosen]
     if not scorings:
         return "Not scored: this policy trains without looking at the losses of the prompts."
     tokens = f"{whole(sum(scorings[-1].tokens))} probe tokens, all prompts together."
@@ -137,41 +144,45 @@ def _told(task: FinishedTask) -> str:
     return f"Ringed: the prompt in use. {changed} Last scoring: {tokens}"
 
 
-def _answers(run: Run, task: FinishedTask) -> list[list[str]]:
+def _answers(before: Evaluation | None, after: Evaluation, place: int) -> list[list[str]]:
     """Input, target, answer before training and after the task of the first few test examples, if kept."""
-    before, after = (
-        found.answers[task.number - 1] if found and found.answers else [] for found in (run.before, task.metrics)
-    )
-    known = {one.input: one.answer for one in before}
-    shown = [(one.input, one.target, known.get(one.input, "not kept"), one.answer) for one in after[:MAX_ANSWERS]]
-    return [[line(text, 400) for text in texts] for texts in shown]
+    known = {one.input: one.answer for one in before.answers[place]} if before and before.answers else {}
+    shown = after.answers[place][:MAX_ANSWERS] if after.answers else []
+    rows = [(one.input, one.target, known.get(one.input, "not kept"), one.answer) for one in shown]
+    return [[line(text, 400) for text in texts] for texts in rows]
+
+
+def task_names(run: Run) -> list[str]:
+    return [f"{number}. {name}" for number, name in enumerate(run.record.tasks, 1)]
 
 
 def cost(run: Run) -> dict[str, Any] | None:
     """Seconds by part, of whose sum all shares are taken, and rows by task."""
-    if run.results is None or not (total := run.results.cost).train_seconds:
+    total = run.results["cost"]
+    if not total["train_seconds"]:
         return None
-    parts = {"scoring": total.score_seconds, "training": total.train_seconds, "evaluation": total.eval_seconds}
+    names = {"scoring": "score", "training": "train", "evaluation": "eval"}
+    parts = {name: total[f"{key}_seconds"] for name, key in names.items()}
     whole_run, rows = sum(parts.values()), []
 
     def row(name: str, spent: list[float], tokens: list[int]) -> list[str]:
         return [name, *map(seconds, spent), percent(spent[0] / whole_run), *map(whole, tokens)]
 
-    for task in run.tasks:
-        score, dense, computed = (sum(getattr(scoring, name) for scoring in task.scores.scorings)
-                                  for name in ("seconds", "dense_tokens", "computed_tokens"))  # fmt: skip
+    for name, task in zip(task_names(run), run.tasks, strict=False):
+        score, dense, computed = (sum(getattr(scoring, key) for scoring in task.scores.scorings)
+                                  for key in ("seconds", "dense_tokens", "computed_tokens"))  # fmt: skip
         spent = [score, task.train.seconds, task.metrics.seconds]
-        rows.append(row(f"{task.number}. {task.name}", spent, [task.train.tokens, dense, computed]))
-    tokens = [total.train_tokens, total.score_dense_tokens, total.score_computed_tokens]
+        rows.append(row(name, spent, [task.train.tokens, dense, computed]))
+    tokens = [total[key] for key in ("train_tokens", "score_dense_tokens", "score_computed_tokens")]
     rows.append(row("whole run", list(parts.values()), tokens))
     return {"parts": parts, "seconds": whole_run, "rows": rows}
 
 
 def data_rows(run: Run) -> list[list[str]]:
     return [
-        [f"{task.number}. {task.name}", *(whole(task.data.rows.get(split, 0)) for split in ("train", "dev", "test")),
+        [name, *(whole(task.data.rows.get(split, 0)) for split in ("train", "dev", "test")),
          line("; ".join(task.data.notes) or "none", 4000)]
-        for task in run.tasks
+        for name, task in zip(task_names(run), run.tasks, strict=False)
     ]  # fmt: skip
 
 

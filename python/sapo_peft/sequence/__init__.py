@@ -12,7 +12,8 @@ From Python::
 `run_sequence(model, tasks, output_dir, config)`: `model` is "tiny", a folder, a hub name, a pair (model, tokenizer) or
 a function that returns such a pair. A model that is handed over is left as it was, so one base model in memory serves
 any number of runs. The same call in the same folder goes on where a killed run stopped, or returns at once what a
-complete one found; another configuration is refused. ``output_dir=None`` runs without a folder: nothing is written.
+complete one found; another configuration is refused, and so is a folder whose files are not as they were written.
+``output_dir=None`` runs without a folder: nothing is written.
 
 `SequenceTask.build(name, train, test, pool)`: rows are files (.json, .jsonl, .csv, .tsv), lists of mappings or HF
 `Dataset` objects; `pool` is a `PromptPool` (its prompt 0 is the original).
@@ -22,39 +23,15 @@ teacher-forced loss of the targets (nats per token, metric "loss", lower is bett
 `score_always=True` scores every pool before its task under any policy. See `config.py` for all options.
 
 `load_adapters(model, run_dir)` puts the adapters of a finished run back onto a base model, active together.
+
+One task on its way: `runner` - `folder` (where) - `training`, `methods` (what) - `evaluate`, `metrics` (how well) -
+`results`, `folder` (kept).
 """
 
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING, Any
-
-_HOMES = {
-    "METHODS": "config",
-    "POLICIES": "config",
-    "SequenceConfig": "config",
-    "SequenceResult": "results",
-    "SequenceTask": "tasks",
-    "load_adapters": "methods",
-    "orthogonality": "methods",
-    "read_order": "tasks",
-    "read_tasks": "tasks",
-    "run_sequence": "runner",
-    "sequence_metrics": "metrics",
-}
-__all__ = [
-    "METHODS",
-    "POLICIES",
-    "SequenceConfig",
-    "SequenceResult",
-    "SequenceTask",
-    "load_adapters",
-    "orthogonality",
-    "read_order",
-    "read_tasks",
-    "run_sequence",
-    "sequence_metrics",
-]
 
 if TYPE_CHECKING:
     from .config import METHODS, POLICIES, SequenceConfig
@@ -63,6 +40,16 @@ if TYPE_CHECKING:
     from .results import SequenceResult
     from .runner import run_sequence
     from .tasks import SequenceTask, read_order, read_tasks
+
+_HOMES = {
+    "METHODS": "config", "POLICIES": "config", "SequenceConfig": "config", "SequenceResult": "results",
+    "SequenceTask": "tasks", "load_adapters": "methods", "orthogonality": "methods", "read_order": "tasks",
+    "read_tasks": "tasks", "run_sequence": "runner", "sequence_metrics": "metrics",
+}  # fmt: skip
+__all__ = [
+    "METHODS", "POLICIES", "SequenceConfig", "SequenceResult", "SequenceTask", "load_adapters", "orthogonality",
+    "read_order", "read_tasks", "run_sequence", "sequence_metrics",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -2,131 +2,146 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
 import sapo_kernels as sk
+from sapo_kernels.scoring.model_support import (
+    adapter_by_row,
+    length_dependent,
+    padding_matters,
+    tree_refusal,
+    unwrap,
+)
 from sapo_kernels.scoring.render import Renderer, special_tokens
 
 from .config import SequenceConfig
-from .metrics import exact_match, rouge_l
+from .metrics import SCORES, best
+from .schema import Answer, Evaluation, finite
 from .tasks import SequenceTask
 
-logger = logging.getLogger("sapo_peft")
-
+# What is kept of the answers to a task, so that a reader sees a few before and after.
+MAX_ANSWERS, MAX_TEXT = 5, 2000
 # Stands for an answer where only what follows one is of interest; no template has it in its own text.
 _ANSWER = "zqxjk"
 
 
-@dataclass
-class Row:
-    """Scores after one task: by metric a value a task, None where it was not asked for; how many examples each.
+class Evaluator:
+    """Evaluates a model on the test examples of all tasks; text is rendered and tokenised once per task and prompt.
 
-    notes: sentences about what was cut to the limits of length.
+    model: as it is before the first task; its generation configuration says which tokens end an answer.
     """
 
-    row: dict[str, list[float | None]]
-    examples: list[int]
-    seconds: float = 0.0
-    notes: list[str] = field(default_factory=list)
-
-
-class Evaluator:
-    """Evaluates a model on the test examples of all tasks; text is rendered and tokenised once per task and prompt."""
-
-    def __init__(self, tasks: Sequence[SequenceTask], tokenizer: Any, config: SequenceConfig):
+    def __init__(self, model: Any, tasks: Sequence[SequenceTask], tokenizer: Any, config: SequenceConfig):
         self.tasks, self.tokenizer, self.config = tasks, tokenizer, config
-        self._caches: dict[tuple[int, int], sk.ResponseCache] = {}
-        self._closings: dict[int, tuple[list[int], str]] = {}
+        ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+        self._ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+        self._caches: dict[int, tuple[int, sk.ResponseCache]] = {}
+        self._closings: dict[int, tuple[list[int], list[str]]] = {}
 
     def cache(self, task: int, prompt: int) -> sk.ResponseCache:
         """The test examples of a task under one of its prompts (both counted from 0)."""
-        if (task, prompt) not in self._caches:
+        # A task has one prompt at a time; that before the choice is not needed again.
+        known, cache = self._caches.get(task, (None, None))
+        if known != prompt:
             pool, config = self.tasks[task].pool, self.config
-            # A task has one prompt at a time; that before the choice is not needed again.
-            self._caches = {key: cache for key, cache in self._caches.items() if key[0] != task}
-            self._caches[task, prompt] = sk.ResponseCache.build(
+            cache = sk.ResponseCache.build(
                 self.tokenizer, [pool.prompts[prompt]], self.tasks[task].test, suffix=pool.suffix,
                 text_word=pool.text_word, max_source=config.max_source, max_target=config.max_target,
             )  # fmt: skip
-        return self._caches[task, prompt]
+            self._caches[task] = prompt, cache
+        return cache
 
-    def row(self, model: Any, prompts: Mapping[int, int], tick: Callable[[int], None] | None = None) -> Row:
+    def evaluate(self, model: Any, prompts: Mapping[int, int], tick: Callable[[int], None] | None = None) -> Evaluation:
         """Evaluate the tasks in `prompts` (task -> prompt, from 0); `tick` hears how many examples were done.
 
         The model is put into eval mode and stays there.
         """
         started = time.perf_counter()
         model.eval()
-        names = ["rougeL", "exact_match"] if self.config.generate else []
-        names += ["loss"] if self.config.eval_loss else []
-        found = Row({name: [None] * len(self.tasks) for name in names}, [0] * len(self.tasks))
+        config, count = self.config, len(self.tasks)
+        names = [*(SCORES if config.generate else ()), *(["loss"] if config.eval_loss else [])]
+        row: dict[str, list] = {name: [None] * count for name in names}
+        examples, notes, kept = [0] * count, [], [[] for _ in self.tasks]
         for j in sorted(prompts):
-            cache = self.cache(j, prompts[j])
-            found.examples[j] = cache.num_examples
+            task, cache = self.tasks[j], self.cache(j, prompts[j])
+            examples[j] = cache.num_examples
             for what, limit in (("inputs", "max_source"), ("targets", "max_target")):
                 if cut := cache.stats[f"truncated_{what}"]:
-                    found.notes.append(
-                        f"task {self.tasks[j].name}: {cut} of {cache.num_examples} test {what} are cut to {limit}"
-                    )
-            if self.config.eval_loss:
-                scores = sk.score_prompts(model, cache, progress=False)
-                loss = float(scores.loss[0])
-                found.row["loss"][j] = loss if math.isfinite(loss) else None
-            if self.config.generate:
+                    notes.append(f"task {task.name}: {cut} of {cache.num_examples} test {what} are cut to {limit}")
+            if config.eval_loss:
+                row["loss"][j] = finite(float(sk.score_prompts(model, cache, progress=False).loss[0]))
+            if config.generate:
                 answers = self.answers(model, j, prompts[j], tick)
-                pairs = [(answer, row["target"]) for answer, row in zip(answers, self.tasks[j].test, strict=True)]
-                for name, score in (("rougeL", rouge_l), ("exact_match", exact_match)):
-                    found.row[name][j] = math.fsum(score(*pair) for pair in pairs) / len(pairs)
+                for name, score in SCORES.items():
+                    scores = [best(score, *pair) for pair in zip(answers, task.references, strict=True)]
+                    row[name][j] = math.fsum(scores) / len(scores)
+                for example, answer in zip(task.test[:MAX_ANSWERS], answers, strict=False):
+                    texts = example["input"], example["target"], answer
+                    # A model may say what no file may hold.
+                    texts = (text[:MAX_TEXT].replace("\0", "\ufffd") for text in texts)
+                    kept[j].append(Answer(**dict(zip(("input", "target", "answer"), texts, strict=True))))
             elif tick is not None:
                 tick(cache.num_examples)
-        found.seconds = time.perf_counter() - started
-        return found
+        return Evaluation(
+            row=row, examples=examples, seconds=time.perf_counter() - started, notes=notes,
+            answers=kept if config.generate else None,
+        )  # fmt: skip
 
     def answers(self, model: Any, task: int, prompt: int, tick: Callable[[int], None] | None = None) -> list[str]:
         """The answer to each test example of a task, decoded greedily."""
         cache = self.cache(task, prompt)
-        stops, closing = self.closing(task)
+        stops, closings = self.closing(task)
         most = self.config.max_new_tokens or int(cache.response_lengths.max())
         contexts = cache.contexts[0]
         answers = [""] * len(contexts)
-        for rows, ids in greedy(model, contexts, most, stops, self._pad(), self.config.eval_batch_size):
+        pad = next(one for one in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0) if one is not None)
+        for rows, ids in greedy(model, contexts, most, stops, pad, self.config.eval_batch_size):
             for m, answer in zip(rows, ids, strict=True):
                 # Spaces before punctuation are part of the targets, so they are of the answers.
                 text = self.tokenizer.decode(answer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-                answers[m] = text.partition(closing)[0] if closing else text
+                answers[m] = min((text.partition(closing)[0] for closing in closings), key=len, default=text)
             if tick is not None:
                 tick(len(rows))
         return answers
 
-    def closing(self, task: int) -> tuple[list[int], str]:
-        """(ids that end an answer, text that ends one) for a task.
+    def closing(self, task: int) -> tuple[list[int], list[str]]:
+        """(ids that end an answer, texts that end one) for a task.
 
-        What closes the assistant's turn is in the responses that the model is trained on; where it begins with a
-        special token, that token ends an answer besides the end-of-sequence token. Other closings end it as text.
+        What closes the assistant's turn is in the responses that the model is trained on; some templates only begin the
+        next one. Where either begins with a special token, that token ends an answer besides the end tokens of the
+        tokenizer and of the model's generation configuration; else its text does.
         """
         if task not in self._closings:
             tokenizer, pool = self.tokenizer, self.tasks[task].pool
             # Not a target of the task: one of few letters may stand in the closing itself.
             example = {"input": self.tasks[task].test[0]["input"], "target": _ANSWER}
             rendered = Renderer(tokenizer, None, pool.suffix, pool.text_word).render(pool.prompts[0], example)
-            closing = rendered.response.rpartition(_ANSWER)[2].lstrip()
-            first = max((one for one in special_tokens(tokenizer) if closing.startswith(one)), key=len, default=None)
-            stops = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(first) if first else None} - {None}
-            self._closings[task] = sorted(stops), "" if first else closing.strip()
+            stops, texts = set(self._ends), []
+            for closing in (rendered.response.rpartition(_ANSWER)[2].strip(), _next_turn(tokenizer)):
+                first = [one for one in special_tokens(tokenizer) if closing.startswith(one)]
+                if first:
+                    stops.add(tokenizer.convert_tokens_to_ids(max(first, key=len)))
+                elif closing:
+                    texts.append(closing)
+            self._closings[task] = sorted(stops), texts
         return self._closings[task]
 
-    def _pad(self) -> int:
-        known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
-        return next(one for one in known if one is not None)
+
+def _next_turn(tokenizer: Any) -> str:
+    """What the chat template puts between an answer and the next question, or nothing."""
+    turns = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", _ANSWER), ("user", "zzz"))]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+    except Exception:  # no template, or one for a single turn
+        return ""
+    return text.rpartition(_ANSWER)[2].partition("zzz")[0].strip() if _ANSWER in text else ""
 
 
 def greedy(
@@ -134,21 +149,21 @@ def greedy(
 ):
     """Greedy continuations, in batches of similar length: yields (indices into `contexts`, their answers' ids).
 
-    Padding stands on the left under a mask, keys and values are cached, a batch ends when all its rows have. Answers
-    end before the first of `stops`. What the model's own ``generation_config`` says (a repetition penalty, tokens that
-    are suppressed) is set aside: each token is the most likely one.
+    Padding stands on the left under a mask, keys and values are cached, a batch ends when all its rows have. A model
+    that may see the padding (`padding_shows`) gets batches of one length, and its cache is used only if it gives a few
+    tokens of two rows as the model without it does: so an answer does not depend on the batch. Answers end before the
+    first of `stops`. What the model's own ``generation_config`` says (a repetition penalty, tokens that are suppressed)
+    is set aside: each token is the most likely one.
     """
     from transformers import GenerationConfig
 
     device = next(model.parameters()).device
-    options = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, pad_token_id=pad, use_cache=True,
-        eos_token_id=list(stops) or None,
-    )  # fmt: skip
-    lengths = np.array([len(context) for context in contexts])
-    order = np.argsort(-lengths, kind="stable")
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size].tolist()
+
+    def continued(rows: Sequence[int], count: int, use_cache: bool) -> list[list[int]]:
+        options = GenerationConfig(
+            max_new_tokens=count, do_sample=False, num_beams=1, pad_token_id=pad, use_cache=use_cache,
+            eos_token_id=list(stops) or None,
+        )  # fmt: skip
         width = max(len(contexts[m]) for m in rows)
         ids = torch.full((len(rows), width), pad, dtype=torch.int64)
         mask = torch.zeros_like(ids)
@@ -157,7 +172,33 @@ def greedy(
             mask[i, width - len(contexts[m]) :] = 1
         with torch.no_grad(), _plain_generation(model):
             made = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=options)
-        yield rows, [_until(answer, stops) for answer in made[:, width:].tolist()]
+        return [_until(answer, stops) for answer in made[:, width:].tolist()]
+
+    lengths = np.array([len(context) for context in contexts])
+    order, careful = np.argsort(-lengths, kind="stable"), padding_shows(model, lengths.max() + max_new_tokens)
+    # Where one length ends and the next begins.
+    parts = np.split(order, np.flatnonzero(np.diff(lengths[order])) + 1 if careful else [])
+    batches = [part[i : i + batch_size].tolist() for part in parts for i in range(0, len(part), batch_size)]
+    use_cache = True
+    if careful:
+        few, count = max(batches, key=len)[:2], min(max_new_tokens, 4)
+        try:
+            use_cache = continued(few, count, True) == continued(few, count, False)
+        except Exception:  # of a cache that does not work; of anything else it is raised again below
+            use_cache = False
+    for rows in batches:
+        yield rows, continued(rows, max_new_tokens, use_cache)
+
+
+def padding_shows(model: Any, longest: int) -> bool:
+    """Whether tokens of padding on the left could change an answer of up to `longest` tokens with its context.
+
+    As for scoring: state from token to token, positions that are not given, rope by the longest row, keys by a top-k,
+    adapters that count their row's tokens.
+    """
+    outer, inner = unwrap(model)
+    reasons = (tree_refusal(inner), length_dependent(inner, int(longest)), adapter_by_row(outer))
+    return any(reasons) or padding_matters(inner)
 
 
 @contextmanager

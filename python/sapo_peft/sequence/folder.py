@@ -1,189 +1,193 @@
-"""The folder of a sequence run: a lock, a task published by one rename, and what a second start finds."""
+"""The folder of a sequence run: a lock, manifests, a task published by one rename, and what a second start finds."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
-import hashlib
+import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from sapo_kernels.files import DataError, excerpt, flush, read_json, write_json
+from pydantic import BaseModel
 
-VERSION = 1
-MAX_RUN_BYTES = 64 * 2**20
+from sapo_kernels.files import DataError, atomic_write, excerpt, parse_json
+from sapo_kernels.manifest import MANIFEST, TEMPORARY, check_manifest, flush_folder, write_manifest
+
+from ..locks import alone
+from .results import results_of
+from .schema import MEASURES, Evaluation, FinishedTask, RunRecord, Scores, TaskData, Training, read
+
+RUN, TASK = "sapo_sequence", "sapo_sequence_task"
+_FILES = {"run.json", "before.json", "results.json", "tasks"}
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
-# Of the entries of run.json.
-_KINDS = {"config": dict, "tasks": list, "data": dict, "versions": dict, "warnings": list, "status": str}
 
 
-def task_folder(index: int, name: str) -> str:
-    """``01-NAME``: what a file name may hold of the task's name."""
-    return f"{index:02d}-{_UNSAFE.sub('_', name)[:100]}"
+@dataclass(frozen=True)
+class Run:
+    """A run's folder. before: None where it was not evaluated; tasks: those that are done, in order."""
+
+    path: Path
+    record: RunRecord
+    before: Evaluation | None
+    tasks: list[FinishedTask]
+
+    @property
+    def finished(self) -> bool:
+        return self.record.status == "done"
+
+    @cached_property
+    def results(self) -> dict[str, Any]:
+        return results_of(self.record.tasks, self.before, self.tasks)
+
+    @property
+    def measures(self) -> list[str]:
+        """Those of `MEASURES` that it has, after a task is done; the first is its headline."""
+        return [name for name in MEASURES if self.tasks and name in self.results["metrics"]]
+
+    def figure(self, measure: str, metric: str) -> Any:
+        """ "R", "AP", "BWT" or "FWT" of a measure, None if it is not known."""
+        return self.results["metrics"][measure][metric] if measure in self.measures else None
 
 
-def finished_tasks(run_dir: Path, names: Sequence[str]) -> list[tuple[int, Path]]:
-    """(index from 1, folder) of the tasks that are done, in order.
+def task_folder(run: Path, index: int, name: str) -> Path:
+    """``tasks/01-NAME`` of a run: what a file name may hold of the task's name."""
+    return run / "tasks" / f"{index:02d}-{_UNSAFE.sub('_', name)[:100]}"
 
-    Raises:
-        DataError: a task is done before an earlier one.
+
+def read_run(path: str | os.PathLike, locked: bool = False) -> Run:
+    """A run that is done, or what is there of one that is going on; its files are as they were written.
+
+    locked: nobody else is at work in it, and it is going to be gone on with.
+
+    Raises: `DataError` naming what is damaged, missing or unexpected; `OSError`.
     """
-    folders = [run_dir / "tasks" / task_folder(index, name) for index, name in enumerate(names, 1)]
-    there = [folder.is_dir() for folder in folders]
-    count = there.index(False) if False in there else len(there)
-    if any(there[count:]):
-        raise DataError(f"{folders[count]}: expected this task as later ones are done, got no folder")
-    return list(enumerate(folders[:count], 1))
-
-
-def read_run(file: Path) -> dict[str, Any]:
-    """A ``run.json``, as far as a run that goes on builds on it.
-
-    Raises:
-        DataError: it is of no sequence run of this version, or an entry is of another kind.
-    """
-    saved = read_json(file, max_bytes=MAX_RUN_BYTES)
-    if not isinstance(saved, dict) or saved.get("version") != VERSION or saved.get("kind") != "sequence":
-        raise DataError(f"{file}: expected a sequence run of version {VERSION}, got {excerpt(saved)}")
-    for name, kind in _KINDS.items():
-        if name not in saved:
-            raise DataError(f"{file}: expected the entry {name!r}, got none")
-        if not isinstance(saved[name], kind):
-            raise DataError(f"{file}: {name!r}: expected {kind.__name__}, got {excerpt(saved[name])}")
-    for name in ("tasks", "warnings"):
-        if not all(isinstance(text, str) for text in saved[name]):
-            raise DataError(f"{file}: {name!r}: expected texts, got {excerpt(saved[name])}")
-    return saved
-
-
-def fingerprint(model: Any) -> str:
-    """Of shapes, dtypes and a few values of every weight: another base model is told, cheaply."""
-    import torch
-
-    found = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        found.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        few = parameter.detach().flatten()[:64].to("cpu", torch.float32)
-        found.update(few.contiguous().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()[:16]
+    path = Path(path)
+    record = read(RunRecord, path / "run.json")
+    if locked and record.version < 2:
+        raise DataError(
+            f"{path}: expected a run of version 2, got version {record.version}, which has no manifest and cannot be "
+            "gone on with; its report can be made and its adapters can be loaded"
+        )
+    checked = record.version > 1 or (path / MANIFEST).exists()
+    whole = locked or record.status == "done"
+    if checked and whole:
+        check_manifest(path, RUN, skip=_foreign)
+    before = read(Evaluation, path / "before.json") if (path / "before.json").exists() else None
+    folders = [task_folder(path, index, name) for index, name in enumerate(record.tasks, 1)]
+    count = next((i for i, folder in enumerate(folders) if not folder.is_dir()), len(folders))
+    if later := [folder for folder in folders[count:] if folder.is_dir()]:
+        raise DataError(f"{folders[count]}: expected this task, as {later[0].name} is done, got no folder")
+    if record.status == "done" and count < len(folders):
+        raise DataError(f"{folders[count]}: expected this task of a finished run, got no folder")
+    tasks = []
+    for folder in folders[:count]:
+        # The whole of a run that is going on may change between two looks at it, a task never does.
+        if checked and not whole:
+            check_manifest(folder, TASK)
+        kinds = {"scores": Scores, "metrics": Evaluation, "train": Training, "data": TaskData}
+        tasks.append(FinishedTask(**{name: read(kind, folder / f"{name}.json") for name, kind in kinds.items()}))
+    for found in (before, *(task.metrics for task in tasks)):
+        if found and len(found.examples) != len(record.tasks):
+            raise DataError(f"{path}: expected scores of {len(record.tasks)} tasks, got {len(found.examples)}")
+    return Run(path, record, before, tasks)
 
 
 class RunFolder:
-    """A run's folder while one process works in it; `path` None keeps nothing on disk."""
+    """A run's folder while one process works in it; `path` None keeps nothing on disk.
+
+    found: what an earlier start left there, whole and checked, or None.
+    """
 
     def __init__(self, path: Path | None):
-        self.path = path
+        self.path, self.found = path, None
+        if path is None:
+            return
+        # What a run that was killed left.
+        for left in path.glob(TEMPORARY):
+            left.unlink()
+        if (path / "run.json").exists():
+            self.found = read_run(path, locked=True)
+            for left in path.glob("tasks/.*"):
+                shutil.rmtree(left)
+            return
+        # A run that was killed before its first file may have left its manifest.
+        other = sorted(one.name for one in path.iterdir() if one.name not in (".lock", MANIFEST))
+        if other:
+            raise DataError(f"{path}: expected an empty folder or one of a run, got {excerpt(other[0])} in it")
 
-    def started(self, run: dict[str, Any]) -> dict[str, Any] | None:
-        """What ``run.json`` holds of an earlier start, or None after having written `run` there.
+    def write(self, documents: dict[str, BaseModel | dict], staging: Path | None = None) -> None:
+        """Put the documents in their files, and a task that was staged in its place.
 
-        Raises:
-            DataError: it was another run (the message names what differs), or the folder holds something else.
+        All of it is announced in the manifest first: killed in between, the folder is sound, and old or new in each
+        of its parts.
         """
         if self.path is None:
-            return None
-        file = self.path / "run.json"
-        if not file.exists():
-            other = sorted(one.name for one in self.path.iterdir() if not one.name.startswith("."))
-            if other:
-                raise DataError(f"{self.path}: expected an empty folder or one of a run, got {excerpt(other[0])} in it")
-            write_json(file, run)
-            return None
-        saved = read_run(file)
-        for missing in sorted(set(run) - set(saved)):
-            raise DataError(f"{file}: expected the entry {missing!r}, got none")
-        for what, was, now in _differences(saved, run):
-            raise DataError(
-                f"{self.path}: {what}: expected {excerpt(was)}, as this run began with, got {excerpt(now)}; give the "
-                "same options to go on, or another folder"
-            )
-        return saved
-
-    def write(self, name: str, value: dict[str, Any]) -> None:
-        if self.path is not None:
-            write_json(self.path / name, value)
+            return
+        files = {f"{name}.json": _bytes(document) for name, document in documents.items()}
+        pending = dict(files)
+        if staging is not None:
+            write_manifest(staging, TASK)
+            pending[f"tasks/{staging.name[1:]}/{MANIFEST}"] = (staging / MANIFEST).read_bytes()
+        write_manifest(self.path, RUN, skip=_foreign, pending=pending)
+        if staging is not None:
+            os.rename(staging, staging.with_name(staging.name[1:]))
+            flush_folder(staging.parent)
+        for name, data in files.items():
+            atomic_write(self.path / name, data)
+        write_manifest(self.path, RUN, skip=_foreign)
 
     @contextlib.contextmanager
-    def task(self, index: int, name: str) -> Iterator[Path | None]:
-        """A folder to write a task's files in, which gets its real name, whole, when the block ends without error."""
+    def staging(self, index: int, name: str) -> Iterator[Path | None]:
+        """A hidden folder to write a task's files in, for `write`; what is left of it in the end is removed."""
         if self.path is None:
             yield None
             return
-        tasks = self.path / "tasks"
-        tasks.mkdir(exist_ok=True)
-        final = tasks / task_folder(index, name)
-        staging = tasks / f".{final.name}"
-        # Left by a run that was killed.
-        if staging.exists():
-            shutil.rmtree(staging)
-        staging.mkdir()
+        final = task_folder(self.path, index, name)
+        staging = final.with_name(f".{final.name}")
+        staging.mkdir(parents=True)
         try:
             yield staging
-            flush_tree(staging)
-            os.rename(staging, final)
-        except BaseException:
+        finally:
             shutil.rmtree(staging, ignore_errors=True)
-            raise
-        _flush(tasks)
+
+
+def write_documents(folder: Path, task: FinishedTask) -> None:
+    """The files of a task, by their names."""
+    for name, document in vars(task).items():
+        atomic_write(folder / f"{name}.json", _bytes(document))
 
 
 @contextlib.contextmanager
 def run_folder(path: str | os.PathLike | None) -> Iterator[RunFolder]:
-    """The run's folder, made if need be, locked against a second process for as long as this lasts.
+    """The run's folder, made if need be, checked, and locked against a second process for as long as this lasts.
 
     Raises:
-        RuntimeError: another process is at work in it. OSError: it cannot be made.
+        RuntimeError: another process is at work in it. DataError: it is damaged, or holds something else. OSError: it
+            cannot be made.
     """
     if path is None:
         yield RunFolder(None)
         return
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    # The lock goes with the process, however it ends; the empty file stays.
-    handle = os.open(path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                raise RuntimeError(f"{path}: another process is at work in this folder") from None
-            raise
+    with alone(path / ".lock", path):
         yield RunFolder(path)
-    finally:
-        os.close(handle)
 
 
-def flush_tree(folder: Path) -> None:
-    """Every file and folder below, and the folder, to disk."""
-    for where, _, files in os.walk(folder, topdown=False):
-        for name in files:
-            _flush(Path(where, name))
-        _flush(Path(where))
+def _foreign(name: str) -> bool:
+    """Whether a path in a run's folder is no part of the run: reports, notes; a task that is being staged."""
+    top, _, inside = name.partition("/")
+    return top not in _FILES or inside.startswith(".")
 
 
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        flush(handle)
-    finally:
-        os.close(handle)
-
-
-def _differences(saved: dict[str, Any], run: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """(option, its value in the earlier start, its value now) of everything that decides the results."""
-    was, now = saved["config"], run["config"]
-    for name in sorted({*was, *now}):
-        if was.get(name) != now.get(name):
-            yield name, was.get(name), now.get(name)
-    for name in ("tasks", "order", "model"):
-        if saved.get(name) != run[name]:
-            yield name, saved.get(name), run[name]
-    for name in sorted({*saved["data"], *run["data"]}):
-        was, now = saved["data"].get(name), run["data"].get(name)
-        if was != now:
-            yield f"data, {name}", was, now
+def _bytes(document: BaseModel | dict) -> bytes:
+    value = document.model_dump(mode="json") if isinstance(document, BaseModel) else document
+    text = json.dumps(value, allow_nan=False, ensure_ascii=False, indent=1)
+    # A file that could not be read again must fail now, while the data still exists.
+    parse_json(text, type(document).__name__)
+    return (text + "\n").encode("utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import stat
@@ -12,8 +13,12 @@ from typing import Any
 import torch
 
 from sapo_kernels.files import DataError, excerpt, read_json, write_json
+from sapo_kernels.manifest import write_manifest
 
+from ..trainer.checkpoints import ADAPTER
+from ..trainer.records import PROMPTS_FILE, write_beside_adapter
 from .config import SequenceConfig
+from .folder import read_run, task_folder
 
 logger = logging.getLogger("sapo_peft")
 
@@ -85,7 +90,7 @@ class Adapters:
         """The adapter that `save` wrote after the `index`-th task, in place of a new one.
 
         Raises:
-            DataError: the weights are not those of such an adapter.
+            DataError: a tensor is missing, unexpected, of another shape or not finite.
         """
         from peft import get_peft_model_state_dict, set_peft_model_state_dict
         from safetensors.torch import load_file
@@ -96,15 +101,17 @@ class Adapters:
             stored = load_file(file)
         except Exception as error:
             raise DataError(f"{file}: expected the weights of an adapter, got {type(error).__name__}") from error
-        wanted = get_peft_model_state_dict(self.model, adapter_name=self.names[-1], save_embedding_layers=False)
-        shapes = [{name: tuple(tensor.shape) for name, tensor in one.items()} for one in (wanted, stored)]
-        if shapes[0] != shapes[1]:
-            other = min(dict(set(shapes[0].items()) ^ set(shapes[1].items())))
-            raise DataError(f"{file}: {other}: expected shape {shapes[0].get(other)}, got {shapes[1].get(other)}")
+        present = get_peft_model_state_dict(self.model, adapter_name=self.names[-1], save_embedding_layers=False)
+        expected, got = ({name: list(tensor.shape) for name, tensor in one.items()} for one in (present, stored))
+        for name in sorted({*expected, *got}):
+            if expected.get(name) != got.get(name):
+                raise DataError(f"{file}: {name}: expected shape {expected.get(name)}, got {got.get(name)}")
+            if not bool(stored[name].isfinite().all()):
+                raise DataError(f"{file}: {name}: expected finite numbers, got others")
         set_peft_model_state_dict(self.model, stored, adapter_name=self.names[-1])
 
-    def save(self, folder: str | os.PathLike) -> None:
-        """The newest adapter, in PEFT's layout, directly in `folder`."""
+    def save(self, folder: str | os.PathLike, prompts: dict[str, Any]) -> None:
+        """The newest adapter with its prompts and a manifest, in PEFT's layout, directly in `folder`."""
         folder, name = Path(folder), self.names[-1]
         self.model.save_pretrained(str(folder), selected_adapters=[name], save_embedding_layers=False)
         # PEFT puts an adapter with a name of its own one level deeper, where its loader does not look by itself.
@@ -118,6 +125,11 @@ class Adapters:
         write_json(folder / CONFIG, options)
         # safetensors writes for the owner alone, whatever the umask says.
         os.chmod(folder / WEIGHTS, stat.S_IMODE(os.stat(folder / CONFIG).st_mode))
+        if self.config.policy == "sapo":
+            write_beside_adapter(folder, prompts)
+        else:  # the model card would name SAPO
+            write_json(folder / PROMPTS_FILE, prompts)
+        write_manifest(folder, ADAPTER)
 
     def penalty(self) -> torch.Tensor | None:
         """``lambda_1 * orthogonality`` of the newest adapter, or None where there is nothing to be orthogonal to."""
@@ -156,6 +168,16 @@ class Adapters:
             r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, task_type="CAUSAL_LM",
             target_modules=modules if isinstance(modules, str) else list(modules),
         )  # fmt: skip
+
+
+def fingerprint(model: Any) -> str:
+    """Of shapes, dtypes and a few values of every weight: another base model is told, cheaply."""
+    found = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        found.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        few = parameter.detach().flatten()[:64].to("cpu", torch.float32)
+        found.update(few.contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:16]
 
 
 def _check_modules(base: Any, modules: str | Sequence[str]) -> None:
@@ -229,25 +251,24 @@ def load_adapters(model: Any, run_dir: str | os.PathLike) -> Any:
         run_dir: its folder; of a run that is not done the tasks that are.
 
     Raises:
-        DataError: the folder is of no such run, no task is done, or an adapter does not fit the model, which is then as
-            it was.
+        DataError: the folder is of no such run or is damaged, no task is done, or an adapter does not fit the model,
+            which is then as it was.
     """
-    from .folder import fingerprint, finished_tasks, read_run
-
-    run_dir = Path(run_dir)
-    saved = read_run(run_dir / "run.json")
+    run = read_run(run_dir)
     try:
-        config = SequenceConfig(**saved["config"])
+        config = SequenceConfig(**run.record.config)
     except (TypeError, ValueError) as error:
-        raise DataError(f"{run_dir / 'run.json'}: 'config': expected the options of a run, got: {error}") from error
-    done = finished_tasks(run_dir, saved["tasks"])
-    if not done:
+        raise DataError(f"{run.path / 'run.json'}: 'config': expected the options of a run, got: {error}") from error
+    if not run.tasks:
         raise DataError(f"{run_dir}: expected a run with a finished task, got none")
+    if run.record.version < 2:
+        logger.warning("%s: a run of version 1, which has no manifest: its files are not checked", run_dir)
     adapters = Adapters(model, config)
-    if fingerprint(model) != saved["data"].get("base"):
+    if fingerprint(model) != run.record.data.get("base"):
         logger.warning("%s: the base model is not the one that the run began with, or has another dtype", run_dir)
+    folders = [task_folder(run.path, i, name) for i, name in enumerate(run.record.tasks[: len(run.tasks)], 1)]
     try:
-        for index, folder in done[-1:] if config.method == "seq-lora" else done:
+        for index, folder in [*enumerate(folders, 1)][-1 if config.method == "seq-lora" else 0 :]:
             adapters.load(index, folder / "adapter")
     except BaseException:
         adapters.remove()

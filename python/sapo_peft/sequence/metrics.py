@@ -4,16 +4,31 @@ from __future__ import annotations
 
 import functools
 import math
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
+from unicodedata import normalize
+
+import numpy as np
 
 Matrix = Sequence[Sequence[float | None]]
 
-_ASCII_WORD = re.compile(r"[a-z0-9]", re.IGNORECASE)
-# Words of letters and digits of any script; scripts that are written without spaces by the character.
-_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-_ANY_WORD = re.compile(rf"[{_UNSPACED}\U00020000-\U0003ffff]|[^\W_{_UNSPACED}\U00020000-\U0003ffff]+")
+
+@functools.cache
+def _patterns() -> dict[str, Any]:
+    """Unicode's own classes, which Python's `re` does not know; the package comes with rouge-score."""
+    import regex
+
+    # Scripts that are written without spaces: a letter with its marks is what comes nearest to a word.
+    unspaced = "".join(rf"\p{{scx={name}}}" for name in ("Han", "Hira", "Kana", "Thai", "Laoo", "Mymr", "Khmr"))
+    letter = rf"[[{unspaced}]&&[\p{{L}}\p{{N}}]]"
+    texts = {
+        # Joiners stand inside the words of Persian and of Indian scripts.
+        "words": rf"{letter}\p{{M}}*|(?:(?!{letter})[\p{{L}}\p{{N}}\p{{M}}\u200c\u200d])+",
+        # SQuAD's, but for what makes another number: a sign, a decimal point.
+        "punctuation": r"(?![-+]\d)(?!(?<=\d)[.,]\d)[\p{P}$+<=>^`|~]",
+        "articles": r"\b(?:a|an|the)\b",
+    }
+    return {name: regex.compile(text, regex.V1) for name, text in texts.items()}
 
 
 class _AnyScript:
@@ -21,7 +36,8 @@ class _AnyScript:
 
     @staticmethod
     def tokenize(text: str) -> list[str]:
-        return _ANY_WORD.findall(text.lower()) or [character for character in text if not character.isspace()]
+        text = normalize("NFC", text.lower())
+        return _patterns()["words"].findall(text) or [character for character in text if not character.isspace()]
 
 
 @functools.cache
@@ -43,19 +59,47 @@ def check_scorer() -> None:
 
 
 def rouge_l(answer: str, target: str) -> float:
-    """ROUGE-L F1 of one answer, 0 to 1, by the package rouge-score without stemming.
+    """ROUGE-L F1 of one answer, 0 to 1, by the package rouge-score without stemming; both texts in NFC.
 
-    Where the target has letters or digits beyond ASCII, or none at all, words are those of Unicode (Chinese, Japanese,
-    Thai and their like character by character, signs alone sign by sign): rouge-score's own would be none or pieces.
+    Where the target has letters or digits beyond ASCII, or none at all, words are those of Unicode with their combining
+    marks (Chinese, Japanese, Thai and their like character by character, signs alone sign by sign): rouge-score's own
+    would be none or pieces.
     """
-    foreign = any(ord(character) > 127 and character.isalnum() for character in target)
-    any_script = foreign or not _ASCII_WORD.search(target)
+    answer, target = normalize("NFC", answer), normalize("NFC", target)
+    words = [character for character in target if character.isalnum()]
+    any_script = not words or any(ord(character) > 127 for character in words)
     return float(_scorer(any_script).score(target, answer)["rougeL"].fmeasure)
 
 
 def exact_match(answer: str, target: str) -> float:
-    """1.0 if the texts are equal, white space at the ends aside and any run of it counting as one space; else 0.0."""
-    return float(answer.split() == target.split())
+    """1.0 if the texts are equal in NFC, white space at the ends aside and any run of it counting as one; else 0.0."""
+    return float(normalize("NFC", answer).split() == normalize("NFC", target).split())
+
+
+def normalised_match(answer: str, target: str) -> float:
+    """`exact_match` as it is usual for answers: case, width, punctuation and English articles make no difference.
+
+    Source: Rajpurkar et al. 2016 (SQuAD), in Unicode: NFKC, case folding. A sign or a point in a number stays, and a
+    text of nothing but punctuation is compared as it is.
+    """
+    found = []
+    for text in (answer, target):
+        text = normalize("NFKC", normalize("NFKC", text).casefold())
+        bare = _patterns()["articles"].sub(" ", _patterns()["punctuation"].sub("", text)).split()
+        found.append(bare or text.split())
+    return float(found[0] == found[1])
+
+
+SCORES: dict[str, Callable[[str, str], float]] = {
+    "rougeL": rouge_l,
+    "exact_match": exact_match,
+    "normalised_match": normalised_match,
+}
+
+
+def best(score: Callable[[str, str], float], answer: str, references: Iterable[str]) -> float:
+    """The score of an answer against the reference that it is nearest to."""
+    return max(score(answer, reference) for reference in references)
 
 
 def sequence_metrics(matrix: Matrix) -> dict[str, Any]:
@@ -74,31 +118,19 @@ def sequence_metrics(matrix: Matrix) -> dict[str, Any]:
     Args:
         matrix: N + 1 rows of N numbers or None; a row that is missing at the end counts as not measured.
     """
-    tasks = len(matrix[0])
-    rows = [list(row) for row in matrix] + [[None] * tasks] * (tasks + 1 - len(matrix))
-
-    def entry(i: int, j: int) -> float:
-        value = rows[i][j - 1]
-        return math.nan if value is None else float(value)
-
-    def backward(i: int) -> list[float]:
-        return [entry(i, j) - entry(j, j) for j in range(1, i)]
-
-    def forward(i: int) -> list[float]:
-        return [entry(i, j) - entry(0, j) for j in range(i + 1, tasks + 1)]
-
-    return {
-        "AP": _mean([entry(tasks, j) for j in range(1, tasks + 1)]),
-        "BWT": _mean([_mean_or_nan(backward(i)) for i in range(2, tasks + 1)]),
-        "BWT_last": _mean(backward(tasks)),
-        "FWT": _mean([_mean_or_nan(forward(i)) for i in range(1, tasks)]),
+    count = len(matrix[0])
+    # None becomes NaN, and so does whatever is made of it.
+    found = np.full((count + 1, count), np.nan)
+    found[: len(matrix)] = np.array(matrix, dtype=np.float64)
+    learnt = np.diagonal(found[1:])
+    metrics = {
+        "AP": _mean(found[-1]),
+        "BWT": _mean([_mean(found[i, : i - 1] - learnt[: i - 1]) for i in range(2, count + 1)]),
+        "BWT_last": _mean(found[-1, :-1] - learnt[:-1]),
+        "FWT": _mean([_mean(found[i, i:] - found[0, i:]) for i in range(1, count)]),
     }
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
-def _mean_or_nan(values: list[float]) -> float:
-    return math.fsum(values) / len(values) if values else math.nan
-
-
-def _mean(values: list[float]) -> float | None:
-    mean = _mean_or_nan(values)
-    return mean if math.isfinite(mean) else None
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values)) if len(values) else math.nan

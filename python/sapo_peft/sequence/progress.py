@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 import time
 
+from tqdm import tqdm
+
 from ..terminal import cut
 
 
@@ -20,64 +22,46 @@ class SequenceProgress:
     """
 
     def __init__(self, tasks: list[str], show: bool | None, done: int = 0):
-        terminal = bool(getattr(sys.stderr, "isatty", lambda: False)())
-        self.tasks, self.show = tasks, terminal if show is None else show
-        self.bar = None
-        self.terminal = terminal and self.show
-        self.first, self.started = done, time.monotonic()
-        # Seconds of a task, when the present one began, and how many are left with it.
-        self.per_task: float | None = None
-        self.marked, self.remaining = self.started, len(tasks)
+        self.terminal = bool(getattr(sys.stderr, "isatty", lambda: False)())
+        self.tasks, self.show, self.first = tasks, self.terminal if show is None else show, done
+        self.started, self.ends = time.monotonic(), None
+        self.bar = tqdm(disable=True)
 
     def phase(self, index: int, phase: str, total: int, unit: str) -> None:
         """Begin a phase of the `index`-th task (0: before training), of `total` steps or examples."""
-        self.end()
-        if not self.show:
-            return
-        if phase == "train":
-            self.marked, self.remaining = time.monotonic(), len(self.tasks) - index + 1
-            if index - 1 > self.first:
-                self.per_task = (self.marked - self.started) / (index - 1 - self.first)
-        name = cut(self.tasks[index - 1], 28) if index else "all tasks"
-        head = f"{index}/{len(self.tasks)} {name}: {phase}"
-        if not self.terminal:
-            left = f", {self._left()}" if self._left() else ""
-            print(f"sapo: {head}, {total} {unit}s{left}", file=sys.stderr, flush=True)
-            return
-        try:
-            from tqdm import tqdm
-        except ImportError:  # a nicety, not a need
-            return
-        self.bar = tqdm(total=total, desc=head, unit=unit, leave=False, dynamic_ncols=True)
-        self.bar.set_postfix_str(self._left(), refresh=False)
+        self.bar.close()
+        now = time.monotonic()
+        if phase == "train" and index - 1 > self.first:
+            each = (now - self.started) / (index - 1 - self.first)
+            self.ends = now + each * (len(self.tasks) - index + 1)
+        head = f"{self._name(index)}: {phase}"
+        if self.show and not self.terminal:
+            print(f"sapo: {head}, {total} {unit}s{self._left(', ')}", file=sys.stderr, flush=True)
+        self.bar = tqdm(total=total, desc=head, unit=unit, leave=False, dynamic_ncols=True,
+                        disable=not (self.show and self.terminal))  # fmt: skip
 
     def say(self, index: int, text: str) -> None:
         """One line about the `index`-th task."""
+        self.bar.close()
         if self.show:
-            self.end()
-            print(f"sapo: {index}/{len(self.tasks)} {cut(self.tasks[index - 1], 28)}: {text}", file=sys.stderr)
+            print(f"sapo: {self._name(index)}: {text}", file=sys.stderr)
 
     def step(self, step: int, loss: float | None) -> None:
         """That many optimizer steps are done."""
-        if self.bar is not None:
-            parts = [f"loss {loss:.4f}"] if loss is not None else []
-            self.bar.set_postfix_str(", ".join([*parts, *filter(None, [self._left()])]), refresh=False)
-            self.bar.update(step - self.bar.n)
+        self.bar.set_postfix_str(("" if loss is None else f"loss {loss:.4f}") + self._left(", "), refresh=False)
+        self.bar.update(step - self.bar.n)
 
     def examples(self, count: int) -> None:
         """So many more examples are done."""
-        if self.bar is not None:
-            self.bar.update(count)
+        self.bar.update(count)
 
     def end(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
+        self.bar.close()
 
-    def _left(self) -> str:
+    def _name(self, index: int) -> str:
+        return f"{index}/{len(self.tasks)} {cut(self.tasks[index - 1], 28) if index else 'all tasks'}"
+
+    def _left(self, before: str) -> str:
         """The time left as text; nothing is known before a task is done."""
-        if self.per_task is None:
-            return ""
-        left = self.per_task * self.remaining - (time.monotonic() - self.marked)
-        hours, rest = divmod(int(max(left, 0.0)), 3600)
-        return f"about {hours}:{rest // 60:02d}:{rest % 60:02d} left"
+        left = "" if self.ends is None else tqdm.format_interval(max(self.ends - time.monotonic(), 0.0))
+        return f"{before}about {left} left" if left else ""

@@ -5,30 +5,28 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from sapo_kernels.files import DataError, excerpt, read_json, write_json
+from sapo_kernels.files import DataError, excerpt
 from sapo_kernels.scoring.render import Renderer, check_examples
 from sapo_kernels.scoring.response_cache import CellBuilder
 
-from ..trainer.records import PROMPTS_FILE, write_beside_adapter
-from .config import SequenceConfig, derived_seed
-from .evaluate import Evaluator, Row
-from .folder import VERSION, RunFolder, fingerprint, finished_tasks, run_folder
-from .methods import Adapters
+from .config import MAX_NAME, MAX_TASKS, SequenceConfig, derived_seed
+from .evaluate import Evaluator
+from .folder import Run, RunFolder, run_folder, task_folder, write_documents
+from .methods import Adapters, fingerprint
 from .metrics import check_scorer
 from .progress import SequenceProgress
-from .results import SequenceResult, result_document
-from .tasks import MAX_NAME, MAX_TASKS, SequenceTask
-from .training import Trained, steps_of, train_task
+from .results import SequenceResult, results_of
+from .schema import Evaluation, FinishedTask, RunRecord, TaskData
+from .tasks import SequenceTask
+from .training import steps_of, train_task
 
 logger = logging.getLogger("sapo_peft")
 
@@ -54,8 +52,8 @@ def run_sequence(
         model: "tiny", a folder or a hub name; or a pair (model, tokenizer), or a function that returns one. A model
             that is handed over is used as it is and is afterwards as it was.
         tasks: in the order in which they are learned; see `SequenceTask.build`, `read_order`, `read_tasks`.
-        output_dir: the run's folder. A run that was killed is continued there, a complete one returned. None: nothing
-            is written, nothing can be continued.
+        output_dir: the run's folder. A run that was killed is continued there, a complete one returned; either only if
+            its files are as they were written. None: nothing is written, nothing can be continued.
         config: `SequenceConfig`.
         order: name of the order, for the records.
         name: of the model, for the records; default: what was given, or its ``name_or_path``.
@@ -68,117 +66,107 @@ def run_sequence(
 
     Raises:
         ImportError: a package that is needed is missing.
-        ValueError (`DataError`): an argument or file, with what was wanted and got; the folder is of another run.
+        ValueError (`DataError`): an argument or file, with what was expected and got; the folder is of another run or
+            damaged.
         RuntimeError: another process is at work in the folder.
+        FloatingPointError: training has diverged; nothing of the task is written.
 
     On one machine, with one number of threads, a run that was killed at any point and continued ends with the same
     adapters (bytes), choices and matrix as one that was not: every task is redone from its beginning unless it was
     complete.
     """
     config = config or SequenceConfig()
-    tasks = _checked(tasks)
-    if config.generate:
-        check_scorer()
+    tasks = list(tasks)
+    if not tasks or not all(isinstance(task, SequenceTask) for task in tasks):
+        raise TypeError(f"tasks: expected at least one SequenceTask, got {excerpt(tasks)}")
+    names = [task.name for task in tasks]
+    if len(set(names)) < len(names) or len(names) > MAX_TASKS:
+        raise DataError(f"tasks: expected at most {MAX_TASKS} with different names, got {len(names)}: {excerpt(names)}")
     if not isinstance(order, str) or len(order) > MAX_NAME:
         raise DataError(f"order: expected a text of at most {MAX_NAME} characters, got {excerpt(order)}")
+    if config.generate:
+        check_scorer()
     with run_folder(output_dir) as folder:
         base, tok, called = _resolve(model, name, tokenizer, device, dtype)
         tasks = [replace(task, pool=task.pool.checked(tok)) for task in tasks]
         tasks = [task.used(config.train_examples, config.test_examples) for task in tasks]
-        tokens = _check_texts(tasks, tok, config)
+        marks = {"tokens": _check_texts(tasks, tok, config), "base": fingerprint(base)}
+        record = RunRecord(
+            method=config.method, policy=config.policy, order=order, tasks=names,
+            seed=config.seed, model=called, config=config.as_dict(), started=_now(),
+            data={**marks, **{f"task {task.name}": task.digest() for task in tasks}},
+            versions={one: metadata.version(one) for one in ("sapo-kernels", "torch", "transformers", "peft")},
+            warnings=[f"task {task.name}: {note}" for task in tasks for note in (*task.notes, *task.pool.notes())],
+        )  # fmt: skip
         adapters = Adapters(base, config)
         # What is refused up to here leaves no run behind that another option would not fit.
-        run = _run_document(tasks, config, order, called, {"base": fingerprint(base), "tokens": tokens})
-        saved = folder.started(run)
-        if saved is None:
-            for warning in run["warnings"]:
-                logger.warning("%s", warning)
-        else:
-            run = _continued(saved, run)
-        return _Runner(adapters, tok, tasks, folder, config, run, progress).run_all()
-
-
-class _Runner:
-    """One start of a run."""
-
-    def __init__(
-        self, adapters: Adapters, tokenizer, tasks, folder: RunFolder, config: SequenceConfig, run: dict, progress
-    ):
-        self.tokenizer, self.tasks, self.folder, self.config, self.run = tokenizer, tasks, folder, config, run
-        self.names = [task.name for task in tasks]
-        self.adapters = adapters
-        self.evaluator = Evaluator(tasks, tokenizer, config)
-        # The prompt that stands for each task now.
-        self.chosen = [0] * len(tasks)
-        self.before: dict[str, Any] | None = None
-        self.done: list[dict[str, Any]] = []
-        self.choices: list[dict[str, Any]] = []
-        self.show = progress
-        self.progress = SequenceProgress(self.names, False)
-
-    def run_all(self) -> SequenceResult:
         try:
-            finished = finished_tasks(self.folder.path, self.names) if self.folder.path else []
-            self.progress = SequenceProgress(self.names, self.show, len(finished))
-            if self.config.evaluate == "all":
-                self._evaluate_before(bool(finished))
-            for index, path in finished:
-                self._take_over(index, path)
-            for index in range(len(finished) + 1, len(self.tasks) + 1):
+            return _Start(adapters, tok, tasks, folder, record, progress).run()
+        finally:
+            adapters.remove()
+
+
+class _Start:
+    """One start of a run: what an earlier one has done is taken over, the rest is done."""
+
+    def __init__(self, adapters: Adapters, tokenizer, tasks, folder: RunFolder, record: RunRecord, progress):
+        self.adapters, self.tokenizer, self.tasks, self.folder = adapters, tokenizer, tasks, folder
+        self.config = adapters.config
+        self.evaluator = Evaluator(adapters.base, tasks, tokenizer, self.config)
+        self.record, self.before, self.done = record, None, []
+        if folder.found is None:
+            for warning in record.warnings:
+                logger.warning("%s", warning)
+            folder.write({"run": record})
+        else:
+            self._take_over(folder.found, record)
+        self.progress = SequenceProgress(record.tasks, progress, len(self.done))
+
+    def run(self) -> SequenceResult:
+        names = self.record.tasks
+        try:
+            if self.config.evaluate == "all" and self.before is None:
+                self.before = self._evaluate(0, {j: 0 for j in range(len(names))})
+                self._warn(self.before.notes)
+                self.folder.write({"before": self.before, "run": self.record})
+            for index in range(len(self.done) + 1, len(names) + 1):
                 self._task(index)
-                self._write_results()
-            # Also where a run was killed after its last task.
-            if self.run["status"] != "done":
-                document = self._write_results()
-                self.run.update(status="done", finished=_now())
-                self.folder.write("run.json", self.run)
-            else:
-                document = self._document()
+            results = results_of(names, self.before, self.done)
+            if self.record.status != "done":
+                self.record = self.record.model_copy(update={"status": "done", "finished": _now()})
+                self.folder.write({"results": results, "run": self.record})
         finally:
             self.progress.end()
-            self.adapters.remove()
-        return SequenceResult(self.run, self.names, document["metrics"], document["choices"], document["cost"],
-                              self.folder.path)  # fmt: skip
-
-    def _evaluate_before(self, begun: bool) -> None:
-        file = self.folder.path / "before.json" if self.folder.path else None
-        if file is not None and file.exists():
-            self.before = _read_document(file)
-            with _readable(file, "the scores before training"):
-                self._document()
-                self._warn(self.before["notes"])
-        elif begun:
-            raise DataError(f"{file}: expected the scores before training, got no file though tasks are done")
-        else:
-            self.before = _metrics_document(self._evaluate(0, {j: 0 for j in range(len(self.tasks))}))
-            self.folder.write("before.json", self.before)
-            self._warn(self.before["notes"])
-
-    def _evaluate(self, index: int, prompts: dict[int, int]) -> Row:
-        total = sum(len(self.tasks[j].test) for j in prompts)
-        self.progress.phase(index, "evaluate", total, "example")
-        # A model without adapters before the first task: what a new adapter adds is zero.
-        return self.evaluator.row(self.adapters.model, prompts, self.progress.examples)
+        del results["version"]
+        return SequenceResult(run=self.record.model_dump(), folder=self.folder.path, **results)
 
     def _task(self, index: int) -> None:
+        """Train the `index`-th task (from 1), evaluate, and put its folder in place."""
         task = self.tasks[index - 1]
-        with self.folder.task(index, task.name) as staging:
+        with self.folder.staging(index, task.name) as staging:
             self.adapters.add(index, derived_seed(self.config.seed, index, "init"))
             self.progress.phase(index, "train", steps_of(task, self.config), "step")
             trained = train_task(self.adapters, self.tokenizer, task, index, self.config, self.progress.step)
-            self.chosen[index - 1] = trained.chosen
-            self.progress.say(index, f"prompt {trained.chosen} of {len(task.pool.prompts)} (0 is the original)")
-            row = self._evaluate(index, {j: self.chosen[j] for j in self._wanted(index)})
-            documents = _documents(task, trained, row)
+            self.progress.say(index, f"prompt {trained.scores.chosen} of {len(task.pool.prompts)} (0 is the original)")
+            # The chosen prompt stands for its task, the original for those to come.
+            chosen = [*(one.scores.chosen for one in self.done), trained.scores.chosen]
+            chosen += [0] * (len(self.tasks) - index)
+            metrics = self._evaluate(index, {j: chosen[j] for j in self._wanted(index)})
+            used = {"train": len(task.train), "test": len(task.test)}
+            data = TaskData(rows=dict(task.rows), used=used, notes=[*task.notes, *task.pool.notes()])
+            self.done.append(FinishedTask(trained.scores, metrics, trained.train, data))
+            self._warn([*trained.train.notes, *metrics.notes])
             if staging is not None:
-                self.adapters.save(staging / "adapter")
-                if self.config.policy == "sapo":
-                    write_beside_adapter(staging / "adapter", trained.record)
-                else:  # the model card would name SAPO
-                    write_json(staging / "adapter" / PROMPTS_FILE, trained.record)
-                for name, document in documents.items():
-                    write_json(staging / f"{name}.json", document)
-        self._keep(index, documents)
+                self.adapters.save(staging / "adapter", trained.prompts)
+                write_documents(staging, self.done[-1])
+                results = results_of(self.record.tasks, self.before, self.done)
+                self.folder.write({"results": results, "run": self.record}, staging)
+
+    def _evaluate(self, index: int, prompts: dict[int, int]) -> Evaluation:
+        total = sum(len(self.tasks[j].test) for j in prompts)
+        self.progress.phase(index, "evaluate", total, "example")
+        # A model without adapters before the first task: what a new adapter adds is zero.
+        return self.evaluator.evaluate(self.adapters.model, prompts, self.progress.examples)
 
     def _wanted(self, index: int) -> list[int]:
         """The tasks to evaluate after the `index`-th, counted from 0."""
@@ -186,105 +174,39 @@ class _Runner:
             return list(range(len(self.tasks)))
         return list(range(index)) if self.config.evaluate == "seen" else [index - 1]
 
-    def _take_over(self, index: int, path: Path) -> None:
-        documents = {name: _read_document(path / f"{name}.json") for name in ("scores", "metrics", "train", "data")}
-        if self.run["status"] != "done":
-            self.adapters.load(index, path / "adapter")
-        with _readable(path, "the files of a finished task"):
-            self.chosen[index - 1] = documents["scores"]["chosen"]
-            self._keep(index, documents)
-            self._document()
-
-    def _keep(self, index: int, documents: dict[str, dict[str, Any]]) -> None:
-        self.done.append(documents)
-        self.choices.append(_choice(self.tasks[index - 1], documents["scores"]))
-        self._warn([*documents["train"]["notes"], *documents["metrics"]["notes"]])
+    def _take_over(self, found: Run, record: RunRecord) -> None:
+        """What an earlier start has done, if it was the same run."""
+        for what, was, now in _differences(found.record, record):
+            raise DataError(
+                f"{found.path}: {what}: expected {excerpt(was)}, as this run began with, got {excerpt(now)}; give the "
+                "same options to go on, or another folder"
+            )
+        self.record, self.before, self.done = found.record, found.before, found.tasks
+        if self.config.evaluate == "all" and self.done and not self.before:
+            raise DataError(f"{found.path / 'before.json'}: expected the scores before training, got no file")
+        if self.record.status == "done":
+            return
+        other = [f"{name} {version} (was {self.record.versions.get(name)})"
+                 for name, version in record.versions.items() if self.record.versions.get(name) != version]  # fmt: skip
+        if other:
+            self._warn([f"continued with other versions: {', '.join(other)}; results may differ from a run at one go"])
+        folders = [task_folder(found.path, i, task.scores.task) for i, task in enumerate(self.done, 1)]
+        for index, folder in enumerate(folders, 1):
+            self.adapters.load(index, folder / "adapter")
 
     def _warn(self, notes: list[str]) -> None:
-        new = [note for note in notes if note not in self.run["warnings"]]
+        new = [note for note in notes if note not in self.record.warnings]
         for note in new:
             logger.warning("%s", note)
-        if new:
-            self.run["warnings"] = [*self.run["warnings"], *new]
-            self.folder.write("run.json", self.run)
-
-    def _document(self) -> dict[str, Any]:
-        return result_document(self.names, self.before, self.done, self.choices)
-
-    def _write_results(self) -> dict[str, Any]:
-        document = self._document()
-        self.folder.write("results.json", document)
-        return document
+        self.record = self.record.model_copy(update={"warnings": [*self.record.warnings, *new]})
 
 
-def _documents(task: SequenceTask, trained: Trained, row: Row) -> dict[str, dict[str, Any]]:
-    """The JSON files of a task by name."""
-    return {
-        "scores": {"version": VERSION, "task": task.name, "prompts": list(task.pool.prompts),
-                   "suffix": task.pool.suffix, "chosen": trained.chosen, "scorings": trained.scorings},
-        "metrics": _metrics_document(row),
-        "train": {"version": VERSION, "losses": [[step, _number(loss)] for step, loss in trained.losses],
-                  "penalties": [[step, _number(penalty)] for step, penalty in trained.penalties],
-                  "seconds": trained.seconds, "tokens": trained.tokens, "examples": trained.examples,
-                  "notes": trained.notes},
-        "data": {"version": VERSION, "rows": dict(task.rows),
-                 "used": {"train": len(task.train), "test": len(task.test)},
-                 "notes": [*task.notes, *task.pool.notes()]},
-    }  # fmt: skip
-
-
-def _metrics_document(row: Row) -> dict[str, Any]:
-    return {"version": VERSION, "row": row.row, "examples": row.examples, "seconds": row.seconds,
-            "notes": row.notes}  # fmt: skip
-
-
-def _choice(task: SequenceTask, scores: dict[str, Any]) -> dict[str, Any]:
-    """An entry of "choices"; the losses are those of the last scoring."""
-    chosen, prompts = scores["chosen"], scores["prompts"]
-    losses = scores["scorings"][-1]["loss"] if scores["scorings"] else [None] * len(prompts)
-    return {
-        "task": task.name,
-        "index": chosen,
-        "prompt": prompts[chosen],
-        "original": prompts[0],
-        "loss": losses[chosen],
-        "original_loss": losses[0],
-        "prompts": len(prompts),
-    }
-
-
-def _read_document(file: Path) -> dict[str, Any]:
-    document = read_json(file)
-    if not isinstance(document, dict) or document.get("version") != VERSION:
-        raise DataError(f"{file}: expected an object of version {VERSION}, got {excerpt(document)}")
-    return document
-
-
-@contextmanager
-def _readable(path: Path, wanted: str) -> Iterator[None]:
-    """Files that this program wrote whole, unless somebody changed them."""
-    try:
-        yield
-    except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
-        got = f"{type(error).__name__} {excerpt(str(error))}"
-        raise DataError(f"{path}: expected {wanted}, got {got} while reading them") from error
-
-
-def _number(value: float) -> float | None:
-    return value if value - value == 0.0 else None
-
-
-def _checked(tasks: Sequence[SequenceTask]) -> list[SequenceTask]:
-    tasks = list(tasks)
-    if not tasks or not all(isinstance(task, SequenceTask) for task in tasks):
-        raise TypeError(f"tasks: expected at least one SequenceTask, got {excerpt(tasks)}")
-    if len(tasks) > MAX_TASKS:
-        raise DataError(f"tasks: expected at most {MAX_TASKS}, got {len(tasks)}")
-    names = [task.name for task in tasks]
-    for index, name in enumerate(names):
-        if name in names[:index]:
-            raise DataError(f"tasks: expected different names, got {excerpt(name)} twice")
-    return tasks
+def _differences(was: RunRecord, now: RunRecord) -> list[tuple[str, Any, Any]]:
+    """(option, its value in the earlier start, its value now) of everything that decides the results."""
+    pairs = [(name, was.config.get(name), now.config.get(name)) for name in sorted({*was.config, *now.config})]
+    pairs += [(name, getattr(was, name), getattr(now, name)) for name in ("tasks", "order", "model")]
+    pairs += [(f"data, {name}", was.data.get(name), now.data.get(name)) for name in sorted({*was.data, *now.data})]
+    return [pair for pair in pairs if pair[1] != pair[2]]
 
 
 def _resolve(model: Model, name: str | None, tokenizer: str | None, device: str, dtype: str) -> tuple[Any, Any, str]:
@@ -306,59 +228,21 @@ def _check_texts(tasks: list[SequenceTask], tokenizer: Any, config: SequenceConf
     """
     found = hashlib.sha256()
     for task in tasks:
-        pool = task.pool
+        pool, place = task.pool, f"task {excerpt(task.name)}"
+        for split in ("train", "test"):
+            try:
+                check_examples(getattr(task, split))
+            except ValueError as error:
+                raise DataError(f"{place}: {split}: {error}") from error
+        renderer = Renderer(tokenizer, None, pool.suffix, pool.text_word)
+        limits = config.max_source, config.max_target
         try:
-            for split, rows in (("train", task.train), ("test", task.test)):
-                _check_rows(rows, split)
-            renderer = Renderer(tokenizer, None, pool.suffix, pool.text_word)
-            limits = config.max_source, config.max_target
-            for context, response in CellBuilder(renderer, pool.prompts, task.train[:1], *limits, warn=False).cells():
-                found.update(b"%d %d " % (len(context), len(response)) + context.tobytes() + response.tobytes())
+            cells = CellBuilder(renderer, pool.prompts, task.train[:1], *limits, warn=False).cells()
         except ValueError as error:
-            raise DataError(f"task {excerpt(task.name)}: {error}") from error
+            raise DataError(f"{place}: {error}") from error
+        for context, response in cells:
+            found.update(b"%d %d " % (len(context), len(response)) + context.tobytes() + response.tobytes())
     return found.hexdigest()[:16]
-
-
-def _check_rows(rows: Sequence[Mapping[str, str]], split: str) -> None:
-    try:
-        check_examples(rows)
-    except ValueError as error:
-        raise DataError(f"{split}: {error}") from error
-
-
-def _run_document(
-    tasks: list[SequenceTask], config: SequenceConfig, order: str, name: str, marks: dict[str, str]
-) -> dict[str, Any]:
-    notes = [f"task {task.name}: {note}" for task in tasks for note in (*task.notes, *task.pool.notes())]
-    return {
-        "version": VERSION,
-        "kind": "sequence",
-        "status": "running",
-        "method": config.method,
-        "policy": config.policy,
-        "order": order,
-        "tasks": [task.name for task in tasks],
-        "seed": config.seed,
-        "model": name,
-        "config": config.as_dict(),
-        "data": {**marks, **{f"task {task.name}": task.digest() for task in tasks}},
-        "versions": {name: metadata.version(name) for name in ("sapo-kernels", "torch", "transformers", "peft")},
-        "started": _now(),
-        "finished": None,
-        "warnings": notes,
-    }
-
-
-def _continued(saved: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
-    """The document of a run that is started again."""
-    if saved["versions"] != run["versions"] and saved["status"] != "done":
-        other = [f"{name} {version} (was {saved['versions'].get(name)})"
-                 for name, version in run["versions"].items() if saved["versions"].get(name) != version]  # fmt: skip
-        note = f"continued with other versions: {', '.join(other)}; results may differ from a run at one go"
-        if note not in saved["warnings"]:
-            logger.warning("%s", note)
-            saved = {**saved, "warnings": [*saved["warnings"], note]}
-    return saved
 
 
 def _now() -> str:

@@ -3,25 +3,38 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, RootModel
 
 from sapo_kernels.files import DataError, excerpt, read_json
 
 from ..data.examples import Examples, read_examples
 from ..data.names import DATA_FOLDERS, TaskNameError
 from ..data.prompt_pool import PromptPool
+from ..data.schema import validated
 from ..data.tables import READERS
+from .config import MAX_NAME, MAX_TASKS
 
-MAX_ORDER_BYTES = 2**20
-# What the report of a run has room for.
-MAX_TASKS = 256
-MAX_NAME = 300
 _STAGE = re.compile(r"(\d{1,4})-.+", re.DOTALL)
+
+
+class _Entry(BaseModel):
+    """A task in a file of an order."""
+
+    model_config = ConfigDict(strict=True)
+    dataset_name: str
+    strategy: Literal["full"] = Field("full", alias="sampling strategy")
+
+
+class _Entries(RootModel):
+    root: list[_Entry]
 
 
 @dataclass(frozen=True)
@@ -29,8 +42,9 @@ class SequenceTask:
     """One task: made by `build`, `read_order` or `read_tasks`.
 
     name: unique in its sequence. pool: the prompts, the original first. train, test: rows with "input" and "target",
-    those with an empty label left out. rows: how many each file has, whatever was left out. notes: sentences about the
-    data: rows left out, duplicates, conflicting labels, test rows that stand in train.
+    those with an empty label left out. rows: how many each file has, whatever was left out. references: all targets of
+    each test row, of which an answer needs to meet one. notes: sentences about the data: rows left out, duplicates,
+    conflicting labels, test rows that stand in train.
     """
 
     name: str
@@ -38,6 +52,7 @@ class SequenceTask:
     train: tuple[dict[str, str], ...]
     test: tuple[dict[str, str], ...]
     rows: Mapping[str, int]
+    references: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...] = ()
 
     @classmethod
@@ -62,31 +77,32 @@ class SequenceTask:
             raise DataError(f"task: expected a printable name of 1 to {MAX_NAME} characters, got {excerpt(name)}")
         if not isinstance(pool, PromptPool):
             raise TypeError(f"task {excerpt(name)}: pool: expected a PromptPool, got {type(pool).__name__}")
-        columns = (input_column, target_column)
-        splits = {"train": train, "dev": dev, "test": test}
-        read = {split: _rows(rows, name, split, columns) for split, rows in splits.items() if rows is not None}
+        read, splits = {}, {"train": train, "dev": dev, "test": test}
+        for split, rows in splits.items():
+            place = f"task {excerpt(name)}: {split}"
+            if isinstance(rows, Examples):
+                read[split] = rows
+            elif rows is not None:
+                read[split] = read_examples(rows, input_column, target_column, skip_empty=True, name=place)
         for split in ("train", "test"):
             if split not in read:
                 raise DataError(f"task {excerpt(name)}: {split}: expected rows, got none")
         notes = [note for split in read.values() for note in split.notes()]
         notes += leaks(read["train"], read["test"])
         rows = {split: read[split].total if split in read else 0 for split in splits}
-        return cls(name, pool, tuple(read["train"]), tuple(read["test"]), rows, tuple(notes))
+        references = tuple(map(tuple, read["test"].references))
+        return cls(name, pool, tuple(read["train"]), tuple(read["test"]), rows, references, tuple(notes))
 
     def used(self, train_examples: int | None, test_examples: int | None) -> SequenceTask:
         """This task with the first so many rows of each split."""
-        return replace(self, train=self.train[:train_examples], test=self.test[:test_examples])
+        test = slice(test_examples)
+        return replace(self, train=self.train[:train_examples], test=self.test[test], references=self.references[test])
 
     def digest(self) -> str:
         """Fingerprint of the rows and the prompts."""
-        found = hashlib.sha256()
-        texts = [self.name, self.pool.suffix, self.pool.text_word, *self.pool.prompts]
-        for rows in (self.train, self.test):
-            texts += ["\0"] + [row[key] for row in rows for key in ("input", "target")]
-        for text in texts:
-            data = text.encode("utf-8", "surrogatepass")
-            found.update(len(data).to_bytes(8, "little") + data)
-        return found.hexdigest()[:16]
+        pool = self.pool
+        texts = [self.name, pool.suffix, pool.text_word, pool.prompts, self.train, self.test, self.references]
+        return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
 
 
 def leaks(train: Sequence[Mapping[str, str]], test: Sequence[Mapping[str, str]]) -> list[str]:
@@ -107,21 +123,21 @@ def read_order(data: str | os.PathLike, order: str, prompts: str | os.PathLike |
     stage trains on one task, whose folder of that exact name lies in `data`, ``data/SUPERNI`` or ``data/TRACE``.
     Prompts are looked up as `read_prompts` does, from `prompts` if given, else from `data`.
 
-    Raises: `DataError` naming the file, what was wanted and what was got.
+    Raises: `DataError` naming the file, what was expected and what was got.
     """
-    data = Path(data)
-    folder = _order_folder(data, order)
-    names = [_one_task(stage / "train_tasks.json") for stage in _stages(folder)]
-    repeated = [name for index, name in enumerate(names) if name in names[:index]]
-    if repeated:
-        raise DataError(f"{folder}: expected each task once, got {excerpt(repeated[0])} twice")
+    data = _folder(data)
+    stages = _stages(_order_folder(data, order))
+    names = []
+    for stage in stages:
+        trained = _dataset_names(stage / "train_tasks.json")
+        if len(trained) != 1 or trained[0] in names:
+            expected = "one task to train on, which no earlier stage has"
+            raise DataError(f"{stage / 'train_tasks.json'}: expected {expected}, got {excerpt(trained)}")
+        names += trained
     tasks = read_tasks(data, names, prompts)
-    for stage in _stages(folder):
-        for split in ("test", "dev"):
-            file = stage / f"{split}_tasks.json"
-            other = set(_dataset_names(file)) - set(names) if split == "test" or file.exists() else set()
-            if other:
-                raise DataError(f"{file}: expected tasks that the order trains on, got {excerpt(min(other))}")
+    for file in (stage / "test_tasks.json" for stage in stages):
+        if other := set(_dataset_names(file)) - set(names):
+            raise DataError(f"{file}: expected tasks that the order trains on, got {excerpt(min(other))}")
     return tasks
 
 
@@ -130,49 +146,40 @@ def read_tasks(
 ) -> list[SequenceTask]:
     """The tasks of these names, in this order: a folder each with train, test and perhaps dev.
 
-    Files of a split are .json, .jsonl, .ndjson, .csv or .tsv.
+    data: the folder with the tasks' own folders; files of a split are .json, .jsonl, .ndjson, .csv, .tsv or .parquet.
+    prompts: what `PromptPool.read` reads, where the paraphrases do not lie in `data`.
 
-    Raises: `DataError` naming the file or folder, what was wanted and what was got.
+    Raises: `DataError` naming the file or folder, what was expected and what was got.
     """
     if not 1 <= len(names) <= MAX_TASKS:
         raise DataError(f"tasks: expected 1 to {MAX_TASKS}, got {len(names)}")
-    folders = _task_folders(Path(data))
+    data = _folder(data)
+    # A name never becomes a path.
+    roots = [data / part for part in DATA_FOLDERS if (data / part).is_dir()]
+    folders = [sub for root in roots for sub in sorted(root.iterdir()) if sub.is_dir()]
     tasks = []
     for name in names:
-        if name not in folders:
-            some = ", ".join(excerpt(one) for one in sorted(folders)[:5]) or "none"
-            raise TaskNameError(f"{data}: expected a folder with the exact name {excerpt(name)}, got {some}, ...")
-        if len(folders[name]) > 1:
-            got = ", ".join(map(str, folders[name]))
-            raise TaskNameError(f"{data}: expected one folder {excerpt(name)}, got {got}")
-        folder = folders[name][0]
-        files = {split: _split_file(folder, split, needed=split != "dev") for split in ("train", "dev", "test")}
-        tasks.append(SequenceTask.build(name, files["train"], files["test"], _pool(data, name, prompts), files["dev"]))
+        found = [folder for folder in folders if folder.name == name]
+        if len(found) != 1:
+            some = ", ".join(map(excerpt, sorted({folder.name for folder in folders})[:5]))
+            got = ", ".join(map(str, found)) or f"none (there are: {some}, ...)"
+            raise TaskNameError(f"{data}: expected one folder with the exact name {excerpt(name)}, got {got}")
+        files = {split: _split_file(found[0], split) for split in ("train", "dev", "test")}
+        pool = PromptPool.read(data if prompts is None else prompts, name, needs_original=True)
+        tasks.append(SequenceTask.build(name, files["train"], files["test"], pool, files["dev"]))
     return tasks
 
 
-def _pool(data: str | os.PathLike, name: str, prompts: str | os.PathLike | None) -> PromptPool:
-    source = data if prompts is None else prompts
-    return PromptPool.read(source, name, needs_original=True)
-
-
-def _rows(rows: Any, name: str, split: str, columns: tuple[str | None, str | None]) -> Examples:
-    if isinstance(rows, Examples):
-        return rows
-    return read_examples(rows, *columns, skip_empty=True, name=f"task {excerpt(name)}: {split}")
+def _folder(data: str | os.PathLike) -> Path:
+    data = Path(data)
+    if not data.is_dir():
+        raise DataError(f"{data}: expected a folder with tasks, got {'a file' if data.exists() else 'no such folder'}")
+    return data
 
 
 def _order_folder(data: Path, order: str) -> Path:
-    if not data.is_dir():
-        raise DataError(f"{data}: expected a folder with tasks, got {'a file' if data.exists() else 'no such folder'}")
-    places = [base / "CL_configs" / "order" for base in (data, data.resolve().parent)]
-    known: dict[str, Path] = {}
-    for place in places:
-        if place.is_dir():
-            # A name never becomes a path.
-            for sub in sorted(place.iterdir()):
-                if sub.is_dir():
-                    known.setdefault(sub.name, sub)
+    places = [base / "CL_configs" / "order" for base in (data.resolve().parent, data)]
+    known = {sub.name: sub for place in places if place.is_dir() for sub in place.iterdir() if sub.is_dir()}
     if order not in known:
         names = ", ".join(map(excerpt, sorted(known)[:10])) or "none"
         raise DataError(f"{data}: expected an order in CL_configs/order, got {excerpt(order)} (there are: {names})")
@@ -189,40 +196,12 @@ def _stages(folder: Path) -> list[Path]:
 
 
 def _dataset_names(file: Path) -> list[str]:
-    entries = read_json(file, max_bytes=MAX_ORDER_BYTES)
-    if not isinstance(entries, list):
-        raise DataError(f"{file}: expected a list of tasks, got {excerpt(entries)}")
-    for index, entry in enumerate(entries):
-        if not isinstance(entry, dict) or not isinstance(entry.get("dataset_name"), str):
-            raise DataError(f"{file}: task {index}: expected an object with 'dataset_name', got {excerpt(entry)}")
-        strategy = entry.get("sampling strategy", "full")
-        if strategy != "full":
-            raise DataError(f"{file}: task {index}: 'sampling strategy': expected 'full', got {excerpt(strategy)}")
-    return [entry["dataset_name"] for entry in entries]
+    return [entry.dataset_name for entry in validated(_Entries, read_json(file), str(file)).root]
 
 
-def _one_task(file: Path) -> str:
-    names = _dataset_names(file)
-    if len(names) != 1:
-        raise DataError(f"{file}: expected one task to train on, got {len(names)}")
-    return names[0]
-
-
-def _task_folders(data: Path) -> dict[str, list[Path]]:
-    if not data.is_dir():
-        raise DataError(f"{data}: expected a folder with tasks, got {'a file' if data.exists() else 'no such folder'}")
-    found: dict[str, list[Path]] = {}
-    for root in (data / part for part in DATA_FOLDERS):
-        if root.is_dir():
-            for sub in root.iterdir():
-                if sub.is_dir() and sub.name not in (*DATA_FOLDERS, "CL_configs"):
-                    found.setdefault(sub.name, []).append(sub)
-    return found
-
-
-def _split_file(folder: Path, split: str, needed: bool) -> Path | None:
+def _split_file(folder: Path, split: str) -> Path | None:
     files = [file for file in (folder / f"{split}{suffix}" for suffix in READERS) if file.is_file()]
-    if len(files) > 1 or (needed and not files):
+    if len(files) > 1 or not (files or split == "dev"):
         got = ", ".join(file.name for file in files) or "none"
         raise DataError(f"{folder}: expected one file {split} ({', '.join(READERS)}), got {got}")
     return files[0] if files else None

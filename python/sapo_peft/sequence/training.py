@@ -9,11 +9,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 import sapo_kernels as sk
 
@@ -22,28 +23,17 @@ from ..trainer.config import SapoConfig
 from ..trainer.records import prompt_record
 from .config import SequenceConfig, derived_seed
 from .methods import Adapters
+from .schema import Scores, ScoringRecord, Training, finite
 from .tasks import SequenceTask
 
 
-@dataclass
-class Trained:
-    """What training one task did.
+@dataclass(frozen=True)
+class TrainedTask:
+    """What training one task did; prompts: the content of ``sapo_prompts.json``."""
 
-    chosen: the prompt it ended with. scorings: one dict each, see `scoring_record`. losses: (step, mean loss of the
-    steps up to it), nats per token; penalties: likewise lambda_1 * orthogonality. tokens: that went through the model.
-    record: the content of ``sapo_prompts.json``.
-    """
-
-    chosen: int = 0
-    scorings: list[dict[str, Any]] = field(default_factory=list)
-    losses: list[tuple[int, float]] = field(default_factory=list)
-    penalties: list[tuple[int, float]] = field(default_factory=list)
-    seconds: float = 0.0
-    score_seconds: float = 0.0
-    tokens: int = 0
-    examples: int = 0
-    notes: list[str] = field(default_factory=list)
-    record: dict[str, Any] = field(default_factory=dict)
+    scores: Scores
+    train: Training
+    prompts: dict[str, Any]
 
 
 class _TaskTrainer(Trainer):
@@ -77,16 +67,30 @@ class _TaskTrainer(Trainer):
         return self.parts[-1][1]
 
 
-class _Settled(TrainerCallback):
-    """Puts what a policy has chosen in place, once SAPO's callback has begun the run with the original."""
+class _Policy(TrainerCallback):
+    """Puts what a policy other than SAPO chooses in place, once SAPO's callback has begun the run with the original."""
 
-    def __init__(self, choice: Any, prompt: int, sample: bool):
-        self.choice, self.prompt, self.sample = choice, prompt, sample
+    def __init__(self, sapo: Any, task: SequenceTask, index: int, config: SequenceConfig):
+        self.sapo, self.task, self.index, self.config = sapo, task, index, config
+        self.notes: list[str] = []
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.choice.chosen[0] = self.prompt
-        if self.sample:
-            self.choice.state.probs.fill_(1.0 / self.choice.state.num_prompts)
+        choice = self.sapo.choice
+        choice.chosen[0] = self._prompt()
+        if self.config.policy == "sample":
+            choice.state.probs.fill_(1.0 / choice.state.num_prompts)
+
+    def _prompt(self) -> int:
+        prompts, policy = len(self.task.pool.prompts), self.config.policy
+        if policy == "random" and prompts > 1:
+            return random.Random(derived_seed(self.config.seed, self.index, "prompt")).randrange(1, prompts)
+        if policy == "worst":
+            losses = self.sapo.history[-1].losses[self.task.pool.task]
+            known = [(-loss, k) for k, loss in enumerate(losses) if math.isfinite(loss)]
+            if known:
+                return min(known)[1]
+            self.notes.append(f"task {self.task.name}: no prompt has a finite loss; the original was taken")
+        return 0
 
 
 class _Ticker(TrainerCallback):
@@ -128,107 +132,68 @@ def train_task(
     index: int,
     config: SequenceConfig,
     tick: Callable[[int, float | None], None] | None = None,
-) -> Trained:
+) -> TrainedTask:
     """Choose the prompt of the `index`-th task (from 1) and train the newest adapter on it.
 
     `tick` hears each step and the newest loss. The pool must have been checked with the tokenizer.
+
+    Raises: `FloatingPointError`: training has left a weight that is no number.
     """
-    found = Trained(examples=len(task.train))
-    probe = list(task.train[: config.probe_examples])
-    if config.policy == "worst" or (config.score_always and config.policy != "sapo"):
-        found.scorings.append(score_pool(adapters.model, tokenizer, task, probe, config))
-    fixed = _fixed_prompt(task, index, config, found)
-    for scoring in found.scorings:
-        scoring["chosen"] = fixed
-        scoring["weights"] = [1.0 / len(task.pool.prompts) if config.policy == "sample" else float(k == fixed)
-                              for k in range(len(task.pool.prompts))]  # fmt: skip
+    sapo, probe = config.policy == "sapo", list(task.train[: config.probe_examples])
+    scored = sapo or config.policy == "worst" or config.score_always
     seed = derived_seed(config.seed, index, "train")
     # Nothing is written by the trainer; it wants a folder all the same.
     with tempfile.TemporaryDirectory(prefix="sapo-") as scratch:
         trainer = _trainer(adapters, tokenizer, task, config, seed, scratch)
-        sapo = config.policy == "sapo"
         options = SapoConfig(
-            mode="soft" if config.policy == "sample" else "hard", at_start=sapo, every_steps=config.every_steps,
+            mode="soft" if config.policy == "sample" else "hard", at_start=scored, every_steps=config.every_steps,
             each_epoch=config.each_epoch, drift=config.drift, probe_examples=config.probe_examples,
             max_source=config.max_source, max_target=config.max_target, train_max_target=config.max_target,
             seed=derived_seed(config.seed, index, "sample"), race=sk.Race() if config.race else None,
         )  # fmt: skip
-        callback = attach_sapo(trainer, task.pool, {task.pool.task: probe} if sapo else None, options)
+        callback = attach_sapo(trainer, task.pool, {task.pool.task: probe} if scored else None, options)
+        policy = _Policy(callback, task, index, config)
         if not sapo:
-            trainer.add_callback(_Settled(callback.choice, fixed, config.policy == "sample"))
+            trainer.add_callback(policy)
         if tick is not None:
             trainer.add_callback(_Ticker(tick))
-        # Dropout draws from here on, whatever was drawn for the choice.
-        set_seed(seed)
         started = time.perf_counter()
         with _quiet():
             trainer.train()
+            callback.check_finite()
         adapters.settle()
-        found.seconds = time.perf_counter() - started - callback.score_seconds
-    found.scorings += [scoring_record(scoring, task.pool.task) for scoring in callback.history]
-    found.score_seconds = math.fsum(scoring["seconds"] for scoring in found.scorings)
-    found.chosen = int(callback.choice.chosen[0])
-    found.tokens = int(torch.stack(trainer.tokens).sum()) if trainer.tokens else 0
-    found.losses, found.penalties = _windows(trainer.parts, config.logging_steps)
-    found.record = prompt_record(callback.choice, callback.history[-1] if callback.history else None)
+        seconds = time.perf_counter() - started - callback.score_seconds
+    losses, penalties = _windows(trainer.parts, config.logging_steps)
+    notes = policy.notes
     if lost := callback.scorings - len(callback.history):
-        found.notes.append(f"task {task.name}: the first {lost} of {callback.scorings} scorings are not recorded")
-    if not all(math.isfinite(loss) for _, loss in found.losses):
-        found.notes.append(f"task {task.name}: the training loss is not finite; lower the learning rate")
-    return found
-
-
-def score_pool(model: Any, tokenizer: Any, task: SequenceTask, probe: list, config: SequenceConfig) -> dict[str, Any]:
-    """The scoring of a task's pool by the model as it is, as a `scoring_record`."""
-    started = time.perf_counter()
-    pool = task.pool
-    scores = sk.score_prompts(
-        model, list(pool.prompts), probe, tokenizer=tokenizer, suffix=pool.suffix, text_word=pool.text_word,
-        max_source=config.max_source, max_target=config.max_target, progress=False,
+        notes.append(f"task {task.name}: the first {lost} of {callback.scorings} scorings are not recorded")
+    chosen = int(callback.choice.chosen[0])
+    scorings = [_record(scoring, task, None if sapo else chosen, config.policy) for scoring in callback.history]
+    return TrainedTask(
+        Scores(task=task.name, prompts=list(task.pool.prompts), suffix=task.pool.suffix, chosen=chosen,
+               scorings=scorings),
+        Training(losses=losses, penalties=penalties, seconds=seconds, examples=len(task.train), notes=notes,
+                 tokens=int(torch.stack(trainer.tokens).sum()) if trainer.tokens else 0),
+        prompt_record(callback.choice, callback.history[-1] if callback.history else None),
     )  # fmt: skip
-    return {
-        "step": 0,
-        "reason": "start",
-        "loss": [loss if math.isfinite(loss) else None for loss in scores.loss.tolist()],
-        "tokens": scores.tokens.sum(1).tolist(),
-        "weights": [],
-        "chosen": 0,
-        "seconds": time.perf_counter() - started,
-        "dense_tokens": scores.stats["dense_tokens"],
-        "computed_tokens": scores.stats["trie_tokens"],
-    }
 
 
-def scoring_record(scoring: Any, task: str) -> dict[str, Any]:
-    """One scoring of the callback as an entry of ``scores.json``; the weights of mode "hard" are one-hot."""
-    losses, chosen = scoring.losses[task], scoring.chosen[task]
-    return {
-        "step": scoring.step,
+def _record(scoring: Any, task: SequenceTask, fixed: int | None, policy: str) -> ScoringRecord:
+    """One scoring of the callback; `fixed` is what another policy than SAPO made of it."""
+    losses = scoring.losses[task.pool.task]
+    chosen = scoring.chosen[task.pool.task] if fixed is None else fixed
+    return ScoringRecord(
+        step=scoring.step,
         # "every 7 steps", "epoch 1", "drift of +3.1 standard errors"
-        "reason": "steps" if scoring.reason.startswith("every") else scoring.reason.split()[0],
-        "loss": [loss if math.isfinite(loss) else None for loss in losses],
-        "tokens": scoring.tokens[task],
-        "weights": [float(k == chosen) for k in range(len(losses))],
-        "chosen": chosen,
-        "seconds": scoring.seconds,
-        "dense_tokens": scoring.dense_tokens,
-        "computed_tokens": scoring.computed_tokens,
-    }
-
-
-def _fixed_prompt(task: SequenceTask, index: int, config: SequenceConfig, found: Trained) -> int | None:
-    """The prompt that the policy takes for the whole task; None: the callback chooses."""
-    prompts = len(task.pool.prompts)
-    if config.policy == "sapo":
-        return None
-    if config.policy == "random" and prompts > 1:
-        return random.Random(derived_seed(config.seed, index, "prompt")).randrange(1, prompts)
-    if config.policy == "worst":
-        losses = [(-loss, k) for k, loss in enumerate(found.scorings[0]["loss"]) if loss is not None]
-        if losses:
-            return min(losses)[1]
-        found.notes.append(f"task {task.name}: no prompt has a finite loss; the original was taken")
-    return 0
+        reason="steps" if scoring.reason.startswith("every") else scoring.reason.split()[0],
+        loss=[finite(loss) for loss in losses],
+        tokens=scoring.tokens[task.pool.task],
+        weights=[1.0 / len(losses) if policy == "sample" else float(k == chosen) for k in range(len(losses))],
+        chosen=chosen,
+        seconds=scoring.seconds,
+        dense_tokens=scoring.dense_tokens,
+        computed_tokens=scoring.computed_tokens,
+    )
 
 
 def _trainer(
@@ -254,18 +219,19 @@ def _trainer(
     return trainer
 
 
-def _windows(parts: list, size: int) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
+def _windows(parts: list, size: int) -> tuple[list[tuple[int, float | None]], ...]:
     """(step, mean over the steps since the last one) of losses and penalties, every `size` steps and at the end."""
     if not parts:
         return [], []
-    count = parts[-1][0]
-    sums = [[0.0] * (count + 1) for _ in range(2)]
-    penalised = any(penalty is not None for _, _, penalty in parts)
-    for step, loss, penalty in parts:
-        sums[0][step] += float(loss)
-        sums[1][step] += 0.0 if penalty is None else float(penalty)
+    steps, count = [step for step, _, _ in parts], parts[-1][0]
     ends = [*range(size, count, size), count]
     starts = [0, *ends[:-1]]
-    means = [[(b, math.fsum(values[a + 1 : b + 1]) / (b - a)) for a, b in zip(starts, ends, strict=True)]
-             for values in sums]  # fmt: skip
-    return means[0], means[1] if penalised else []
+    found = []
+    for values in zip(*((loss, penalty) for _, loss, penalty in parts), strict=True):
+        if values[0] is None:
+            found.append([])
+            continue
+        sums = np.bincount(steps, weights=torch.stack(values).double().cpu().numpy())[1:]
+        means = np.add.reduceat(sums, starts) / np.diff([0, *ends])
+        found.append([(step, finite(mean)) for step, mean in zip(ends, means.tolist(), strict=True)])
+    return tuple(found)

@@ -17,7 +17,7 @@ from . import ranks as _ranks
 from .callback import SapoCallback
 from .choice import Choice
 from .collator import COLUMNS, SapoCollator, named_example
-from .config import SapoConfig
+from .config import PADDED, SapoConfig
 from .records import excerpt_line
 from .rescoring import Rescorer
 from .run_state import Setup
@@ -75,14 +75,15 @@ def attach_sapo(
     _check_dataset(trainer.train_dataset, "train_dataset")
     named = {task: _checked(task, pool, tokenizer, trainer) for task, pool in named.items()}
     choice = Choice(named, config.mode, config.seed)
-    layout = {"max_source": config.max_source, "max_target": config.train_max_target, "template": config.template}
+    layout = {"max_source": config.max_source, "max_target": config.train_max_target, "template": config.template,
+              "packed": config.packing != PADDED}  # fmt: skip
     training = SapoCollator(tokenizer, choice, carry=True, **layout)
     _check_rows(trainer.train_dataset, choice, "train_dataset")
     _check_evaluation(getattr(trainer, "eval_dataset", None), choice)
     probes = _probes(trainer, choice, probe, config) if config.scores else {}
     patience = float(getattr(trainer.args, "ddp_timeout", 0) or DEFAULT_TIMEOUT)
     rescorer = Rescorer(choice, probes, tokenizer, config, patience) if config.scores else None
-    setup = Setup(choice, training, rescorer, config)
+    setup = Setup(choice, training, rescorer, config, trainer)
     _ranks.check_same(setup.digests(), trainer.args.device)
 
     # Nothing of the trainer has been changed up to here.

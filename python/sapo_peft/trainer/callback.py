@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import time
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from transformers import TrainerCallback
 
 from . import ranks as _ranks
+from .checkpoints import STATE_KEY, kept_in, seal
 from .choice import Choice
 from .collator import Counts
 from .config import SapoConfig
 from .drift import Drift, Trained
+from .packing import Packing
 from .records import excerpt_line, prompt_record, write_beside_adapter
 from .rescoring import Rescorer, Scoring
-from .run_state import STATE_KEY, Setup, kept_in, restore, scoring_record, state_of, take_choice
+from .run_state import Setup, restore, scoring_record, state_of, take_choice
 
 logger = logging.getLogger("sapo_peft")
 
@@ -49,6 +53,7 @@ class SapoCallback(TrainerCallback):
         # The trainer holds its callbacks; see `wrapping.wrap`.
         self._trainer = weakref.ref(trainer)
         self.choice, self.rescorer, self.config, self.setup = choice, rescorer, config, setup
+        self.packing = Packing(config.packing, config.train_max_tokens)
         # What attaching took is part of the first run.
         self._before, self.seconds = seconds, seconds
         self._started = time.perf_counter()
@@ -69,6 +74,7 @@ class SapoCallback(TrainerCallback):
 
     @property
     def trainer(self) -> Any:
+        """The trainer that it was attached to; None once that is gone."""
         return self._trainer()
 
     # When to score. The trainer fetches a step's batches after on_step_end and on_epoch_begin, so that what is chosen
@@ -80,6 +86,7 @@ class SapoCallback(TrainerCallback):
         self.scorings, self.score_seconds, self._overhead_logged = 0, 0.0, False
         # A run is a new one unless it is resumed, also on a trainer that has run before.
         self._begin_anew()
+        self.packing.begin_anew()
         self.choice.reset()
         kept = state.stateful_callbacks.get(STATE_KEY)
         if state.global_step and isinstance(kept, dict):
@@ -113,9 +120,19 @@ class SapoCallback(TrainerCallback):
             self._score(model, self._due)
             self.keep()
 
+    def on_save(self, args, state, control, **kwargs):
+        folder = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
+        # Each rank writes files of its own.
+        _ranks.wait()
+        if args.should_save and os.path.isdir(folder):
+            seal(folder)
+
     def on_log(self, args, state, control, logs=None, **kwargs):
         # The trainer's own log of the training loss, which all ranks make; others may come from one rank alone.
-        if self.config.drift is not None and {"loss", "learning_rate"} <= set(logs or ()):
+        of_training = {"loss", "learning_rate"} <= set(logs or ())
+        if of_training:
+            self.check_finite()
+        if self.config.drift is not None and of_training:
             excess = self.trained.excess(lambda values: _ranks.summed(values, args.device))
             if excess is not None and self.drift.seen(excess):
                 self._due = f"drift of {self.drift.distance():+.1f} standard errors"
@@ -214,6 +231,17 @@ class SapoCallback(TrainerCallback):
         if self.trainer.is_world_process_zero():
             _ranks.say(line)
 
+    def check_finite(self) -> None:
+        """Raise FloatingPointError if training has left a weight that is no number, on any rank."""
+        name = _not_finite(self.trainer.model)
+        (others,), _ = _ranks.summed([float(name is not None)], self.trainer.args.device)
+        if others:
+            where = "on another rank" if name is None else f"{name}, the first one"
+            raise FloatingPointError(
+                f"step {self.trainer.state.global_step}: expected finite weights, got NaN or infinity ({where}): "
+                "training has diverged, nothing is saved; a lower learning rate may help"
+            )
+
     def metrics(self, scoring: Scoring) -> dict[str, float]:
         """What is logged after a scoring: means over tasks, in nats per token; the entropy in nats."""
         best = [scoring.losses[task][k] for task, k in scoring.chosen.items()]
@@ -262,3 +290,16 @@ class SapoCallback(TrainerCallback):
     def prompts(self) -> dict[str, Any]:
         """What whoever loads the adapter needs to know: the content of ``sapo_prompts.json``."""
         return prompt_record(self.choice, self._of_best or (self.history[-1] if self.history else None))
+
+
+@torch.no_grad()
+def _not_finite(model: Any) -> str | None:
+    """The first trained weight of which an entry is not finite."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    # One look at the device for all of them. Sharded ones: this rank's part.
+    parts = [p.to_local() if hasattr(p, "to_local") else p for _, p in named]
+    found = [torch.isfinite(part.sum(dtype=torch.float32)) for part in parts]
+    if not found or bool(torch.stack([one.to(found[0].device) for one in found]).all()):
+        return None
+    # A sum can also overflow.
+    return next((name for (name, _), part in zip(named, parts, strict=True) if not part.isfinite().all()), None)

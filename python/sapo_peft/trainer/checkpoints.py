@@ -1,4 +1,4 @@
-"""Which checkpoint of a run can be resumed from: a write that was cut off must not block the run."""
+"""Which checkpoint of a run can be resumed from: each is sealed with a manifest when it is whole."""
 
 from __future__ import annotations
 
@@ -6,33 +6,31 @@ import json
 import logging
 import os
 import re
-import zipfile
 from pathlib import Path
+from typing import Any
 
-from sapo_kernels.files import read_text
+from sapo_kernels.files import DataError, read_text
+from sapo_kernels.manifest import MANIFEST, check_manifest, write_manifest
 
 logger = logging.getLogger("sapo_peft")
 
-_NAME = re.compile(r"checkpoint-(\d{1,12})")
+SCHEMA, ADAPTER = "sapo_checkpoint", "sapo_adapter"
+# The entry of the trainer's state. Not a callback's class name: the trainer would build such a callback anew.
+STATE_KEY = "sapo"
 MAX_STATE_BYTES = 256 * 2**20
-# torch writes these as zip archives; they are looked at, never unpacked here.
-_ARCHIVES = ("optimizer.pt", "scheduler.pt", "training_args.bin")
-# FSDP and DeepSpeed keep the optimizer, and perhaps the model, in folders of shards or in files of their own.
-_SHARDED_MODELS = ("pytorch_model_fsdp_*", "pytorch_model_fsdp.bin", "global_step*")
-_SHARDED = ("optimizer_*", "optimizer.bin", *_SHARDED_MODELS)
-_MODELS = ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json")
+_NAME = re.compile(r"checkpoint-(\d{1,12})")
 
 
 def last_good_checkpoint(output_dir: str | os.PathLike) -> str | None:
     """The newest whole ``checkpoint-N`` in `output_dir`, for ``trainer.train(resume_from_checkpoint=...)``.
 
-    Checkpoints that are not whole (a run was killed or a disk was full while they were written) are passed over with a
-    log line that says why; nothing is deleted. None if there is no whole one, or no folder.
+    Checkpoints that are not whole (a run was killed or a disk was full while they were written) or have changed since
+    are passed over with a log line that says why; nothing is deleted. None if there is no whole one, or no folder.
     """
-    for step, path in checkpoints_in(output_dir):
-        fault = checkpoint_fault(path, step)
+    for _, path in checkpoints_in(output_dir):
+        fault = checkpoint_fault(path)
         if fault is None:
-            if _model_only(path):
+            if not any(path.glob("optimizer*")):
                 logger.warning(
                     "%s holds the model alone (save_only_model): optimizer and learning rate begin anew", path
                 )
@@ -52,72 +50,75 @@ def checkpoints_in(output_dir: str | os.PathLike) -> list[tuple[int, Path]]:
     return sorted(found, reverse=True)
 
 
-def _model_only(path: Path) -> bool:
-    """Whether the trainer was told to save no more than the model: the state, which it writes last, is there alone."""
-    others = ("optimizer*", "scheduler.pt", "rng_state*.pth", *_SHARDED)
-    return not any(list(path.glob(name)) for name in others)
+def seal(folder: str | os.PathLike) -> None:
+    """Everything in a checkpoint is written: flush it to disk, and say so in its manifest."""
+    write_manifest(folder, SCHEMA, skip=_unread)
 
 
-def checkpoint_fault(path: Path, step: int) -> str | None:
-    """Why the checkpoint of that step cannot be resumed from, or None."""
+def checkpoint_fault(path: str | os.PathLike) -> str | None:
+    """Why a checkpoint that was made under SAPO cannot be resumed from, or None.
+
+    Every file has the bytes that it was sealed with, and the state is that of the step in the folder's name.
+    """
+    path = Path(path)
     try:
-        # The trainer logs NaN as it comes, which the strict reader of this package refuses.
-        state = json.loads(read_text(path / "trainer_state.json", max_bytes=MAX_STATE_BYTES))
+        check_manifest(path, SCHEMA, skip=_unread)
+        step = _state(path).get("global_step")
     except (OSError, ValueError, RecursionError) as error:
-        return f"trainer_state.json: {error}"
-    if not isinstance(state, dict) or state.get("global_step") != step:
-        got = state.get("global_step") if isinstance(state, dict) else type(state).__name__
-        return f"trainer_state.json: expected step {step}, got {got!r}"
-    models = (*_MODELS, *(f"*/{name}" for name in _MODELS[:1]), *_SHARDED_MODELS)
-    if not any(list(path.glob(name)) for name in models):
-        return f"expected one of {', '.join(_MODELS)}, got none"
-    weights = [*path.glob("*.safetensors"), *path.glob("*/adapter_model.safetensors")]
-    for file in weights:
-        fault = safetensors_fault(file)
-        if fault:
-            return f"{file.relative_to(path)}: {fault}"
-    if (path / "adapter_model.safetensors").is_file():
-        # PEFT reads it first.
-        try:
-            json.loads(read_text(path / "adapter_config.json", max_bytes=MAX_STATE_BYTES))
-        except (OSError, ValueError, RecursionError) as error:
-            return f"adapter_config.json: {error}"
-    sharded, alone = any(list(path.glob(name)) for name in _SHARDED), _model_only(path)
-    optional = {"training_args.bin", *(("optimizer.pt",) if sharded else ()), *(_ARCHIVES if alone else ())}
-    # Each rank has its own generators; a single process writes rng_state.pth.
-    for file in [*(path / name for name in _ARCHIVES), *path.glob("rng_state*.pth"), *path.glob("optimizer*.bin"),
-                 *path.glob("pytorch_model_fsdp*.bin")]:  # fmt: skip
-        if not file.exists() and file.name in optional:
-            continue
-        fault = _archive_fault(file)
-        if fault:
-            return f"{file.name}: {fault}"
-    if not alone and not list(path.glob("rng_state*.pth")):
-        return "expected rng_state.pth, got none"
+        return str(error)
+    match = _NAME.fullmatch(path.name)
+    if match and step != int(match[1]):
+        return f"trainer_state.json: expected step {match[1]}, got {step!r}"
     return None
 
 
-def safetensors_fault(file: Path) -> str | None:
-    """Why a safetensors file is not whole: its header says how long it must be."""
-    try:
-        size = file.stat().st_size
-        with open(file, "rb") as handle:
-            length = int.from_bytes(handle.read(8), "little")
-            if size < 8 or length > min(size - 8, 100 * 2**20):
-                return f"expected a header of {length} bytes, got a file of {size}"
-            header = json.loads(handle.read(length))
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        return f"expected a safetensors header, got {type(error).__name__}"
-    wanted = 8 + length + max(ends, default=0)
-    return None if size == wanted else f"expected {wanted} bytes, got {size}"
+def check_resumed(path: str | os.PathLike) -> None:
+    """Refuse a damaged checkpoint before anything is loaded from it. One without SAPO has no manifest.
+
+    Raises: `DataError` naming the file.
+    """
+    if not os.path.exists(os.path.join(path, MANIFEST)) and kept_in(path) is None:
+        return
+    fault = checkpoint_fault(path)
+    if fault is not None:
+        raise DataError(f"checkpoint: {fault}")
 
 
-def _archive_fault(file: Path) -> str | None:
-    try:
-        # The directory of a zip archive stands at its end, and every member has a checksum.
-        with zipfile.ZipFile(file) as archive:
-            bad = archive.testzip()
-        return None if bad is None else f"member {bad!r} is damaged"
-    except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
-        return f"not a whole archive: {error}"
+def kept_in(checkpoint: str | os.PathLike) -> dict[str, Any] | None:
+    """SAPO's part of the state in a checkpoint that the trainer wrote; None if it was written without SAPO.
+
+    Raises: `OSError`, `ValueError` if the file cannot be read.
+    """
+    found = _state(checkpoint).get("stateful_callbacks", {}).get(STATE_KEY)
+    return found if isinstance(found, dict) else None
+
+
+def _state(checkpoint: str | os.PathLike) -> dict[str, Any]:
+    # The trainer logs NaN as it comes, which the strict reader of this package refuses.
+    place = os.path.join(checkpoint, "trainer_state.json")
+    state = json.loads(read_text(place, max_bytes=MAX_STATE_BYTES))
+    if not isinstance(state, dict):
+        raise DataError(f"{place}: expected an object, got {type(state).__name__}")
+    return state
+
+
+def seal_adapter(folder: str | os.PathLike) -> None:
+    """The adapter of a run is written: as `seal`, for the folder that has the run's checkpoints in it."""
+    write_manifest(folder, ADAPTER, skip=_unread)
+
+
+def check_adapter(folder: str | os.PathLike) -> None:
+    """Compare the folder of an adapter, or a checkpoint, with its manifest; those of others have none.
+
+    Raises: `DataError` naming the file that is missing, unexpected or other than it was written.
+    """
+    if os.path.exists(os.path.join(folder, MANIFEST)):
+        check_manifest(folder, (ADAPTER, SCHEMA), skip=_unread)
+
+
+def _unread(name: str) -> bool:
+    """What may be added to a folder or edited in it: logs, notes, checkpoints with manifests of their own."""
+    top = name.partition("/")[0]
+    return name.endswith((".md", ".txt", ".log", ".csv", ".lock")) or (
+        "/" in name and (top in ("runs", "wandb") or _NAME.fullmatch(top) is not None)
+    )

@@ -12,6 +12,7 @@ import torch
 
 from sapo_kernels.scoring.render import Renderer, Template, check_examples
 from sapo_kernels.scoring.response_cache import CellBuilder
+from sapo_kernels.training.trie_batch import TrieBatch
 
 from .choice import Choice
 
@@ -21,6 +22,8 @@ logger = logging.getLogger("sapo_peft")
 COLUMNS = (("input", "target"), ("sentence", "label"), ("prompt", "completion"))
 # The key under which a batch carries what it was made of; `attach_sapo` takes it out before the model sees it.
 CARRIED = "sapo"
+# The key under which it carries its trie, a `TrieBatch`.
+PACKED = "trie"
 IGNORED = -100
 Counts = dict[tuple[str, int], int]
 
@@ -50,6 +53,7 @@ class SapoCollator:
         max_target: longest response in tokens; None: whole. One that is cut loses its end, hence the tokens that close
             the turn, which is said once.
         pad_to_multiple_of: width of the batch, for tensor cores.
+        packed: add the batch as a `sapo_kernels.TrieBatch`, "trie", for `sapo_kernels.tree_logprobs`.
         carry: add what `attach_sapo` needs to render a batch again whose choice is no longer the newest.
         sample: in mode "soft", draw a prompt for each example; False: the best one for all, as evaluation wants it.
 
@@ -70,10 +74,12 @@ class SapoCollator:
         max_target: int | None = None,
         template: Template = None,
         pad_to_multiple_of: int | None = None,
+        packed: bool = False,
         carry: bool = False,
         sample: bool = True,
     ):
-        self.tokenizer, self.choice, self.carry, self.sample = tokenizer, choice, carry, sample
+        self.tokenizer, self.choice, self.sample = tokenizer, choice, sample
+        self.packed, self.carry = packed, carry
         self.max_source, self.max_target, self.pad_to_multiple_of = max_source, max_target, pad_to_multiple_of
         self._said: set[str] = set()
         self.renderers = {
@@ -109,6 +115,8 @@ class SapoCollator:
             counts[task, prompt] = sum(len(rows[i][1]) for i in members)
             self._say(builder.stats)
         batch = self._padded(rows)
+        if self.packed:
+            batch[PACKED] = TrieBatch.pack(*zip(*rows, strict=True))
         if self.carry:
             batch[CARRIED] = Carried(examples, tasks, now, counts)
         return batch

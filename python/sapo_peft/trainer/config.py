@@ -9,6 +9,7 @@ from sapo_kernels.scoring.race import Race
 from sapo_kernels.scoring.render import Template
 
 MODES = ("hard", "soft")
+AUTO, TRIE, PADDED = PACKINGS = ("auto", "trie", "padded")
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,12 @@ class SapoConfig:
         train_max_target: response tokens that are trained on; None: all, with the end of the turn. TRL's ``max_length``
             does not apply.
         max_tokens: new tokens per forward when scoring, see `score_prompts`.
+        packing: "trie" computes the tokens that the rows of a batch share once, without padding, in training and in
+            evaluation of the loss: the same loss and gradients, usually in less than half of the time. "auto" does so
+            where loss and gradients of the first batch are those of its padded rows, else it pads and says why.
+            "padded" never does. LoRA dropout draws one mask for a token that rows share.
+        train_max_tokens: trie tokens per forward when training; a batch with more goes in several, whose gradients are
+            added up; None: one forward a batch, which never computes more tokens than the padded one.
         template: layout of a cell, see `sapo_kernels.scoring.render.Renderer`.
         seed: of the draws in mode "soft".
         race: a `sapo_kernels.Race`: score in rounds, and only what is needed to find the best prompt; None: every cell.
@@ -59,6 +66,8 @@ class SapoConfig:
     max_target: int = 128
     train_max_target: int | None = None
     max_tokens: int | None = None
+    packing: str = "auto"
+    train_max_tokens: int | None = None
     template: Template = None
     seed: int = 0
     race: Race | None = None
@@ -66,6 +75,8 @@ class SapoConfig:
     def __post_init__(self):
         if self.mode not in MODES:
             raise ValueError(f"mode: expected one of {MODES}, got {self.mode!r}")
+        if self.packing not in PACKINGS:
+            raise ValueError(f"packing: expected one of {PACKINGS}, got {self.packing!r}")
         for name in ("floor", "decay"):
             _check_number(name, getattr(self, name), 1.0)
         _check_number("temperature", self.temperature, math.inf)
@@ -78,7 +89,7 @@ class SapoConfig:
             raise ValueError(f"seed: expected a whole number, got {self.seed!r}")
         for name in ("drift_cooldown", "probe_examples", "max_source", "max_target"):
             _check_count(name, getattr(self, name))
-        for name in ("every_steps", "max_tokens", "train_max_target"):
+        for name in ("every_steps", "max_tokens", "train_max_target", "train_max_tokens"):
             if getattr(self, name) is not None:
                 _check_count(name, getattr(self, name))
         if self.race is not None:

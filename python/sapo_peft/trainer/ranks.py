@@ -25,6 +25,12 @@ def leave() -> None:
         torch.distributed.destroy_process_group()
 
 
+def wait() -> None:
+    """Until every rank is here."""
+    if several():
+        torch.distributed.barrier()
+
+
 def first_of(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Rank 0's `values` on every rank: rounding may differ between devices, a choice must not."""
     if not several():

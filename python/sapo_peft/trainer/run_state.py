@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
+import enum
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sapo_kernels.files import read_text
-
-from .checkpoints import MAX_STATE_BYTES
 from .choice import Choice
 from .collator import SapoCollator
 from .config import SapoConfig
@@ -26,19 +23,33 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("sapo_peft")
 
-# The entry of the trainer's state. Not a callback's class name: the trainer would build such a callback anew.
-STATE_KEY = "sapo"
 STATE_VERSION = 2
+# Arguments of a trainer that decide what is learnt.
+LEARNING = (
+    "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio", "optim", "optim_args",
+    "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "per_device_train_batch_size",
+    "gradient_accumulation_steps", "num_train_epochs", "max_steps", "seed", "data_seed", "bf16", "fp16",
+)  # fmt: skip
+# Of an adapter's configuration, what says where it is and who wrote it.
+_OF_PLACE = frozenset(("base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping"))
 
 
 class Setup:
     """Fingerprints of what a run was given.
 
     pools: by task, of its prompts, suffix and text word. rendering: of how the first prompt and an example look to this
-    tokenizer and template. probe: of every token that is scored. options: the options themselves, by name.
+    tokenizer and template. probe: of every token that is scored. options: the options themselves, by name; training:
+    those of the trainer that decide what is learnt; adapters: by name, the configuration of each.
     """
 
-    def __init__(self, choice: Choice, collator: SapoCollator, rescorer: Rescorer | None, config: SapoConfig):
+    def __init__(
+        self, choice: Choice, collator: SapoCollator, rescorer: Rescorer | None, config: SapoConfig, trainer: Any
+    ):
+        self.adapters = {
+            name: {key: _plain(value) for key, value in sorted(adapter.to_dict().items()) if key not in _OF_PLACE}
+            for name, adapter in (getattr(trainer.model, "peft_config", None) or {}).items()
+        }
+        self.training = {name: _plain(getattr(trainer.args, name, None)) for name in LEARNING}
         self.tasks = list(choice.tasks)
         self.pools = {task: digest(pool) for task, pool in choice.pools.items()}
         example = {"input": "An input.\n{input}", "target": "A target."}
@@ -69,7 +80,8 @@ class Setup:
         }
 
     def record(self) -> dict[str, Any]:
-        return {"pools": self.pools, "rendering": self.rendering, "probe": self.probe, "options": self.options}
+        names = ("pools", "rendering", "probe", "options", "training", "adapters")
+        return {name: getattr(self, name) for name in names}
 
     def check(self, kept: Mapping[str, Any]) -> None:
         """Compare with the state of a checkpoint. Options that only say when and how to score may differ: a log line.
@@ -97,12 +109,22 @@ class Setup:
         for name, what in (("rendering", "template and tokenizer"), ("probe", "probe")):
             if begun[name] != getattr(self, name):
                 raise ValueError(f"checkpoint: expected the {what} that the run began with, got another; {again}")
+        for name, old in begun.get("adapters", {}).items():
+            new = self.adapters.get(name, {})
+            for key in sorted({*old, *new}):
+                if old.get(key) != new.get(key):
+                    raise ValueError(
+                        f"checkpoint: adapter {name!r}: {key}: expected {old.get(key)!r} as before, got "
+                        f"{new.get(key)!r}; {again}"
+                    )
         old, new = begun["options"], self.options
         fixed = ("mode", "seed") if new["mode"] == "soft" or old["mode"] == "soft" else ("mode",)
         changed = [name for name in new if name in old and old[name] != new[name]]
         for name in fixed:
             if name in changed:
                 raise ValueError(f"checkpoint: {name}: expected {old[name]!r} as before, got {new[name]!r}; {again}")
+        old, new = {**old, **begun.get("training", {})}, {**new, **self.training}
+        changed = [name for name in new if name in old and old[name] != new[name]]
         if changed:
             said = ", ".join(f"{name} {old[name]!r} -> {new[name]!r}" for name in changed)
             logger.warning("resuming with other options than the run began with: %s", said[:500])
@@ -157,17 +179,6 @@ def take_choice(callback: SapoCallback, kept: Mapping[str, Any]) -> Scoring | No
     return scoring_from(kept["history"][-1]) if kept["history"] else None
 
 
-def kept_in(checkpoint: str | os.PathLike) -> Mapping[str, Any] | None:
-    """The state in a checkpoint that the trainer wrote; None if it was written without SAPO.
-
-    Raises: `OSError`, `ValueError` if the file cannot be read.
-    """
-    # The trainer logs NaN as it comes, which the strict reader of this package refuses.
-    state = json.loads(read_text(os.path.join(checkpoint, "trainer_state.json"), max_bytes=MAX_STATE_BYTES))
-    found = state.get("stateful_callbacks", {}).get(STATE_KEY)
-    return found if isinstance(found, dict) else None
-
-
 def scoring_record(scoring: Scoring) -> dict[str, Any]:
     record = asdict(scoring)
     if scoring.cells_saved is None:
@@ -184,6 +195,19 @@ def _tensors(kept: Mapping[str, Any], choice: Choice) -> dict[str, torch.Tensor]
     return {
         name: torch.tensor(unpacked(kept["state"][name]), dtype=own[name].dtype).view(own[name].shape) for name in own
     }
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON has it: sets and tuples as lists, enumerations and types by name."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(str, value))
+    if isinstance(value, enum.Enum):
+        return value.value
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
 
 def digest(pool: Any) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from .collator import CARRIED, SapoCollator
+from .checkpoints import check_resumed
+from .collator import CARRIED, PACKED, SapoCollator
 from .records import write_beside_adapter
 
 if TYPE_CHECKING:
@@ -42,6 +44,13 @@ def wrap(trainer: Any, training: SapoCollator, callback: SapoCallback) -> None:
     make_loader = _method(trainer, "get_train_dataloader")
     fetch, save = _method(trainer, "get_batch_samples"), _method(trainer, "save_model")
     step, make_card = _method(trainer, "training_step"), _method(trainer, "create_model_card")
+    evaluate, compute = _method(trainer, "prediction_step"), _method(trainer, "compute_loss")
+    begin, packing = _method(trainer, "train"), callback.packing
+
+    def train(resume_from_checkpoint=None, *args, **kwargs):
+        if isinstance(resume_from_checkpoint, (str, os.PathLike)):
+            check_resumed(resume_from_checkpoint)
+        return begin(this(), resume_from_checkpoint, *args, **kwargs)
 
     def get_train_dataloader(*args, **kwargs):
         trainer = this()
@@ -57,13 +66,23 @@ def wrap(trainer: Any, training: SapoCollator, callback: SapoCallback) -> None:
             return [], None
         return fetch(this(), _Newest(epoch_iterator, training, callback), *args, **kwargs)
 
-    def training_step(*args, **kwargs):
-        loss = step(this(), *args, **kwargs)
-        callback.trained.loss = callback.trained.loss + loss.detach().float()
+    def training_step(model, inputs, *args, **kwargs):
+        loss = packing.train(this(), step, model, inputs, *args, **kwargs)
+        if callback.config.drift is not None:
+            callback.trained.loss = callback.trained.loss + loss.detach().float()
         return loss
+
+    def prediction_step(model, inputs, prediction_loss_only, *args, **kwargs):
+        return packing.evaluate(this(), evaluate, model, inputs, prediction_loss_only, *args, **kwargs)
+
+    def compute_loss(model, inputs, *args, **kwargs):
+        # A `training_step` that was put in front of this one may leave the trie where it is.
+        inputs = {name: value for name, value in inputs.items() if name != PACKED}
+        return compute(this(), packing.over(model, inputs.get("labels")), inputs, *args, **kwargs)
 
     def save_model(output_dir=None, *args, **kwargs):
         trainer = this()
+        callback.check_finite()
         # A checkpoint's model is saved before its state is.
         callback.keep()
         result = save(trainer, output_dir, *args, **kwargs)
@@ -79,10 +98,10 @@ def wrap(trainer: Any, training: SapoCollator, callback: SapoCallback) -> None:
             write_beside_adapter(trainer.args.output_dir, callback.prompts())
         return result
 
+    trainer.train = train
     trainer.get_train_dataloader, trainer.get_batch_samples = get_train_dataloader, get_batch_samples
     trainer.save_model, trainer.create_model_card = save_model, create_model_card
-    if callback.config.drift is not None:
-        trainer.training_step = training_step
+    trainer.training_step, trainer.prediction_step, trainer.compute_loss = training_step, prediction_step, compute_loss
 
 
 def _method(trainer: Any, name: str) -> Callable:

@@ -1,0 +1,104 @@
+"""OverTrie: a model as a trainer's ``compute_loss`` calls it, computed over the trie of the batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..scoring import model_support
+from ..scoring.attention import NotTreeable
+from .tree_logprobs import logprobs_of, verify_model
+from .trie_batch import IGNORED, TrieBatch
+
+# What a model may be asked for over a trie beside the rows themselves.
+_HARMLESS = {"use_cache": (False, None), "return_dict": (True, None), "output_router_logits": (False, None)}
+
+
+class OverTrie:
+    """Stands for `model` in the loss of a trainer of transformers or TRL: the same loss, over the trie of its batch.
+
+    Called with input_ids, attention_mask and labels [B, L] it returns what the model returns as far as a loss needs it:
+    "loss", the mean over the tokens of the loss (or their sum over ``num_items_in_batch``). With TRL's
+    ``fused_lm_head=True`` also "label_mask", "log_probs" and the fields of its `FusedCausalLMOutput`, [B, L - 1], zero
+    where there is no label. Everything else of the model is the model's own::
+
+        class Trainer(DPOTrainer):
+            def training_step(self, model, *args, **kwargs):
+                with sk.use_tree_attention(model):
+                    return super().training_step(model, *args, **kwargs)
+
+            def compute_loss(self, model, *args, **kwargs):
+                return super().compute_loss(sk.OverTrie(model), *args, **kwargs)
+
+    Args:
+        model: as in `tree_logprobs`.
+        batch: the trie of the batch whose labels are `labels`, where it is known; others are packed when called.
+        count: tokens that the mean is over where the caller says no number; None: those of the batch.
+        verify: as in `tree_logprobs`.
+
+    Raises (when called):
+        RuntimeError: see `tree_logprobs`; or its caller asks for something that a trie does not give.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batch: TrieBatch | None = None,
+        labels: torch.Tensor | None = None,
+        count: int | None = None,
+        verify: bool = True,
+    ):
+        self._model, self._batch, self._labels, self._count, self._verify = model, batch, labels, count, verify
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def __call__(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        fused_lm_head: bool = False,
+        **others: Any,
+    ) -> dict[str, torch.Tensor]:
+        if labels is None:
+            raise NotTreeable("it is called without labels")
+        for name, value in others.items():
+            if name not in _HARMLESS or value not in _HARMLESS[name]:
+                raise NotTreeable(f"it is called with {name}={value!r}"[:200])
+        batch = self._batch
+        if batch is None or labels is not self._labels:
+            batch = TrieBatch.of_padded({"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels})
+        if not fused_lm_head:
+            logprob = self._logprobs(batch)
+            return _Outputs(loss=self._mean(logprob, num_items_in_batch))
+        logprob, statistics = self._logprobs(batch, statistics=True)
+        mask = (labels[:, 1:] != IGNORED).to(logprob.device)
+        if attention_mask is not None:
+            mask = mask & attention_mask[:, 1:].to(mask.device).bool()
+        rows = {
+            name: torch.zeros(mask.shape, dtype=value.dtype, device=mask.device).masked_scatter(mask, value)
+            for name, value in {"log_probs": logprob, **statistics}.items()
+        }
+        return _Outputs(loss=self._mean(logprob, num_items_in_batch), label_mask=mask, **rows)
+
+    def _mean(self, logprob: torch.Tensor, count: torch.Tensor | int | None) -> torch.Tensor:
+        if count is None:
+            count = len(logprob) if self._count is None else self._count
+        return -logprob.sum() / count
+
+    def _logprobs(self, batch: TrieBatch, statistics: bool = False):
+        if self._verify:
+            verify_model(self._model, batch)
+        return logprobs_of(self._model, model_support.unwrap(self._model)[1], batch, statistics)
+
+
+class _Outputs(dict):
+    def __missing__(self, name):
+        raise NotTreeable(f"its caller reads {name!r} of its output")
+
+    def __getattr__(self, name):
+        return self[name]

@@ -1,0 +1,153 @@
+"""Gradients of tree_attention on every backend against torch's own through each sequence alone, in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import sapo_kernels as sk
+from tests.kernels.test_tree_attention import CASES, LOW, TREES, each_alone, impl, inputs, torch_attention
+from tests.tolerances import assert_close
+
+__all__ = ["impl"]
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+# Shapes and options that go another way through the backward pass than through the forward one.
+GRADIENTS = ["job one token", "job lengths", "job short siblings", "job deep", "job random", "one head",
+             "one kv head, 7 groups", "head 80", "head 192/128", "head 16/48", "window 1", "window 5", "window 64",
+             "softcap", "sinks", "scale", "everything"]  # fmt: skip
+
+
+def gradients(attend, tensors, options, up):
+    """Gradients of q, k, v and of the sinks where there are any."""
+    leaves = {name: t.detach().clone().requires_grad_() for name, t in tensors.items()}
+    options = dict(options)
+    if options.get("sinks") is not None:
+        leaves["sinks"] = options["sinks"] = options["sinks"].detach().clone().requires_grad_()
+    out = attend(leaves["q"], leaves["k"], leaves["v"], options)
+    return dict(zip(leaves, torch.autograd.grad(out, list(leaves.values()), up.to(out.dtype)), strict=True))
+
+
+def both(case, dtype, device, impl):
+    """(ours, exact, torch's own in the same dtype) gradients of a case, by name."""
+    q, k, v, options = inputs(case, dtype, device)
+    job = CASES[case][0]
+    up = torch.randn(q.shape[0], q.shape[1], v.shape[2], generator=torch.Generator().manual_seed(1)).to(device)
+    tensors = {"q": q, "k": k, "v": v}
+
+    def alone(attend, dtype):
+        return lambda q, k, v, options: each_alone(job, q, k, v, options, dtype, attend)
+
+    ours = gradients(lambda q, k, v, o: sk.tree_attention(q, k, v, TREES[job][0], impl=impl, **o), tensors, options, up)
+    wide = {name: t.double() for name, t in tensors.items()}
+    wide_options = {n: t.double() if isinstance(t, torch.Tensor) else t for n, t in options.items()}
+    exact = gradients(alone(each_alone.__defaults__[0], torch.float64), wide, wide_options, up)
+    return ours, exact, lambda: gradients(alone(torch_attention, dtype), tensors, options, up)
+
+
+@pytest.mark.parametrize("case", GRADIENTS)
+def test_fp32(case, impl, device, poisoned_outputs):
+    ours, exact, _ = both(case, torch.float32, device, impl)
+    for name, wanted in exact.items():
+        assert_close("tree_attention gradient fp32", ours[name], wanted)
+
+
+@pytest.mark.parametrize("case", ["job lengths", "job random", "head 192/128", "everything"])
+@pytest.mark.parametrize("dtype", LOW)
+def test_low_precision(case, dtype, impl, device, poisoned_outputs):
+    ours, exact, plain = both(case, LOW[dtype], device, impl)
+    plain = plain()
+    for name, wanted in exact.items():
+        if name != "sinks":
+            assert ours[name].dtype == LOW[dtype]
+        assert_close("tree_attention gradient low", ours[name], wanted, plain[name])
+
+
+@pytest.mark.parametrize("impl", ["sdpa", "reference"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"window": 3}, {"softcap": 0.7}, {"sinks": True, "scale": 0.4}, {"window": 4, "softcap": 2.0, "sinks": True}],
+    ids=str,
+)
+@pytest.mark.parametrize("widths", [(3, 3), (4, 2)], ids=["3", "4/2"])
+def test_gradcheck(impl, options, widths):
+    """Finite differences in float64."""
+    q, k, v, options = inputs(("short", 4, 2, *widths, options), torch.float64, "cpu")
+    names = ["q", "k", "v", *(["sinks"] if options.get("sinks") is not None else [])]
+    if "sinks" in names:
+        options["sinks"] = options["sinks"].double()
+    given = {"q": q, "k": k, "v": v, **options}
+
+    def attend(*tensors):
+        return sk.tree_attention(
+            **{**given, **dict(zip(names, tensors, strict=True))}, trie=TREES["short"][0], impl=impl
+        )
+
+    assert torch.autograd.gradcheck(attend, [given[name].requires_grad_() for name in names])
+
+
+@pytest.mark.parametrize("case", ["job random", "everything"])
+def test_keys_carried_from_earlier_passes_get_their_gradients(case, impl, device):
+    """Passes one after the other are the whole, backward too."""
+    q, k, v, options = inputs(case, torch.float32, device)
+    trie, up = TREES[CASES[case][0]][0], torch.randn(q.shape[0], q.shape[1], v.shape[2]).to(device)
+
+    def whole(q, k, v, options):
+        return sk.tree_attention(q, k, v, trie, impl=impl, **options)
+
+    def in_passes(q, k, v, options):
+        keys, values, parts = k[:0], v[:0], []
+        for step in trie.passes(12, 8):
+            step = step.to(device)
+            keys, values = torch.cat([keys, k[step.start : step.stop]]), torch.cat([values, v[step.start : step.stop]])
+            parts.append(sk.tree_attention(q[step.start : step.stop], keys, values, step, impl=impl, **options))
+            keys, values = keys[step.carry_index], values[step.carry_index]
+        return torch.cat(parts)
+
+    tensors = {"q": q, "k": k, "v": v}
+    got, wanted = (gradients(attend, tensors, options, up) for attend in (in_passes, whole))
+    for name in wanted:
+        assert_close("tree_attention gradient fp32", got[name], wanted[name].double())
+
+
+def test_only_what_is_wanted_and_the_same_bits_again(impl, device):
+    q, k, v, options = inputs("everything", torch.float32, device)
+    found = []
+    for _ in range(2):
+        leaf = v.clone().requires_grad_()
+        out = sk.tree_attention(q, k, leaf, TREES["deep"][0], impl=impl, **options)
+        out.square().sum().backward()
+        found.append(leaf.grad)
+    assert torch.equal(*found) and q.grad is k.grad is None
+    assert not sk.tree_attention(q, k, v, TREES["deep"][0], impl=impl, **options).requires_grad
+
+
+def test_a_second_derivative_is_refused(impl, device):
+    q, k, v, _ = inputs("job random", torch.float32, device)
+    q.requires_grad_()
+    (first,) = torch.autograd.grad(
+        sk.tree_attention(q, k, v, TREES["random"][0], impl=impl).sum(), [q], create_graph=True
+    )
+    with pytest.raises(NotImplementedError, match="tree_attention_backward .* no backward"):
+        first.sum().backward()
+
+
+@pytest.mark.parametrize("case", ["job random", "everything"])
+def test_opcheck_and_compile(case, impl, device):
+    q, k, v, options = inputs(case, torch.float32, device)
+    trie = TREES[CASES[case][0]][0].passes()[0].to(device)
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    sinks, window, softcap = (options.get(name) for name in ("sinks", "window", "softcap"))
+    plan = (trie.position, trie.subtree_end, trie.block_start, trie.span_ptr, trie.span)
+    arguments = (*leaves, *plan, sinks, 0.3, window, softcap, trie.block_tokens, impl, True)
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    assert set(torch.library.opcheck(torch.ops.sapo_kernels.tree_attention.default, arguments, test_utils=checks)
+               .values()) == {"SUCCESS"}  # fmt: skip
+
+    def loss(q, k, v):
+        return sk.tree_attention(q, k, v, trie, impl=impl, **options).square().sum()
+
+    wanted = torch.autograd.grad(loss(*leaves), leaves)
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for a, b in zip(torch.autograd.grad(compiled(*leaves), leaves), wanted, strict=True):
+        assert torch.equal(a, b)
