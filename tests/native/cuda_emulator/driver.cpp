@@ -8,7 +8,8 @@ void emulate_reweight(double* mean, double* weight, double* probs, int64_t* best
                       const uint8_t* live, const double* nll, const int64_t* tokens, int64_t pools, int64_t prompts,
                       double decay, double inverse_temperature, double floor) {
   sapo::reweight_cuda(
-      {mean, weight, probs, best, effective, live, nll, tokens, pools, prompts, decay, inverse_temperature, floor}, nullptr);
+      {mean, weight, probs, best, effective, live, nll, tokens, pools, prompts, decay, inverse_temperature, floor},
+      nullptr);
 }
 
 void emulate_accumulate(double* nll, int64_t* tokens, const float* logprob, const int64_t* cell_target,
