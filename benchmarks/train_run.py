@@ -23,14 +23,24 @@ from .train_step import load
 from .workload import data_folder, load_tasks
 
 
-def run(name: str, data: Path, task, examples: int, prompts: list[str], packing: str, race: bool, scores: bool):
+def run(
+    name: str,
+    size: tuple[int, int],
+    data: Path,
+    task,
+    examples: int,
+    prompts: list[str],
+    packing: str,
+    race: bool,
+    scores: bool,
+):
     """(processor seconds, loss of the last tenth of the steps, callback)."""
     from transformers import Trainer, TrainingArguments, set_seed
 
     from sapo_peft import PromptPool, SapoConfig, attach_sapo
 
     set_seed(0)
-    model, tokenizer = load(name, data)
+    model, tokenizer = load(name, data, *size)
     pool = PromptPool.build(task.name, prompts[0], prompts[1:], suffix=task.suffix)
     config = SapoConfig(at_start=scores, probe_examples=250, race=sk.Race() if race else None, packing=packing)
     with tempfile.TemporaryDirectory() as folder:
@@ -53,12 +63,14 @@ def main() -> None:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--tasks", nargs="*")
     parser.add_argument("--model", default="qwen3", help="as benchmarks.train_step has it")
+    parser.add_argument("--hidden", type=int, default=256, help="of qwen3")
+    parser.add_argument("--layers", type=int, default=4, help="of qwen3")
     parser.add_argument("--examples", type=int, default=1000)
     args = parser.parse_args()
     torch.set_num_threads(1)
     data = data_folder(args.data)
     for task in load_tasks(data, args.tasks):
-        common = (args.model, data, task, args.examples)
+        common = (args.model, (args.hidden, args.layers), data, task, args.examples)
         plain, loss, _ = run(*common, task.prompts[:1], "padded", race=False, scores=False)
         ours, own_loss, callback = run(*common, task.prompts, "trie", race=True, scores=True)
         same, same_loss, _ = run(*common, task.prompts[:1], "trie", race=False, scores=False)

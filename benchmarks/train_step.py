@@ -31,13 +31,13 @@ COLUMNS = ("model", "task", "batch", "padded_tokens", "free_tokens", "trie_token
            "loss_error", "gradient_error")  # fmt: skip
 
 
-def load(name: str, data: Path):
-    """(model with a LoRA on all linear layers, tokenizer)."""
+def load(name: str, data: Path, hidden: int = 512, layers: int = 8):
+    """(model with a LoRA on all linear layers, tokenizer). hidden, layers: of qwen3."""
     from peft import LoraConfig, get_peft_model
 
     if name == "qwen3":
         tokenizer = load_tokenizer(data / "gpt2tokenizer")
-        model = qwen3_shaped(len(tokenizer), 512, 8)
+        model = qwen3_shaped(len(tokenizer), hidden, layers)
     else:
         from sapo_peft import loading
 

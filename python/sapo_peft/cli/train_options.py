@@ -60,6 +60,8 @@ class SapoArguments:
     max_target: int = option(128, "response tokens that are scored, the first ones")
     train_max_target: int | None = option(None, "response tokens that are trained on (default: all)")
     max_tokens: int | None = option(None, "new tokens per forward when scoring")
+    packing: Literal["auto", "trie", "padded"] = option("auto", "train over a trie of the batch, or on padded rows")
+    train_max_tokens: int | None = option(None, "trie tokens per forward when training (default: the batch)")
 
 
 @dataclass

@@ -152,7 +152,7 @@ class SapoCallback(TrainerCallback):
         total, share = self._overhead()
         self._say(
             f"SAPO: {self.scorings} scorings took {self.score_seconds:.2f} s, all of SAPO {self.seconds:.2f} s of "
-            f"{total:.2f} s ({share:.1%}); {self.switches} switches in all"
+            f"{total:.2f} s ({share:.1%}); {self.switches} switches in all{self.packing.saved()}"
         )
 
     def on_push_begin(self, args, state, control, **kwargs):

@@ -90,6 +90,12 @@ class Packing:
         with use_tree_attention(model_support.unwrap(model)[1]), self._run(batch, len(batch.target_of)):
             return step(trainer, model, inputs, loss_only, *args, **kwargs)
 
+    def saved(self) -> str:
+        """What the trie saved so far, to be put behind a sentence; nothing where it was not taken."""
+        if not self.tokens:
+            return ""
+        return f"; trained on {self.tokens:,} tokens of tries for {self.padded_tokens:,} of padded rows"
+
     def over(self, model: Any, labels: torch.Tensor | None) -> Any:
         """What a trainer's ``compute_loss`` is to call in the place of `model`, for the batch with these labels."""
         if self._now is None:
