@@ -39,7 +39,8 @@ lora-r: 2
 # The options of before transformers' own were there too.
 NAMES = """
 model tokenizer data prompts paraphrase-with paraphrase-model paraphrases output task examples mode temperature
-floor every-steps each-epoch drift race packing train-max-tokens probe-examples max-source max-target train-max-target max-tokens epochs
+floor every-steps each-epoch drift race packing train-max-tokens
+ probe-examples max-source max-target train-max-target max-tokens epochs
 max-steps batch-size gradient-accumulation lr lora-r lora-alpha lora-dropout target-modules logging-steps
 save-steps seed workers bf16 gradient-checkpointing dtype device report-to resume
 """

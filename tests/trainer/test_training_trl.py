@@ -112,3 +112,16 @@ def test_conversations_are_refused(tmp_path):
         with pytest.raises(TypeError, match="expected two strings|conversations|string"):
             attach_sapo(trainer, pool_of(), config=config)
         assert everything(trainer) == before
+
+
+def test_losses_and_metrics_over_tries_are_those_of_padded_rows(tmp_path):
+    rows = {}
+    for packing in ("padded", "trie"):
+        trainer = sft_trainer(tmp_path / packing, per_device_train_batch_size=4, gradient_accumulation_steps=2)
+        callback = attach_sapo(trainer, pool_of(), config=SapoConfig(probe_examples=2, packing=packing))
+        trainer.train()
+        rows[packing] = [row for row in trainer.state.log_history if "mean_token_accuracy" in row]
+    assert callback.packing.tokens and len(rows["trie"]) == 4
+    for got, wanted in zip(rows["trie"], rows["padded"], strict=True):
+        for name in ("loss", "grad_norm", "entropy", "mean_token_accuracy", "num_tokens"):
+            assert math.isclose(got[name], wanted[name], rel_tol=1e-4), name
