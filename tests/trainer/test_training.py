@@ -57,7 +57,9 @@ def test_one_prompt_and_no_scoring_is_the_plain_trainer_bit_for_bit(tmp_path, ac
     pool = pool_of(1)
     plain = plain_trainer(tmp_path, data_collator=independent_collator(pool), gradient_accumulation_steps=accumulate)
     plain.train()
-    trainer, callback = sapo_trainer(tmp_path, pool, SapoConfig(at_start=False), gradient_accumulation_steps=accumulate)
+    trainer, callback = sapo_trainer(
+        tmp_path, pool, SapoConfig(at_start=False, packing="padded"), gradient_accumulation_steps=accumulate
+    )
     trainer.train()
     assert callback.history == [] and len(curve(plain)) == 6
     assert curve(trainer) == curve(plain)
@@ -72,7 +74,7 @@ def test_scoring_changes_nothing_but_the_prompt(tmp_path, workers):
     plain = plain_trainer(tmp_path, data_collator=independent_collator(pool), **options)
     plain.train()
     trainer, callback = sapo_trainer(
-        tmp_path, pool, SapoConfig(every_steps=2, each_epoch=True, probe_examples=4), **options
+        tmp_path, pool, SapoConfig(every_steps=2, each_epoch=True, probe_examples=4, packing="padded"), **options
     )
     trainer.train()
     assert [scoring.step for scoring in callback.history] == [0, 2, 4, 6]
@@ -255,10 +257,10 @@ def test_evaluation_uses_the_chosen_prompt_and_the_model_never_sees_what_a_batch
     prompts = callback.choice.pools["colours"].prompts
     assert [step for step, *_ in seen] == [1, 2, 3, 4, 5, 6]
     for step, keys, rows in seen:
-        assert keys == {"input_ids", "attention_mask", "labels"}
+        assert keys == {"input_ids", "attention_mask", "labels", "trie"}
         assert len(rows) == 4
         assert all(f"user\n{prompts[wanted[min(step // 2, 2)]]}\n\nText:\n" in context for context, _ in rows)
-    assert "sapo" not in names
+    assert not names & {"sapo", "trie"}
     assert all(math.isfinite(row["eval_loss"]) for row in trainer.state.log_history if "eval_loss" in row)
     # Outside of train() as well.
     assert math.isfinite(trainer.evaluate()["eval_loss"])
@@ -284,7 +286,8 @@ def test_a_trainer_is_freed_when_its_last_user_lets_go(tmp_path, attached):
 @pytest.mark.parametrize("at_start", [True, False])
 def test_a_second_run_of_the_same_trainer_begins_anew(tmp_path, at_start):
     """The weights are kept: the second run is that of a new trainer with those weights."""
-    config = SapoConfig(at_start=at_start, every_steps=2, decay=0.5, probe_examples=4)
+    # What records batches stands in front of the packing.
+    config = SapoConfig(at_start=at_start, every_steps=2, decay=0.5, probe_examples=4, packing="padded")
     trainer, callback = sapo_trainer(tmp_path, config=config, max_steps=3)
     prefer(callback, [2, 2, 1, 1])
     trainer.train()

@@ -11,7 +11,7 @@ import torch
 from sapo_peft import SapoConfig
 from tests.trainer.test_training_ranks import pytestmark as needs_gloo
 from tests.trainer.test_training_ranks import torchrun
-from tests.trainer.training_helpers import adapter_digest, colours, curve, lora_model, plain_trainer, sapo_trainer
+from tests.trainer.training_helpers import colours, curve, lora_model, sapo_trainer
 
 
 def run(folder, packing, tokens=None, config=None, **options):
@@ -108,18 +108,6 @@ def test_a_trainer_that_reads_logits_is_found_out_in_its_first_step(tmp_path, ca
     with caplog.at_level(logging.WARNING, logger="sapo_peft"):
         callback, losses, *_ = run(tmp_path, "auto", trainer_class=Reads)
     assert "reads 'logits'" in caplog.text and len(losses) == 6 and not callback.packing.tokens
-
-
-def test_the_padded_run_is_the_plain_trainers(tmp_path):
-    """Whatever stands around a trainer, without the trie not one bit changes."""
-    from tests.trainer.test_training import independent_collator
-    from tests.trainer.training_helpers import pool_of
-
-    plain = plain_trainer(tmp_path, data_collator=independent_collator(pool_of(1)))
-    plain.train()
-    trainer, _ = sapo_trainer(tmp_path, pool_of(1), SapoConfig(at_start=False, packing="padded"))
-    trainer.train()
-    assert adapter_digest(trainer.model) == adapter_digest(plain.model)
 
 
 CHILD = """

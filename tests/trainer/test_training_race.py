@@ -13,6 +13,7 @@ import sapo_kernels as sk
 import sapo_peft.trainer.rescoring
 from sapo_peft import SapoConfig
 from sapo_peft.cli import train
+from sapo_peft.trainer.checkpoints import seal
 from tests.trainer.training_helpers import adapter_digest, colours, curve, pool_of, sapo_trainer
 
 # Prompts that a random model tells apart early: the others are near ties, which cost examples.
@@ -96,6 +97,7 @@ def test_a_resumed_run_is_the_one_that_was_not_interrupted(tmp_path, made):
     state = json.loads((checkpoint / "trainer_state.json").read_text())
     state["stateful_callbacks"]["sapo"]["memory"] = {"colours": [{"nll": "AAAA"}]}
     (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    seal(checkpoint)
     made.clear()
     again = raced(tmp_path)
     again[0].train(resume_from_checkpoint=str(checkpoint))

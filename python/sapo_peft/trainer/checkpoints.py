@@ -56,13 +56,15 @@ def seal(folder: str | os.PathLike) -> None:
 
 
 def checkpoint_fault(path: str | os.PathLike) -> str | None:
-    """Why a checkpoint that was made under SAPO cannot be resumed from, or None.
+    """Why a checkpoint cannot be resumed from, or None.
 
-    Every file has the bytes that it was sealed with, and the state is that of the step in the folder's name.
+    Every file has the bytes that it was sealed with, and the state is that of the step in the folder's name. One that
+    was made without SAPO has no manifest, and is taken as the trainer takes it.
     """
     path = Path(path)
     try:
-        check_manifest(path, SCHEMA, skip=_unread)
+        if (path / MANIFEST).exists() or kept_in(path) is not None:
+            check_manifest(path, SCHEMA, skip=_unread)
         step = _state(path).get("global_step")
     except (OSError, ValueError, RecursionError) as error:
         return str(error)
@@ -73,12 +75,10 @@ def checkpoint_fault(path: str | os.PathLike) -> str | None:
 
 
 def check_resumed(path: str | os.PathLike) -> None:
-    """Refuse a damaged checkpoint before anything is loaded from it. One without SAPO has no manifest.
+    """Refuse a damaged checkpoint before anything is loaded from it.
 
     Raises: `DataError` naming the file.
     """
-    if not os.path.exists(os.path.join(path, MANIFEST)) and kept_in(path) is None:
-        return
     fault = checkpoint_fault(path)
     if fault is not None:
         raise DataError(f"checkpoint: {fault}")

@@ -117,13 +117,14 @@ class Setup:
                         f"checkpoint: adapter {name!r}: {key}: expected {old.get(key)!r} as before, got "
                         f"{new.get(key)!r}; {again}"
                     )
-        old, new = begun["options"], self.options
+        old, new = dict(begun["options"]), dict(self.options)
         fixed = ("mode", "seed") if new["mode"] == "soft" or old["mode"] == "soft" else ("mode",)
         changed = [name for name in new if name in old and old[name] != new[name]]
         for name in fixed:
             if name in changed:
                 raise ValueError(f"checkpoint: {name}: expected {old[name]!r} as before, got {new[name]!r}; {again}")
-        old, new = {**old, **begun.get("training", {})}, {**new, **self.training}
+        for kept, values in ((old, begun.get("training", {})), (new, self.training)):
+            kept |= {f"the trainer's {name}": value for name, value in values.items()}
         changed = [name for name in new if name in old and old[name] != new[name]]
         if changed:
             said = ", ".join(f"{name} {old[name]!r} -> {new[name]!r}" for name in changed)
