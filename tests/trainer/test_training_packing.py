@@ -7,8 +7,10 @@ import logging
 
 import pytest
 import torch
+from peft import PromptTuningConfig, get_peft_model
 
 from sapo_peft import SapoConfig
+from tests.oracles import small_qwen3
 from tests.trainer.test_training_ranks import pytestmark as needs_gloo
 from tests.trainer.test_training_ranks import torchrun
 from tests.trainer.training_helpers import colours, curve, lora_model, sapo_trainer
@@ -77,7 +79,15 @@ def dropping():
     return model
 
 
+def prompt_tuned():
+    return get_peft_model(small_qwen3(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+
+
 REFUSED = {
+    "virtual tokens": (
+        dict(model=prompt_tuned, config={"at_start": False}),
+        "adds virtual tokens in front of the text",
+    ),
     "foreign code": (dict(model=hooked), "is no library's code"),
     "attention dropout": (dict(model=dropping), "its attention has a dropout of 0.1"),
     "label smoothing": (dict(label_smoothing_factor=0.1), "label_smoothing_factor looks at whole batches"),

@@ -50,7 +50,11 @@ class Packing:
         batch: TrieBatch | None = inputs.pop(PACKED, None)
         if batch is None or self.agreed is False:
             return step(trainer, model, inputs, *args, **kwargs)
-        inner = model_support.unwrap(model)[1]
+        try:
+            inner = model_support.unwrap(model)[1]
+        except (TypeError, ValueError) as error:  # virtual tokens, a model that is none of transformers'
+            self._settle(trainer, str(error))
+            return step(trainer, model, inputs, *args, **kwargs)
         first = self.agreed is None
         if first:
             self._settle(trainer, self._reason(trainer, model, inner, batch))
