@@ -1,4 +1,4 @@
-"""Paraphrases from any OpenAI-compatible endpoint: `openai` asks, `tenacity` asks again."""
+"""Paraphrases from any OpenAI-compatible endpoint."""
 
 from __future__ import annotations
 
@@ -9,38 +9,34 @@ import queue
 import threading
 import time
 import urllib.parse
+import urllib.request
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from email.utils import parsedate_to_datetime
 from typing import Any
 
 from sapo_kernels.files import DataError, excerpt
 
 from .answers import AnswerFault, Request
+from .reply import Reply, completion, refused
 from .source import Answer, Deadline, SourceError
 
 _log = logging.getLogger(__name__)
 KEY_VARIABLE = "OPENAI_API_KEY"
+MAX_REPLY_BYTES = 2**20
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _LONGEST_BACKOFF = 20.0
 # How long answers under way are waited for when the endpoint turns out to be of no use, seconds.
 _LAST_ANSWERS = 5.0
+# What asking again costs of `max_tries`: an outage that hangs is known after two requests. Waiting costs nothing.
+_COSTS = {"failure": 1, "late": 3, "limited": 0}
 # Pieces of a key of this length give it away; what is shorter is no key (``none``).
 _PIECE = 8
 
 
-class _Again(Exception):
-    """It may be well next time. cost: of `max_tries`; after: seconds that the endpoint asks to wait."""
-
-    def __init__(self, fault: str, cost: int = 1, after: float | None = None):
-        super().__init__(fault)
-        self.cost, self.after = cost, after
-
-
-class _Refused(Exception):
-    """It would say the same again."""
+class _Unread(Exception):
+    """A reply that is not read; the message says why."""
 
 
 @dataclass
@@ -54,8 +50,8 @@ class EndpointSource:
     three). backoff: seconds before the second try; they double, up to 20. usage: tokens and cost of all answers.
 
     Connection errors, broken replies and the statuses 408, 409 and 5xx are tried again `max_tries` times; a rate
-    limit (429) until the deadline, each time after what the endpoint asks for (``Retry-After``). Any other status ends
-    the source at once. The key goes into the Authorization header and nowhere else: not into logs,
+    limit (429) until the deadline, each time after what the endpoint asks for in a header or in words. Any other
+    status ends the source at once. The key goes into the Authorization header and nowhere else: not into logs,
     errors or files, also not when the server sends it back.
 
     Raises: `ImportError` naming the extra if a library is missing; `ValueError` for bad arguments.
@@ -151,63 +147,60 @@ class EndpointSource:
             put(result)
 
         # A reply that points elsewhere would have the texts sent to a host nobody named.
-        http = openai.DefaultAsyncHttpxClient(follow_redirects=False)
+        http = openai.DefaultAsyncHttpxClient(event_hooks={"response": [_bound]}, follow_redirects=False)
         # Local servers without keys take any; an empty one is refused by the client.
         key = self._key() or "none"
         async with openai.AsyncOpenAI(api_key=key, base_url=self.base_url, max_retries=0, http_client=http) as client:
             await asyncio.gather(*map(ask, counts))
 
     async def _ask(self, client: Any, request: Request, count: int, deadline: Deadline) -> Answer | SourceError:
-        """The answer to one question, after as many tries as it takes.
-
-        What is wrong is returned, not raised: the client's errors hold the request and with it the key.
-        """
-        from tenacity import AsyncRetrying, retry_if_exception_type, wait_exponential, wait_random
+        """The answer to one question, after as many tries as it takes; never an exception of the client."""
+        from tenacity import AsyncRetrying, retry_if_result, wait_exponential, wait_random
 
         jitter = wait_random(0, self.backoff)
         growing = wait_exponential(self.backoff, _LONGEST_BACKOFF) + jitter
-        faults: list[_Again] = []
-        answered = self._answered
+        replies: list[Reply] = []
+        answered, texts = self._answered, []
 
-        async def send() -> tuple[str, bool]:
-            try:
-                return await self._send(client, request.message(count), deadline)
-            except _Again as error:
-                faults.append(error)
-                raise
+        async def send() -> Reply:
+            replies.append(await self._send(client, request.message(count), deadline))
+            return replies[-1]
 
         def wait(state) -> float:
-            if faults[-1].after is not None:
-                return faults[-1].after + jitter(state)
-            # A limit: up to the deadline, and not past it by a last wait that is too long.
-            return growing(state) if faults[-1].cost else min(growing(state), deadline.left / 2)
+            if replies[-1].after is not None:
+                return replies[-1].after + jitter(state)
+            # Up to the deadline, and not past it by a last wait that is too long.
+            return min(growing(state), deadline.left / 2) if replies[-1].kind == "limited" else growing(state)
 
         def stop(state) -> bool:
-            spent = sum(error.cost for error in faults)
-            return spent >= self.max_tries or state.upcoming_sleep >= deadline.left or deadline.left < 0.1
+            failures = sum(_COSTS[reply.kind] for reply in replies)
+            return failures >= self.max_tries or state.upcoming_sleep >= deadline.left or deadline.left < 0.1
 
         def log(state) -> None:
-            _log.info("%s: %s; asking again in %.1f s", self.name, faults[-1], state.upcoming_sleep)
+            _log.info("%s: %s; asking again in %.1f s", self.name, replies[-1].fault, state.upcoming_sleep)
 
-        again = retry_if_exception_type(_Again)
-        try:
-            text, cut = await AsyncRetrying(retry=again, wait=wait, stop=stop, before_sleep=log, reraise=True)(send)
-            texts, fault = request.read(text, cut=cut)
-        except AnswerFault as error:
-            texts, fault = [], str(error)
-        except _Refused as error:
-            return SourceError(f"{self.base_url}: {error}")
-        except _Again as error:
-            asks = f"; it asks to wait {error.after:.6g} s" if error.after is not None else ""
-            left = f"{deadline.left:.3g} of {deadline.seconds:g} s are left"
-            fault = f"no answer after asking {len(faults)} times, the last: {error}{asks}; {left}"
-            if not error.cost or self._answered == answered:
-                return SourceError(f"{self.base_url}: {fault}")
-            texts = []  # others are answered: the endpoint is there
+        again = retry_if_result(lambda reply: reply.kind in _COSTS)
+        reply = await AsyncRetrying(
+            retry=again, wait=wait, stop=stop, before_sleep=log, retry_error_callback=lambda _: replies[-1]
+        )(send)
+        fault = reply.fault
+        if reply.kind in _COSTS:
+            left = f"; {deadline.left:.3g} of {deadline.seconds:g} s are left"
+            left = f"; it asks to wait {reply.after:.6g} s{left}" if reply.after is not None else left
+            fault = f"no answer after asking {len(replies)} times, the last: {fault}{left}"
+            if reply.kind != "limited" and self._answered > answered:
+                return Answer((), self.name, fault)  # others are answered: the endpoint is there
+        if reply.kind != "answer":
+            return SourceError(f"{self.base_url}: {fault}{self._proxy()}")
+        if fault is None:
+            try:
+                texts, fault = request.read(reply.text, cut=reply.cut)
+            except AnswerFault as error:
+                fault = str(error)
         return Answer(tuple(texts), self.name, fault)
 
-    async def _send(self, client: Any, message: str, deadline: Deadline) -> tuple[str, bool]:
-        """(text, whether the model was stopped) of one request."""
+    async def _send(self, client: Any, message: str, deadline: Deadline) -> Reply:
+        """One request: never an exception of the client, for these hold the request and with it the key."""
         import openai
 
         seconds = max(0.01, min(self.request_seconds, deadline.left))
@@ -215,57 +208,28 @@ class EndpointSource:
             # The client's own timeouts hold for each read: a server that sends a byte now and then is never late.
             async with asyncio.timeout(seconds):
                 document = await client.chat.completions.create(
-                    model=self.model, messages=[{"role": "user", "content": message}], timeout=seconds
+                    model=self.model,
+                    messages=[{"role": "user", "content": message}],
+                    timeout=seconds,
+                    # A compressed reply could unpack to any size.
+                    extra_headers={"Accept-Encoding": "identity"},
                 )
+            reply = completion(document)
+            self._answered += reply.fault is None
+            for name in ("prompt_tokens", "completion_tokens", "cost"):
+                amount = getattr(getattr(document, "usage", None), name, None)
+                if type(amount) in (int, float) and 0 <= amount < 1e12:
+                    self.usage[name] += amount
         except openai.APIStatusError as error:
-            raise self._of_status(error.status_code, error.response.headers, error.body) from None
+            body = error.response.content[:10_000].decode("utf-8", "replace")
+            reply = refused(error.status_code, error.body, error.response.headers, body, deadline.left)
         except (TimeoutError, openai.APITimeoutError):
-            # An outage that hangs is known after two requests.
-            raise _Again(f"no whole reply within {seconds:.3g} s", cost=-(-self.max_tries // 2)) from None
+            reply = Reply(fault=f"no whole reply within {seconds:.3g} s", kind="late")
         except Exception as error:
-            kind = type(error.__cause__ or error).__name__
-            raise _Again(f"the connection or the reply is broken ({kind})") from None
-        return self._text(document)
-
-    def _of_status(self, status: int, headers: Mapping[str, str], body: Any) -> _Again | _Refused:
-        words = body.get("message") if isinstance(body, dict) else body
-        words = " ".join(words.split()) if isinstance(words, str) and not words.startswith("<") else ""
-        fault = f"status {status}"
-        if status in (401, 403, 407):
-            # Replies to a wrong key are known to quote it, also in part or changed.
-            fault += " (is the key right, and may it use this model?)"
-        elif words:
-            fault = self._without_key(f"{fault}, {excerpt(words, 200)}")
-        no_money = isinstance(body, dict) and body.get("code") == "insufficient_quota"
-        if no_money or not (status in (408, 409, 429) or status >= 500):
-            return _Refused(fault)
-        return _Again(fault, cost=int(status != 429), after=_retry_after(headers))
-
-    def _text(self, document: Any) -> tuple[str, bool]:
-        """What a chat completion, or whatever else the client made of a reply with status 200, says."""
-        try:
-            choice = document.choices[0]
-            reason, content = str(choice.finish_reason or "").lower(), choice.message.content
-        except (AttributeError, IndexError, TypeError):
-            # Gateways put an error into a reply with status 200; a wrong address gives a page.
-            got = getattr(document, "error", None) or (document if isinstance(document, str) else "another document")
-            fault = f"expected a chat completion, got {excerpt(got)} (is this the address of an API?)"
-            raise _Again(self._without_key(fault)) from None
-        self._answered += 1
-        for name in ("prompt_tokens", "completion_tokens", "cost"):
-            amount = getattr(getattr(document, "usage", None), name, None)
-            if type(amount) in (int, float) and 0 <= amount < 1e12:
-                self.usage[name] += amount
-        if reason in ("content_filter", "tool_calls", "function_call", "error"):
-            raise AnswerFault(f"expected an answer that ended by itself, got the finish reason {reason!r}")
-        if isinstance(content, list):  # parts; thoughts are of another type
-            parts = [part for part in content if isinstance(part, dict) and "think" not in str(part.get("type"))]
-            content = "".join(text for part in parts if isinstance(text := part.get("text"), str))
-        if not isinstance(content, str) or not content.strip():
-            raise AnswerFault("expected a reply with text, got none")
-        if self._shows_key(content):
-            raise AnswerFault("the reply holds the key and was not used")
-        return content, reason in ("length", "max_tokens")
+            reply = Reply(fault=_reason(error), kind="failure")
+        if self._shows_key(reply.text) or self._shows_key(reply.fault or ""):
+            return Reply(fault="the reply holds the key and was not used", kind=reply.kind, after=reply.after)
+        return reply
 
     def _key(self) -> str:
         """Read anew each time: what is held nowhere is shown nowhere."""
@@ -275,24 +239,13 @@ class EndpointSource:
         key, text = self._key().casefold(), text.casefold()
         return any(key[place : place + _PIECE] in text for place in range(len(key) - _PIECE + 1))
 
-    def _without_key(self, fault: str) -> str:
-        return "the reply holds the key and was not used" if self._shows_key(fault) else fault
-
-
-def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds that a server asks to wait: ``Retry-After-Ms``, or ``Retry-After`` in seconds or as a date."""
-    for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
-        text = headers.get(name, "")
-        try:
-            seconds = float(text) * unit
-        except ValueError:
-            try:
-                seconds = parsedate_to_datetime(text).timestamp() - time.time()
-            except (ValueError, TypeError, OverflowError, IndexError):
-                continue
-        if seconds > 0:
-            return seconds
-    return None
+    def _proxy(self) -> str:
+        """What to know of a proxy in front of this machine's own server, which it hardly reaches."""
+        proxies, scheme = urllib.request.getproxies(), self.base_url.partition(":")[0].lower()
+        name = scheme if scheme in proxies else "all"
+        if self._host not in _LOOPBACK or name not in proxies or urllib.request.proxy_bypass(self._host):
+            return ""
+        return f"; {name.upper()}_PROXY puts a proxy in front of {self._host}: set NO_PROXY={self._host}"
 
 
 @contextmanager
@@ -332,6 +285,27 @@ def _quiet_client() -> Iterator[None]:
             logger.setLevel(level)
 
 
+async def _bound(response: Any) -> None:
+    """Stop reading a reply at `MAX_REPLY_BYTES`: the client reads one of any size."""
+    if response.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
+        raise _Unread("expected a reply that is not compressed, got a compressed one")
+    inner = response.stream
+
+    async def chunks(_):
+        size = 0
+        async for chunk in inner:
+            size += len(chunk)
+            if size > MAX_REPLY_BYTES:
+                raise _Unread(f"expected a reply of at most {MAX_REPLY_BYTES} bytes, got more")
+            yield chunk
+
+    async def close(_):
+        await inner.aclose()
+
+    # Of the class that the HTTP library checks for, whichever library the client has.
+    response.stream = type("Bounded", type(inner).__bases__, {"__aiter__": chunks, "aclose": close})()
+
+
 def _host(url: str) -> str:
     try:
         parts = urllib.parse.urlsplit(url)
@@ -342,3 +316,15 @@ def _host(url: str) -> str:
         # Not shown: it may hold a password.
         raise ValueError("base_url: expected http(s)://HOST[:PORT]/PATH without user, query or fragment, got another")
     return host
+
+
+def _reason(error: BaseException) -> str:
+    """Why there is no reply, without the texts of others: the kind of error, and the system's word for it."""
+    chain = [error]
+    while len(chain) < 9 and (cause := chain[-1].__cause__ or chain[-1].__context__):
+        chain.append(cause)
+    if unread := next((error for error in chain if isinstance(error, _Unread)), None):
+        return str(unread)
+    word = next((os.strerror(error.errno) for error in chain if getattr(error, "errno", None)), None)
+    kind = type(error.__cause__ or error).__name__
+    return f"the connection or the reply is broken ({kind}{f': {word}' if word else ''})"
