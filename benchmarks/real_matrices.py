@@ -23,6 +23,7 @@ import torch
 
 import sapo_kernels as sk
 from sapo_kernels.files import atomic_write
+from sapo_kernels.training.trie_batch import padded_rows
 
 from .workload import Task, load_tasks
 
@@ -65,15 +66,7 @@ def tune(model, cache: sk.ResponseCache, prompt: int = 0):
     rows = list(zip(cache.contexts[prompt], cache.responses[prompt], strict=True))
     for step in range(STEPS):
         batch = [rows[(step * BATCH + i) % len(rows)] for i in range(BATCH)]
-        width = max(len(context) + len(response) for context, response in batch)
-        ids = torch.zeros(BATCH, width, dtype=torch.int64)
-        labels, mask = torch.full_like(ids, -100), torch.zeros_like(ids)
-        for b, (context, response) in enumerate(batch):
-            length = len(context) + len(response)
-            ids[b, :length] = torch.tensor(context + response)
-            labels[b, len(context) : length] = torch.tensor(response)
-            mask[b, :length] = 1
-        model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss.backward()
+        model(**padded_rows(batch), use_cache=False).loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -23,6 +23,7 @@ import torch
 
 from sapo_kernels import ResponseCache, TrieBatch, tree_logprobs
 from sapo_kernels.files import atomic_write
+from sapo_kernels.training.trie_batch import padded_rows
 
 from .workload import data_folder, load_tasks, load_tokenizer, qwen3_shaped
 
@@ -54,18 +55,6 @@ def batches_of(task, tokenizer, size: int, count: int) -> list[list[tuple[list[i
     return [cells[i : i + size] for i in range(0, len(cells), size)]
 
 
-def padded(rows):
-    width = max(len(context) + len(response) for context, response in rows)
-    ids = torch.zeros(len(rows), width, dtype=torch.int64)
-    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
-    for i, (context, response) in enumerate(rows):
-        length = len(context) + len(response)
-        ids[i, :length] = torch.tensor(context + response)
-        mask[i, :length] = 1
-        labels[i, len(context) : length] = torch.tensor(response)
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
-
-
 def flattened(rows):
     from transformers import DataCollatorWithFlattening
 
@@ -92,7 +81,7 @@ def distance(one, other) -> float:
 
 
 def measure(model, rows, rounds: int) -> dict[str, float]:
-    inputs = {"padded": padded(rows), "padding-free": flattened(rows), "trie": rows}
+    inputs = {"padded": padded_rows(rows), "padding-free": flattened(rows), "trie": rows}
     found = {name: [step(model, name, inputs[name]) for name in (name,)][0] for name in PROVIDERS}
     times = {name: [found[name][0]] for name in PROVIDERS}
     for _ in range(rounds - 1):

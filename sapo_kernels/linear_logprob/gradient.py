@@ -93,3 +93,12 @@ def from_logits(coefficients, a, g, lse, hidden, weight, targets, target_ptr, bi
             of_bias += d.sum(0, dtype=lse.dtype)
         del d
     return of_hidden, *(None if t is None else t.to(hidden.dtype) for t in (of_weight, of_bias))
+
+
+def gradients(coefficients, grad_logprob, grad_lse, logprob, lse, mean, hidden, weight, targets, target_ptr, bias,
+              scale, softcap, wanted):  # fmt: skip
+    """Gradients of (hidden, weight, bias), None where not `wanted`: from the mean if that is enough."""
+    a, g = of_softmax(grad_logprob, grad_lse, lse, targets, target_ptr)
+    if wanted == [True, False, False] and len(mean) == len(hidden):
+        return from_mean(a, g, logprob, lse, mean, weight, targets, target_ptr, scale, softcap), None, None
+    return from_logits(coefficients, a, g, lse, hidden, weight, targets, target_ptr, bias, wanted)

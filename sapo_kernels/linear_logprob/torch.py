@@ -63,10 +63,6 @@ def linear_logprob_torch(hidden, weight, targets, target_ptr, bias, scale, softc
 def linear_logprob_backward_torch(grad_logprob, grad_lse, logprob, lse, mean, hidden, weight, targets, target_ptr,
                                   bias, scale, softcap, wanted):  # fmt: skip
     """Gradients of (hidden, weight, bias), None where not `wanted`."""
-    a, g = gradient.of_softmax(grad_logprob, grad_lse, lse, targets, target_ptr)
-    if wanted == [True, False, False] and len(mean) == len(hidden):
-        found = gradient.from_mean(a, g, logprob, lse, mean, weight, targets, target_ptr, scale, softcap)
-        return found, None, None
 
     def coefficients(rows, a, g, lse, ids, pointer):
         part, slope = torch.nn.functional.linear(rows, weight, bias).to(lse.dtype).mul_(scale), None
@@ -80,4 +76,5 @@ def linear_logprob_backward_torch(grad_logprob, grad_lse, logprob, lse, mean, hi
             part.mul_(slope)
         return part.mul_(scale).to(rows.dtype)
 
-    return gradient.from_logits(coefficients, a, g, lse, hidden, weight, targets, target_ptr, bias, wanted)
+    return gradient.gradients(coefficients, grad_logprob, grad_lse, logprob, lse, mean, hidden, weight, targets,
+                              target_ptr, bias, scale, softcap, wanted)  # fmt: skip

@@ -115,9 +115,6 @@ def mean_weight(logprob, lse, hidden, weight, targets, target_ptr, bias, scale, 
 def linear_logprob_backward_triton(grad_logprob, grad_lse, logprob, lse, mean, hidden, weight, targets, target_ptr,
                                    bias, scale, softcap, wanted):  # fmt: skip
     """Gradients of (hidden, weight, bias), None where not `wanted`."""
-    a, g = gradient.of_softmax(grad_logprob, grad_lse, lse, targets, target_ptr)
-    if wanted == [True, False, False] and len(mean) == len(hidden):
-        found = gradient.from_mean(a, g, logprob, lse, mean, weight, targets, target_ptr, scale, softcap)
-        return found, None, None
     turn = coefficients(weight, bias, scale, softcap, scale)
-    return gradient.from_logits(turn, a, g, lse, hidden, weight, targets, target_ptr, bias, wanted)
+    return gradient.gradients(turn, grad_logprob, grad_lse, logprob, lse, mean, hidden, weight, targets, target_ptr,
+                              bias, scale, softcap, wanted)  # fmt: skip

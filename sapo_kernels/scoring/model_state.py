@@ -71,8 +71,8 @@ def compilation_off():
 
 
 @contextlib.contextmanager
-def scoring_mode(model: nn.Module):
-    """Evaluation mode and no gradients for the block; every module's own mode comes back.
+def evaluation_mode(model: nn.Module):
+    """Evaluation mode for the block; every module's own mode comes back.
 
     Module by module: ``model.train(was)`` would put frozen or deliberately evaluating submodules into training.
     """
@@ -80,11 +80,17 @@ def scoring_mode(model: nn.Module):
     try:
         for module in training:
             module.training = False
-        with torch.no_grad():
-            yield
+        yield
     finally:
         for module in training:
             module.training = True
+
+
+@contextlib.contextmanager
+def scoring_mode(model: nn.Module):
+    """Evaluation mode and no gradients for the block."""
+    with evaluation_mode(model), torch.no_grad():
+        yield
 
 
 @contextlib.contextmanager

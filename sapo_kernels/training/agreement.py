@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -13,11 +12,9 @@ from ..scoring import model_support
 from ..scoring.attention import NotTreeable, own_attention
 from ..scoring.fingerprint import configurations
 from ..scoring.foreign_code import foreign_code
-from ..scoring.model_state import is_out_of_memory, rope_kept
+from ..scoring.model_state import evaluation_mode, is_out_of_memory, rope_kept
 from ..scoring.verification import LOW, exact_products
-
-if TYPE_CHECKING:
-    from .trie_batch import TrieBatch
+from .trie_batch import TrieBatch, padded_rows
 
 # Difference of all gradients together, relative to their norm, and of the loss: float32; and in low precision at most.
 TOLERANCE, LOW_TOLERANCE = 1e-4, 0.1
@@ -125,7 +122,7 @@ def disagreement(
     """Why `logprobs` over the trie is not the plain model's, seen on up to four sequences of `batch`; None if it is."""
     sequences = batch.sequences()
     picked = chosen([len(context) + len(response) for context, response in sequences])
-    part = type(batch).pack(*zip(*(sequences[c] for c in picked), strict=True))
+    part = TrieBatch.pack(*zip(*(sequences[c] for c in picked), strict=True))
     rows = [sequences[c] for c in picked]
     device = model_support.input_device(inner)
     parameters = [p for p in model.parameters() if p.requires_grad] if torch.is_grad_enabled() else []
@@ -146,7 +143,7 @@ def disagreement(
         low = kinds.intersection(LOW) or torch.get_float32_matmul_precision() != "highest"
         return plain(rows) if low else None
 
-    with deterministic_mode(model), rope_kept(inner):
+    with evaluation_mode(model), rope_kept(inner):
         return compare(
             parameters,
             lambda: plain(rows),
@@ -161,28 +158,10 @@ def chosen(lengths: Sequence[int]) -> list[int]:
     return sorted({order[0], order[-1], 0, len(lengths) - 1})[:MOST_COMPARED]
 
 
-@contextlib.contextmanager
-def deterministic_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, module by module, with gradients as they are; random numbers are not drawn."""
-    training = [module for module in model.modules() if module.training]
-    try:
-        for module in training:
-            module.training = False
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 def _plain_losses(model, rows, device, options) -> torch.Tensor:
     """[N] of the response tokens of a right-padded batch, nats."""
-    width = max(len(context) + len(response) for context, response in rows)
-    ids = torch.zeros(len(rows), width, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for i, (context, response) in enumerate(rows):
-        ids[i, : len(context) + len(response)] = torch.tensor([*context, *response])
-        mask[i, : len(context) + len(response)] = 1
-    logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), **options).logits
+    inputs = {name: value.to(device) for name, value in padded_rows(rows).items() if name != "labels"}
+    logits = model(**inputs, **options).logits
     logits = logits if logits.dtype == torch.float64 else logits.float()
     return torch.cat(
         [

@@ -144,6 +144,25 @@ class TrieBatch:
         )
 
 
+def padded_rows(
+    rows: Sequence[tuple[Sequence[int], Sequence[int]]], pad: int = 0, multiple_of: int = 1
+) -> dict[str, torch.Tensor]:
+    """(context, response) rows as a batch padded on the right: input_ids, attention_mask, labels [B, L] int64.
+
+    The labels are the response's ids, else -100. L is the longest row, rounded up to `multiple_of`.
+    """
+    width = max(len(context) + len(response) for context, response in rows)
+    width = -(-width // multiple_of) * multiple_of
+    ids = torch.full((len(rows), width), pad, dtype=torch.int64)
+    mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
+    for i, (context, response) in enumerate(rows):
+        length = len(context) + len(response)
+        ids[i, :length] = torch.tensor([*context, *response])
+        mask[i, :length] = 1
+        labels[i, len(context) : length] = torch.tensor(response)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
 def _common(one: list[int], other: list[int]) -> int:
     """How many ids the beginnings of two sequences share."""
     return next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))  # noqa: B905

@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import sapo_kernels as sk
+from sapo_kernels.training.trie_batch import padded_rows
 from sapo_peft.trainer.choice import Choice
 from sapo_peft.trainer.collator import CARRIED, SapoCollator
 from tests.oracles import CHATML, THINKING, byte_tokenizer
@@ -127,15 +128,14 @@ def test_a_batch_is_rendered_again_only_if_the_choice_changed(monkeypatch):
     assert rows_of(soft.newest(batch)[0]) == rows_of(soft(colours(9))) != rows_of(batch)
 
 
-def test_a_choice_that_changes_while_a_batch_is_made_marks_it_old():
+def test_a_choice_that_changes_while_a_batch_is_made_marks_it_old(monkeypatch):
     collator = collator_of(carry=True)
-    plain = collator._padded
 
-    def late(rows):
+    def late(*args):
         collator.choice.settle()
-        return plain(rows)
+        return padded_rows(*args)
 
-    collator._padded = late
+    monkeypatch.setattr("sapo_peft.trainer.collator.padded_rows", late)
     assert collator(colours(2))[CARRIED].round != collator.choice.round
 
 

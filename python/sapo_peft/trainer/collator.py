@@ -12,7 +12,7 @@ import torch
 
 from sapo_kernels.scoring.render import Renderer, Template, check_examples
 from sapo_kernels.scoring.response_cache import CellBuilder
-from sapo_kernels.training.trie_batch import TrieBatch
+from sapo_kernels.training.trie_batch import TrieBatch, padded_rows
 
 from .choice import Choice
 
@@ -24,7 +24,6 @@ COLUMNS = (("input", "target"), ("sentence", "label"), ("prompt", "completion"))
 CARRIED = "sapo"
 # The key under which it carries its trie, a `TrieBatch`.
 PACKED = "trie"
-IGNORED = -100
 Counts = dict[tuple[str, int], int]
 
 
@@ -114,7 +113,7 @@ class SapoCollator:
                 rows[i] = (context.tolist(), response.tolist())
             counts[task, prompt] = sum(len(rows[i][1]) for i in members)
             self._say(builder.stats)
-        batch = self._padded(rows)
+        batch = padded_rows(rows, self.pad, self.pad_to_multiple_of or 1)
         if self.packed:
             batch[PACKED] = TrieBatch.pack(*zip(*rows, strict=True))
         if self.carry:
@@ -140,19 +139,6 @@ class SapoCollator:
                 self._said.add(what)
                 name = "responses" if what == "targets" else what
                 logger.warning("%s are cut to %s=%d tokens and lose their end", name, option, limit)
-
-    def _padded(self, rows: list[tuple[list[int], list[int]]]) -> dict[str, Any]:
-        width = max(len(context) + len(response) for context, response in rows)
-        if self.pad_to_multiple_of:
-            width = -(-width // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        ids = torch.full((len(rows), width), self.pad, dtype=torch.int64)
-        mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
-        for i, (context, response) in enumerate(rows):
-            length = len(context) + len(response)
-            ids[i, :length] = torch.tensor(context + response)
-            mask[i, :length] = 1
-            labels[i, len(context) : length] = torch.tensor(response)
-        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
 def named_example(feature: Mapping[str, Any]) -> Mapping[str, Any]:

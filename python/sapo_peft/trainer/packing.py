@@ -22,9 +22,6 @@ from .config import PADDED, TRIE
 
 logger = logging.getLogger("sapo_peft")
 
-# What a model may be called with over a trie, beside the rows themselves.
-_HARMLESS = {"use_cache": (False, None), "return_dict": (True, None), "output_router_logits": (False, None)}
-
 
 class Packing:
     """Whether the batches of one trainer go over a trie, and the batch that does so now.
@@ -150,8 +147,8 @@ class Packing:
 
     def _parts(self, inputs, batch: TrieBatch, inner) -> list[tuple[dict[str, Any], TrieBatch]]:
         """The batch in pieces of at most `max_tokens`, each with its rows; whole where ranks wait for each forward."""
-        sharded = any(hasattr(p, "to_local") for p in inner.parameters())
-        if self.max_tokens is None or batch.num_tokens <= self.max_tokens or sharded:
+        whole = self.max_tokens is None or batch.num_tokens <= self.max_tokens
+        if whole or any(hasattr(p, "to_local") for p in inner.parameters()):
             return [(inputs, batch)]
         count, parts = len(inputs["input_ids"]), []
         for rows in batch.groups(self.max_tokens):
