@@ -124,7 +124,7 @@ def work_list(with_candidates: bool, target: str = "sm_90") -> list[tuple]:
     listed = [(job, None) for job in jobs(short=False) if job.target in PARTS]
     if with_candidates:
         capability = int(target[3:])
-        for shape in (("bf16", 128, 128, 4, 64, ""), ("bf16", 64, 64, 2, 64, "")):
+        for shape in (("bf16", 128, 128, 4, ""), ("bf16", 64, 64, 2, "")):
             for options in candidates.attention(shape[1], torch.bfloat16, capability)[1:]:
                 listed.append((Job("tree_attention", shape, target), options))
         for options in candidates.logprob(4096, torch.bfloat16, capability)[1:]:

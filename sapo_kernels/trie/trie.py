@@ -11,7 +11,7 @@ without it in numpy (`planner.plan_numpy`), slower, with the same bits.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -19,6 +19,7 @@ import torch
 
 from .. import native
 from .numpy_planner import plan_numpy
+from .tiles import build_tiles
 
 DEFAULT_BLOCK_TOKENS = 64
 
@@ -67,6 +68,7 @@ class TriePass:
     target_ptr: torch.Tensor
     targets: torch.Tensor
     _on_device: dict = field(default_factory=dict, repr=False, compare=False)
+    _tiles: dict = field(default_factory=dict, repr=False, compare=False)
 
     def to(self, device: torch.device | str) -> TriePass:
         """This pass with its tensors on `device`; the copy is made once and remembered."""
@@ -75,9 +77,25 @@ class TriePass:
             return self
         if device not in self._on_device:
             moved = {n: v.to(device) for n, v in vars(self).items() if isinstance(v, torch.Tensor)}
-            kept = {n: v for n, v in vars(self).items() if n not in moved and n != "_on_device"}
-            self._on_device[device] = TriePass(**moved, **kept)
+            kept = {n: v for n, v in vars(self).items() if n not in moved and not n.startswith("_")}
+            # A twin, for a way back to this very object would keep both alive.
+            back = {self.input_ids.device: replace(self, _on_device={})}
+            self._on_device[device] = TriePass(**moved, **kept, _on_device=back)
         return self._on_device[device]
+
+    def tiles(self, tokens: int) -> torch.Tensor:
+        """int32, what `build_tiles` makes of this pass for tiles of `tokens` queries; made once and remembered."""
+        if tokens not in self._tiles:
+            host = self.to("cpu")
+            if host is self:
+                layout = (self.subtree_end, self.block_start, self.span_ptr, self.span)
+                self._tiles[tokens] = torch.from_numpy(build_tiles(*layout, tokens))
+            else:
+                self._tiles[tokens] = host.tiles(tokens).to(self.input_ids.device)
+        return self._tiles[tokens]
+
+    # While a model is compiled this is run, not traced.
+    tiles._dynamo_marked_constant = True
 
 
 @dataclass(frozen=True, eq=False)

@@ -51,27 +51,29 @@ class Row:
 
 
 def attention(shape: tuple, capability: int, careful: bool = False):
-    """shape: dtype, Dk, Dv, q heads a kv head, tokens a block, options ("wcsl": window, softcap, sinks, lse)."""
+    """shape: dtype, Dk, Dv, q heads a kv head, options ("wcslp": window, softcap, sinks, lse, past keys)."""
     import torch
 
     from sapo_kernels.tree_attention import triton as module
 
-    dtype, head_k, head_v, group, block_tokens, flags = shape
+    dtype, head_k, head_v, group, flags = shape
     torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
     window, softcap, sinks = ("on" if flag in flags else None for flag in "wcs")
     wide = max(head_k, head_v)
-    options = module.config(wide, torch_dtype, capability, group * block_tokens)
+    options = module.config(wide, torch_dtype, capability)
     sick_m = options["BLOCK_M"]
     if careful:
         options = module.careful_config(wide, torch_dtype, capability, sick_m)
     constants = module.specialise(head_k, head_v, group, window, softcap) | {"HAS_SINKS": sinks is not None}
-    constants |= {"CAREFUL": careful, "SICK_M": sick_m, "WITH_LSE": "l" in flags, "stride_sinks": 1}
+    constants |= {"CAREFUL": careful, "SICK_M": sick_m, "WITH_LSE": "l" in flags, "HAS_PAST": "p" in flags}
+    constants |= {"stride_sinks": 1}
     if sinks is None:
         constants["sinks_ptr"] = None
     if "l" not in flags:
         constants["lse_ptr"] = None
     types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), f"*{dtype}")
     types |= {"sinks_ptr": f"*{dtype}", "lse_ptr": "*fp32"} | dict.fromkeys(("logit_scale", "cap_scale"), "fp32")
+    types |= dict.fromkeys(("offset_past_k", "offset_past_v"), "i64")
     return module._tree_attention_kernel, types, constants, options
 
 
@@ -143,23 +145,23 @@ BUILDERS = {
 }
 
 ATTENTION = [
-    ("bf16", 64, 64, 8, 64, "ws"),
-    ("bf16", 80, 80, 1, 64, ""),
-    ("bf16", 96, 96, 3, 64, "w"),
-    ("bf16", 128, 128, 4, 64, ""),
-    ("bf16", 128, 128, 7, 64, "wcs"),
-    ("bf16", 128, 128, 5, 64, "w"),
-    ("bf16", 192, 128, 1, 64, ""),
-    ("bf16", 192, 128, 8, 64, "ws"),
-    ("bf16", 512, 512, 6, 64, ""),
-    ("bf16", 256, 256, 2, 64, "wc"),
-    ("bf16", 256, 256, 1, 64, ""),
-    ("fp16", 128, 128, 4, 64, "c"),
-    ("fp32", 64, 64, 4, 64, ""),
-    ("fp32", 128, 128, 4, 64, "wcs"),
-    ("fp32", 256, 256, 3, 64, "ws"),
+    ("bf16", 64, 64, 8, "wsp"),
+    ("bf16", 80, 80, 1, ""),
+    ("bf16", 96, 96, 3, "w"),
+    ("bf16", 128, 128, 4, ""),
+    ("bf16", 128, 128, 7, "wcsp"),
+    ("bf16", 128, 128, 5, "w"),
+    ("bf16", 192, 128, 1, ""),
+    ("bf16", 192, 128, 8, "ws"),
+    ("bf16", 512, 512, 6, ""),
+    ("bf16", 256, 256, 2, "wc"),
+    ("bf16", 256, 256, 1, ""),
+    ("fp16", 128, 128, 4, "c"),
+    ("fp32", 64, 64, 4, ""),
+    ("fp32", 128, 128, 4, "wcsp"),
+    ("fp32", 256, 256, 3, "ws"),
 ]
-CAREFUL = [("bf16", 128, 128, 4, 64, "wcs"), ("bf16", 256, 256, 2, 64, ""), ("fp32", 128, 128, 4, 64, "")]
+CAREFUL = [("bf16", 128, 128, 4, "wcs"), ("bf16", 256, 256, 2, ""), ("fp32", 128, 128, 4, "")]
 BACKWARD = [
     ("bf16", 64, 64, 8, "w"),
     ("bf16", 80, 80, 1, ""),
@@ -224,7 +226,7 @@ def build(job: Job) -> Row:
     signature, attributes = {}, {}
     for i, name in enumerate(kernel.arg_names):
         signature[name] = "constexpr" if name in constants else types.get(name, "*i32" if "ptr" in name else "i32")
-        if name not in constants and (name.endswith("_ptr") or name.startswith("stride_")):
+        if name not in constants and (name.endswith("_ptr") or name.startswith(("stride_", "offset_"))):
             attributes[(i,)] = [["tt.divisibility", 16]]
     target = GPUTarget("cuda", capability, 32) if capability else GPUTarget("hip", job.target, 64)
     try:
