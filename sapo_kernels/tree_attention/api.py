@@ -83,7 +83,7 @@ def tree_attention(
     return torch.ops.sapo_kernels.tree_attention(
         q, k, v, plan.position, plan.subtree_end, plan.block_start, plan.span_ptr, plan.span, sinks, scale, window,
         softcap, plan.block_tokens, impl, with_lse, plan.tiles(tile_tokens(group)) if listed else None,
-        tile_tokens(group), past_k, past_v,
+        tile_tokens(group), past_k, past_v, plan.pieces(group) if listed and with_lse else None,
     )[0]  # fmt: skip
 
 

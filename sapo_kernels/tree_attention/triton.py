@@ -19,7 +19,7 @@ from .triton_common import (
     capability,
     check,
     entries_of,
-    load_keys,
+    key_rows,
     load_rows,
     on_device,
     rows_of,
@@ -115,25 +115,25 @@ def _tree_attention_kernel(
             entry_ptr, begin_ptr, chunks_ptr, i_tile, p_query, window, CHUNK, HAS_WINDOW
         )  # fmt: skip
         for n in tl.range(skip, chunks, BLOCK_N):
-            k, v, visible = load_keys(
+            p_k, p_v, m_n, visible = key_rows(
                 n, count, entry_ptr, i_query, p_query, k_ptr, v_ptr, seen_from_ptr, subtree_end_ptr, position_ptr,
                 carried, window, stride_k_token, stride_v_token, offset_past_k, offset_past_v, stride_past_k_token,
-                stride_past_v_token, True, CHUNK, HAS_PAST, HAS_WINDOW, HEAD_K, HEAD_V, BLOCK_N, BLOCK_K, BLOCK_V,
-                UPCAST,
+                stride_past_v_token, True, CHUNK, HAS_PAST, HAS_WINDOW, BLOCK_N,
             )  # fmt: skip
+            k = load_rows(p_k, m_n, HEAD_K, BLOCK_K, False, UPCAST)
+            v = load_rows(p_v, m_n, HEAD_V, BLOCK_V, False, UPCAST)
             acc, m_i, l_i = _attend(
                 q, acc, m_i, l_i, k, v, visible, logit_scale, cap_scale, HAS_SOFTCAP, HAS_WINDOW, CAREFUL
-            )  # fmt: skip
+            )
         for n in tl.range(chunks // CHUNK, count, BLOCK_N):
-            k, v, visible = load_keys(
+            p_k, p_v, m_n, visible = key_rows(
                 n, count, entry_ptr, i_query, p_query, k_ptr, v_ptr, seen_from_ptr, subtree_end_ptr, position_ptr,
                 carried, window, stride_k_token, stride_v_token, offset_past_k, offset_past_v, stride_past_k_token,
-                stride_past_v_token, False, CHUNK, HAS_PAST, HAS_WINDOW, HEAD_K, HEAD_V, BLOCK_N, BLOCK_K, BLOCK_V,
-                UPCAST,
+                stride_past_v_token, False, CHUNK, HAS_PAST, HAS_WINDOW, BLOCK_N,
             )  # fmt: skip
-            acc, m_i, l_i = _attend(
-                q, acc, m_i, l_i, k, v, visible, logit_scale, cap_scale, HAS_SOFTCAP, True, CAREFUL
-            )  # fmt: skip
+            k = load_rows(p_k, m_n, HEAD_K, BLOCK_K, True, UPCAST)
+            v = load_rows(p_v, m_n, HEAD_V, BLOCK_V, True, UPCAST)
+            acc, m_i, l_i = _attend(q, acc, m_i, l_i, k, v, visible, logit_scale, cap_scale, HAS_SOFTCAP, True, CAREFUL)
         if not CAREFUL:
             # A hidden key has weight 0, and 0 * NaN is NaN: a sick sequence would spoil its neighbours in the tile.
             tl.store(p_sick, tl.max(tl.max(tl.where(tl.abs(acc) < float("inf"), 0, 1), 1), 0))

@@ -11,12 +11,13 @@ import torch
 import triton
 import triton.language as tl
 
+from ..trie.tiles import KEY_TILE, build_pieces
 from .triton_common import (
     LOG2E,
     capability,
     check,
     entries_of,
-    load_keys,
+    key_rows,
     load_rows,
     on_device,
     rows_of,
@@ -26,7 +27,9 @@ from .triton_common import (
     stored_as,
     tiles_for,
 )
-from .triton_config import keys_config, queries_config
+from .triton_config import INTERPRET, keys_config, queries_config
+
+SUM = {"BLOCK": 4096 if INTERPRET else 1024, "num_warps": 4}
 
 
 @triton.jit
@@ -46,9 +49,19 @@ def _weights(s, d, lse, delta, visible, logit_scale, cap_scale, HAS_SOFTCAP: tl.
 
 
 @triton.jit
-def _of_keys(q, grad, dq, lse, delta, k, v, visible, logit_scale, cap_scale, HAS_SOFTCAP: tl.constexpr):
-    """dq [M, K] and what keys add to it."""
+def _of_keys(
+    q, grad, dq, p_q, p_grad, m_m, lse, delta, p_k, p_v, m_n, visible, logit_scale, cap_scale, HEAD_K: tl.constexpr,
+    HEAD_V: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    RELOAD: tl.constexpr, MASKED: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """dq [M, K] and what keys add to it. RELOAD reads q and grad again, each when it is needed."""
+    if RELOAD:
+        q = load_rows(p_q, m_m, HEAD_K, BLOCK_K, True, UPCAST)
+    k = load_rows(p_k, m_n, HEAD_K, BLOCK_K, MASKED, UPCAST)
     s = tl.dot(q, tl.trans(k), input_precision="ieee")
+    if RELOAD:
+        grad = load_rows(p_grad, m_m, HEAD_V, BLOCK_V, True, UPCAST)
+    v = load_rows(p_v, m_n, HEAD_V, BLOCK_V, MASKED, UPCAST)
     d = tl.dot(grad, tl.trans(v), input_precision="ieee")
     _, ds = _weights(s, d, lse[:, None], delta[:, None], visible, logit_scale, cap_scale, HAS_SOFTCAP)
     return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
@@ -89,25 +102,23 @@ def _queries_kernel(
         entry_ptr, begin_ptr, chunks_ptr, i_tile, p_query, window, CHUNK, HAS_WINDOW
     )
     for n in tl.range(skip, chunks, BLOCK_N, disable_licm=RELOAD):
-        if RELOAD:
-            q = load_rows(p_q, m_m, HEAD_K, BLOCK_K, True, UPCAST)
-            grad = load_rows(p_grad, m_m, HEAD_V, BLOCK_V, True, UPCAST)
-        k, v, visible = load_keys(
+        p_k, p_v, m_n, visible = key_rows(
             n, count, entry_ptr, i_query, p_query, k_ptr, v_ptr, seen_from_ptr, subtree_end_ptr, position_ptr, carried,
-            window, stride_k_token, stride_v_token, 0, 0, 0, 0, True, CHUNK, False, HAS_WINDOW, HEAD_K, HEAD_V, BLOCK_N,
-            BLOCK_K, BLOCK_V, UPCAST,
+            window, stride_k_token, stride_v_token, 0, 0, 0, 0, True, CHUNK, False, HAS_WINDOW, BLOCK_N,
         )  # fmt: skip
-        dq = _of_keys(q, grad, dq, lse, delta, k, v, visible, logit_scale, cap_scale, HAS_SOFTCAP)
+        dq = _of_keys(
+            q, grad, dq, p_q, p_grad, m_m, lse, delta, p_k, p_v, m_n, visible, logit_scale, cap_scale, HEAD_K, HEAD_V,
+            HAS_SOFTCAP, BLOCK_K, BLOCK_V, RELOAD, False, UPCAST,
+        )  # fmt: skip
     for n in tl.range(chunks // CHUNK, count, BLOCK_N, disable_licm=RELOAD):
-        if RELOAD:
-            q = load_rows(p_q, m_m, HEAD_K, BLOCK_K, True, UPCAST)
-            grad = load_rows(p_grad, m_m, HEAD_V, BLOCK_V, True, UPCAST)
-        k, v, visible = load_keys(
+        p_k, p_v, m_n, visible = key_rows(
             n, count, entry_ptr, i_query, p_query, k_ptr, v_ptr, seen_from_ptr, subtree_end_ptr, position_ptr, carried,
-            window, stride_k_token, stride_v_token, 0, 0, 0, 0, False, CHUNK, False, HAS_WINDOW, HEAD_K, HEAD_V,
-            BLOCK_N, BLOCK_K, BLOCK_V, UPCAST,
+            window, stride_k_token, stride_v_token, 0, 0, 0, 0, False, CHUNK, False, HAS_WINDOW, BLOCK_N,
         )  # fmt: skip
-        dq = _of_keys(q, grad, dq, lse, delta, k, v, visible, logit_scale, cap_scale, HAS_SOFTCAP)
+        dq = _of_keys(
+            q, grad, dq, p_q, p_grad, m_m, lse, delta, p_k, p_v, m_n, visible, logit_scale, cap_scale, HEAD_K, HEAD_V,
+            HAS_SOFTCAP, BLOCK_K, BLOCK_V, RELOAD, True, UPCAST,
+        )  # fmt: skip
     store_rows(dq_ptr + i_row * HEAD_K, dq * scale, m_m, HEAD_K, BLOCK_K)
 
 
@@ -130,7 +141,7 @@ def _of_queries(
     grad = load_rows(grad_ptr + i_row * HEAD_V, m_m, HEAD_V, BLOCK_V, True, UPCAST)
     lse = tl.load(lse_ptr + i_row, mask=m_m, other=0.0) * LOG2E
     delta = tl.load(delta_ptr + i_row, mask=m_m, other=0.0)
-    # Rows past the last one are behind the end of every key's subtree.
+    # Rows past the last one are zeros and add nothing.
     i_query = (carried + i_token).to(tl.int32)
     visible = (begin[:, None] <= i_query[None, :]) & (i_query[None, :] < end[:, None])
     if HAS_WINDOW:
@@ -144,22 +155,22 @@ def _of_queries(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["carried", "keys", "window"])
+@triton.jit(do_not_specialize=["carried", "keys", "kv_heads", "window"])
 def _keys_kernel(
-    grad_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, position_ptr, subtree_end_ptr, seen_from_ptr, dk_ptr, dv_ptr,
-    carried, keys, stride_q_token, stride_q_head, stride_k_token, stride_k_head, stride_v_token, stride_v_head,
-    logit_scale, cap_scale, window, scale,
+    grad_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, position_ptr, subtree_end_ptr, seen_from_ptr, piece_ptr, dk_ptr,
+    dv_ptr, part_k_ptr, part_v_ptr, carried, keys, kv_heads, stride_q_token, stride_q_head, stride_k_token,
+    stride_k_head, stride_v_token, stride_v_head, logit_scale, cap_scale, window, scale,
     GROUP: tl.constexpr, CHUNK: tl.constexpr, HEAD_K: tl.constexpr, HEAD_V: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_V: tl.constexpr, KEY_TILE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of one tile of keys of one kv head.
-
-    Keys near a root have the most queries and the lowest indices, so the longest programs start first. One of them
-    walks every query of the pass: a short pass with one long root is as slow as that program.
-    """
-    i_head = tl.program_id(1).to(tl.int64)
-    o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    """dK and dV of BLOCK_N keys of one kv head, or what the queries of one piece (trie/tiles.py) bring to them."""
+    i_head = (tl.program_id(0) % kv_heads).to(tl.int64)
+    i_part = tl.program_id(0) // kv_heads % (KEY_TILE // BLOCK_N)
+    piece_ptr += tl.program_id(0) // kv_heads // (KEY_TILE // BLOCK_N) * 4
+    slot = tl.load(piece_ptr + 3).to(tl.int64)
+    o_t = i_part * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_n = tl.load(piece_ptr) * KEY_TILE + o_t
     m_n = o_n < keys
     end = tl.load(subtree_end_ptr + o_n, mask=m_n, other=0)
     begin = tl.load(seen_from_ptr + o_n, mask=m_n, other=2147483647)
@@ -172,23 +183,49 @@ def _keys_kernel(
     v = load_rows(p_v, m_n, HEAD_V, BLOCK_V, True, UPCAST)
     dk = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_V], dtype=tl.float32)
-    heads = tl.num_programs(1) * GROUP
-    row = (tl.min(begin, 0) - carried).to(tl.int64) * GROUP
-    last_row = (tl.max(end, 0) - carried).to(tl.int64) * GROUP
+    row = (tl.maximum(tl.min(begin, 0), tl.load(piece_ptr + 1)) - carried).to(tl.int64) * GROUP
+    last_row = (tl.minimum(tl.max(end, 0), tl.load(piece_ptr + 2)) - carried).to(tl.int64) * GROUP
     for m in tl.range(row, last_row, BLOCK_M):
         dk, dv = _of_queries(
             k, v, dk, dv, m, last_row, i_head, o_n, begin, end, p_key, grad_ptr, q_ptr, lse_ptr, delta_ptr,
-            position_ptr, carried, heads, stride_q_token, stride_q_head, logit_scale, cap_scale, window,
+            position_ptr, carried, kv_heads * GROUP, stride_q_token, stride_q_head, logit_scale, cap_scale, window,
             GROUP, HEAD_K, HEAD_V, HAS_WINDOW, HAS_SOFTCAP, BLOCK_M, BLOCK_K, BLOCK_V, UPCAST,
         )  # fmt: skip
-    i_row = o_n.to(tl.int64) * tl.num_programs(1) + i_head
-    store_rows(dk_ptr + i_row * HEAD_K, dk * scale, m_n, HEAD_K, BLOCK_K)
-    store_rows(dv_ptr + i_row * HEAD_V, dv, m_n, HEAD_V, BLOCK_V)
+    dk = dk * scale
+    if slot < 0:
+        i_row = o_n.to(tl.int64) * kv_heads + i_head
+        store_rows(dk_ptr + i_row * HEAD_K, dk, m_n, HEAD_K, BLOCK_K)
+        store_rows(dv_ptr + i_row * HEAD_V, dv, m_n, HEAD_V, BLOCK_V)
+    else:
+        i_row = (slot * KEY_TILE + o_t) * kv_heads + i_head
+        store_rows(part_k_ptr + i_row * HEAD_K, dk, m_n, HEAD_K, BLOCK_K)
+        store_rows(part_v_ptr + i_row * HEAD_V, dv, m_n, HEAD_V, BLOCK_V)
+
+
+@triton.jit(do_not_specialize=["pieces", "size", "width"])
+def _sum_kernel(piece_ptr, part_ptr, sum_ptr, pieces, size, width, KEY_TILE: tl.constexpr, BLOCK: tl.constexpr):
+    """Sums of the slots of each key tile, in their order. `width`: numbers a key has; `size`: all of them."""
+    i_piece = tl.program_id(0)
+    tile = tl.load(piece_ptr + 4 * i_piece)
+    before = tl.load(piece_ptr + 4 * i_piece - 4, mask=i_piece > 0, other=-1)
+    slot = tl.load(piece_ptr + 4 * i_piece + 3).to(tl.int64)
+    if (slot >= 0) & (before != tile):
+        o = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+        o_sum = tile.to(tl.int64) * KEY_TILE * width + o
+        m = (o < KEY_TILE * width) & (o_sum < size)
+        total = tl.zeros([BLOCK], dtype=tl.float32)
+        more = True
+        while more:
+            total += tl.load(part_ptr + slot * KEY_TILE * width + o, mask=m, other=0.0)
+            slot += 1
+            i_piece += 1
+            more = tl.load(piece_ptr + 4 * i_piece, mask=i_piece < pieces, other=-1) == tile
+        tl.store(sum_ptr + o_sum, total.to(sum_ptr.dtype.element_ty), mask=m)
 
 
 def tree_attention_backward_triton(
     grad, q, k, v, out, lse, position, subtree_end, block_start, span_ptr, span, sinks, scale, window, softcap,
-    block_tokens, tiles=None, tokens=0,
+    block_tokens, tiles=None, tokens=0, pieces=None,
 ):  # fmt: skip
     """Same arguments and results as the reference, from the saved result and log-sum-exp; tiles as for the forward.
 
@@ -202,7 +239,10 @@ def tree_attention_backward_triton(
     grad, out, lse = (t.contiguous() for t in (grad, out, lse))
     dq, dk, dv = (torch.empty(t.shape, dtype=stored_as(q), device=q.device) for t in (q, k, v))
     delta = torch.empty(queries, q_heads, dtype=torch.float32, device=q.device)
-    walk, tokens = tiles_for(tiles, tokens, q, keys, group, subtree_end, block_start, span_ptr, span)
+    layout = (subtree_end, block_start, span_ptr, span)
+    walk, tokens = tiles_for(tiles, tokens, q, keys, group, *layout)
+    if pieces is None:
+        pieces = torch.from_numpy(build_pieces(*(t.cpu() for t in layout), group)).to(q.device)
     strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
     rest = (*strides, *scalars(scale, window, softcap), scale)
     constants = specialise(head_k, head_v, group, window, softcap)
@@ -214,10 +254,17 @@ def tree_attention_backward_triton(
             *rest, **constants, **options, enable_fp_fusion=True,
         )  # fmt: skip
         options = keys_config(wide, q.dtype, part)
-        _keys_kernel[(triton.cdiv(keys, options["BLOCK_N"]), kv_heads)](
-            grad, q, k, v, lse, delta, position, subtree_end, walk[2], dk, dv, carried, keys,
-            *rest, **constants, **options, enable_fp_fusion=True,
+        slots = 2 * (len(pieces) - triton.cdiv(keys, KEY_TILE))
+        parts = [torch.empty(slots * KEY_TILE * t.shape[1:].numel(), device=q.device) for t in (k, v)]
+        _keys_kernel[(len(pieces) * (KEY_TILE // options["BLOCK_N"]) * kv_heads,)](
+            grad, q, k, v, lse, delta, position, subtree_end, walk[2], pieces, dk, dv, *parts, carried, keys, kv_heads,
+            *rest, **constants, **options, KEY_TILE=KEY_TILE, enable_fp_fusion=True,
         )  # fmt: skip
+        for partial, total in zip(parts, (dk, dv) if slots else (), strict=False):
+            width = total.shape[1:].numel()
+            _sum_kernel[(len(pieces), triton.cdiv(KEY_TILE * width, SUM["BLOCK"]))](
+                pieces, partial, total, len(pieces), total.numel(), width, KEY_TILE=KEY_TILE, **SUM
+            )
     dsinks = None
     if sinks is not None:
         dsinks = -(torch.exp(sinks.float() - lse) * delta).sum(0).to(sinks.dtype)

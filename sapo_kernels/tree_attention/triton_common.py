@@ -70,7 +70,7 @@ def entries_of(
 
 
 @triton.jit
-def _key_rows(ptr, o_n, carried, stride, offset_past, stride_past, HAS_PAST: tl.constexpr):
+def _in_memory(ptr, o_n, carried, stride, offset_past, stride_past, HAS_PAST: tl.constexpr):
     """Where the rows of keys o_n begin: in the memory at ptr, or those from before the pass offset_past behind it.
 
     A product and no `where`: of that the compiler would not know that it is aligned, and loads would be small and
@@ -84,15 +84,13 @@ def _key_rows(ptr, o_n, carried, stride, offset_past, stride_past, HAS_PAST: tl.
 
 
 @triton.jit
-def load_keys(
+def key_rows(
     n, count, entry_ptr, i_query, p_query, k_ptr, v_ptr, seen_from_ptr, subtree_end_ptr, position_ptr, carried, window,
     stride_k, stride_v, offset_past_k, offset_past_v, stride_past_k, stride_past_v,
-    CHUNKED: tl.constexpr, CHUNK: tl.constexpr, HAS_PAST: tl.constexpr, HAS_WINDOW: tl.constexpr, HEAD_K: tl.constexpr,
-    HEAD_V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, UPCAST: tl.constexpr,
+    CHUNKED: tl.constexpr, CHUNK: tl.constexpr, HAS_PAST: tl.constexpr, HAS_WINDOW: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """(k [N, K], v [N, V], visible [M, N]) of the keys from n on: of a tile's chunks, or of its single entries.
-
-    All queries of a tile see the keys of its chunks but for a window.
+    """Of BLOCK_N keys from n on, of a tile's chunks or of its single entries: where the rows of k and v begin and
+    whether there are any [N], visible [M, N]. All queries of a tile see the keys of its chunks but for a window.
     """
     if CHUNKED:
         o_n = tl.load(entry_ptr + n // CHUNK) + n % CHUNK + tl.arange(0, BLOCK_N)
@@ -107,11 +105,9 @@ def load_keys(
     if HAS_WINDOW:
         p_key = tl.load(position_ptr + o_n, mask=m_n, other=0)
         visible = visible & (p_query[:, None] - p_key[None, :] < window)
-    p_k = _key_rows(k_ptr, o_n, carried, stride_k, offset_past_k, stride_past_k, HAS_PAST)
-    p_v = _key_rows(v_ptr, o_n, carried, stride_v, offset_past_v, stride_past_v, HAS_PAST)
-    k = load_rows(p_k, m_n, HEAD_K, BLOCK_K, not CHUNKED, UPCAST)
-    v = load_rows(p_v, m_n, HEAD_V, BLOCK_V, not CHUNKED, UPCAST)
-    return k, v, visible
+    p_k = _in_memory(k_ptr, o_n, carried, stride_k, offset_past_k, stride_past_k, HAS_PAST)
+    p_v = _in_memory(v_ptr, o_n, carried, stride_v, offset_past_v, stride_past_v, HAS_PAST)
+    return p_k, p_v, m_n, visible
 
 
 INTERPRET = not isinstance(load_rows, triton.JITFunction)

@@ -25,7 +25,7 @@ def config(head_dim: int, dtype: torch.dtype, capability: int) -> dict[str, int]
         tile = (32, 16, 1, 1)
     elif dtype == torch.float32:
         # IEEE products run on the plain FMA units with both operands in registers, so the tile must be small.
-        tile = {64: (32, 32, 4, 1), 128: (32, 32, 8, 1)}.get(wide, (16, 16, 8, 1))
+        tile = {64: (32, 32, 4, 1), 128: (32, 32, 8 if capability else 4, 1)}.get(wide, (16, 16, 8, 1))
     elif wide > 256:
         tile = (32, 16, 8, 1)
     elif capability == 0:
@@ -62,7 +62,10 @@ def queries_config(head_dim: int, dtype: torch.dtype, capability: int) -> dict[s
     else:
         tile = {64: (64, 32, 4, 2), 128: (64, 32, 4, 2), 256: (32, 32, 8, 2), 512: (16, 16, 8, 1)}[wide]
     # RELOAD: q and grad are read again in every turn. Kept, both would lie in the registers whole, and those spill.
-    return {**_options(tile, capability), "RELOAD": dtype == torch.float32 and wide > 128}
+    chosen = {**_options(tile, capability), "RELOAD": dtype == torch.float32 and wide > 128}
+    if chosen["RELOAD"]:
+        chosen.pop("maxnreg", None)  # ptxas spills with the bound and does not without
+    return chosen
 
 
 def keys_config(head_dim: int, dtype: torch.dtype, capability: int) -> dict[str, int]:
@@ -71,7 +74,8 @@ def keys_config(head_dim: int, dtype: torch.dtype, capability: int) -> dict[str,
     if INTERPRET:
         tile = (32, 16, 1, 1)
     elif dtype == torch.float32:
-        tile = {64: (32, 32, 8, 1), 128: (16, 32, 8, 1)}.get(wide, (16, 16, 8, 1))
+        # 8 keys of 512 numbers: 97 KiB of shared memory, which consumer parts have.
+        tile = {64: (32, 32, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 8, 1), 512: (16, 8, 8, 1)}[wide]
         if capability == 0:
             tile = (16, 32, 4, 1) if wide <= 128 else (16, 16, 4, 1)
     elif capability == 0:

@@ -14,6 +14,11 @@ import numpy as np
 TILE_ROWS = 64
 # Keys of a chunk; a multiple of what any kernel takes at once.
 CHUNK = 32
+# Keys of a piece of dK and dV, a multiple of what any kernel owns, and the rows from which on their queries are split.
+KEY_TILE = 64
+SPLIT_ROWS = 8192
+# Pieces more than key tiles at most: the longest is then a small part of the whole.
+MORE_PIECES = 256
 NEVER = np.iinfo(np.int32).max
 
 
@@ -76,6 +81,24 @@ def build_tiles(subtree_end, block_start, span_ptr, span, tokens: int) -> np.nda
     if len(packed) and packed.size > NEVER:
         raise ValueError(f"trie: expected lists of keys below 2**31 entries, got {packed.size}")
     return packed.astype(np.int32)
+
+
+def build_pieces(subtree_end, block_start, span_ptr, span, group: int) -> np.ndarray:
+    """[P, 4] int32: the work of dK and dV in pieces, in order: (tile of KEY_TILE keys, first query, one past the last,
+    slot). A tile whose queries are many has several pieces one after the other, each with a slot for its partial sums,
+    slots in order; one alone has slot -1. There are at most ``2 * (P - tiles)`` slots.
+    """
+    end, block_start, span_ptr = (np.asarray(a, np.int64) for a in (subtree_end, block_start, span_ptr))
+    edges = np.arange(0, len(end), KEY_TILE)
+    first = np.minimum.reduceat(_seen_from(len(end), block_start, span_ptr, np.asarray(span, np.int64)), edges)
+    count = np.maximum(np.maximum.reduceat(end, edges) - first, 0)
+    limit = max(1, SPLIT_ROWS // group, -(-count.sum() // MORE_PIECES))
+    pieces = np.maximum(-(-count // limit), 1)
+    tile = np.repeat(np.arange(len(edges)), pieces)
+    start = _ranges(first, pieces, limit)
+    several = pieces[tile] > 1
+    slot = np.where(several, np.cumsum(several) - 1, -1)
+    return np.stack([tile, start, np.minimum(start + limit, (first + count)[tile]), slot], 1).astype(np.int32)
 
 
 def split_tiles(packed, keys: int, queries: int, tokens: int):

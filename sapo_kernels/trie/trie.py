@@ -19,7 +19,7 @@ import torch
 
 from .. import native
 from .numpy_planner import plan_numpy
-from .tiles import build_tiles
+from .tiles import build_pieces, build_tiles
 
 DEFAULT_BLOCK_TOKENS = 64
 
@@ -68,7 +68,7 @@ class TriePass:
     target_ptr: torch.Tensor
     targets: torch.Tensor
     _on_device: dict = field(default_factory=dict, repr=False, compare=False)
-    _tiles: dict = field(default_factory=dict, repr=False, compare=False)
+    _lists: dict = field(default_factory=dict, repr=False, compare=False)
 
     def to(self, device: torch.device | str) -> TriePass:
         """This pass with its tensors on `device`; the copy is made once and remembered."""
@@ -85,17 +85,24 @@ class TriePass:
 
     def tiles(self, tokens: int) -> torch.Tensor:
         """int32, what `build_tiles` makes of this pass for tiles of `tokens` queries; made once and remembered."""
-        if tokens not in self._tiles:
+        return self._listed(build_tiles, tokens)
+
+    def pieces(self, group: int) -> torch.Tensor:
+        """The same of `build_pieces`."""
+        return self._listed(build_pieces, group)
+
+    # While a model is compiled these are run, not traced.
+    tiles._dynamo_marked_constant = pieces._dynamo_marked_constant = True
+
+    def _listed(self, build, size: int) -> torch.Tensor:
+        if (build, size) not in self._lists:
             host = self.to("cpu")
             if host is self:
                 layout = (self.subtree_end, self.block_start, self.span_ptr, self.span)
-                self._tiles[tokens] = torch.from_numpy(build_tiles(*layout, tokens))
+                self._lists[build, size] = torch.from_numpy(build(*layout, size))
             else:
-                self._tiles[tokens] = host.tiles(tokens).to(self.input_ids.device)
-        return self._tiles[tokens]
-
-    # While a model is compiled this is run, not traced.
-    tiles._dynamo_marked_constant = True
+                self._lists[build, size] = host._listed(build, size).to(self.input_ids.device)
+        return self._lists[build, size]
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ import torch
 import sapo_kernels as sk
 from sapo_kernels.tree_attention.reference import tree_attention_backward_reference
 from sapo_kernels.trie import tiles
-from sapo_kernels.trie.tiles import build_tiles, split_tiles
+from sapo_kernels.trie.tiles import build_pieces, build_tiles, split_tiles
 from tests.oracles import PrefixOracle, flatten, random_cells, skip_unless_runnable
 from tests.tolerances import assert_close
 from tests.triton_cases import attention_oracle, layout
@@ -67,6 +67,29 @@ def test_every_tile_lists_what_its_queries_see(job, budget, share, chunk, monkey
         assert (np.diff(seen_from[: step.carried]) >= 0).all()
 
 
+@pytest.mark.parametrize("rows, more", [(10**6, 10**6), (24, 10**6), (1, 10**6), (1, 3)])
+@pytest.mark.parametrize("share", [0.0, 0.4])
+@pytest.mark.parametrize("job", ["large", "deep", "one token"])
+def test_pieces_cover_the_queries_of_every_key(job, share, rows, more, monkeypatch):
+    for name, value in {"KEY_TILE": 16, "SPLIT_ROWS": rows, "MORE_PIECES": more}.items():
+        monkeypatch.setattr(tiles, name, value)
+    for step, tokens, oracle in passes(job, 60, share):
+        pieces = build_pieces(*layout(step)[1:], 2)
+        count = -(-len(tokens) // 16)
+        assert pieces[:, 0].tolist() == sorted(pieces[:, 0]) and set(pieces[:, 0]) == set(range(count))
+        slots = pieces[pieces[:, 3] >= 0, 3].tolist()
+        assert slots == list(range(len(slots))) and len(slots) <= 2 * (len(pieces) - count) <= 2 * more
+        for tile in range(count):
+            mine = pieces[pieces[:, 0] == tile]
+            assert len(mine) == 1 or (mine[:, 3] >= 0).all(), "one alone needs no slot"
+            assert (mine[1:, 1] == mine[:-1, 2]).all() and (
+                more < 10**6 or (mine[:, 2] - mine[:, 1] <= max(1, rows // 2)).all()
+            )
+            for query in range(step.carried, len(tokens)):
+                seen = np.isin(tokens[16 * tile : 16 * tile + 16], oracle.path(tokens[query])).any()
+                assert not seen or mine[0, 1] <= query < mine[-1, 2]
+
+
 def test_lists_are_made_once_and_on_the_host():
     step = sk.plan_trie(*flatten(JOBS["random"])).passes()[0]
     there = step.to("meta")
@@ -92,6 +115,7 @@ def test_fuzz(seed, monkeypatch, poisoned_outputs):
     rng = random.Random(seed)
     for module in (tiles, triton_common):
         monkeypatch.setattr(module, "CHUNK", 16)
+    monkeypatch.setattr(tiles, "SPLIT_ROWS", rng.choice([8, 10**6]))
     trie = sk.plan_trie(*flatten(random_cells(seed, prompts=2, examples=3, longest=rng.choice([4, 12, 40]))))
     steps = trie.passes(rng.choice([None, 20, 50]), rng.choice([1, 8, 64]))
     step = rng.choice(steps)
@@ -122,7 +146,8 @@ def test_fuzz(seed, monkeypatch, poisoned_outputs):
     if not sick:
         up = torch.randn(out.shape, generator=draw)
         rest = (*layout(step), *options)
-        got = tree_attention_backward_triton(up, q, k, v, out, lse, *rest, *walk)
+        got, again = (tree_attention_backward_triton(up, q, k, v, out, lse, *rest, *walk) for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(got[:3], again, strict=False))
         wide = [t.double() for t in (up, q, k, v)]
         rest = (*layout(step), None if sinks is None else sinks.double(), *options[1:])
         for ours, exact in zip(got, tree_attention_backward_reference(*wide, None, None, *rest), strict=True):

@@ -181,7 +181,7 @@ def test_opcheck_and_compile(case, impl, device):
         return sk.tree_attention(q, k, v, trie, impl=impl, **options).square().sum()
 
     wanted = torch.autograd.grad(loss(*leaves), leaves)
-    trie._tiles.clear()  # made while it compiles
+    trie._lists.clear()  # made while it compiles
     torch._dynamo.reset()
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     for a, b in zip(torch.autograd.grad(compiled(*leaves), leaves), wanted, strict=True):

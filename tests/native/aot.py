@@ -90,8 +90,19 @@ def backward(shape: tuple, capability: int, what: str):
     types = dict.fromkeys([f"{name}_ptr" for name in ("grad", "q", "k", "v", "out", "dq", "dk", "dv")], f"*{dtype}")
     types |= {"lse_ptr": "*fp32", "delta_ptr": "*fp32"}
     types |= dict.fromkeys(("logit_scale", "cap_scale", "scale"), "fp32")
+    types |= dict.fromkeys(("part_k_ptr", "part_v_ptr"), "*fp32")
     constants = module.specialise(head_k, head_v, group, window, softcap)
+    if what == "keys":
+        constants["KEY_TILE"] = module.KEY_TILE
     return getattr(module, f"_{what}_kernel"), types, constants, options
+
+
+def sums(shape: tuple, capability: int):
+    """shape: dtype of dK and dV."""
+    from sapo_kernels.tree_attention import triton_backward as module
+
+    types = {"part_ptr": "*fp32", "sum_ptr": f"*{shape[0]}"}
+    return module._sum_kernel, types, {"KEY_TILE": module.KEY_TILE}, module.SUM
 
 
 def logprob(shape: tuple, capability: int):
@@ -139,6 +150,7 @@ BUILDERS = {
     "tree_attention careful": lambda shape, capability: attention(shape, capability, careful=True),
     "tree_attention queries": lambda shape, capability: backward(shape, capability, "queries"),
     "tree_attention keys": lambda shape, capability: backward(shape, capability, "keys"),
+    "tree_attention sums": sums,
     "linear_logprob": logprob,
     "linear_logprob merge": merge,
     "linear_logprob gradient": logprob_gradient,
@@ -193,6 +205,7 @@ def jobs(short: bool) -> list[Job]:
             "tree_attention careful": CAREFUL[:1],
             "tree_attention queries": BACKWARD[3:4],
             "tree_attention keys": BACKWARD[3:4],
+            "tree_attention sums": [("bf16",)],
             "linear_logprob": LOGPROB[2:3],
             "linear_logprob merge": [()],
             "linear_logprob gradient": GRADIENT[:1],
@@ -203,12 +216,14 @@ def jobs(short: bool) -> list[Job]:
         "tree_attention careful": CAREFUL,
         "tree_attention queries": BACKWARD,
         "tree_attention keys": BACKWARD,
+        "tree_attention sums": [("bf16",), ("fp32",)],
         "linear_logprob": LOGPROB,
         "linear_logprob merge": [()],
         "linear_logprob gradient": GRADIENT,
     }
     listed = [Job(kernel, shape, t) for kernel, shapes in names.items() for shape in shapes for t in TARGETS]
     few = {"tree_attention": [ATTENTION[4], ATTENTION[9]], "linear_logprob": LOGPROB[:1]}
+    few |= dict.fromkeys(("tree_attention queries", "tree_attention keys"), [BACKWARD[3], BACKWARD[-1]])
     return listed + [Job(kernel, shape, t) for kernel, shapes in few.items() for shape in shapes for t in CONSUMER]
 
 
@@ -243,7 +258,11 @@ def build(job: Job) -> Row:
         code = done.asm["ptx"]
         if launch.get("num_stages", 1) > 1 and "cp.async" not in code:
             complaints.append("not pipelined")
-        products = job.shape and job.shape[0] != "fp32" and job.kernel != "linear_logprob gradient"
+        products = (
+            job.shape
+            and job.shape[0] != "fp32"
+            and job.kernel not in ("linear_logprob gradient", "tree_attention sums")
+        )
         if products and not re.search(r"\b(wgmma|tcgen05)\.mma|\bmma\.sync", code):
             complaints.append("no tensor cores")
     else:
