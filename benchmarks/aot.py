@@ -132,7 +132,7 @@ def work_list(with_candidates: bool, target: str = "sm_90") -> list[tuple]:
                 for options in found(shape[1], torch.bfloat16, capability)[1:]:
                     listed.append((Job(f"tree_attention{kernel}", shape, target), options))
         for options in candidates.logprob(4096, torch.bfloat16, capability)[1:]:
-            listed.append((Job("linear_logprob", ("bf16", 4096, ""), target), options))
+            listed.append((Job("linear_logprob", ("bf16", 4096, "d"), target), options))
     return listed
 
 

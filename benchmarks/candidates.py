@@ -65,7 +65,8 @@ def logprob(hidden: int, dtype: torch.dtype, capability: int, toy: bool = False)
     from sapo_kernels.linear_logprob import triton as module
 
     names = ("BLOCK_M", "BLOCK_V", "BLOCK_K", "num_warps", "num_stages")
-    return _with_first(module.config(hidden, dtype, capability), names, TOY_LOGPROB if toy else LOGPROB)
+    described = 90 <= capability < 120 and dtype != torch.float32
+    return _with_first(module.config(hidden, dtype, capability, described), names, TOY_LOGPROB if toy else LOGPROB)
 
 
 CANDIDATES = {"tree_attention": attention, "linear_logprob": logprob}

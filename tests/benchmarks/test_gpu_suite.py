@@ -135,7 +135,7 @@ def test_candidates_begin_with_what_is_in_use_and_put_it_back():
         (candidates.attention(128, torch.bfloat16, 90), attention.config, (128, torch.bfloat16, 90)),
         (candidates.queries(128, torch.bfloat16, 90), backward.queries_config, (128, torch.bfloat16, 90)),
         (candidates.keys(128, torch.bfloat16, 90), backward.keys_config, (128, torch.bfloat16, 90)),
-        (candidates.logprob(4096, torch.bfloat16, 90), heads.config, (4096, torch.bfloat16, 90)),
+        (candidates.logprob(4096, torch.bfloat16, 90), heads.config, (4096, torch.bfloat16, 90, True)),
     ):
         assert made[0] == config(*first) and len(made) > 4
         assert len({candidates.label(options) for options in made}) == len(made)

@@ -106,7 +106,7 @@ def sums(shape: tuple, capability: int):
 
 
 def logprob(shape: tuple, capability: int):
-    """shape: dtype, D, options ("bc": bias, softcap)."""
+    """shape: dtype, D, options ("bcd": bias, softcap, descriptors)."""
     import torch
 
     from sapo_kernels.linear_logprob import triton as module
@@ -114,13 +114,17 @@ def logprob(shape: tuple, capability: int):
     dtype, hidden, flags = shape
     torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
     bias, softcap = ("on" if flag in flags else None for flag in "bc")
-    constants = module.specialise(hidden, bias, softcap) | {"stride_bias": 1}
+    options = module.config(hidden, torch_dtype, capability, "d" in flags)
+    constants = module.specialise(hidden, bias, softcap) | {"stride_bias": 1, "DESCRIBED": "d" in flags}
     if bias is None:
         constants["bias_ptr"] = None
-    types = dict.fromkeys(("hidden_ptr", "weight_ptr", "bias_ptr"), f"*{dtype}")
+    types = dict.fromkeys(("hidden", "weight", "bias_ptr"), f"*{dtype}")
+    if "d" in flags:
+        for name, block in (("hidden", options["BLOCK_M"]), ("weight", options["BLOCK_V"])):
+            types[name] = f"tensordesc<{dtype}[{block}, {options['BLOCK_K']}]>"
     types |= dict.fromkeys(("targets_ptr", "target_ptr_ptr"), "*i64")
     types |= dict.fromkeys(("max_ptr", "sum_ptr", "logit_ptr"), "*fp32") | {"logit_scale": "fp32", "softcap": "fp32"}
-    return module._linear_logprob_kernel, types, constants, module.config(hidden, torch_dtype, capability)
+    return module._linear_logprob_kernel, types, constants, options
 
 
 def merge(shape: tuple, capability: int):
@@ -196,6 +200,7 @@ LOGPROB = [
     ("fp16", 896, "c"),
     ("fp32", 1000, "bc"),
 ]
+DESCRIBED = [("bf16", 4096, "d"), ("bf16", 2304, "cd"), ("fp16", 2560, "bcd")]
 
 
 def jobs(short: bool) -> list[Job]:
@@ -224,6 +229,7 @@ def jobs(short: bool) -> list[Job]:
     listed = [Job(kernel, shape, t) for kernel, shapes in names.items() for shape in shapes for t in TARGETS]
     few = {"tree_attention": [ATTENTION[4], ATTENTION[9]], "linear_logprob": LOGPROB[:1]}
     few |= dict.fromkeys(("tree_attention queries", "tree_attention keys"), [BACKWARD[3], BACKWARD[-1]])
+    listed += [Job("linear_logprob", shape, t) for shape in DESCRIBED for t in ("sm_90", "sm_100")]
     return listed + [Job(kernel, shape, t) for kernel, shapes in few.items() for shape in shapes for t in CONSUMER]
 
 
@@ -241,7 +247,7 @@ def build(job: Job) -> Row:
     signature, attributes = {}, {}
     for i, name in enumerate(kernel.arg_names):
         signature[name] = "constexpr" if name in constants else types.get(name, "*i32" if "ptr" in name else "i32")
-        if name not in constants and (name.endswith("_ptr") or name.startswith(("stride_", "offset_"))):
+        if name not in constants and (signature[name].startswith("*") or name.startswith(("stride_", "offset_"))):
             attributes[(i,)] = [["tt.divisibility", 16]]
     target = GPUTarget("cuda", capability, 32) if capability else GPUTarget("hip", job.target, 64)
     try:
