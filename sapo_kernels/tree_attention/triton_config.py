@@ -55,14 +55,16 @@ def queries_config(head_dim: int, dtype: torch.dtype, capability: int) -> dict[s
         tile = (32, 16, 1, 1)
     elif dtype == torch.float32:
         # Operands of IEEE products lie in registers whole.
-        tile = {64: (32, 32, 8, 1) if capability else (16, 32, 4, 1)}.get(wide, (16, 16, 8 if capability else 4, 1))
+        tile = {64: (32, 32, 8, 1) if capability else (16, 32, 4, 1)}.get(
+            wide, (16, 16, 8 if capability and wide > 128 else 4, 1)
+        )
     elif capability == 0:
         # 8 warps would leave a thread 256 registers, and q, grad and dq of a tile need more.
         tile = {64: (64, 32, 4, 1), 128: (64, 32, 4, 1), 256: (32, 16, 4, 1), 512: (16, 16, 4, 1)}[wide]
     else:
         tile = {64: (64, 32, 4, 2), 128: (64, 32, 4, 2), 256: (32, 32, 8, 2), 512: (16, 16, 8, 1)}[wide]
     # RELOAD: q and grad are read again in every turn. Kept, both would lie in the registers whole, and those spill.
-    chosen = {**_options(tile, capability), "RELOAD": dtype == torch.float32 and wide > 128}
+    chosen = {**_options(tile, capability), "RELOAD": dtype == torch.float32 and wide > 64}
     if chosen["RELOAD"]:
         chosen.pop("maxnreg", None)  # ptxas spills with the bound and does not without
     return chosen
