@@ -50,7 +50,7 @@ class Setting:
         import peft
         import transformers
 
-        names = sorted({*design.EARLIER, *design.OTHERS, *design.ORDER})
+        names = sorted({*design.EARLIER, *design.TRAINED, *design.ORDER})
         digests = "".join(task.digest() for task in read_tasks(self.data, names))
         machine = torch.cuda.get_device_name() if self.device == "cuda" else f"{platform.machine()}, CPU"
         return {
@@ -192,7 +192,7 @@ class Warm:
     def __init__(self, setting: Setting, seed: int):
         self.seed, started = seed, time.perf_counter()
         base, self.tokenizer = setting.load()
-        self.tasks = setting.tasks((*design.EARLIER, *design.OTHERS), seed, self.tokenizer)
+        self.tasks = setting.tasks((*design.EARLIER, *design.TRAINED), seed, self.tokenizer)
         self.damage = Damage(self.tokenizer, self.tasks)
         self.cold = base.bfloat16()
         self.model = warm_start(self.cold, self.tokenizer, self.tasks, seed, design.SINGLE)
@@ -223,7 +223,7 @@ class Warm:
             row = {
                 "task": name, "seed": self.seed, "prompt": k, "pre": seen[place][f"pre_token_{design.PROBES[-1]}"],
                 "last_train": last, "own": own, "forgetting": mean(rise[other] for other in design.EARLIER),
-                "others": mean(rise[other] for other in design.OTHERS if other != name),
+                "others": mean(rise[other] for other in design.TRAINED if other != name),
                 **{f"rise_{other.partition('_')[0]}": value for other, value in rise.items() if other != name},
                 **seen[place], f"pre_cold_{design.PROBES[0]}": cold[place], "near": likeness(prompts[0], prompts[place]),
                 "seconds": seconds,
