@@ -225,8 +225,8 @@ class Warm:
                 "last_train": last, "own": own, "forgetting": mean(rise[other] for other in design.EARLIER),
                 "others": mean(rise[other] for other in design.TRAINED if other != name),
                 **{f"rise_{other.partition('_')[0]}": value for other, value in rise.items() if other != name},
-                **seen[place], f"pre_cold_{design.PROBES[0]}": cold[place], "near": likeness(prompts[0], prompts[place]),
-                "seconds": seconds,
+                **seen[place], f"pre_cold_{design.PROBES[0]}": cold[place],
+                "near": likeness(prompts[0], prompts[place]), "seconds": seconds,
             }  # fmt: skip
             print(
                 f"{name.partition('_')[0]} {self.seed} {k}: before {row['pre']:.2f}, own {own:.2f}, forgetting "

@@ -6,7 +6,8 @@ by the task's name. Measured: what that does to the task, to the earlier ones (*
 yet (*others*), all under their original instructions. A first design, with 12 steps of 8, a learning rate of 1e-3 and
 twice the test rows, took too long on a shared machine; it was left after four runs on one task, which are not reported.
 
-(b) Sequences of five tasks, `SEQUENCE_OPTIONS`, in the order of `sequence_runs`: whatever time is left, pairs are there.
+(b) Sequences of five tasks, `SEQUENCE_OPTIONS`, in the order of `sequence_runs`: whatever time is left, pairs are
+there.
 
 (c) What the choice rests on: losses on 8 and 16 rows, by token, example and batch mean, of the same single-task runs;
 up to 250 rows of the race matrices.
