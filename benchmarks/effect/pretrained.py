@@ -216,6 +216,8 @@ class Warm:
             rows_of_prompt = rows_of(cache_of(self.tokenizer, task, [prompts[place]], steps))
             model, last = trained(self.model, rows_of_prompt, self.seed, config, trie_loss)
             seconds = time.perf_counter() - started
+            # The adapter too: on a CPU half of the time of a forward would go into turning numbers to float32 and back.
+            model = model.bfloat16()
             after = self.damage.losses(model)
             test = cache_of(self.tokenizer, task, [prompts[place]], task.test)
             own = float(score(model, test).loss[0])
