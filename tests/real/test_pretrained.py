@@ -12,12 +12,11 @@ import pytest
 import torch
 
 import sapo_kernels as sk
-from sapo_kernels.scoring.render import Renderer
+from benchmarks.exactness import alone, harness, plain_layout
 from sapo_kernels.training.trie_batch import padded_rows
 from sapo_peft import PromptPool, SapoConfig, attach_sapo, gguf
 from sapo_peft.assets import BUNDLED_DIR
 from sapo_peft.sequence import read_tasks
-from tests.oracles import alone_nll
 from tests.tolerances import TOLERANCES
 
 pytestmark = pytest.mark.real
@@ -54,28 +53,10 @@ def job(tokenizer, task: str = NAMES[0], prompts: int = 3, examples: int = 3, te
     )
 
 
-def plain_template(tokenizer):
-    """The layout of models without a chat template, whatever the tokenizer has."""
-    renderer = Renderer(tokenizer)
-    renderer.chat = False
-
-    def template(prompt: str, example) -> tuple[str, str]:
-        made = renderer.render(prompt, example)
-        return made.context, made.response
-
-    return template
-
-
-def loop(model, cache) -> torch.Tensor:
-    """[K, M] nats: every cell alone."""
-    cells = [zip(*pair, strict=True) for pair in zip(cache.contexts, cache.responses, strict=True)]
-    return torch.tensor([[sum(alone_nll(model, list(c), list(r))) for c, r in row] for row in cells])
-
-
 def assert_exact(model, cache) -> sk.PromptScores:
     scores = sk.score_prompts(model, cache, progress=False)
     assert scores.stats["path"] == "tree", "what is compared is the trie"
-    far = ((scores.nll - loop(model, cache)).abs() / scores.tokens).max()
+    far = ((scores.nll - alone(model, cache)).abs() / scores.tokens).max()
     assert far <= TOLERANCES["token nll"].atol
     return scores
 
@@ -116,7 +97,7 @@ def test_gradients_over_a_trie_are_those_of_padded_rows(pretrained):
 @pytest.mark.timeout(TIMEOUT)
 def test_a_chat_turn_and_the_plain_layout(smollm2):
     model, tokenizer = smollm2
-    plain = job(tokenizer, NAMES[1], 2, 2, plain_template(tokenizer))
+    plain = job(tokenizer, NAMES[1], 2, 2, plain_layout(tokenizer))
     assert "<|im_start|>" not in tokenizer.decode(plain.contexts[0][0])
     assert_exact(model, plain)
     chat = job(tokenizer, NAMES[1], 2, 2)
@@ -138,16 +119,11 @@ def test_the_published_loop_gives_the_batch_mean(smollm2):
 @pytest.mark.timeout(TIMEOUT)
 def test_lm_evaluation_harness_reads_the_same_strings(smollm2):
     """Strings in, not ids: what it tokenises and scores is what we do, wherever the texts end at a token's end."""
-    huggingface = pytest.importorskip("lm_eval.models.huggingface", reason="lm-eval is not installed")
-    from lm_eval.api.instance import Instance
-
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed")
     model, tokenizer = smollm2
-    harness = huggingface.HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=2)
-    task, template = TASKS[NAMES[0]], plain_template(tokenizer)
+    task, template = TASKS[NAMES[0]], plain_layout(tokenizer)
     prompts, rows = task.pool.prompts[:2], list(task.train[:2])
-    texts = [template(prompt, row) for prompt in prompts for row in rows]
-    requests = [Instance("loglikelihood", {}, text, i) for i, text in enumerate(texts)]
-    theirs = -torch.tensor([logprob for logprob, _ in harness.loglikelihood(requests, disable_tqdm=True)])
+    theirs = harness(model, tokenizer, [template(prompt, row) for prompt in prompts for row in rows])
     scores = sk.score_prompts(model, prompts, rows, tokenizer=tokenizer, template=template, progress=False)
     far = (scores.nll.flatten() - theirs).abs() / scores.tokens.flatten()
     assert far.max() <= TOLERANCES["token nll"].atol
