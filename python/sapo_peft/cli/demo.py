@@ -14,7 +14,7 @@ MODELS = ("smollm2", "tiny-base")
 POLICIES = ("original", "sapo", "random")
 OPTIONS: dict[str, dict[str, Any]] = {
     "smollm2": {
-        "max_steps": 8, "learning_rate": 1e-3, "train_examples": 64, "test_examples": 16, "probe_examples": 24,
+        "max_steps": 6, "learning_rate": 1e-3, "train_examples": 64, "test_examples": 12, "probe_examples": 64,
         "generate": False, "evaluate": "seen", "lora_r": 16,
     },
     "tiny-base": {
