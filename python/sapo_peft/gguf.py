@@ -9,7 +9,9 @@ imported. transformers makes ordinary weights of the quantised ones, so the mode
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -85,8 +87,10 @@ def load_gguf(folder: str, gguf_file: str, dtype: torch.dtype = torch.float32) -
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file)
-        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file, dtype=dtype)
+        # transformers draws a bar for every tensor, which no option of its own turns off.
+        with contextlib.redirect_stderr(io.StringIO()):
+            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file)
+            model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file, dtype=dtype)
     except Exception as error:
         text = excerpt(str(error), 300)
         raise DataError(f"--model {Path(folder, gguf_file)}: cannot be loaded as GGUF: {text}") from error
