@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ Groups = dict[tuple[str, int], Rows]
 SIDES = (("forgetting", "forgetting"), ("others", "loss of tasks not learned yet"), ("own", "own loss afterwards"))
 RIVALS: dict[str, Callable[[list[float]], float]] = {
     "the original": lambda values: values[0],
-    "a random paraphrase": lambda values: math.fsum(values[1:]) / len(values[1:]),
+    "a random paraphrase": lambda values: mean(values[1:]),
 }
 ORDERS = 50
 
@@ -59,6 +60,33 @@ def differ_table(groups: Groups) -> list[str]:
         spans = [_span([row[name] for row in group]) for name in ("pre", "own", "forgetting", "others")]
         lines.append(f"| {task.partition('_')[0]} | {seed} | {' | '.join(spans)} |")
     return lines
+
+
+def by_task_table(groups: Groups) -> list[str]:
+    """Forgetting by task, the seeds averaged, and how far the two seeds rank the prompts alike."""
+    kinds: dict[str, Callable[[Rows], float]] = {
+        "lowest loss (SAPO)": lambda group: CANDIDATES["lowest loss (SAPO)"](group)["forgetting"],
+        "the original": lambda group: group[0]["forgetting"],
+        "mean of the paraphrases": lambda group: mean(row["forgetting"] for row in group[1:]),
+        "best": lambda group: min(row["forgetting"] for row in group),
+        "worst": lambda group: max(row["forgetting"] for row in group),
+    }
+    lines = [
+        f"| forgetting, task | {' | '.join(kinds)} | rank correlation of the seeds |",
+        "|---|" + "---|" * (len(kinds) + 1),
+    ]
+    for task in dict.fromkeys(task for task, _ in groups):
+        own = [group for (name, _), group in groups.items() if name == task]
+        cells = [f"{mean(map(kind, own)):+.3f}" for kind in kinds.values()]
+        pairs = [spearman(*([row["forgetting"] for row in group] for group in pair)) for pair in combinations(own, 2)]
+        cells.append(f"{mean(pairs):+.2f}" if pairs else "")
+        lines.append(f"| {task.partition('_')[0]} | {' | '.join(cells)} |")
+    return lines
+
+
+def mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return math.fsum(values) / len(values)
 
 
 def _span(values: list[float]) -> str:
@@ -160,6 +188,7 @@ def _single(make: Callable[[Groups], list[str]], base: str = "smollm2") -> Calla
 
 TABLES: dict[str, Callable[[Path], list[str]]] = {
     "pretrained differ": _single(differ_table),
+    "pretrained tasks": _single(by_task_table),
     "pretrained correlation": _single(correlation_table),
     "pretrained choice": _single(choice_table),
     "pretrained policies": _single(policy_table),
