@@ -41,7 +41,7 @@ class Paths:
     # Read the model's own logits, because its head does more than `model_support.head_transform` knows.
     through_model = False
 
-    def __init__(self, model, cache: ResponseCache, impl: str, max_tokens: int, progress: bool | None):
+    def __init__(self, model, cache: ResponseCache, impl: str, max_tokens: int, progress: bool | Callable | None):
         self.model, self.inner = model_support.unwrap(model)
         self.cache, self.progress, self.max_tokens = cache, progress, max_tokens
         self.op_impl = impl if impl in OP_IMPL else "auto"

@@ -186,10 +186,13 @@ def _score(args, model, tokenizer, template, pool: PromptPool, examples: Example
 def _scores(args: argparse.Namespace, model: Any, cache: ResponseCache, parts: Any) -> PromptScores:
     """In parts where they are kept or where nobody sees a bar; else at once."""
     import sapo_kernels as sk
+    from sapo_kernels.scoring.progress import Lines
 
     lines = not args.quiet and not sys.stderr.isatty()
     options = {"impl": args.impl, "max_tokens": args.max_tokens, "progress": False if args.quiet else None}
     if args.race:
+        if lines:
+            options["progress"] = Lines("race, at most", "cell", cache.num_prompts * cache.num_examples)
         return sk.score_prompts(model, cache, race=sk.Race(), **options)
     if parts.path is None and not lines:
         return sk.score_prompts(model, cache, **options)
