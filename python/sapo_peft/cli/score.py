@@ -76,8 +76,8 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Score and print; every input is read and checked before the model is loaded."""
+    from ..locks import only_writer
     from .outputs import check_file
-    from .parts import Parts
 
     if args.template is not None and (args.suffix is not None or args.text_word is not None):
         raise ValueError("--template: expected it alone, got --suffix or --text-word too; write them into it")
@@ -95,6 +95,14 @@ def run(args: argparse.Namespace) -> int:
                   args.quiet)  # fmt: skip
     for pool, examples in jobs:
         say_notes([*pool.notes(), *examples.notes()], args.quiet)
+    with only_writer(args.out):
+        return _run(args, jobs, template)
+
+
+def _run(args: argparse.Namespace, jobs: list, template: str | None) -> int:
+    """The jobs one after another."""
+    from .parts import Parts
+
     parts = Parts(args.out, _record(args, template, *jobs[0]), resume=args.resume, overwrite=args.overwrite)
 
     import torch

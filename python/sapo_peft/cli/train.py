@@ -49,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
     """Train; all inputs are read and checked before the model is loaded."""
     options = _options(args.words)
     from sapo_kernels import Race
+    from sapo_kernels.manifest import TEMPORARY
 
     from ..data.examples import read_examples
     from ..data.tasks import read_task
@@ -82,6 +83,9 @@ def run(args: argparse.Namespace) -> int:
     ):
         # Of the libraries about each other.
         warnings.simplefilter("ignore", FutureWarning)
+        for left in output.glob(TEMPORARY) if main else ():
+            # Of a run that was killed.
+            left.unlink()
         resumed = options["resume_from_checkpoint"] or _checkpoint(output, options["resume"], main)
         say_notes(notes, quiet=not main)
         callback = _train(pool, list(examples), list(held_out), config, options, resumed)

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from sapo_kernels.files import DataError, excerpt, read_json, write_json
+from sapo_kernels.files import DataError, atomic_write, excerpt, read_bytes, read_json, write_json
 from sapo_kernels.manifest import flush_folder, write_manifest
 
-from ..locks import alone
+from ..locks import only_writer
 from ..trainer.checkpoints import ADAPTER
 from ..trainer.records import PROMPTS_FILE, write_beside_adapter
 from .methods import CONFIG, WEIGHTS, chooser, read_adapters
@@ -72,7 +72,7 @@ def export_adapter(run_dir: str | os.PathLike, out: str | os.PathLike) -> Export
     from safetensors.torch import save_file
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    with alone(out.parent / f".{out.name}.lock", out):
+    with only_writer(out):
         staging = out.parent / f".{out.name}.part"
         # Of one that was killed.
         shutil.rmtree(staging, ignore_errors=True)
@@ -84,7 +84,7 @@ def export_adapter(run_dir: str | os.PathLike, out: str | os.PathLike) -> Export
             os.chmod(staging / WEIGHTS, stat.S_IMODE(os.stat(staging / CONFIG).st_mode))
             # PEFT's, with what it says about the base model.
             if (folders[-1] / "README.md").is_file():
-                shutil.copyfile(folders[-1] / "README.md", staging / "README.md")
+                atomic_write(staging / "README.md", read_bytes(folders[-1] / "README.md"))
             note = "" if config.method == "seq-lora" else f"All {len(folders)} adapters of the run are in this one."
             write_beside_adapter(staging, prompts, chooser(config.policy), note)
             write_manifest(staging, ADAPTER)
