@@ -35,7 +35,7 @@ def alone(lock: str | os.PathLike, place: str | os.PathLike) -> Iterator[None]:
 def only_writer(path: str | os.PathLike | None) -> Iterator[None]:
     """Nobody else writes to the file or folder `path` meanwhile, and what a killed writer left of it is removed.
 
-    The lock is ``.NAME.lock`` beside it. None: there is nothing to guard.
+    The lock is ``.NAME.lock`` beside it, which goes in the end. None: there is nothing to guard.
 
     Raises: RuntimeError: another process does. FileNotFoundError: the folder of `path` is not there.
     """
@@ -48,6 +48,12 @@ def only_writer(path: str | os.PathLike | None) -> Iterator[None]:
     name = place.name
     if len(os.fsencode(name)) > MAX_NAME_BYTES:
         name = hashlib.sha256(os.fsencode(name)).hexdigest()
-    with alone(place.parent / f".{name}.lock", path):
+    lock = place.parent / f".{name}.lock"
+    with alone(lock, path):
         remove_temporary(place)
-        yield
+        try:
+            yield
+        finally:
+            # While it is held: filelock takes a file that has lost its name for none.
+            with contextlib.suppress(OSError):
+                lock.unlink()

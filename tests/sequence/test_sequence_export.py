@@ -45,7 +45,7 @@ def test_the_folder_is_a_plain_adapter_with_prompts_card_and_manifest(tmp_path, 
     assert sorted(path.name for path in folder.iterdir()) == [
         "README.md", "adapter_config.json", "adapter_model.safetensors", "sapo_manifest.json", "sapo_prompts.json"
     ]  # fmt: skip
-    assert sorted(path.name for path in folder.parent.iterdir()) == [".one.lock", "one"]
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["one"]
     options = json.loads((folder / "adapter_config.json").read_text())
     assert (options["peft_type"], options["r"], options["lora_alpha"], options["bias"]) == ("LORA", 8, 64, "none")
     shapes = {name: tuple(tensor.shape) for name, tensor in load_file(folder / "adapter_model.safetensors").items()}
@@ -104,4 +104,4 @@ def test_refusals_leave_everything_as_it_was(tmp_path):
     # What one that was killed has left is no obstacle.
     os.makedirs(tmp_path / ".one.part" / "x")
     export_adapter(tmp_path / "run", tmp_path / "one")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".one.lock", "file", "full", "one", "run"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "full", "one", "run"]
