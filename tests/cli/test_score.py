@@ -276,7 +276,7 @@ def test_writers_that_name_neither_file_nor_cause(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/a'"), outputs.naming(tmp_path / "a"):
         raise RuntimeError("basic_ios::clear: iostream error")
     with pytest.raises(OSError, match=f"Permission denied: '{tmp_path}/a'"), outputs.naming(tmp_path / "a"):
-        raise RuntimeError("SafetensorError: Error while serializing: I/O error: Permission denied (os error 13)")
+        raise Exception("Permission denied (os error 13)")  # of tokenizers; that of safetensors says more
     with pytest.raises(RuntimeError, match="other"), outputs.naming(tmp_path):
         raise RuntimeError("other")
     with pytest.raises(FileNotFoundError, match="theirs"), outputs.naming(tmp_path):

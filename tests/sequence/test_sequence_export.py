@@ -92,7 +92,7 @@ def test_refusals_leave_everything_as_it_was(tmp_path):
     for out in ("full", "file"):
         with pytest.raises(DataError, match=f"{out}: expected a folder that is not there or is empty"):
             export_adapter(tmp_path / "run", tmp_path / out)
-    with pytest.raises(OSError, match="run.json"):
+    with pytest.raises(DataError, match="full: expected the folder of a run, got one without run.json"):
         export_adapter(tmp_path / "full", tmp_path / "one")
     config = next((tmp_path / "run").glob("tasks/02-*/adapter/adapter_config.json"))
     kept = config.read_bytes()

@@ -13,7 +13,7 @@ from sapo_kernels.files import DataError
 
 # How writers of tensors say that a file could not be written; they name neither it nor the cause.
 _WRITERS = re.compile(r"inline_container|basic_ios|iostream error|SafetensorError|PytorchStreamWriter")
-# And those that do name the cause.
+# Those of the libraries that are written in Rust name the cause.
 _NUMBER = re.compile(r"\(os error (\d+)\)")
 _PROBE_BYTES = 2**20
 
@@ -74,9 +74,9 @@ def naming(path: str | os.PathLike) -> Iterator[None]:
             raise
         raise OSError(error.errno, error.strerror, os.fspath(path)) from error
     except Exception as error:
-        if not _WRITERS.search(f"{type(error).__name__} {error}"):
-            raise
         said = _NUMBER.search(str(error))
+        if not said and not _WRITERS.search(f"{type(error).__name__} {error}"):
+            raise
         cause = OSError(int(said[1]), os.strerror(int(said[1]))) if said else _cause(path)
         raise (
             OSError(cause.errno, cause.strerror, os.fspath(path))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import sapo_kernels as sk
-from sapo_kernels.files import DataError, excerpt, read_json, write_json
+from sapo_kernels.files import DataError, excerpt, read_json, remove_temporary, write_json
 from sapo_kernels.scoring.progress import Lines
 
 from .outputs import naming
@@ -36,6 +36,9 @@ class Parts:
         if there and not resume and not overwrite:
             raise DataError(f"{self.path}: expected no scores of a call that was stopped; --resume goes on with them, "
                             "--overwrite begins anew")  # fmt: skip
+        if self.path is not None:
+            # Whoever writes to `out` has its lock.
+            remove_temporary(self.path)
         self.resumed = there and resume
 
     def score(self, model: Any, cache: sk.ResponseCache, spoken: bool, **options: Any) -> sk.PromptScores:

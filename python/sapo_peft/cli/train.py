@@ -217,10 +217,36 @@ def _train(pool, examples: list, held_out: list, config, options: dict[str, Any]
             then = "--resume continues from the last checkpoint" if saved else "nothing was saved yet (--save-steps)"
             print(f"\nsapo: {steps}; {then}", file=sys.stderr)
         raise
-    trainer.save_model(str(output))
+    _save(trainer, output, main)
     if main:
         seal_adapter(output)
     return callback
+
+
+def _save(trainer, output: Path, main: bool) -> None:
+    """Save the model in a folder of its own, and give each file its place when all are whole.
+
+    PEFT goes on from the model card that it finds: of one that a full disk has cut nothing would be told.
+    """
+    from ..trainer.ranks import wait
+
+    staging = output / ".saving.part"
+    if main:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
+        if (output / "README.md").is_file():
+            shutil.copyfile(output / "README.md", staging / "README.md")
+    wait()
+    try:
+        trainer.save_model(str(staging))
+        wait()
+        for path in sorted(staging.iterdir()) if main else ():
+            if path.is_dir():
+                shutil.rmtree(output / path.name, ignore_errors=True)
+            os.replace(path, output / path.name)
+    finally:
+        if main:
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 def _arguments(options: dict[str, Any], evaluated: bool):

@@ -255,6 +255,8 @@ def read_adapters(run_dir: str | os.PathLike) -> tuple[Run, SequenceConfig, list
 
     Raises: `DataError`: the folder is of no such run or is damaged, or no task is done.
     """
+    if not (Path(run_dir) / "run.json").exists():
+        raise DataError(f"{os.fspath(run_dir)}: expected the folder of a run, got one without run.json, or none")
     run = read_run(run_dir)
     try:
         config = SequenceConfig(**run.record.config)
