@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..ops import resolve_impl
+from . import triton as kernels
 from .agreement import agrees, numbers
 
 # What was decided, by everything that it may depend on; the number of model classes in a process bounds it.
@@ -25,20 +25,17 @@ _ROTARY = "apply_rotary_pos_emb"
 
 
 @contextlib.contextmanager
-def fused_layers(inner: nn.Module, device: torch.device, backend: str | None = None):
-    """Fused counterparts on the modules of a model for the block, without gradients.
-
-    backend: "triton", or "torch" where products are made in place and nothing else; default: what `device` can run.
-    """
-    backend = backend or ("triton" if resolve_impl("linear_logprob", "auto", device) == "triton" else "torch")
-    find = (_gated_forward,) if backend == "torch" else (_gated_forward, _norm_forward, _attention_forward)
+def fused_layers(inner: nn.Module):
+    """Fused counterparts on the modules of a model for the block, without gradients."""
     swapped: list[nn.Module] = []
     copies: dict[types.FunctionType, types.FunctionType] = {}
     try:
         for module in inner.modules():
             if not _is_stock(module):
                 continue
-            forward = next(filter(None, (one(module, backend, copies) for one in find)), None)
+            forward = next(
+                filter(None, (one(module, copies) for one in (_norm_forward, _gated_forward, _attention_forward))), None
+            )
             if forward is not None:
                 vars(module)["forward"] = forward
                 swapped.append(module)
@@ -74,7 +71,7 @@ def _stand_in(module: nn.Module, **parts: dict) -> nn.Module:
     return other
 
 
-def _norm_forward(module: nn.Module, backend: str, copies: dict) -> Callable | None:
+def _norm_forward(module: nn.Module, copies: dict) -> Callable | None:
     """RMSNorm: one weight, one epsilon, one argument."""
     values = {name: value for name, value in vars(module).items() if not name.startswith("_") and name != "training"}
     epsilons = [name for name in ("variance_epsilon", "eps") if isinstance(values.get(name), float)]
@@ -84,8 +81,6 @@ def _norm_forward(module: nn.Module, backend: str, copies: dict) -> Callable | N
         return None
     if module._buffers or module._modules or len(inspect.signature(type(module).forward).parameters) != 2:
         return None
-    from . import triton as kernels
-
     own, epsilon, width = type(module).forward, values[epsilons[0]], len(weight)
     key = (type(module), width, weight.dtype, *sorted(values.items()))
 
@@ -114,11 +109,7 @@ def _norm_forward(module: nn.Module, backend: str, copies: dict) -> Callable | N
 
 
 def _dense(x: torch.Tensor) -> bool:
-    return type(x) is torch.Tensor and x.dtype in _dtypes() and x.numel() > 0 and x.is_contiguous()
-
-
-def _dtypes() -> tuple:
-    return (torch.float32, torch.bfloat16, torch.float16)
+    return type(x) is torch.Tensor and x.dtype in kernels.DTYPES and x.numel() > 0 and x.is_contiguous()
 
 
 class _Given(nn.Module):
@@ -141,7 +132,7 @@ class _Times4(nn.Module):
         return 4 * x
 
 
-def _gated_forward(module: nn.Module, backend: str, copies: dict) -> Callable | None:
+def _gated_forward(module: nn.Module, copies: dict) -> Callable | None:
     """``down_proj(act(gate_proj(x)) * up_proj(x))``, also with gate and up of one matrix."""
     children = module._modules
     acts = [name for name in ("act_fn", "activation_fn") if children.get(name) is not None]
@@ -156,8 +147,7 @@ def _gated_forward(module: nn.Module, backend: str, copies: dict) -> Callable | 
     own = type(module).forward
     if len(inspect.signature(own).parameters) != 2:
         return None
-    multiply = _multiply_in_place(act) if backend == "torch" else _multiply_fused(act)
-    key = (type(module), backend, joined, type(act), *_scalars(module), *_scalars(act))
+    key = (type(module), joined, type(act), *_scalars(module), *_scalars(act))
 
     def test(choice) -> bool:
         gate, up = (numbers(6, 64, like=sample, seed=seed) * 3 for seed in (2, 3))
@@ -171,7 +161,7 @@ def _gated_forward(module: nn.Module, backend: str, copies: dict) -> Callable | 
                 given |= {"gate_proj": _Given(gate, x), "up_proj": _Given(up, x)}
             return own(_stand_in(module, _modules=given), x)
 
-        return agrees(lambda gate, up: 4 * multiply(gate, up, choice), through_own, gate, up)
+        return agrees(lambda gate, up: 4 * kernels.gated(gate, up, choice), through_own, gate, up)
 
     sample: torch.Tensor = torch.empty(0)
 
@@ -181,7 +171,7 @@ def _gated_forward(module: nn.Module, backend: str, copies: dict) -> Callable | 
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         sample = x.new_empty(0, dtype=dtype)
-        choice = _decide(key, sample, choices, test) if dtype in _dtypes() else None
+        choice = _decide(key, sample, kernels.ACTIVATIONS, test) if dtype in kernels.DTYPES else None
         if choice is None:
             return own(module, x)
         if joined:
@@ -189,14 +179,8 @@ def _gated_forward(module: nn.Module, backend: str, copies: dict) -> Callable | 
         else:
             gate, up = module.gate_proj(x), module.up_proj(x)
         fits = _rows(gate) and _rows(up) and gate.shape == up.shape and gate.dtype == up.dtype == dtype
-        return module.down_proj(multiply(gate, up, choice) if fits else act(gate) * up)
+        return module.down_proj(kernels.gated(gate, up, choice) if fits else act(gate) * up)
 
-    if backend == "torch":
-        choices: tuple = ("in place",)
-    else:
-        from . import triton as kernels
-
-        choices = kernels.ACTIVATIONS
     return forward
 
 
@@ -211,7 +195,13 @@ def _scalars(module: nn.Module) -> list[tuple]:
 
 def _rows(x: torch.Tensor) -> bool:
     """Whether x is [..., F] in rows that are dense and evenly spaced."""
-    if type(x) is not torch.Tensor or x.dtype not in _dtypes() or x.dim() < 2 or not x.numel() or x.stride(-1) != 1:
+    if (
+        type(x) is not torch.Tensor
+        or x.dtype not in kernels.DTYPES
+        or x.dim() < 2
+        or not x.numel()
+        or x.stride(-1) != 1
+    ):
         return False
     stride = x.stride(-2) * x.shape[-2]
     for size, own in zip(x.shape[-3::-1], x.stride()[-3::-1], strict=True):
@@ -221,22 +211,7 @@ def _rows(x: torch.Tensor) -> bool:
     return True
 
 
-def _multiply_in_place(act: nn.Module) -> Callable:
-    def multiply(gate: torch.Tensor, up: torch.Tensor, choice: str) -> torch.Tensor:
-        out = act(gate)
-        # An activation may give its input back; the memory of a new result is warm.
-        return out * up if out.data_ptr() == gate.data_ptr() or out.dtype != up.dtype else out.mul_(up)
-
-    return multiply
-
-
-def _multiply_fused(act: nn.Module) -> Callable:
-    from . import triton as kernels
-
-    return kernels.gated
-
-
-def _attention_forward(module: nn.Module, backend: str, copies: dict) -> Callable | None:
+def _attention_forward(module: nn.Module, copies: dict) -> Callable | None:
     """An attention layer whose forward calls its file's `apply_rotary_pos_emb`: a copy of it that calls ours."""
     function = type(module).forward
     if function not in copies:
@@ -260,13 +235,11 @@ def _takes(function: types.FunctionType, *names: str) -> bool:
 
 
 def _fused_rotary(own: types.FunctionType) -> Callable:
-    from . import triton as kernels
-
     def rotary(q, k, cos, sin, *rest, **options):
         fits = (
             not rest and not options and q.dim() == k.dim() == 4 and len(q) == len(k) == 1
             and type(q) is type(cos) is torch.Tensor and q.dtype == k.dtype and cos.dtype == sin.dtype
-            and q.dtype in _dtypes() and cos.dtype in _dtypes() and q.numel() > 0
+            and q.dtype in kernels.DTYPES and cos.dtype in kernels.DTYPES and q.numel() > 0
             and q.shape[2:] == k.shape[2:] and cos.shape == sin.shape and cos.dim() == 3
             and cos.shape[:2] == (1, q.shape[2]) and cos.shape[2] % 2 == 0 and 0 < cos.shape[2] <= q.shape[3]
             and all(t.stride(-1) == 1 for t in (q, k, cos, sin))

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from ..fused_layers.swap import fused_layers
+from ..ops import resolve_impl
 from ..trie.trie import TokenTrie, TriePass
 from . import model_support
 from .attention import trie_attention_installed
@@ -79,7 +79,11 @@ class Paths:
 
     def _fused(self):
         """Fused layers for the passes of a path; the plain model, which they are verified against, has none."""
-        return fused_layers(self.inner, self.device) if self.fuse else contextlib.nullcontext()
+        if not self.fuse or resolve_impl("tree_attention", "auto", self.device) != "triton":
+            return contextlib.nullcontext()
+        from ..fused_layers.swap import fused_layers  # needs triton
+
+        return fused_layers(self.inner)
 
     def _budget(self) -> int:
         if not self.through_model:
