@@ -14,7 +14,7 @@ SLACK = 1.1
 LARGEST = 2.0
 
 
-class _InFloat64(TorchDispatchMode):
+class InFloat64(TorchDispatchMode):
     """Every floating-point tensor, and every cast to one, is float64 instead."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -31,7 +31,7 @@ def agrees(fused: Callable, own: Callable, *inputs: torch.Tensor) -> bool:
     """Whether `fused` gives tensors of the shapes and dtypes of `own`, as close to float64 as `own`'s are."""
     try:
         plain, found = tree_leaves(own(*inputs)), tree_leaves(fused(*inputs))
-        with torch.autocast(inputs[0].device.type, enabled=False), _InFloat64():
+        with torch.autocast(inputs[0].device.type, enabled=False), InFloat64():
             exact = tree_leaves(own(*inputs))
     except Exception:  # what a compiler or a stand-in refuses is not fused
         return False
