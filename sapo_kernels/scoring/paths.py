@@ -44,8 +44,9 @@ class Paths:
     through_model = False
 
     def __init__(
-        self, model, cache: ResponseCache, impl: str, max_tokens: int, progress: bool | None, fuse: str | bool = "auto"
-    ):
+        self, model, cache: ResponseCache, impl: str, max_tokens: int, progress: bool | Callable | None,
+        fuse: str | bool = "auto",
+    ):  # fmt: skip
         self.model, self.inner = model_support.unwrap(model)
         self.cache, self.progress, self.max_tokens, self.fuse = cache, progress, max_tokens, fuse
         self.op_impl = impl if impl in OP_IMPL else "auto"

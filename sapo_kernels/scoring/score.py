@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,7 +61,7 @@ def score_prompts(
     max_target: int = 128,
     max_tokens: int | None = None,
     impl: str = "auto",
-    progress: bool | None = None,
+    progress: bool | Callable[[int, int], None] | None = None,
     race: Race | None = None,
     skip_empty: bool = False,
     fuse: str | bool = "auto",
@@ -91,7 +91,8 @@ def score_prompts(
         impl: "auto"; "tree" to insist on the trie, "triton", "sdpa" or "reference" to insist on it with that backend;
             "padded" for the model's own attention; "alone" for each sequence alone (of equal length together where
             that is the same).
-        progress: a bar on stderr; None shows it on a terminal only.
+        progress: a bar on stderr; None shows it on a terminal only. Or a function, which is told the cells and the
+            tokens that are done; of a race it hears each round from 0 on.
         race: score in rounds, and only what is needed to find the best prompt; see `Race`.
         skip_empty: leave out examples whose target is empty, instead of raising; their cells have NaN and 0 tokens,
             and ``stats["skipped_examples"]`` names them.
@@ -195,13 +196,7 @@ class ScoringJob(Paths):
     settled: Settled | None = None
 
     def __init__(
-        self,
-        model,
-        cache: ResponseCache,
-        impl: str,
-        max_tokens: int | None,
-        progress: bool | None,
-        fuse: str | bool = "auto",
+        self, model, cache: ResponseCache, impl: str, max_tokens: int | None, progress, fuse: str | bool = "auto"
     ):
         super().__init__(model, cache, impl, max_tokens or 0, progress, fuse)
         self.impl = impl
