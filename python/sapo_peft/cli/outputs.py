@@ -89,8 +89,10 @@ def _cause(path: str | os.PathLike) -> OSError | None:
     """What the system says to a megabyte in that folder."""
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     try:
-        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+        # Buffered: a single write may stop where the room ends, and that is no error.
+        with tempfile.TemporaryFile(dir=folder) as file:
             file.write(bytes(_PROBE_BYTES))
+            file.flush()
     except OSError as error:
         return error
     return None
