@@ -9,8 +9,6 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from sapo_kernels.files import remove_temporary
-
 MAX_NAME_BYTES = 200
 
 
@@ -42,6 +40,9 @@ def only_writer(path: str | os.PathLike | None) -> Iterator[None]:
     if path is None:
         yield
         return
+    # Here: the command line shows its help without torch.
+    from sapo_kernels.files import remove_temporary
+
     place = Path(os.path.realpath(path))
     if not place.parent.is_dir():  # which the lock would make
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(path))
