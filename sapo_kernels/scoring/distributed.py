@@ -25,7 +25,7 @@ from .model_state import Unrecoverable, compilation_off, is_out_of_memory, scori
 from .paths import ALONE, Paths
 from .prompt_scores import PromptScores
 from .race import Race
-from .ranks import IDLE, WORKING, RankError, Ranks, patience, ranks_of
+from .ranks import IDLE, WORKING, RankError, Ranks, is_of_a_collective, patience, ranks_of
 from .response_cache import ResponseCache
 from .score import ScoringJob, check_choices
 from .verification import Check, Disagreement, PlainModel
@@ -213,7 +213,9 @@ class ShardedJob(ScoringJob):
         try:
             found = job.run(path, list(mine.values()), plain)
         except Exception as error:
-            if isinstance(error, Unrecoverable) or is_out_of_memory(error) or path == ALONE:
+            # Weights that could not be gathered are no fault of the path: `_gathering` says which rank is lost.
+            lost = self.gathers and is_of_a_collective(error)
+            if isinstance(error, Unrecoverable) or is_out_of_memory(error) or path == ALONE or lost:
                 raise
             return None, str(error) if isinstance(error, (Disagreement, NotTreeable)) else f"it failed: {error!r}"
         for check in checks:

@@ -90,6 +90,11 @@ def patience(groups, seconds: float):
             backend._set_default_timeout(own)
 
 
+def is_of_a_collective(error: Exception) -> bool:
+    """Whether an error says that other ranks did not come to a collective; not one of this rank's own."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
 class Ranks:
     """The connection of `members` (global ranks); all of them make it at the same time.
 
@@ -249,7 +254,7 @@ class Ranks:
         Ranks run in step here, so whoever is alive has failed in the same gathering and asks too, or waits for the next
         round; the one that is not heard of is the one that was waited for.
         """
-        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        if not is_of_a_collective(error):
             return
         asked = torch.zeros(MESSAGE, dtype=torch.int64)
         asked[0] = ASKING

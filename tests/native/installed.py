@@ -1,11 +1,11 @@
 """Install the package as users do, into a clean environment outside the checkout, and test what is installed there.
 
-    python -m tests.native.installed [--quick | --whole] [--wheels FOLDER]
+    python -m tests.native.installed [--whole]
 
 1. ``pip wheel . --no-deps`` with and without native modules, from a copy of the tracked files.
 2. A clean virtual environment with the wheel *without* native modules: the tests of what they would do.
 3. The same environment with the wheel that has them, outside the checkout: the tests of step 2 and of what an
-   installation can lose (files beside the code, entry points, imports). --quick: of step 2 only; --whole: every test.
+   installation can lose (files beside the code, entry points, imports). --whole: every test.
 4. The digests of both must be equal: nothing that is compiled changes a bit.
 
 Exits with 1 and says which part failed.
@@ -96,10 +96,7 @@ def digests(python: Path, folder: Path, loaded: bool) -> dict[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    how_much = parser.add_mutually_exclusive_group()
-    how_much.add_argument("--quick", action="store_true", help="only the tests of the native parts")
-    how_much.add_argument("--whole", action="store_true", help="every test")
-    parser.add_argument("--wheels", type=Path, metavar="FOLDER", help="keep the wheels there")
+    parser.add_argument("--whole", action="store_true", help="every test")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="sapo-installed-") as scratch:
         folder = Path(scratch)
@@ -107,17 +104,10 @@ def main() -> None:
         native = wheel(source, folder / "native", "on")
         # In the same folder: what the first build left there must not get into the second wheel.
         plain = wheel(source, folder / "plain", "off")
-        if arguments.wheels:
-            arguments.wheels.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(native, arguments.wheels)
         outside = folder / "outside"
+        outside.mkdir()
         for name in COPIED:
-            origin = source / name
-            if origin.is_dir():
-                shutil.copytree(origin, outside / name)
-            else:
-                outside.mkdir(exist_ok=True)
-                shutil.copy2(origin, outside / name)
+            (shutil.copytree if (source / name).is_dir() else shutil.copy2)(source / name, outside / name)
         python = folder / "venv" / "bin" / "python"
         run(sys.executable, "-m", "venv", folder / "venv", cwd=folder, minutes=5)
         pip = ["-m", "pip", "--disable-pip-version-check", "install", "-q", "-c"]
@@ -136,7 +126,7 @@ def main() -> None:
         print(f"with and without native modules the same bits: {', '.join(without)}", flush=True)
         if arguments.whole:
             tests = [f"--ignore=tests/{name}" for name in CHECKOUT_TESTS]
-        elif not arguments.quick:
+        else:
             tests += [f"tests/{name}" for name in INSTALLED_TESTS]
         run(python, *PYTEST, *tests, cwd=outside, minutes=25)
 
