@@ -40,7 +40,7 @@ def again(model, cache) -> None:
 def expected(cache, number: int) -> float:
     """Tokens of the verified cells over those of the trie: the longest cell, and the last in depth-first order."""
     cells = [int(cache.lengths.argmax()), cache.extremes[1]][:number]
-    return float((cache.lengths[cells] + 1).sum() / len(cache.plan_trie()))
+    return float((cache.lengths[cells] + 1).sum() / len(cache.trie))
 
 
 def main() -> None:

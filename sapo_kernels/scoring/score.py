@@ -83,34 +83,40 @@ def score_prompts(
     race scores the same cells in other passes, so within the same bound of a call without one, not bitwise.
     Source: SAPO, arXiv 2606.01967.
     """
-    check_choices(impl, max_tokens)
-    if race is not None and not isinstance(race, Race):
-        raise TypeError(f"race: expected a Race or None, got {type(race).__name__}")
-    cache, kept = prompts, None
-    if not isinstance(prompts, ResponseCache):
-        if tokenizer is None:
-            raise ValueError("tokenizer: expected one to read the prompts with, got None")
-        examples = [] if examples is None else examples
-        if skip_empty:
-            examples, kept = without_empty_targets(examples)
-        cache = ResponseCache.build(
-            tokenizer, prompts, examples, template,
-            suffix=suffix, text_word=text_word, max_source=max_source, max_target=max_target,
-        )  # fmt: skip
-    elif examples is not None or skip_empty:
-        raise ValueError("examples, skip_empty: expected none beside a ResponseCache, which holds its own")
-    elif (template, suffix, text_word, max_source, max_target) != (None, "", "Text", 1536, 128):
-        raise ValueError("template, suffix, text_word, max_source, max_target: expected none beside a ResponseCache")
+    usual = {"template": None, "suffix": "", "text_word": "Text", "max_source": 1536, "max_target": 128}
+    given = {"template": template, "suffix": suffix, "text_word": text_word, "max_source": max_source,
+             "max_target": max_target, "skip_empty": skip_empty}  # fmt: skip
+    check_choices(impl, max_tokens, race)
+    kept = None
+    if skip_empty and not isinstance(prompts, ResponseCache):
+        examples, kept = without_empty_targets([] if examples is None else examples)
+        given["skip_empty"] = False
+    layout = {name: value for name, value in given.items() if value != usual.get(name, False)}
+    cache = cache_of(prompts, examples, tokenizer, layout)
     scores = ScoringJob(model, cache, impl, max_tokens, progress).score(race)
     return scores if kept is None else scores.spread(kept)
 
 
-def check_choices(impl: str, max_tokens: int | None) -> None:
-    """Refuse an `impl` or `max_tokens` that is none."""
+def check_choices(impl: str, max_tokens: int | None, race: Race | None = None) -> None:
+    """Refuse an `impl`, `max_tokens` or `race` that is none."""
     if impl not in IMPLS:
         raise ValueError(f"impl: expected one of {IMPLS}, got {impl!r}")
     if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 1):
         raise ValueError(f"max_tokens: expected a whole number of at least 1, got {max_tokens!r}")
+    if race is not None and not isinstance(race, Race):
+        raise TypeError(f"race: expected a Race or None, got {type(race).__name__}")
+
+
+def cache_of(prompts, examples, tokenizer, layout: Mapping) -> ResponseCache:
+    """The cache that `prompts` is, or one made of them; `layout`: options of `ResponseCache.build`, not for a cache."""
+    if isinstance(prompts, ResponseCache):
+        names = [*(["examples"] if examples is not None else []), *layout]
+        if names:
+            raise ValueError(f"{', '.join(names)}: expected none beside a ResponseCache, which holds its own")
+        return prompts
+    if tokenizer is None:
+        raise ValueError("tokenizer: expected one to read the prompts with, got None")
+    return ResponseCache.build(tokenizer, prompts, [] if examples is None else examples, **layout)
 
 
 class PathChanged(Exception):
