@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -35,9 +35,10 @@ def score_prompts(
     max_target: int = 128,
     max_tokens: int | None = None,
     impl: str = "auto",
-    progress: bool | None = None,
+    progress: bool | Callable[[int, int], None] | None = None,
     race: Race | None = None,
     skip_empty: bool = False,
+    fuse: str | bool = "auto",
 ) -> PromptScores:
     """Negative log-likelihood of every example's target under every prompt, in one packed pass over a token trie.
 
@@ -64,10 +65,13 @@ def score_prompts(
         impl: "auto"; "tree" to insist on the trie, "triton", "sdpa" or "reference" to insist on it with that backend;
             "padded" for the model's own attention; "alone" for each sequence alone (of equal length together where
             that is the same).
-        progress: a bar on stderr; None shows it on a terminal only.
+        progress: a bar on stderr; None shows it on a terminal only. Or a function, which is told the cells and the
+            tokens that are done; of a race it hears each round from 0 on.
         race: score in rounds, and only what is needed to find the best prompt; see `Race`.
         skip_empty: leave out examples whose target is empty, instead of raising; their cells have NaN and 0 tokens,
             and ``stats["skipped_examples"]`` names them.
+        fuse: "auto" to run norms, rotary embeddings and gated activations as one kernel each where that computes what
+            the model's own modules do (`sapo_kernels.fused_layers`); False to leave them alone.
 
     Returns:
         `PromptScores` with nll [K, M] in nats (float64, CPU) and tokens [K, M]. After a race, cells that were not
@@ -86,19 +90,21 @@ def score_prompts(
     usual = {"template": None, "suffix": "", "text_word": "Text", "max_source": 1536, "max_target": 128}
     given = {"template": template, "suffix": suffix, "text_word": text_word, "max_source": max_source,
              "max_target": max_target, "skip_empty": skip_empty}  # fmt: skip
-    check_choices(impl, max_tokens, race)
+    check_choices(impl, max_tokens, race, fuse)
     kept = None
     if skip_empty and not isinstance(prompts, ResponseCache):
         examples, kept = without_empty_targets([] if examples is None else examples)
         given["skip_empty"] = False
     layout = {name: value for name, value in given.items() if value != usual.get(name, False)}
     cache = cache_of(prompts, examples, tokenizer, layout)
-    scores = ScoringJob(model, cache, impl, max_tokens, progress).score(race)
+    scores = ScoringJob(model, cache, impl, max_tokens, progress, fuse).score(race)
     return scores if kept is None else scores.spread(kept)
 
 
-def check_choices(impl: str, max_tokens: int | None, race: Race | None = None) -> None:
-    """Refuse an `impl`, `max_tokens` or `race` that is none."""
+def check_choices(impl: str, max_tokens: int | None, race: Race | None = None, fuse: str | bool = "auto") -> None:
+    """Refuse an `impl`, `max_tokens`, `race` or `fuse` that is none."""
+    if fuse != "auto" and fuse is not False:
+        raise ValueError(f"fuse: expected 'auto' or False, got {fuse!r}")
     if impl not in IMPLS:
         raise ValueError(f"impl: expected one of {IMPLS}, got {impl!r}")
     if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 1):
@@ -126,8 +132,10 @@ class PathChanged(Exception):
 class ScoringJob(VerifiedPaths):
     """The cells of one cache and how to score them on one model: one call of `score_prompts`."""
 
-    def __init__(self, model, cache: ResponseCache, impl: str, max_tokens: int | None, progress: bool | None):
-        super().__init__(model, cache, impl, max_tokens or 0, progress)
+    def __init__(
+        self, model, cache: ResponseCache, impl: str, max_tokens: int | None, progress, fuse: str | bool = "auto"
+    ):
+        super().__init__(model, cache, impl, max_tokens or 0, progress, fuse)
         self.impl = impl
         self.max_tokens = max_tokens or DEFAULT_MAX_TOKENS.get(self.device.type, DEFAULT_MAX_TOKENS["cuda"])
         self.longest = int(cache.lengths.max()) + 1
@@ -172,7 +180,7 @@ class ScoringJob(VerifiedPaths):
 
     def part(self, cells: np.ndarray) -> ScoringJob:
         """A job of some of this one's cells."""
-        return ScoringJob(self.model, self.cache.select(cells), self.impl, self.max_tokens, self.progress)
+        return ScoringJob(self.model, self.cache.select(cells), self.impl, self.max_tokens, self.progress, self.fuse)
 
     def _race(self, race: Race, tokens: np.ndarray) -> tuple[RaceState, Measured]:
         """Score what a race asks for, round by round; from the beginning if the path changes on the way."""

@@ -97,7 +97,7 @@ class VerifiedPaths(Paths):
         ):
             configs = configurations(self.model)
             foreign = foreign_code(self.model, configs)
-            key = fingerprint(self.model, self.device, configs, self.impl)
+            key = fingerprint(self.model, self.device, configs, f"{self.impl}, fuse={self.fuse}")
             with only_this_thread(self.inner):
                 return self._measure(_known.setdefault(self.inner, {}), key, foreign)
 

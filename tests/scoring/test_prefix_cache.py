@@ -194,8 +194,8 @@ def test_memory_comes_before_prefixes(when, monkeypatch, caplog):
 
 
 def test_what_is_kept_is_there_twice_at_most(monkeypatch):
-    """While a round's prefixes replace those of the one before, and no longer; after the race there are none."""
-    cache, seen, caches = job(8, prompts=4, examples=30), [], []
+    """While a round's prefixes replace those of the one before, and no longer."""
+    cache, seen = job(8, prompts=4, examples=30), []
     end, cat = PrefixCache.end, torch.cat
 
     def live(self):
@@ -215,7 +215,6 @@ def test_what_is_kept_is_there_twice_at_most(monkeypatch):
         count = end(self)
         monkeypatch.setattr(torch, "cat", cat)
         seen.append((max(peak), live(self)))
-        caches[:] = [weakref.ref(self)]
         assert not self._added
         return count
 
@@ -224,8 +223,16 @@ def test_what_is_kept_is_there_twice_at_most(monkeypatch):
     whole = max(after for _, after in seen)
     assert len(seen) > 3 and whole > 0
     assert all(peak <= 2.05 * whole for peak, _ in seen[1:]), (seen, whole)
+
+
+def test_nothing_is_left_behind(monkeypatch):
+    made = []
+    monkeypatch.setattr(score, "PrefixCache", lambda cache: made.append(PrefixCache(cache)) or made[-1])
+    race(build("llama"), job(8))
+    (kept,) = map(weakref.ref, made)
+    made.clear()
     gc.collect()
-    assert caches[0]() is None
+    assert kept() is None
 
 
 def test_a_race_that_leaves_the_tree_begins_again(monkeypatch):

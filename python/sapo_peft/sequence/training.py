@@ -132,10 +132,12 @@ def train_task(
     index: int,
     config: SequenceConfig,
     tick: Callable[[int, float | None], None] | None = None,
+    scoring: Callable[[str, int], Any] | None = None,
 ) -> TrainedTask:
     """Choose the prompt of the `index`-th task (from 1) and train the newest adapter on it.
 
-    `tick` hears each step and the newest loss. The pool must have been checked with the tokenizer.
+    `tick` hears each step and the newest loss; `scoring` is `Rescorer.progress`. The pool must have been checked with
+    the tokenizer.
 
     Raises: `FloatingPointError`: training has left a weight that is no number.
     """
@@ -152,6 +154,8 @@ def train_task(
             seed=derived_seed(config.seed, index, "sample"), race=sk.Race() if config.race else None,
         )  # fmt: skip
         callback = attach_sapo(trainer, task.pool, {task.pool.task: probe} if scored else None, options)
+        if callback.rescorer is not None:
+            callback.rescorer.progress = scoring
         policy = _Policy(callback, task, index, config)
         if not sapo:
             trainer.add_callback(policy)
