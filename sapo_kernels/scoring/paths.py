@@ -1,4 +1,4 @@
-"""The ways to score the cells of a cache on a model, fastest first; score.py chooses.
+"""The ways to score the cells of a cache on a model, fastest first; verified_paths.py chooses.
 
 tree:   one token trie through the model, its attention replaced by `tree_attention`.
 padded: whole sequences of similar length in right-padded batches, by the model's own attention.

@@ -95,20 +95,14 @@ class ResponseCache:
             )
 
     @cached_property
+    def trie(self) -> TokenTrie:
+        """The trie of all cells."""
+        return plan_trie(self.ids, self.offsets, self.context_lengths)
+
+    @property
     def extremes(self) -> tuple[int, int]:
         """The first and the last cell in the trie's depth-first order: the smallest and the largest, as words sort."""
-        found = []
-        for sign in (1, -1):
-            cells, depth, lengths = np.unique(self.first_equal), 0, self.lengths
-            while len(cells) > 1:
-                ended = lengths[cells] <= depth
-                if ended.any():  # a prefix of the others: it comes first, and not last
-                    cells = cells[ended][:1] if sign > 0 else cells[~ended] if not ended.all() else cells[:1]
-                    continue
-                ids = sign * self.ids[self.offsets[cells] + depth]
-                cells, depth = cells[ids == ids.min()], depth + 1
-            found.append(int(cells[0]))
-        return found[0], found[1]
+        return int(self.trie.leaf.argmin()), int(self.trie.leaf.argmax())
 
     def cell_name(self, cell: int) -> str:
         """What messages call a cell, by its flat number; a selection's cells by those of the whole."""
@@ -158,14 +152,8 @@ class ResponseCache:
     def plan(self, max_tokens: int) -> ScorePlan:
         """The trie of all cells cut into passes of at most `max_tokens`; planned once per budget."""
         if max_tokens not in self._plans:
-            trie = next(iter(self._plans.values())).trie if self._plans else None
-            trie = trie or self.plan_trie()
-            self._plans[max_tokens] = ScorePlan(trie, trie.passes(max_tokens))
+            self._plans[max_tokens] = ScorePlan(self.trie, self.trie.passes(max_tokens))
         return self._plans[max_tokens]
-
-    def plan_trie(self) -> TokenTrie:
-        """The trie of all cells, planned anew."""
-        return plan_trie(self.ids, self.offsets, self.context_lengths)
 
     @classmethod
     def from_token_ids(cls, contexts: Sequence, responses: Sequence, prompts: Sequence[str] | None = None):

@@ -9,8 +9,8 @@ from tests.oracles import THINKING, byte_tokenizer
 
 EXAMPLE = {"input": "2 + 2", "target": "4"}
 NASTY = (
-    "{", "}", "{}", "{0}", "{input}", "{prompt}", "{{input}}", "{0.__class__}", "{0:>100000000}", "{prompt!r}", "%s",
-    "${input}", "\\1 \\g<0>", "{% for x in y %}", "{{ messages }}", "\u202eabc", "a\u200bb", "\ud7ff\U0001f642", "\x00",
+    "{", "{}", "{input}", "{prompt}", "{{input}}", "{0.__class__}", "{0:>100000000}", "%s", "\\1 \\g<0>",
+    "{% for x in y %}", "{{ messages }}", "a\u200bb", "\ud7ff\U0001f642", "\x00",
 )  # fmt: skip
 
 
@@ -18,6 +18,9 @@ def test_the_layout_of_the_paper(tokenizer):
     plain = Renderer(tokenizer).render("Add.", EXAMPLE)
     assert plain == Rendered("Add.\n\nText:\n2 + 2" + PLAIN_ANSWER, " 4<|im_end|>")
     with_suffix = Renderer(tokenizer, suffix="One number.", text_word="文本").render("Add.", EXAMPLE)
+    made = byte_tokenizer()
+    made.eos_token = None
+    assert Renderer(made).render("Add.", EXAMPLE).response == " 4", "without an end of sequence"
     assert with_suffix.context == "Add.\n\n文本:\n2 + 2\n\nOne number." + PLAIN_ANSWER
 
 
@@ -39,23 +42,19 @@ def test_placeholders_are_filled_once(tokenizer):
 
 
 @pytest.mark.parametrize(
-    "template, wanted",
+    "template, message",
     [
         ("{prompt}", r"expected \{prompt\} and \{input\}, got none of \['input'\]"),
-        ("{input}", r"got none of \['prompt'\]"),
-        ("", r"got none of \['input', 'prompt'\]"),
-        ("{ prompt } {input }", r"got none of \['input', 'prompt'\]"),
+        ("{ prompt } {input }", r"expected .*, got none of \['input', 'prompt'\]"),
+        (["{prompt} {input}"], "expected a string, a callable or None, got list"),
+        (b"{prompt}{input}", "expected a string, a callable or None, got bytes"),
+        *((lambda p, e, made=made: made, r"expected a string or \(context, response\), got")
+          for made in (None, ("a",), ("a", "b", "c"), ("a", 1), ["a", "b"])),
     ],
-)
-def test_a_template_without_a_placeholder_is_refused(tokenizer, template, wanted):
-    with pytest.raises(ValueError, match=f"template: .*{wanted}"):
-        Renderer(tokenizer, template)
-
-
-@pytest.mark.parametrize("template", [5, ["{prompt} {input}"], {"a": 1}, b"{prompt}{input}"])
-def test_a_template_of_another_kind_is_refused(tokenizer, template):
-    with pytest.raises(TypeError, match="template: expected a string, a callable or None, got"):
-        Renderer(tokenizer, template)
+)  # fmt: skip
+def test_other_templates_are_refused(tokenizer, template, message):
+    with pytest.raises((ValueError, TypeError), match=f"template: {message}"):
+        Renderer(tokenizer, template).render("P", EXAMPLE)
 
 
 def test_a_callable_gives_the_turn_or_both_texts(tokenizer, chat_tokenizer):
@@ -67,12 +66,6 @@ def test_a_callable_gives_the_turn_or_both_texts(tokenizer, chat_tokenizer):
     for made in (tokenizer, chat_tokenizer):
         verbatim = Renderer(made, lambda p, e: (p + "=", e["target"] + "!")).render("P", EXAMPLE)
         assert verbatim == Rendered("P=", "4!"), "a pair is taken as it is: no template, no closing token"
-
-
-@pytest.mark.parametrize("made", [None, 5, ("a",), ("a", "b", "c"), ("a", 1), ["a", "b"]])
-def test_a_callable_that_gives_something_else_is_refused(tokenizer, made):
-    with pytest.raises(TypeError, match=r"template: expected a string or \(context, response\), got"):
-        Renderer(tokenizer, lambda p, e: made).render("P", EXAMPLE)
 
 
 def test_a_chat_template_closes_the_turn_inside_the_response(chat_tokenizer):
@@ -98,18 +91,16 @@ def test_a_template_that_rewrites_the_context_is_noticed():
     assert cell == Rendered("1Add.\n\nText:\n2 + 2", "4<|im_end|>", exact=False)
 
 
-def test_bos_stands_in_front_only_without_a_chat_template(tokenizer, chat_tokenizer):
-    from tests.oracles import CHATML
-
-    assert Renderer(byte_tokenizer(bos=True)).leading_ids() == [256]
-    assert Renderer(byte_tokenizer(bos=True, chat_template=CHATML)).leading_ids() == []
-    assert Renderer(tokenizer).leading_ids() == Renderer(chat_tokenizer).leading_ids() == []
+PARTS = """{% for m in messages %}[{{ m.role }}]{% for p in m.content %}{{ p.text }}{% endfor %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"""
 
 
-def test_a_tokenizer_without_end_of_sequence():
-    made = byte_tokenizer()
-    made.eos_token = None
-    assert Renderer(made).render("Add.", EXAMPLE).response == " 4"
+def test_a_chat_template_that_reads_a_list_of_parts_and_one_that_shows_nothing():
+    cell = Renderer(byte_tokenizer(chat_template=PARTS)).render("Say it.", EXAMPLE)
+    assert "Say it." in cell.context and "2 + 2" in cell.context and cell.response.startswith("4") and cell.exact
+    nothing = byte_tokenizer(chat_template="{% for m in messages %}[{{ m.role }}]<|im_end|>{% endfor %}")
+    with pytest.raises(ValueError, match="shows the user turn"):
+        Renderer(nothing).render("Say it.", EXAMPLE)
 
 
 def test_prompts_are_checked():
