@@ -28,6 +28,21 @@ THINKING = (
     "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
     "{% endif %}"
 )
+# Like DeepSeek-R1's: the generation prompt begins a thought, whatever the options; a conversation shows none.
+OPENED = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+# Turns that are only begun, never closed, as GLM (by a special token), Falcon and Vicuna (by text) write them, and one
+# that ends all turns but the last.
+UNCLOSED = {
+    "glm": "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    "falcon": "{% for m in messages %}{{ m['role'] | capitalize }}: {{ m['content'] }}\n\n{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}",
+    "vicuna": "{% for m in messages %}{{ m['role'] | upper }}: {{ m['content'] }} {% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT: {% endif %}",
+    "last": "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
+    "{% if not loop.last or m['role'] == 'user' %}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+}
 
 
 def byte_tokenizer(chat_template=None, merges=(), bos=False):

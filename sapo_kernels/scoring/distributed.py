@@ -26,6 +26,7 @@ from .paths import ALONE, Paths
 from .prompt_scores import PromptScores
 from .race import Race
 from .ranks import IDLE, WORKING, RankError, Ranks, patience, ranks_of
+from .render import with_end_token
 from .response_cache import ResponseCache
 from .score import ScoringJob, check_choices
 from .verification import Check, Disagreement, PlainModel
@@ -96,9 +97,8 @@ def score_prompts_sharded(
             raise ValueError(f"shards: expected a whole number of at least 1, got {shards!r}")
         cache = prompts
         if not isinstance(prompts, ResponseCache):
-            cache = ResponseCache.build(
-                layout.pop("tokenizer", None), prompts, [] if examples is None else examples, **layout
-            )
+            tokenizer = with_end_token(layout.pop("tokenizer", None), model)
+            cache = ResponseCache.build(tokenizer, prompts, [] if examples is None else examples, **layout)
         elif examples is not None or layout:
             raise ValueError(f"examples, {', '.join(layout) or 'layout'}: expected none beside a ResponseCache")
         if race is not None and not isinstance(race, Race):

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .thoughts import THOUGHT_END, closing_of, open_thought
+
+logger = logging.getLogger("sapo_kernels")
 _PLACEHOLDER = re.compile(r"\{(prompt|input)\}")
 PLAIN_ANSWER = "\n\nAnswer:"
+# Stands for an answer where only what a template puts around one is of interest; none has it in its own text.
+PROBE = "zqxjk"
 
 Template = str | Callable[[str, Mapping[str, str]], Any] | None
 
@@ -32,13 +40,16 @@ class Renderer:
 
     With a chat template the user turn becomes a conversation and the target the assistant's turn; whatever closes
     that turn belongs to the response (with a template that ignores ``add_generation_prompt``, the assistant's header
-    too). Thinking is switched off. Without one, the layout is the user turn followed by
-    ``"\\n\\nAnswer:"``, and the response is ``" " + target`` closed by the end-of-sequence token.
+    too). Where nothing closes it that a generation would stop at, the tokenizer's end token does. Thinking is switched
+    off; a thought that the template begins nevertheless is closed in front of the response. Without a template, the
+    layout is the user turn followed by ``"\\n\\nAnswer:"``, and the response is ``" " + target`` closed by the
+    end-of-sequence token.
     """
 
     def __init__(self, tokenizer, template: Template = None, suffix: str = "", text_word: str = "Text"):
         self.tokenizer, self.template, self.suffix, self.text_word = tokenizer, template, suffix, text_word
         self.chat = bool(getattr(tokenizer, "chat_template", None))
+        self._closing: tuple[str, str] | None = None
         if isinstance(template, str):
             missing = {"prompt", "input"} - set(_PLACEHOLDER.findall(template))
             if missing:
@@ -68,21 +79,57 @@ class Renderer:
         return Rendered(turn + PLAIN_ANSWER, " " + target + (self.tokenizer.eos_token or ""))
 
     def _conversation(self, turn: str, target: str) -> Rendered:
-        # Families spell the switch differently; a template ignores a variable it does not know.
-        options = {"tokenize": False, "enable_thinking": False, "thinking": False}
         # Templates of vision-language models read a list of parts and print nothing, in silence, for a string.
         for content in (str, lambda text: [{"type": "text", "text": text}]):
             user = {"role": "user", "content": content(turn)}
-            context = self.tokenizer.apply_chat_template([user], add_generation_prompt=True, **options)
+            context = self._text([user], add_generation_prompt=True)
             if turn.strip() in context:
                 break
         else:
             raise ValueError("tokenizer: expected a chat template that shows the user turn, got a text without it")
-        answer = {"role": "assistant", "content": content(target)}
-        full = self.tokenizer.apply_chat_template([user, answer], **options)
+        answered = lambda text: self._text([user, {"role": "assistant", "content": content(text)}])
+        if self._closing is None:
+            self._closing = self._closing_of(answered(PROBE))
+        thought = open_thought(context[context.rindex(turn.strip()) + len(turn.strip()) :])
+        if thought:
+            context += self._thought_closing(thought, context, answered)
+        full = answered(target)
         if full.startswith(context) and target.strip() in full[len(context) :]:
-            return Rendered(context, full[len(context) :])
-        return Rendered(context, target + (self.tokenizer.eos_token or ""), exact=False)
+            return Rendered(context, full[len(context) :] + self._closing[1])
+        # A thought is closed as no template writes it, and in front of any answer alike.
+        return Rendered(context, target + "".join(self._closing), exact=thought is not None)
+
+    def _text(self, turns: list[dict[str, Any]], **options: Any) -> str:
+        # Families spell the switch differently; a template ignores a variable it does not know.
+        options = {"tokenize": False, "enable_thinking": False, "thinking": False, **options}
+        return self.tokenizer.apply_chat_template(turns, **options)
+
+    def _closing_of(self, full: str) -> tuple[str, str]:
+        """(what the template puts behind an answer, the end token if a generation would not stop at anything in it)."""
+        closing = full.rpartition(PROBE)[2] if PROBE in full else ""
+        if any(token in closing for token in special_tokens(self.tokenizer, added=True)):
+            return closing, ""
+        end = self.tokenizer.eos_token or ""
+        said = f"the end token {end!r} is put behind every response" if end else "and the tokenizer has no end token"
+        warn_once(f"the chat template does not close the assistant's turn: {said}")
+        return closing, end
+
+    def _thought_closing(self, thought: re.Match, context: str, answered: Callable[[str], str]) -> str:
+        """What ends the thought that the template's generation prompt begins: as the template would, where it does."""
+        warn_once(f"the chat template begins a thought with {thought[0]!r}: it is closed in front of every response")
+        full = answered(PROBE)
+        between = full[len(context) :].partition(PROBE)[0] if full.startswith(context) else ""
+        if THOUGHT_END.search(between):
+            return between
+        mark = closing_of(thought[0])
+        known = special_tokens(self.tokenizer, added=True)
+        if mark is None or (thought[0] in known and mark not in known):
+            raise ValueError(
+                f"tokenizer: expected a chat template whose thought {thought[0]!r} can be closed, got one that begins "
+                "it in the generation prompt and no known closing; use a template without it"
+            )
+        blank = context[len(context.rstrip()) :]
+        return f"\n{mark}\n\n" if "\n" in blank else mark
 
     def leading_ids(self) -> list[int]:
         """Tokens that stand in front of every sequence: the BOS of tokenizers that add one by themselves.
@@ -96,14 +143,31 @@ class Renderer:
         return [bos] if bos is not None and ids[:1] == [bos] else []
 
 
-def special_tokens(tokenizer) -> list[str]:
-    """Every text that the tokenizer reads as a special token.
+def special_tokens(tokenizer, added: bool = False) -> list[str]:
+    """Every text that the tokenizer reads as a special token; with `added`, every one that it reads as one token.
 
     Turn markers are often added tokens that have no role of their own (Llama 3's ``<|start_header_id|>``), so
     ``all_special_tokens`` does not know them.
     """
-    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
-    return sorted({str(s) for s in [*tokenizer.all_special_tokens, *(t for t in added if t.special)] if str(s)})
+    found = [token for token in getattr(tokenizer, "added_tokens_decoder", {}).values() if added or token.special]
+    return sorted({text for text in map(str, [*tokenizer.all_special_tokens, *found]) if text.strip()})
+
+
+def with_end_token(tokenizer, model):
+    """`tokenizer`; if it has no end token, a copy with the first one of the model's generation configuration."""
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    end = ends[0] if isinstance(ends, (list, tuple)) and ends else ends
+    if getattr(tokenizer, "eos_token", "") is not None or not isinstance(end, int):
+        return tokenizer
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+    return tokenizer
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """A line in the log, once a process: renderers are made anew for every task and every scoring."""
+    logger.warning("%s", message)
 
 
 def check_prompts(prompts: Sequence[str], specials: Sequence[str] = ()) -> list[str]:

@@ -29,7 +29,7 @@ from .paths import ALONE, EQUAL, PADDED, PATHS, TREE, Paths, most_batched
 from .prefix_cache import PrefixCache
 from .prompt_scores import PromptScores
 from .race import Race, RaceState
-from .render import Template, without_empty_targets
+from .render import Template, with_end_token, without_empty_targets
 from .response_cache import ResponseCache
 from .verification import UNMEASURED, Check, Disagreement, PlainModel, chosen_cells
 
@@ -120,7 +120,7 @@ def score_prompts(
         if skip_empty:
             examples, kept = without_empty_targets(examples)
         cache = ResponseCache.build(
-            tokenizer, prompts, examples, template,
+            with_end_token(tokenizer, model), prompts, examples, template,
             suffix=suffix, text_word=text_word, max_source=max_source, max_target=max_target,
         )  # fmt: skip
     elif examples is not None or skip_empty:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+import sapo_kernels as sk
+from sapo_kernels.scoring import render
 from sapo_kernels.scoring.render import PLAIN_ANSWER, Rendered, Renderer, check_examples, check_prompts
-from tests.oracles import THINKING, byte_tokenizer
+from tests.oracles import CHATML, OPENED, THINKING, UNCLOSED, byte_tokenizer
 
 EXAMPLE = {"input": "2 + 2", "target": "4"}
 NASTY = (
@@ -81,10 +83,74 @@ def test_a_chat_template_closes_the_turn_inside_the_response(chat_tokenizer):
     assert cell.response == "4<|im_end|>\n" and cell.exact
 
 
+@pytest.mark.parametrize("shape", UNCLOSED)
+def test_a_turn_that_the_template_does_not_close_ends_with_the_end_token(shape, caplog):
+    render.warn_once.cache_clear()
+    tokenizer = byte_tokenizer(chat_template=UNCLOSED[shape])
+    cells = [Renderer(tokenizer).render("Add.", {**EXAMPLE, "target": target}) for target in ("4", "e", "im_end")]
+    assert all(cell.exact and cell.response.count("<|im_end|>") == 1 for cell in cells)
+    assert [cell.response.partition("<|im_end|>")[0].strip() for cell in cells] == ["4", "e", "im_end"]
+    said = [record.getMessage() for record in caplog.records]
+    assert said == ["the chat template does not close the assistant's turn: the end token '<|im_end|>' is put behind "
+                    "every response"]  # fmt: skip
+
+
+def test_tokens_of_blanks_close_no_turn():
+    """Some tokenizers have runs of spaces among their added tokens."""
+    tokenizer = byte_tokenizer(chat_template=UNCLOSED["falcon"])
+    tokenizer.add_tokens(["\n\n"])
+    assert Renderer(tokenizer).render("Add.", EXAMPLE).response == " 4\n\n<|im_end|>"
+
+
+@pytest.mark.parametrize("template", [None, UNCLOSED["glm"]], ids=["plain", "glm"])
+def test_the_end_token_is_that_of_the_model_where_the_tokenizer_has_none(tiny_model, template):
+    tokenizer = byte_tokenizer(chat_template=template)
+    tokenizer.eos_token = None
+    tiny_model.generation_config.eos_token_id = [257, 258]
+    made = render.with_end_token(tokenizer, tiny_model)
+    assert Renderer(made).render("Add.", EXAMPLE).response.strip() == "4<|im_start|>" and tokenizer.eos_token is None
+    scores = sk.score_prompts(tiny_model, ["Add."], [EXAMPLE], tokenizer=tokenizer)
+    assert int(scores.tokens) == len("4") + 1 + (template is None), "with the end token, without a template a space"
+
+
 def test_thinking_is_off():
     cell = Renderer(byte_tokenizer(chat_template=THINKING)).render("Add.", EXAMPLE)
     assert cell.context.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
     assert cell.response == "4<|im_end|>\n" and cell.exact
+
+
+@pytest.mark.parametrize(("begun", "closed"), [
+    ("<think>\n", "<think>\n\n</think>\n\n"), ("<think>", "<think></think>"), ("[THINK]", "[THINK][/THINK]"),
+    ("<|START_THINKING|>", "<|START_THINKING|><|END_THINKING|>"), ("<seed:think>", "<seed:think></seed:think>"),
+    ("<|begin_of_thought|>\n", "<|begin_of_thought|>\n\n<|end_of_thought|>\n\n"),
+    ("<|channel>thought\n", "<|channel>thought\n\n<channel|>\n\n"), ("◁think▷", "◁think▷◁/think▷"),
+    ("<a></a><think></think><reasoning>", "<a></a><think></think><reasoning></reasoning>"),
+    # What is no thought, or a closed one.
+    ("<think></think>", "<think></think>"), ("<no_think>", "<no_think>"), ("<answer>", "<answer>"),
+])  # fmt: skip
+def test_a_thought_that_the_template_begins_is_closed(begun, closed):
+    renderer = Renderer(byte_tokenizer(chat_template=OPENED.replace("<think>\n", begun)))
+    for text in ("2 + 2", "<think> 2 + 2"):
+        cell = renderer.render("Add.", {"input": text, "target": "4"})
+        assert cell.context == f"<|im_start|>user\nAdd.\n\nText:\n{text}<|im_end|>\n<|im_start|>assistant\n{closed}"
+        assert cell.response == "4<|im_end|>\n"
+
+
+def test_a_thought_is_closed_as_the_template_itself_would():
+    """Like Qwen3-Thinking-2507's: an empty thought stands in front of an answer of the last turn."""
+    template = OPENED.replace("{{ m['content'] }}", "{{ '<think>\n[none]</think>\n\n' if m['role'] == 'assistant' }}"
+                              "{{ m['content'] }}")  # fmt: skip
+    cell = Renderer(byte_tokenizer(chat_template=template)).render("Add.", EXAMPLE)
+    assert cell.context.endswith("<|im_start|>assistant\n<think>\n[none]</think>\n\n")
+    assert cell.response == "4<|im_end|>\n" and cell.exact
+
+
+@pytest.mark.parametrize("mark", ["<|thinking|>", "<|reasoning_mode|>", "<think>"])
+def test_a_thought_that_cannot_be_closed_is_refused(mark):
+    tokenizer = byte_tokenizer(chat_template=OPENED.replace("<think>\n", mark))
+    tokenizer.add_tokens([mark], special_tokens=True)
+    with pytest.raises(ValueError, match=r"whose thought '<.*>' can be closed, got one that begins it"):
+        Renderer(tokenizer).render("Add.", EXAMPLE)
 
 
 def test_a_template_that_rewrites_the_context_is_noticed():
@@ -99,8 +165,6 @@ def test_a_template_that_rewrites_the_context_is_noticed():
 
 
 def test_bos_stands_in_front_only_without_a_chat_template(tokenizer, chat_tokenizer):
-    from tests.oracles import CHATML
-
     assert Renderer(byte_tokenizer(bos=True)).leading_ids() == [256]
     assert Renderer(byte_tokenizer(bos=True, chat_template=CHATML)).leading_ids() == []
     assert Renderer(tokenizer).leading_ids() == Renderer(chat_tokenizer).leading_ids() == []

@@ -14,7 +14,7 @@ import sapo_kernels as sk
 from sapo_kernels.training.trie_batch import padded_rows
 from sapo_peft.trainer.choice import Choice
 from sapo_peft.trainer.collator import CARRIED, SapoCollator
-from tests.oracles import CHATML, THINKING, byte_tokenizer
+from tests.oracles import CHATML, OPENED, THINKING, UNCLOSED, byte_tokenizer
 from tests.trainer.training_helpers import colours, pool_of
 
 
@@ -36,7 +36,11 @@ def rows_of(batch):
     return rows
 
 
-@pytest.mark.parametrize("template", [None, CHATML, THINKING], ids=["plain", "chatml", "thinking"])
+@pytest.mark.parametrize(
+    "template",
+    [None, CHATML, THINKING, OPENED, *UNCLOSED.values()],
+    ids=["plain", "chatml", "thinking", "opened", *UNCLOSED],
+)
 @pytest.mark.parametrize("bos", [False, True])
 @pytest.mark.parametrize("sizes", [(1536, 128), (70, 3)], ids=["whole", "cut"])
 @pytest.mark.parametrize("layout", [None, "{input} <- {prompt}"])
@@ -56,6 +60,18 @@ def test_the_tokens_are_those_that_are_scored(template, bos, sizes, layout):
         collator.choice.chosen[0] = k
         wanted = list(zip(cache.contexts[k], cache.responses[k], strict=True))
         assert rows_of(collator(examples)) == wanted
+
+
+@pytest.mark.parametrize(("template", "ends"), [
+    (None, [258]), (CHATML, [258, 10]), (THINKING, [258, 10]), (OPENED, [258, 10]),
+    (UNCLOSED["glm"], [258]), (UNCLOSED["last"], [258]),
+    (UNCLOSED["falcon"], [10, 10, 258]), (UNCLOSED["vicuna"], [32, 258]),
+])  # fmt: skip
+def test_the_last_label_of_a_response_is_an_end_token_once(template, ends):
+    """Whether the template closes the assistant's turn (by <|im_end|>, 258) or not."""
+    for (_, response), row in zip(rows_of(collator_of(template=template)(colours(3))), colours(3), strict=True):
+        assert response[-len(ends) :] == ends and response.count(258) == 1
+        assert bytes(response[: -len(ends)]).decode().strip() == row["target"]
 
 
 def test_a_batch_is_the_same_whatever_else_is_in_it():

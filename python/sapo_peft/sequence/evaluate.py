@@ -19,7 +19,7 @@ from sapo_kernels.scoring.model_support import (
     tree_refusal,
     unwrap,
 )
-from sapo_kernels.scoring.render import Renderer, special_tokens
+from sapo_kernels.scoring.render import PROBE, Renderer, special_tokens
 
 from .config import SequenceConfig
 from .metrics import SCORES, best
@@ -28,8 +28,6 @@ from .tasks import SequenceTask
 
 # What is kept of the answers to a task, so that a reader sees a few before and after.
 MAX_ANSWERS, MAX_TEXT = 5, 2000
-# Stands for an answer where only what follows one is of interest; no template has it in its own text.
-_ANSWER = "zqxjk"
 
 
 class Evaluator:
@@ -121,10 +119,12 @@ class Evaluator:
         if task not in self._closings:
             tokenizer, pool = self.tokenizer, self.tasks[task].pool
             # Not a target of the task: one of few letters may stand in the closing itself.
-            example = {"input": self.tasks[task].test[0]["input"], "target": _ANSWER}
+            example = {"input": self.tasks[task].test[0]["input"], "target": PROBE}
             rendered = Renderer(tokenizer, None, pool.suffix, pool.text_word).render(pool.prompts[0], example)
             stops, texts = set(self._ends), []
-            for closing in (rendered.response.rpartition(_ANSWER)[2].strip(), _next_turn(tokenizer)):
+            # The end token that stands behind what does not close the turn is among the ends already.
+            closed = rendered.response.rpartition(PROBE)[2].removesuffix(tokenizer.eos_token or "")
+            for closing in (closed.strip(), _next_turn(tokenizer)):
                 first = [one for one in special_tokens(tokenizer) if closing.startswith(one)]
                 if first:
                     stops.add(tokenizer.convert_tokens_to_ids(max(first, key=len)))
@@ -136,12 +136,12 @@ class Evaluator:
 
 def _next_turn(tokenizer: Any) -> str:
     """What the chat template puts between an answer and the next question, or nothing."""
-    turns = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", _ANSWER), ("user", "zzz"))]
+    turns = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", PROBE), ("user", "zzz"))]
     try:
         text = tokenizer.apply_chat_template(turns, tokenize=False)
     except Exception:  # no template, or one for a single turn
         return ""
-    return text.rpartition(_ANSWER)[2].partition("zzz")[0].strip() if _ANSWER in text else ""
+    return text.rpartition(PROBE)[2].partition("zzz")[0].strip() if PROBE in text else ""
 
 
 def greedy(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from sapo_kernels.files import DataError, excerpt
-from sapo_kernels.scoring.render import Renderer, check_examples
+from sapo_kernels.scoring.render import Renderer, check_examples, with_end_token
 from sapo_kernels.scoring.response_cache import CellBuilder
 
 from .config import MAX_NAME, MAX_TASKS, SequenceConfig, derived_seed
@@ -218,7 +218,8 @@ def _resolve(model: Model, name: str | None, tokenizer: str | None, device: str,
     pair = model() if callable(model) and not isinstance(model, torch.nn.Module) else model
     if not isinstance(pair, tuple) or len(pair) != 2 or not isinstance(pair[0], torch.nn.Module):
         raise TypeError(f"model: expected a name, a pair (model, tokenizer) or a function, got {type(model).__name__}")
-    return *pair, name or getattr(pair[0], "name_or_path", "") or type(pair[0]).__name__
+    model, tok = pair
+    return model, with_end_token(tok, model), name or getattr(model, "name_or_path", "") or type(model).__name__
 
 
 def _check_texts(tasks: list[SequenceTask], tokenizer: Any, config: SequenceConfig) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sapo_kernels.scoring.distributed import DEFAULT_TIMEOUT
-from sapo_kernels.scoring.render import check_examples
+from sapo_kernels.scoring.render import check_examples, with_end_token
 
 from ..data.prompt_pool import PromptPool
 from . import ranks as _ranks
@@ -70,7 +70,7 @@ def attach_sapo(
     if not isinstance(config, SapoConfig):
         raise TypeError(f"config: expected a SapoConfig, got {type(config).__name__}")
     named = _by_task(pools)
-    tokenizer = _tokenizer(trainer)
+    tokenizer = with_end_token(_tokenizer(trainer), trainer.model)
     _check_trainer(trainer, config)
     _check_dataset(trainer.train_dataset, "train_dataset")
     named = {task: _checked(task, pool, tokenizer, trainer) for task, pool in named.items()}
