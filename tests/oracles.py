@@ -28,6 +28,8 @@ THINKING = (
     "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
     "{% endif %}"
 )
+# Like Llama 3.2's: what it shows changes from day to day, this one from second to second.
+DATED = "{{ strftime_now('%d %b %Y %H:%M:%S') }}\n" + CHATML
 # Like DeepSeek-R1's: the generation prompt begins a thought, whatever the options; a conversation shows none.
 OPENED = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
 # Turns that are only begun, never closed, as GLM (by a special token), Falcon and Vicuna (by text) write them, and one

@@ -8,15 +8,21 @@ import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from .thoughts import THOUGHT_END, closing_of, open_thought
 
 logger = logging.getLogger("sapo_kernels")
 _PLACEHOLDER = re.compile(r"\{(prompt|input)\}")
+# Of strftime: what stands behind a percent sign.
+_DIRECTIVES = "aAwdbBmyYHIpMSfzZjUWcxXGuVeDFTRnt"
 PLAIN_ANSWER = "\n\nAnswer:"
 # Stands for an answer where only what a template puts around one is of interest; none has it in its own text.
 PROBE = "zqxjk"
+# What templates that show a date or the time are shown: one moment in a process, or a run past midnight would score
+# with one date and train with another.
+STARTED = datetime.now().replace(microsecond=0)
 
 Template = str | Callable[[str, Mapping[str, str]], Any] | None
 
@@ -44,11 +50,22 @@ class Renderer:
     off; a thought that the template begins nevertheless is closed in front of the response. Without a template, the
     layout is the user turn followed by ``"\\n\\nAnswer:"``, and the response is ``" " + target`` closed by the
     end-of-sequence token.
+
+    now: what templates that read the clock read; None: when this process began (`STARTED`).
     """
 
-    def __init__(self, tokenizer, template: Template = None, suffix: str = "", text_word: str = "Text"):
+    def __init__(
+        self,
+        tokenizer,
+        template: Template = None,
+        suffix: str = "",
+        text_word: str = "Text",
+        *,
+        now: datetime | None = None,
+    ):
         self.tokenizer, self.template, self.suffix, self.text_word = tokenizer, template, suffix, text_word
         self.chat = bool(getattr(tokenizer, "chat_template", None))
+        self.now = STARTED if now is None else now
         self._closing: tuple[str, str] | None = None
         if isinstance(template, str):
             missing = {"prompt", "input"} - set(_PLACEHOLDER.findall(template))
@@ -102,6 +119,8 @@ class Renderer:
     def _text(self, turns: list[dict[str, Any]], **options: Any) -> str:
         # Families spell the switch differently; a template ignores a variable it does not know.
         options = {"tokenize": False, "enable_thinking": False, "thinking": False, **options}
+        if reads_clock(self.tokenizer):
+            options["chat_template"] = _as_of(self.tokenizer.get_chat_template(), self.now)
         return self.tokenizer.apply_chat_template(turns, **options)
 
     def _closing_of(self, full: str) -> tuple[str, str]:
@@ -162,6 +181,22 @@ def with_end_token(tokenizer, model):
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
     return tokenizer
+
+
+def reads_clock(tokenizer) -> bool:
+    """Whether the chat template shows a date or the time."""
+    return "strftime_now" in str(getattr(tokenizer, "chat_template", None))
+
+
+@functools.lru_cache(8)
+def _as_of(template: str, now: datetime) -> str:
+    """The template with a macro in place of the library's function, which asks the clock; no callable can be handed in.
+
+    A line of its own, of which nothing is printed: blanks and line ends at the beginning of the template stay.
+    """
+    shown = [(f"%{flag}{letter}", now.strftime(f"%{flag}{letter}")) for flag in ("-", "") for letter in _DIRECTIVES]
+    filters = " | ".join(f"replace({what!r}, {text!r})" for what, text in [*shown, ("%%", "%")])
+    return f"{{% macro strftime_now(format) %}}{{{{ format | {filters} }}}}{{% endmacro %}}\n{template}"
 
 
 @functools.cache

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
 
 import numpy as np
@@ -219,6 +220,7 @@ class ResponseCache:
         text_word: str = "Text",
         max_source: int = 1536,
         max_target: int = 128,
+        now: datetime | None = None,
     ) -> ResponseCache:
         """Render and tokenise every (prompt, example) once.
 
@@ -230,6 +232,7 @@ class ResponseCache:
             max_source: longest context in tokens; a longer one loses the end of its *input*, never of the instruction,
                 the suffix or the closing of the turn.
             max_target: longest response in tokens; the rest is cut, as in the paper.
+            now: what chat templates that show a date are shown; None: when this process began.
 
         Raises:
             ValueError, TypeError: naming the prompt or example, what was expected and what was got.
@@ -247,7 +250,7 @@ class ResponseCache:
             found = [s for s in specials if s in text]
             if found:
                 raise ValueError(f"{name}: expected plain text, got the tokenizer's special token {found[0]!r} in it")
-        renderer = Renderer(tokenizer, template, suffix, text_word)
+        renderer = Renderer(tokenizer, template, suffix, text_word, now=now)
         builder = CellBuilder(renderer, prompts, examples, max_source, max_target)
         cells = builder.cells()
         tainted = [m for m, e in enumerate(examples) if any(s in e["input"] or s in e["target"] for s in specials)]

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from datetime import datetime
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from sapo_peft.cli import outputs, parts, ranking
 from sapo_peft.cli import score as score_command
 from tests.cli import cli_helpers
 from tests.cli.cli_helpers import PROMPTS, ROWS, SCORE, child, one_line_error, put, ranks
+from tests.oracles import DATED
 
 files = cli_helpers.files
 model = cli_helpers.model
@@ -123,7 +125,7 @@ def test_options_reach_the_scoring(files, sapo, monkeypatch):
     assert sapo(*SCORE, *arguments, "--impl", "padded", "--max-tokens", "300", "--quiet")[0] == 0
     assert seen == {
         "template": None, "suffix": "S", "text_word": "W", "max_source": 99, "max_target": 7, "impl": "padded",
-        "max_tokens": 300, "progress": False,
+        "max_tokens": 300, "progress": False, "now": None,
     }  # fmt: skip
 
 
@@ -313,6 +315,21 @@ def test_a_stopped_call_is_gone_on_from(files, sapo, stopped):
     one, two = (json.loads(text) for text in (resumed, (files / "t.json").read_bytes()))
     one["stats"].pop("seconds"), two["stats"].pop("seconds")
     assert one == two
+
+
+@pytest.fixture
+def dated(monkeypatch):
+    """A tokenizer whose template shows the time."""
+    monkeypatch.setattr("sapo_peft.tiny_random.CHAT_TEMPLATE", DATED)
+
+
+def test_a_call_that_is_gone_on_from_on_another_day_keeps_its_date(files, sapo, dated, stopped, monkeypatch):
+    begun = json.loads((files / "s.json.part").read_text())["made_with"]["now"]
+    monkeypatch.setattr("sapo_peft.cli.parts.STARTED", datetime(2001, 1, 1))
+    assert sapo(*SCORE, "--out", "s.json", "--resume")[0] == 0 and stopped[3:] == [20]
+    assert sapo(*SCORE, "--out", "t.json")[0] == 0
+    one, two = (json.loads((files / name).read_text()) for name in ("s.json", "t.json"))
+    assert one["now"] == begun != two["now"] == "2001-01-01T00:00:00" and one["nll"] != two["nll"]
 
 
 def test_only_the_same_call_is_gone_on_from(files, sapo, stopped):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+from unittest import mock
+
 import pytest
 
 import sapo_kernels as sk
 from sapo_kernels.scoring import render
 from sapo_kernels.scoring.render import PLAIN_ANSWER, Rendered, Renderer, check_examples, check_prompts
-from tests.oracles import CHATML, OPENED, THINKING, UNCLOSED, byte_tokenizer
+from tests.oracles import CHATML, DATED, OPENED, THINKING, UNCLOSED, byte_tokenizer
 
 EXAMPLE = {"input": "2 + 2", "target": "4"}
 NASTY = (
@@ -151,6 +154,32 @@ def test_a_thought_that_cannot_be_closed_is_refused(mark):
     tokenizer.add_tokens([mark], special_tokens=True)
     with pytest.raises(ValueError, match=r"whose thought '<.*>' can be closed, got one that begins it"):
         Renderer(tokenizer).render("Add.", EXAMPLE)
+
+
+def test_a_template_that_reads_the_clock_reads_one_moment():
+    tokenizer = byte_tokenizer(chat_template=DATED)
+    for now, shown in ((None, render.STARTED.strftime("%d %b %Y %H:%M:%S")), (datetime(2024, 2, 29), "29 Feb 2024 00")):
+        cell = Renderer(tokenizer, now=now).render("Add.", EXAMPLE)
+        assert cell.context.startswith(shown) and cell.exact
+        cache = sk.ResponseCache.build(tokenizer, ["Add."], [EXAMPLE], now=now)
+        assert tokenizer.decode(cache.contexts[0][0]) == cell.context
+    assert render.reads_clock(tokenizer) and not render.reads_clock(byte_tokenizer(chat_template=CHATML))
+
+
+@pytest.mark.parametrize("shown", ["%d %b %Y", "%-d. %B %y, %A %j %H:%M:%S", "%Y-%m-%d %I%p 100%% %F %T"])
+@pytest.mark.parametrize(
+    "around",
+    ["{{{{ strftime_now({!r}) }}}}", "\n  {{% if strftime_now is defined %}}\n  {{% macro day(form) %}}\n"
+     "{{{{ 'on ' + strftime_now(form) }}}}{{% endmacro %}}{{{{ day({!r}) }}}}\n{{% endif %}}"],
+)  # fmt: skip
+def test_a_moment_looks_as_the_library_shows_it(monkeypatch, around, shown):
+    now = datetime(2026, 1, 5, 7, 8, 9)
+    tokenizer = byte_tokenizer(chat_template=around.format(shown) + CHATML)
+    cell = Renderer(tokenizer, "{prompt}{input}", now=now).render("Add.", EXAMPLE)
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", mock.Mock(now=lambda: now))
+    turn = [{"role": "user", "content": "Add.2 + 2"}]
+    assert cell.context == tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    assert now.strftime(shown) in cell.context
 
 
 def test_a_template_that_rewrites_the_context_is_noticed():

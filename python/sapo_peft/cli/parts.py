@@ -7,12 +7,14 @@ import hashlib
 import os
 import sys
 import time
+from datetime import datetime
 from typing import Any
 
 import torch
 
 import sapo_kernels as sk
 from sapo_kernels.files import DataError, excerpt, read_json, write_json
+from sapo_kernels.scoring.render import STARTED
 
 from .outputs import naming
 
@@ -38,6 +40,17 @@ class Parts:
             raise DataError(f"{self.path}: expected no scores of a call that was stopped; --resume goes on with them, "
                             "--overwrite begins anew")  # fmt: skip
         self.resumed = there and resume
+
+    def moment(self) -> datetime:
+        """What a template that shows a date is shown: also on another day that of the call which is gone on from."""
+        record = read_json(self.path).get(RECORD) if self.resumed else None
+        text = record.get("now") if isinstance(record, dict) else None
+        try:
+            now = datetime.fromisoformat(text) if text else STARTED
+        except (TypeError, ValueError):
+            raise DataError(f"{self.path}: now: expected a date and time, got {excerpt(text)}") from None
+        self.record["now"] = now.isoformat()
+        return now
 
     def score(self, model: Any, cache: sk.ResponseCache, lines: bool, **options: Any) -> sk.PromptScores:
         """`score_prompts` part by part; with `lines`, a line on stderr every half minute says how far it is."""

@@ -99,16 +99,19 @@ def run(args: argparse.Namespace) -> int:
 
     import torch
 
+    from sapo_kernels.scoring.render import reads_clock
+
     from ..loading import load, spare_threads
 
     spare_threads(args.model)
     model, tokenizer = load(args.model, args.adapter, args.dtype, args.device, args.tokenizer)
+    now = parts.moment() if reads_clock(tokenizer) else None
     total = _Times()
     with log_on_stderr("sapo_kernels", args.quiet):
         for number, (pool, examples) in enumerate(jobs):
             if number:
                 print()
-            total.add(_score(args, model, tokenizer, template, pool, examples, parts, first=number == 0))
+            total.add(_score(args, model, tokenizer, template, pool, examples, parts, now, first=number == 0))
     if len(jobs) > 1:
         print("\n".join(["", f"All {len(jobs)} tasks together:", *total.lines()]))
     if total.difference > TOLERANCE and next(model.parameters()).dtype == torch.float32:
@@ -143,7 +146,7 @@ class _Times:
         return lines
 
 
-def _score(args, model, tokenizer, template, pool: PromptPool, examples: Examples, parts, first: bool) -> _Times:
+def _score(args, model, tokenizer, template, pool: PromptPool, examples: Examples, parts, now, first) -> _Times:
     import sapo_kernels as sk
 
     from .ranking import best_texts, conclusion, ranked_table, rendered_example
@@ -154,7 +157,7 @@ def _score(args, model, tokenizer, template, pool: PromptPool, examples: Example
         suffix, word = _wording(args, pool)
     cache = sk.ResponseCache.build(
         tokenizer, pool.prompts, examples, template=template, suffix=suffix, text_word=word,
-        max_source=args.max_source, max_target=args.max_target,
+        max_source=args.max_source, max_target=args.max_target, now=now,
     )  # fmt: skip
     times = _Times(prepare=time.perf_counter() - started)
     started = time.perf_counter()

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -33,11 +34,15 @@ MAX_ANSWERS, MAX_TEXT = 5, 2000
 class Evaluator:
     """Evaluates a model on the test examples of all tasks; text is rendered and tokenised once per task and prompt.
 
-    model: as it is before the first task; its generation configuration says which tokens end an answer.
+    model: as it is before the first task; its generation configuration says which tokens end an answer. now: what
+    templates that show a date are shown.
     """
 
-    def __init__(self, model: Any, tasks: Sequence[SequenceTask], tokenizer: Any, config: SequenceConfig):
-        self.tasks, self.tokenizer, self.config = tasks, tokenizer, config
+    def __init__(
+        self, model: Any, tasks: Sequence[SequenceTask], tokenizer: Any, config: SequenceConfig,
+        now: datetime | None = None,
+    ):  # fmt: skip
+        self.tasks, self.tokenizer, self.config, self.now = tasks, tokenizer, config, now
         ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
         self._ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
         self._caches: dict[int, tuple[int, sk.ResponseCache]] = {}
@@ -51,7 +56,7 @@ class Evaluator:
             pool, config = self.tasks[task].pool, self.config
             cache = sk.ResponseCache.build(
                 self.tokenizer, [pool.prompts[prompt]], self.tasks[task].test, suffix=pool.suffix,
-                text_word=pool.text_word, max_source=config.max_source, max_target=config.max_target,
+                text_word=pool.text_word, max_source=config.max_source, max_target=config.max_target, now=self.now,
             )  # fmt: skip
             self._caches[task] = prompt, cache
         return cache

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -132,10 +133,12 @@ def train_task(
     index: int,
     config: SequenceConfig,
     tick: Callable[[int, float | None], None] | None = None,
+    now: datetime | None = None,
 ) -> TrainedTask:
     """Choose the prompt of the `index`-th task (from 1) and train the newest adapter on it.
 
-    `tick` hears each step and the newest loss. The pool must have been checked with the tokenizer.
+    `tick` hears each step and the newest loss; `now` as in `SapoConfig`. The pool must have been
+    checked with the tokenizer.
 
     Raises: `FloatingPointError`: training has left a weight that is no number.
     """
@@ -150,6 +153,7 @@ def train_task(
             each_epoch=config.each_epoch, drift=config.drift, probe_examples=config.probe_examples,
             max_source=config.max_source, max_target=config.max_target, train_max_target=config.max_target,
             seed=derived_seed(config.seed, index, "sample"), race=sk.Race() if config.race else None,
+            now=now,
         )  # fmt: skip
         callback = attach_sapo(trainer, task.pool, {task.pool.task: probe} if scored else None, options)
         policy = _Policy(callback, task, index, config)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sapo_kernels.scoring.distributed import DEFAULT_TIMEOUT
-from sapo_kernels.scoring.render import check_examples, with_end_token
+from sapo_kernels.scoring.render import STARTED, check_examples, with_end_token
 
 from ..data.prompt_pool import PromptPool
 from . import ranks as _ranks
@@ -78,18 +78,20 @@ def attach_sapo(
     layout = {"max_source": config.max_source, "max_target": config.train_max_target, "template": config.template,
               "packed": config.packing != PADDED}  # fmt: skip
     training = SapoCollator(tokenizer, choice, carry=True, **layout)
+    evaluation = SapoCollator(tokenizer, choice, sample=False, **layout)
     _check_rows(trainer.train_dataset, choice, "train_dataset")
     _check_evaluation(getattr(trainer, "eval_dataset", None), choice)
     probes = _probes(trainer, choice, probe, config) if config.scores else {}
     patience = float(getattr(trainer.args, "ddp_timeout", 0) or DEFAULT_TIMEOUT)
-    rescorer = Rescorer(choice, probes, tokenizer, config, patience) if config.scores else None
-    setup = Setup(choice, training, rescorer, config, trainer)
+    now = _ranks.moment_of_first(config.now or STARTED, trainer.args.device)
+    rescorer = Rescorer(choice, probes, tokenizer, config, patience, now) if config.scores else None
+    setup = Setup(choice, [training, evaluation], rescorer, config, trainer, now)
     _ranks.check_same(setup.digests(), trainer.args.device)
 
     # Nothing of the trainer has been changed up to here.
     callback = SapoCallback(trainer, choice, rescorer, config, setup, time.perf_counter() - started)
     trainer.args.remove_unused_columns = False
-    trainer.data_collator = SapoCollator(tokenizer, choice, sample=False, **layout)
+    trainer.data_collator = evaluation
     trainer.add_callback(callback)
     wrap(trainer, training, callback)
     return callback
