@@ -70,8 +70,9 @@ def attach_sapo(
     if not isinstance(config, SapoConfig):
         raise TypeError(f"config: expected a SapoConfig, got {type(config).__name__}")
     named = _by_task(pools)
-    tokenizer = with_end_token(_tokenizer(trainer), trainer.model)
+    tokenizer = _tokenizer(trainer)
     _check_trainer(trainer, config)
+    tokenizer = with_end_token(tokenizer, trainer.model)
     _check_dataset(trainer.train_dataset, "train_dataset")
     named = {task: _checked(task, pool, tokenizer, trainer) for task, pool in named.items()}
     choice = Choice(named, config.mode, config.seed)
