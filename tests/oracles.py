@@ -47,10 +47,11 @@ UNCLOSED = {
 }
 
 
-def byte_tokenizer(chat_template=None, merges=(), bos=False):
+def byte_tokenizer(chat_template=None, merges=(), bos=False, around=None):
     """A fast byte-level tokenizer: ids 0-255 are bytes, then three special tokens, then one id a merge.
 
-    With `bos` it puts ``<|endoftext|>`` in front of a text when asked to add special tokens, as Llama's does.
+    With `bos` it puts ``<|endoftext|>`` in front of a text when asked to add special tokens, as Llama's does; with
+    `around` ("<|im_start|> $A <|im_end|>") whatever that says, none of which is a BOS.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
@@ -65,9 +66,9 @@ def byte_tokenizer(chat_template=None, merges=(), bos=False):
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIALS])
-    if bos:
+    if bos or around:
         backend.post_processor = processors.TemplateProcessing(
-            single=f"{SPECIALS[0]} $A", special_tokens=[(SPECIALS[0], 256)]
+            single=around or f"{SPECIALS[0]} $A", special_tokens=[(name, 256 + i) for i, name in enumerate(SPECIALS)]
         )
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token=SPECIALS[0], eos_token=SPECIALS[2], chat_template=chat_template,

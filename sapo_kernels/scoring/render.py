@@ -48,8 +48,8 @@ class Renderer:
     that turn belongs to the response (with a template that ignores ``add_generation_prompt``, the assistant's header
     too). Where nothing closes it that a generation would stop at, the tokenizer's end token does. Thinking is switched
     off; a thought that the template begins nevertheless is closed in front of the response. Without a template, the
-    layout is the user turn followed by ``"\\n\\nAnswer:"``, and the response is ``" " + target`` closed by the
-    end-of-sequence token.
+    layout is the user turn followed by ``"\\n\\nAnswer:"``, and the response is ``" " + target`` closed by
+    what the tokenizer puts behind a text by itself, else by the end-of-sequence token.
 
     now: what templates that read the clock read; None: when this process began (`STARTED`).
     """
@@ -93,7 +93,9 @@ class Renderer:
         return self._conversation(turn, example["target"]) if self.chat else self._plain(turn, example["target"])
 
     def _plain(self, turn: str, target: str) -> Rendered:
-        return Rendered(turn + PLAIN_ANSWER, " " + target + (self.tokenizer.eos_token or ""))
+        # Token by token: decoding would put spaces between them.
+        end = "".join(self.tokenizer.convert_ids_to_tokens(self._added[1])) or self.tokenizer.eos_token or ""
+        return Rendered(turn + PLAIN_ANSWER, " " + target + end)
 
     def _conversation(self, turn: str, target: str) -> Rendered:
         # Templates of vision-language models read a list of parts and print nothing, in silence, for a string.
@@ -151,15 +153,20 @@ class Renderer:
         return f"\n{mark}\n\n" if "\n" in blank else mark
 
     def leading_ids(self) -> list[int]:
-        """Tokens that stand in front of every sequence: the BOS of tokenizers that add one by themselves.
+        """Tokens that stand in front of every sequence: those that the tokenizer puts there by itself, BOS or others.
 
         A chat template writes its own.
         """
-        if self.chat:
-            return []
-        ids = self.tokenizer("", add_special_tokens=True)["input_ids"]
-        bos = self.tokenizer.bos_token_id
-        return [bos] if bos is not None and ids[:1] == [bos] else []
+        return [] if self.chat else self._added[0]
+
+    @functools.cached_property
+    def _added(self) -> tuple[list[int], list[int]]:
+        """The ids that the tokenizer puts in front of a text and behind it."""
+        whole, bare = (self.tokenizer("a", add_special_tokens=added)["input_ids"] for added in (True, False))
+        for start in range(len(whole) - len(bare) + 1):
+            if bare and whole[start : start + len(bare)] == bare:
+                return list(whole[:start]), list(whole[start + len(bare) :])
+        raise ValueError(f"tokenizer: expected special tokens around the ids {bare} of 'a', got {whole}")
 
 
 def special_tokens(tokenizer, added: bool = False) -> list[str]:

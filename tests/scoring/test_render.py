@@ -199,6 +199,31 @@ def test_bos_stands_in_front_only_without_a_chat_template(tokenizer, chat_tokeni
     assert Renderer(tokenizer).leading_ids() == Renderer(chat_tokenizer).leading_ids() == []
 
 
+@pytest.mark.parametrize(("around", "leading", "closing"), [
+    ("<|im_start|> <|endoftext|> $A", [257, 256], [258]), ("<|im_end|> $A", [258], [258]),
+    ("$A <|im_end|>", [], [258]), ("<|im_start|> $A <|endoftext|>", [257], [256]),
+    ("<|endoftext|> $A <|im_start|> <|im_end|>", [256], [257, 258]),
+])  # fmt: skip
+def test_everything_that_the_tokenizer_puts_around_a_text_is_kept(around, leading, closing):
+    """ChatGLM's two tokens in front, OPT's end token, decoders that end their texts with one of their own."""
+    tokenizer = byte_tokenizer(around=around)
+    cache = sk.ResponseCache.build(tokenizer, ["Add."], [EXAMPLE])
+    context, response = cache.contexts[0][0], cache.responses[0][0]
+    assert context == [*leading, *b"Add.\n\nText:\n2 + 2\n\nAnswer:"] and response == [*b" 4", *closing]
+    text = "Add.\n\nText:\n2 + 2\n\nAnswer: 4"
+    assert (context + response)[: len(leading) + len(text)] == tokenizer(text)["input_ids"][: len(leading) + len(text)]
+    assert Renderer(byte_tokenizer(around=around, chat_template=CHATML)).leading_ids() == []
+
+
+def test_a_tokenizer_that_changes_a_text_with_its_special_tokens_is_refused(tokenizer):
+    class Joining:
+        def __call__(self, text, add_special_tokens):
+            return {"input_ids": [5] if add_special_tokens else [7]}
+
+    with pytest.raises(ValueError, match=r"expected special tokens around the ids \[7\] of 'a', got \[5\]"):
+        Renderer(Joining()).leading_ids()
+
+
 def test_a_tokenizer_without_end_of_sequence():
     made = byte_tokenizer()
     made.eos_token = None
