@@ -174,8 +174,17 @@ def special_tokens(tokenizer, added: bool = False) -> list[str]:
 
     Turn markers are often added tokens that have no role of their own (Llama 3's ``<|start_header_id|>``), so
     ``all_special_tokens`` does not know them.
+
+    Raises: ValueError for a tokenizer that reads none in a text, so that no rendered conversation could be encoded.
     """
-    found = [token for token in getattr(tokenizer, "added_tokens_decoder", {}).values() if added or token.special]
+    known = getattr(tokenizer, "added_tokens_decoder", {})
+    if not isinstance(known, Mapping) or getattr(tokenizer, "split_special_tokens", False):
+        raise ValueError(
+            f"tokenizer: expected one that reads special tokens in a text, got {type(tokenizer).__name__}"
+            + (", which encodes conversations by itself; load the model's tokenizer.json as a PreTrainedTokenizerFast"
+               if not isinstance(known, Mapping) else " with split_special_tokens=True")
+        )  # fmt: skip
+    found = [token for token in known.values() if added or token.special]
     return sorted({text for text in map(str, [*tokenizer.all_special_tokens, *found]) if text.strip()})
 
 

@@ -10,6 +10,7 @@ import pytest
 import sapo_kernels as sk
 from sapo_kernels.scoring import render
 from sapo_kernels.scoring.render import PLAIN_ANSWER, Rendered, Renderer, check_examples, check_prompts
+from sapo_peft import PromptPool
 from tests.oracles import CHATML, DATED, OPENED, THINKING, UNCLOSED, byte_tokenizer
 
 EXAMPLE = {"input": "2 + 2", "target": "4"}
@@ -222,6 +223,23 @@ def test_a_tokenizer_that_changes_a_text_with_its_special_tokens_is_refused(toke
 
     with pytest.raises(ValueError, match=r"expected special tokens around the ids \[7\] of 'a', got \[5\]"):
         Renderer(Joining()).leading_ids()
+
+
+def test_a_tokenizer_that_reads_no_special_tokens_in_a_text_is_refused(tiny_model):
+    """Mistral's own backend encodes conversations by itself; its class is there without its package."""
+    from transformers.tokenization_mistral_common import MistralCommonBackend
+
+    mistral = MistralCommonBackend.__new__(MistralCommonBackend)
+    mistral._all_special_tokens = ["<s>", "</s>"]
+    splitting = byte_tokenizer(chat_template=CHATML)
+    splitting.split_special_tokens = True
+    wanted = {mistral: "got MistralCommonBackend, which .* tokenizer.json", splitting: "got .* split_special"}
+    for made, words in wanted.items():
+        match = f"tokenizer: expected one that reads special tokens in a text, {words}"
+        with pytest.raises(ValueError, match=match):
+            sk.ResponseCache.build(made, ["Add."], [EXAMPLE])
+        with pytest.raises(ValueError, match=match):
+            PromptPool.build("t", "Add.").checked(made)
 
 
 def test_a_tokenizer_without_end_of_sequence():

@@ -148,6 +148,7 @@ def _check_trainer(trainer: Any, config: SapoConfig) -> None:
             raise ValueError(
                 f"trainer: {option}=True joins examples tokenised ahead with one fixed prompt; expected it off"
             )
+    _check_sampling(trainer)
     # Of TRL; None means: on the completion if there is one.
     if getattr(args, "completion_only_loss", None) is False:
         raise ValueError("trainer: completion_only_loss=False asks for a loss on the prompt; expected it on or unset")
@@ -164,6 +165,22 @@ def _check_trainer(trainer: Any, config: SapoConfig) -> None:
             raise TypeError(f"trainer: expected a transformers Trainer with {name}(), got {type(trainer).__name__}")
     if isinstance(getattr(trainer, "data_collator", None), SapoCollator):
         raise ValueError("trainer: expected one without SAPO, got one that it is attached to already")
+
+
+def _check_sampling(trainer: Any) -> None:
+    """Samplers by length look at tokens, which raw examples have not; or at a column of a dataset of Hugging Face."""
+    args = trainer.args
+    strategy = "group_by_length" if getattr(args, "group_by_length", False) else None
+    strategy = strategy or getattr(args, "train_sampling_strategy", "random")
+    column, evaluation = getattr(args, "length_column_name", "length"), getattr(trainer, "eval_dataset", None)
+    datasets = [trainer.train_dataset, *(evaluation.values() if isinstance(evaluation, dict) else [evaluation])]
+    if strategy in ("group_by_length", "batch_rebalance") and not all(
+        one is None or column in (getattr(one, "column_names", None) or ()) for one in datasets
+    ):
+        raise ValueError(
+            f"trainer: train_sampling_strategy={strategy!r} needs the length of every example, which is not tokenised "
+            f"ahead: expected datasets.Dataset with a column {column!r} (say, of characters), or 'random'"
+        )
 
 
 def _check_dataset(dataset: Any, name: str) -> None:
