@@ -12,6 +12,7 @@ from datetime import datetime
 from typing import Any
 
 from .thoughts import THOUGHT_END, closing_of, open_thought
+from .turns import Turn, check_history, check_role, example_of, turns_of
 
 logger = logging.getLogger("sapo_kernels")
 _PLACEHOLDER = re.compile(r"\{(prompt|input)\}")
@@ -51,6 +52,10 @@ class Renderer:
     layout is the user turn followed by ``"\\n\\nAnswer:"``, and the response is ``" " + target`` closed by
     what the tokenizer puts behind a text by itself, else by the end-of-sequence token.
 
+    An example may have a ``history``, the turns before the user's. With ``instruction_role="system"`` the instruction
+    is the system turn, or ends the one that the history begins with, and the user turn is
+    ``input + "\\n\\n" + suffix``. Either wants a chat template.
+
     now: what templates that read the clock read; None: when this process began (`STARTED`).
     """
 
@@ -61,11 +66,16 @@ class Renderer:
         suffix: str = "",
         text_word: str = "Text",
         *,
+        instruction_role: str = "user",
         now: datetime | None = None,
     ):
+        check_role(instruction_role)
         self.tokenizer, self.template, self.suffix, self.text_word = tokenizer, template, suffix, text_word
         self.chat = bool(getattr(tokenizer, "chat_template", None))
-        self.now = STARTED if now is None else now
+        self.role, self.now = instruction_role, STARTED if now is None else now
+        if self.role == "system" and (template is not None or not self.chat):
+            what = "no template beside it" if template is not None else "a tokenizer with a chat template"
+            raise ValueError(f"instruction_role: expected {what} for 'system', got {'one' if self.chat else 'none'}")
         self._closing: tuple[str, str] | None = None
         if isinstance(template, str):
             missing = {"prompt", "input"} - set(_PLACEHOLDER.findall(template))
@@ -88,28 +98,35 @@ class Renderer:
             # One pass over the template only: braces inside an instruction or an input are text.
             turn = _PLACEHOLDER.sub(lambda m: values[m.group(1)], self.template)
         else:
-            turn = f"{prompt}\n\n{self.text_word}:\n{example['input']}"
+            turn = f"{prompt}\n\n{self.text_word}:\n{example['input']}" if self.role == "user" else example["input"]
             turn += f"\n\n{self.suffix}" if self.suffix else ""
-        return self._conversation(turn, example["target"]) if self.chat else self._plain(turn, example["target"])
+        history = example.get("history", ())
+        if self.chat:
+            return self._conversation(turns_of(history, self.role, prompt, turn), example["target"])
+        if history:
+            raise ValueError("tokenizer: expected a chat template for examples with a history, got none")
+        return self._plain(turn, example["target"])
 
     def _plain(self, turn: str, target: str) -> Rendered:
         # Token by token: decoding would put spaces between them.
         end = "".join(self.tokenizer.convert_ids_to_tokens(self._added[1])) or self.tokenizer.eos_token or ""
         return Rendered(turn + PLAIN_ANSWER, " " + target + end)
 
-    def _conversation(self, turn: str, target: str) -> Rendered:
+    def _conversation(self, turns: list[Turn], target: str) -> Rendered:
         # Templates of vision-language models read a list of parts and print nothing, in silence, for a string.
         for content in (str, lambda text: [{"type": "text", "text": text}]):
-            user = {"role": "user", "content": content(turn)}
-            context = self._text([user], add_generation_prompt=True)
-            if turn.strip() in context:
+            shaped = lambda turns, content=content: [{**turn, "content": content(turn["content"])} for turn in turns]
+            context = self._text(shaped(turns), add_generation_prompt=True)
+            lost = [t["role"] for t in turns if t["role"] != "assistant" and t["content"].strip() not in context]
+            if not lost:
                 break
         else:
-            raise ValueError("tokenizer: expected a chat template that shows the user turn, got a text without it")
-        answered = lambda text: self._text([user, {"role": "assistant", "content": content(text)}])
+            raise ValueError(f"tokenizer: expected a chat template that shows the {lost[0]} turn, got one without it")
+        answered = lambda text: self._text(shaped([*turns, {"role": "assistant", "content": text}]))
         if self._closing is None:
             self._closing = self._closing_of(answered(PROBE))
-        thought = open_thought(context[context.rindex(turn.strip()) + len(turn.strip()) :])
+        last = turns[-1]["content"].strip()
+        thought = open_thought(context[context.rindex(last) + len(last) if last else 0 :])
         if thought:
             context += self._thought_closing(thought, context, answered)
         full = answered(target)
@@ -123,7 +140,14 @@ class Renderer:
         options = {"tokenize": False, "enable_thinking": False, "thinking": False, **options}
         if reads_clock(self.tokenizer):
             options["chat_template"] = _as_of(self.tokenizer.get_chat_template(), self.now)
-        return self.tokenizer.apply_chat_template(turns, **options)
+        try:
+            return self.tokenizer.apply_chat_template(turns, **options)
+        except Exception as error:
+            # Of templates that know no system turn, or want turns to alternate.
+            if type(error).__name__ != "TemplateError":
+                raise
+            roles = [turn["role"] for turn in turns]
+            raise ValueError(f"tokenizer: the chat template refuses the turns {roles}: {error}") from error
 
     def _closing_of(self, full: str) -> tuple[str, str]:
         """(what the template puts behind an answer, the end token if a generation would not stop at anything in it)."""
@@ -255,6 +279,14 @@ def check_examples(examples: Sequence[Mapping[str, str]]) -> list[dict[str, str]
         if not isinstance(example, Mapping):
             raise TypeError(f"example {m}: expected a mapping with 'input' and 'target', got {type(example).__name__}")
         row = {}
+        try:
+            example = example_of(example) or example
+            if "history" in example:
+                row["history"] = check_history(example["history"])
+        except ValueError as error:
+            raise ValueError(f"example {m}: {error}") from None
+        for number, turn in enumerate(row.get("history", ())):
+            _check_characters(turn["content"], f"example {m}: history: message {number}")
         for key, other in (("input", "sentence"), ("target", "label")):
             found = key if key in example else other
             if found not in example:
@@ -273,11 +305,19 @@ def check_examples(examples: Sequence[Mapping[str, str]]) -> list[dict[str, str]
 
 def without_empty_targets(examples: Sequence[Mapping[str, str]]) -> tuple[list, list[bool]]:
     """(the examples whose target is not empty, for all M whether it is); what else is wrong is found where all are."""
-    targets = [
-        example.get("target", example.get("label")) if isinstance(example, Mapping) else None for example in examples
-    ]
+    targets = [_target(example) for example in examples]
     kept = [not isinstance(target, str) or bool(target.strip()) for target in targets]
     return [example for example, keep in zip(examples, kept, strict=True) if keep], kept
+
+
+def _target(example: Any) -> Any:
+    if not isinstance(example, Mapping):
+        return None
+    try:
+        example = example_of(example) or example
+    except ValueError:
+        return None
+    return example.get("target", example.get("label"))
 
 
 def _check_characters(text: str, name: str) -> None:

@@ -59,6 +59,7 @@ def score_prompts(
     text_word: str = "Text",
     max_source: int = 1536,
     max_target: int = 128,
+    instruction_role: str = "user",
     max_tokens: int | None = None,
     impl: str = "auto",
     progress: bool | None = None,
@@ -82,9 +83,9 @@ def score_prompts(
         model: a transformers causal LM or a PeftModel of one, trained or in training, on any device. It is left as it
             was (mode, adapters, attention implementation, RNG, gradients), also after an exception.
         prompts: K instructions, or a `ResponseCache`; then `examples` and everything about rendering is in it already.
-        examples: M mappings with "input" and "target" (or "sentence" and "label").
+        examples: M mappings with "input" and "target" (or "sentence" and "label"), or with ``messages``.
         tokenizer: needed unless `prompts` is a `ResponseCache`.
-        template, suffix, text_word, max_source, max_target: see `ResponseCache.build`.
+        template, suffix, text_word, max_source, max_target, instruction_role: see `ResponseCache.build`.
         max_tokens: new tokens per forward; default 1024 on a CPU, 16384 on a GPU. Smaller saves memory and never
             recomputes a token.
         impl: "auto"; "tree" to insist on the trie, "triton", "sdpa" or "reference" to insist on it with that backend;
@@ -122,11 +123,14 @@ def score_prompts(
         cache = ResponseCache.build(
             with_end_token(tokenizer, model), prompts, examples, template,
             suffix=suffix, text_word=text_word, max_source=max_source, max_target=max_target,
+            instruction_role=instruction_role,
         )  # fmt: skip
     elif examples is not None or skip_empty:
         raise ValueError("examples, skip_empty: expected none beside a ResponseCache, which holds its own")
     elif (template, suffix, text_word, max_source, max_target) != (None, "", "Text", 1536, 128):
         raise ValueError("template, suffix, text_word, max_source, max_target: expected none beside a ResponseCache")
+    elif instruction_role != "user":
+        raise ValueError("instruction_role: expected none beside a ResponseCache")
     scores = ScoringJob(model, cache, impl, max_tokens, progress).score(race)
     return scores if kept is None else scores.spread(kept)
 

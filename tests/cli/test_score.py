@@ -125,7 +125,7 @@ def test_options_reach_the_scoring(files, sapo, monkeypatch):
     assert sapo(*SCORE, *arguments, "--impl", "padded", "--max-tokens", "300", "--quiet")[0] == 0
     assert seen == {
         "template": None, "suffix": "S", "text_word": "W", "max_source": 99, "max_target": 7, "impl": "padded",
-        "max_tokens": 300, "progress": False, "now": None,
+        "max_tokens": 300, "progress": False, "now": None, "instruction_role": "user",
     }  # fmt: skip
 
 
@@ -330,6 +330,21 @@ def test_a_call_that_is_gone_on_from_on_another_day_keeps_its_date(files, sapo, 
     assert sapo(*SCORE, "--out", "t.json")[0] == 0
     one, two = (json.loads((files / name).read_text()) for name in ("s.json", "t.json"))
     assert one["now"] == begun != two["now"] == "2001-01-01T00:00:00" and one["nll"] != two["nll"]
+
+
+def test_messages_and_the_turn_of_the_instruction(files, sapo):
+    talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "text"},
+            {"role": "assistant", "content": "label"}]  # fmt: skip
+    put(files / "d.json", [{"messages": talk}, {"messages": talk[1:]}])
+    found = {}
+    for role in ("user", "system"):
+        code, out, _ = sapo(*SCORE, "--instruction-role", role, "--out", f"{role}.json")
+        assert code == 0 and "2 of 2 examples" in out
+        found[role] = json.loads((files / f"{role}.json").read_text())
+        assert found[role]["instruction_role"] == role
+    assert found["user"]["tokens"] == found["system"]["tokens"] and found["user"]["nll"] != found["system"]["nll"]
+    put(files / "d.json", [{"messages": talk}, {"messages": talk[:2]}])
+    one_line_error(sapo(*SCORE), "d.json: row 1: messages: expected a user's and then the assistant's turn at the end")
 
 
 def test_only_the_same_call_is_gone_on_from(files, sapo, stopped):

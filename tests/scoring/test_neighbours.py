@@ -97,7 +97,9 @@ def test_chat_template_that_shows_nothing_is_an_error():
         sk.ResponseCache.build(tokenizer, ["Say it."], [EXAMPLE])
 
 
-@pytest.mark.parametrize("option", [{"suffix": "x"}, {"template": "{prompt}{input}"}, {"max_target": 3}])
+@pytest.mark.parametrize(
+    "option", [{"suffix": "x"}, {"template": "{prompt}{input}"}, {"max_target": 3}, {"instruction_role": "system"}]
+)
 def test_rendering_options_beside_a_cache_are_refused(option):
     with pytest.raises(ValueError, match="expected none beside a ResponseCache"):
         sk.score_prompts(small_qwen3(), job(), **option)

@@ -292,6 +292,19 @@ def test_an_answer_ends_where_the_turn_ends(template):
     assert any("repeat an earlier one" in warning for warning in result.run["warnings"])
 
 
+def test_the_turn_of_the_instruction(tmp_path):
+    """It is trained, scored and evaluated in the turn that is asked for, and said beside the adapter."""
+    found = {
+        role: run_small(tmp_path / role, count=1, instruction_role=role, max_steps=2) for role in ("user", "system")
+    }
+    assert found["user"].matrix("loss") != found["system"].matrix("loss")
+    for role in found:
+        record = read_json(tmp_path / role / "tasks" / "01-colours1" / "adapter" / "sapo_prompts.json")
+        assert record["tasks"]["colours1"]["instruction_role"] == role
+    with pytest.raises(DataError, match="instruction_role: expected 'system', as this run began with, got 'user'"):
+        run_small(tmp_path / "system", count=1, max_steps=2)
+
+
 def test_limits_on_rows_and_lengths_are_kept_and_said(tmp_path):
     tasks = [
         SequenceTask.build("t", rows_of(1, 20), [{"input": "x" * 400, "target": "y" * 60}] * 4, small_task(1).pool)

@@ -96,7 +96,9 @@ def test_column_names(names):
     ("row", "error", "wanted"),
     [
         ({"input_ids": [1]}, ValueError, r"expected input/target or .* got \['input_ids'\]; was the dataset tokenised"),
-        ({"prompt": [{"role": "user", "content": "a"}], "completion": []}, TypeError, "conversations are not"),
+        ({"prompt": [{"role": "user", "content": "a"}], "completion": []}, ValueError, "turn at the end, got ..user"),
+        ({"messages": "a"}, ValueError, "messages: expected a list, got str"),
+        ({"messages": [{"role": "user", "content": 5}]}, ValueError, "message 0: expected a text, got int"),
         ({"input": "a", "target": ""}, ValueError, "target"),
         ({"input": "a", "target": "b", "task": "other"}, ValueError, r"a 'task' among \['colours'\], got 'other'"),
         ({"input": "a", "target": "b", "task": None}, ValueError, "got None"),
@@ -105,6 +107,22 @@ def test_column_names(names):
 def test_what_cannot_be_rendered_is_named(row, error, wanted):
     with pytest.raises(error, match=wanted):
         collator_of()([row])
+
+
+@pytest.mark.parametrize("role", ["user", "system"])
+@pytest.mark.parametrize("trl", [False, True])
+def test_conversations_are_trained_on_as_they_are_scored(role, trl):
+    rows = []
+    for row in colours(3):
+        turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hello"},
+                 {"role": "assistant", "content": "hi"}, {"role": "user", "content": row["input"]}]  # fmt: skip
+        answer = [{"role": "assistant", "content": row["target"]}]
+        rows.append({"prompt": turns, "completion": answer} if trl else {"messages": turns + answer})
+    collator = collator_of(instruction_role=role)
+    pool = collator.choice.pools["colours"]
+    options = {"suffix": pool.suffix, "instruction_role": role}
+    cache = sk.ResponseCache.build(collator.tokenizer, pool.prompts[:1], rows, **options)
+    assert rows_of(collator(rows)) == list(zip(cache.contexts[0], cache.responses[0], strict=True))
 
 
 @pytest.mark.parametrize("multiple", [None, 1, 8, 64])

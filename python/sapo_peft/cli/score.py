@@ -58,6 +58,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     add("--template", metavar="FILE_OR_STRING", help="user turn with {prompt} and {input}")
     add("--suffix", metavar="TEXT", help="answer-format line after the input (default: the task's own)")
     add("--text-word", metavar="WORD", help="word that heads the input (default: the task's own or Text)")
+    add("--instruction-role", default="user", choices=("user", "system"), help="turn that the instruction is in")
     for option, most, what in (("--max-source", 1536, "context"), ("--max-target", 128, "response")):
         add(option, type=_positive, default=most, metavar="N", help=f"longest {what} in tokens (default {most})")
     add("--race", action="store_true", help="score only the cells that it takes to find the best prompt")
@@ -157,7 +158,8 @@ def _score(args, model, tokenizer, template, pool: PromptPool, examples: Example
         suffix, word = _wording(args, pool)
     cache = sk.ResponseCache.build(
         tokenizer, pool.prompts, examples, template=template, suffix=suffix, text_word=word,
-        max_source=args.max_source, max_target=args.max_target, now=now,
+        max_source=args.max_source, max_target=args.max_target,
+        instruction_role=args.instruction_role, now=now,
     )  # fmt: skip
     times = _Times(prepare=time.perf_counter() - started)
     started = time.perf_counter()
@@ -275,7 +277,7 @@ def _record(args: argparse.Namespace, template: str | None, pool: PromptPool, ex
         "model": args.model, "adapter": args.adapter, "tokenizer": args.tokenizer, "dtype": args.dtype,
         "task": pool.task, "data": examples.source, "columns": list(examples.columns), "template": template,
         "suffix": suffix, "text_word": word, "max_source": args.max_source, "max_target": args.max_target,
-        "impl": args.impl,
+        "instruction_role": args.instruction_role, "impl": args.impl,
     }  # fmt: skip
 
 

@@ -56,7 +56,8 @@ class Evaluator:
             pool, config = self.tasks[task].pool, self.config
             cache = sk.ResponseCache.build(
                 self.tokenizer, [pool.prompts[prompt]], self.tasks[task].test, suffix=pool.suffix,
-                text_word=pool.text_word, max_source=config.max_source, max_target=config.max_target, now=self.now,
+                text_word=pool.text_word, max_source=config.max_source, max_target=config.max_target,
+                instruction_role=config.instruction_role, now=self.now,
             )  # fmt: skip
             self._caches[task] = prompt, cache
         return cache
@@ -124,8 +125,10 @@ class Evaluator:
         if task not in self._closings:
             tokenizer, pool = self.tokenizer, self.tasks[task].pool
             # Not a target of the task: one of few letters may stand in the closing itself.
-            example = {"input": self.tasks[task].test[0]["input"], "target": PROBE}
-            rendered = Renderer(tokenizer, None, pool.suffix, pool.text_word).render(pool.prompts[0], example)
+            example = {**self.tasks[task].test[0], "target": PROBE}
+            role = self.config.instruction_role
+            renderer = Renderer(tokenizer, None, pool.suffix, pool.text_word, instruction_role=role)
+            rendered = renderer.render(pool.prompts[0], example)
             stops, texts = set(self._ends), []
             # The end token that stands behind what does not close the turn is among the ends already.
             closed = rendered.response.rpartition(PROBE)[2].removesuffix(tokenizer.eos_token or "")

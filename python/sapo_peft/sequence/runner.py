@@ -239,9 +239,10 @@ def _check_texts(tasks: list[SequenceTask], tokenizer: Any, config: SequenceConf
                 check_examples(getattr(task, split))
             except ValueError as error:
                 raise DataError(f"{place}: {split}: {error}") from error
-        renderer = Renderer(tokenizer, None, pool.suffix, pool.text_word, now=now)
         limits = config.max_source, config.max_target
         try:
+            role = config.instruction_role
+            renderer = Renderer(tokenizer, None, pool.suffix, pool.text_word, instruction_role=role, now=now)
             cells = CellBuilder(renderer, pool.prompts, task.train[:1], *limits, warn=False).cells()
         except ValueError as error:
             raise DataError(f"{place}: {error}") from error

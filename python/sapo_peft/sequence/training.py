@@ -21,7 +21,6 @@ import sapo_kernels as sk
 
 from ..trainer.attach import attach_sapo
 from ..trainer.config import SapoConfig
-from ..trainer.records import prompt_record
 from .config import SequenceConfig, derived_seed
 from .methods import Adapters
 from .schema import Scores, ScoringRecord, Training, finite
@@ -153,7 +152,7 @@ def train_task(
             each_epoch=config.each_epoch, drift=config.drift, probe_examples=config.probe_examples,
             max_source=config.max_source, max_target=config.max_target, train_max_target=config.max_target,
             seed=derived_seed(config.seed, index, "sample"), race=sk.Race() if config.race else None,
-            now=now,
+            instruction_role=config.instruction_role, now=now,
         )  # fmt: skip
         callback = attach_sapo(trainer, task.pool, {task.pool.task: probe} if scored else None, options)
         policy = _Policy(callback, task, index, config)
@@ -178,7 +177,7 @@ def train_task(
                scorings=scorings),
         Training(losses=losses, penalties=penalties, seconds=seconds, examples=len(task.train), notes=notes,
                  tokens=int(torch.stack(trainer.tokens).sum()) if trainer.tokens else 0),
-        prompt_record(callback.choice, callback.history[-1] if callback.history else None),
+        callback.prompts(),
     )  # fmt: skip
 
 

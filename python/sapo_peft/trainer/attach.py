@@ -45,8 +45,8 @@ def attach_sapo(
 
     Args:
         trainer: a transformers `Trainer` or TRL `SFTTrainer` that was made with a tokenizer and a dataset of raw
-            examples: "input" and "target" (or "sentence"/"label", "prompt"/"completion"), and "task" where there are
-            several.
+            examples: "input" and "target" (or "sentence"/"label", "prompt"/"completion", "messages"), and "task" where
+            there are several.
         pools: the candidates of each task.
         probe: examples to score on, or such a list for each task; default: the first ``config.probe_examples`` of
             each task in the training dataset.
@@ -77,7 +77,7 @@ def attach_sapo(
     named = {task: _checked(task, pool, tokenizer, trainer) for task, pool in named.items()}
     choice = Choice(named, config.mode, config.seed)
     layout = {"max_source": config.max_source, "max_target": config.train_max_target, "template": config.template,
-              "packed": config.packing != PADDED}  # fmt: skip
+              "packed": config.packing != PADDED, "instruction_role": config.instruction_role}  # fmt: skip
     training = SapoCollator(tokenizer, choice, carry=True, **layout)
     evaluation = SapoCollator(tokenizer, choice, sample=False, **layout)
     _check_rows(trainer.train_dataset, choice, "train_dataset")
@@ -234,7 +234,7 @@ def _rows(dataset: Any) -> Iterable[Any]:
         return dataset
     # Of datasets of Hugging Face, whose columns are read in batches; a transform of the user's makes other rows.
     if hasattr(dataset, "select_columns") and getattr(dataset, "format", {}).get("type") != "custom":
-        names = [name for name in dataset.column_names if name in {"task", *itertools.chain(*COLUMNS)}]
+        names = [name for name in dataset.column_names if name in {"task", "history", *itertools.chain(*COLUMNS)}]
         batches = dataset.select_columns(names).with_format(None).iter(1000)
         return (dict(zip(batch, row, strict=True)) for batch in batches for row in zip(*batch.values(), strict=True))
     return [dataset[0]]

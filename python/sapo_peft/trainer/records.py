@@ -55,7 +55,7 @@ def excerpt_line(text: str, limit: int = 100) -> str:
     return json.dumps(text if len(text) <= limit else text[:limit] + "...", ensure_ascii=True)
 
 
-def prompt_record(choice: Choice, last: Scoring | None) -> dict[str, Any]:
+def prompt_record(choice: Choice, last: Scoring | None, instruction_role: str) -> dict[str, Any]:
     """For each task the prompt that is chosen, its loss and the original's, and how to render it."""
     tasks = {}
     for p, (task, pool) in enumerate(choice.pools.items()):
@@ -67,6 +67,7 @@ def prompt_record(choice: Choice, last: Scoring | None) -> dict[str, Any]:
             "original": pool.prompts[0],
             "suffix": pool.suffix,
             "text_word": pool.text_word,
+            "instruction_role": instruction_role,
             "loss": numbers(losses[index]) if losses else None,
             "original_loss": numbers(losses[0]) if losses else None,
             "prompts": len(pool.prompts),

@@ -68,7 +68,8 @@ class Rescorer:
         self.caches = {
             task: sk.ResponseCache.build(
                 self.tokenizer, pool.prompts, self.probes[task], config.template, suffix=pool.suffix,
-                text_word=pool.text_word, max_source=config.max_source, max_target=config.max_target, now=now,
+                text_word=pool.text_word, max_source=config.max_source, max_target=config.max_target,
+                instruction_role=config.instruction_role, now=now,
             )
             for task, pool in self.choice.pools.items()
         }  # fmt: skip
