@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,6 +69,12 @@ def resolve(name: str) -> tuple[str, str | None]:
         if (magic := file.read(4)) != b"GGUF":
             raise DataError(f"--model {excerpt(name, 200)}: expected a file that begins with GGUF, got {magic!r}")
     return str(path.parent), path.name
+
+
+def installed(name: str) -> bool:
+    """Whether a model of `MODELS` can be loaded from packages that are installed here."""
+    weights = MODELS[name]
+    return find_spec("gguf") is not None and None not in [_part(one, weights.file) for one in weights.parts]
 
 
 def load_gguf(folder: str, gguf_file: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,9 +62,10 @@ def score_prompts(
     instruction_role: str = "user",
     max_tokens: int | None = None,
     impl: str = "auto",
-    progress: bool | None = None,
+    progress: bool | Callable[[int, int], None] | None = None,
     race: Race | None = None,
     skip_empty: bool = False,
+    fuse: str | bool = "auto",
 ) -> PromptScores:
     """Negative log-likelihood of every example's target under every prompt, in one packed pass over a token trie.
 
@@ -91,10 +92,13 @@ def score_prompts(
         impl: "auto"; "tree" to insist on the trie, "triton", "sdpa" or "reference" to insist on it with that backend;
             "padded" for the model's own attention; "alone" for each sequence alone (of equal length together where
             that is the same).
-        progress: a bar on stderr; None shows it on a terminal only.
+        progress: a bar on stderr; None shows it on a terminal only. Or a function, which is told the cells and the
+            tokens that are done; of a race it hears each round from 0 on.
         race: score in rounds, and only what is needed to find the best prompt; see `Race`.
         skip_empty: leave out examples whose target is empty, instead of raising; their cells have NaN and 0 tokens,
             and ``stats["skipped_examples"]`` names them.
+        fuse: "auto" to run norms, rotary embeddings and gated activations as one kernel each where that computes what
+            the model's own modules do (`sapo_kernels.fused_layers`); False to leave them alone.
 
     Returns:
         `PromptScores` with nll [K, M] in nats (float64, CPU) and tokens [K, M]. After a race, cells that were not
@@ -110,7 +114,7 @@ def score_prompts(
     race scores the same cells in other passes, so within the same bound of a call without one, not bitwise.
     Source: SAPO, arXiv 2606.01967.
     """
-    check_choices(impl, max_tokens)
+    check_choices(impl, max_tokens, fuse)
     if race is not None and not isinstance(race, Race):
         raise TypeError(f"race: expected a Race or None, got {type(race).__name__}")
     cache, kept = prompts, None
@@ -131,12 +135,14 @@ def score_prompts(
         raise ValueError("template, suffix, text_word, max_source, max_target: expected none beside a ResponseCache")
     elif instruction_role != "user":
         raise ValueError("instruction_role: expected none beside a ResponseCache")
-    scores = ScoringJob(model, cache, impl, max_tokens, progress).score(race)
+    scores = ScoringJob(model, cache, impl, max_tokens, progress, fuse).score(race)
     return scores if kept is None else scores.spread(kept)
 
 
-def check_choices(impl: str, max_tokens: int | None) -> None:
-    """Refuse an `impl` or `max_tokens` that is none."""
+def check_choices(impl: str, max_tokens: int | None, fuse: str | bool = "auto") -> None:
+    """Refuse an `impl`, `max_tokens` or `fuse` that is none."""
+    if fuse != "auto" and fuse is not False:
+        raise ValueError(f"fuse: expected 'auto' or False, got {fuse!r}")
     if impl not in IMPLS:
         raise ValueError(f"impl: expected one of {IMPLS}, got {impl!r}")
     if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 1):
@@ -193,8 +199,10 @@ class ScoringJob(Paths):
     # What the earlier rounds of a race settled.
     settled: Settled | None = None
 
-    def __init__(self, model, cache: ResponseCache, impl: str, max_tokens: int | None, progress: bool | None):
-        super().__init__(model, cache, impl, max_tokens or 0, progress)
+    def __init__(
+        self, model, cache: ResponseCache, impl: str, max_tokens: int | None, progress, fuse: str | bool = "auto"
+    ):
+        super().__init__(model, cache, impl, max_tokens or 0, progress, fuse)
         self.impl = impl
         self.max_tokens = max_tokens or DEFAULT_MAX_TOKENS.get(self.device.type, DEFAULT_MAX_TOKENS["cuda"])
         self.longest = int(cache.lengths.max()) + 1
@@ -239,7 +247,7 @@ class ScoringJob(Paths):
 
     def part(self, cells: np.ndarray) -> ScoringJob:
         """A job of some of this one's cells."""
-        return ScoringJob(self.model, self.cache.select(cells), self.impl, self.max_tokens, self.progress)
+        return ScoringJob(self.model, self.cache.select(cells), self.impl, self.max_tokens, self.progress, self.fuse)
 
     def _race(self, race: Race, tokens: np.ndarray) -> tuple[RaceState, Measured]:
         """Score what a race asks for, round by round; from the beginning if the path changes on the way."""
@@ -278,7 +286,7 @@ class ScoringJob(Paths):
         ):
             configs = configurations(self.model)
             foreign = foreign_code(self.model, configs)
-            key = fingerprint(self.model, self.device, configs, self.impl)
+            key = fingerprint(self.model, self.device, configs, f"{self.impl}, fuse={self.fuse}")
             with only_this_thread(self.inner):
                 return self._measure(_known.setdefault(self.inner, {}), key, foreign)
 

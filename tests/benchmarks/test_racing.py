@@ -25,7 +25,7 @@ def test_matrices_are_those_of_real_tasks(matrices):
         prompts, examples = one.scores.nll.shape
         assert prompts == 21 and 100 <= examples <= 250 and one.scores.nonfinite == []
         assert bool((one.scores.tokens > 0).all()) and float(one.scores.loss.max() / one.scores.loss.min()) > 1.005
-    assert len({one.task for one in matrices if one.set.startswith("smollm2")}) >= 5
+    assert len({one.task for one in matrices if one.set.startswith("smollm2")}) == 10
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(50, marks=pytest.mark.slow)])

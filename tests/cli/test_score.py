@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import sapo_kernels as sk
+from sapo_kernels.scoring import progress
 from sapo_peft import plain_loop, tiny_model, tiny_tokenizer
-from sapo_peft.cli import outputs, parts, ranking
+from sapo_peft.cli import outputs, ranking
 from sapo_peft.cli import score as score_command
 from tests.cli import cli_helpers
 from tests.cli.cli_helpers import PROMPTS, ROWS, SCORE, child, one_line_error, put, ranks
@@ -276,6 +277,8 @@ def test_writers_that_name_neither_file_nor_cause(tmp_path, monkeypatch):
     monkeypatch.setattr(outputs, "_cause", lambda path: OSError(28, "No space left on device"))
     with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/a'"), outputs.naming(tmp_path / "a"):
         raise RuntimeError("basic_ios::clear: iostream error")
+    with pytest.raises(OSError, match=f"Permission denied: '{tmp_path}/a'"), outputs.naming(tmp_path / "a"):
+        raise RuntimeError("SafetensorError: Error while serializing: I/O error: Permission denied (os error 13)")
     with pytest.raises(RuntimeError, match="other"), outputs.naming(tmp_path):
         raise RuntimeError("other")
     with pytest.raises(FileNotFoundError, match="theirs"), outputs.naming(tmp_path):
@@ -363,11 +366,13 @@ def test_only_the_same_call_is_gone_on_from(files, sapo, stopped):
 
 def test_progress_without_a_terminal(files, sapo, monkeypatch):
     put(files / "d.json", MANY)
-    monkeypatch.setattr(parts, "LINE_SECONDS", 0.0)
-    lines = sapo(*SCORE)[2].splitlines()
-    assert [line.partition(" cells")[0] for line in lines] == ["sapo: 48 of 300", "sapo: 240 of 300"]
-    assert all(line.endswith("about 1 min left") for line in lines)
-    assert sapo(*SCORE, "--quiet")[2] == ""
+    assert sapo(*SCORE)[2] == ""
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    for words, head, least in ((SCORE, "sapo: scoring: ", 2), ((*SCORE, "--race"), "sapo: race, at most: ", 1)):
+        lines = sapo(*words)[2].splitlines()
+        done = [int(line.removeprefix(head).partition(" of 300 cells, about 1 min left")[0]) for line in lines]
+        assert len(done) >= least and done == sorted(done) and done[0] > 0 and done[-1] < 300, lines
+        assert sapo(*words, "--quiet")[2] == ""
 
 
 def test_process_interrupted(files):

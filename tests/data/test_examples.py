@@ -2,12 +2,14 @@
 
 import json
 import os
+import time
 
 import datasets
 import pytest
 
 from sapo_kernels.files import DataError
 from sapo_peft import Examples, read_examples
+from sapo_peft.data import tables
 from sapo_peft.data.names import TaskNameError
 from tests.cli import cli_helpers
 from tests.cli.cli_helpers import SENTENCES, put
@@ -49,6 +51,7 @@ def test_datasets_and_the_hub(tmp_path, monkeypatch):
     made.to_parquet(tmp_path / "a.parquet")
     asked = []
     monkeypatch.setattr(datasets, "load_dataset", lambda *names, split: asked.append((*names, split)) or made)
+    monkeypatch.setattr(tables, "hub_answers", lambda name, kind: name == "owner/name" and kind == "dataset")
     for source in (made, tmp_path / "a.parquet", "owner/name", "owner/name:part", list(made)):
         examples = read_examples(source, split="test")
         digits = isinstance(source, list)
@@ -63,9 +66,12 @@ def test_datasets_and_the_hub(tmp_path, monkeypatch):
     with pytest.raises(TypeError, match="rows: expected a list of rows or a Dataset, got IterableDataset"):
         read_examples(made.to_iterable_dataset())
     monkeypatch.undo()
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(DataError, match="nobody/nothing: no such file, and not loaded from the hub"):
+    # Without a network: what is cached, and no retries for what is not.
+    monkeypatch.setattr(tables, "hub_answers", lambda name, kind: False)
+    started = time.monotonic()
+    with pytest.raises(DataError, match="nobody/nothing: no such file, and not loaded from the hub, which gives no an"):
         read_examples("nobody/nothing")
+    assert time.monotonic() - started < 5 and not datasets.config.HF_HUB_OFFLINE
     with pytest.raises(DataError, match=r"b\.parquet: expected a Parquet file"):
         read_examples(put(tmp_path / "b.parquet", b"PAR1"))
 

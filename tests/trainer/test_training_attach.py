@@ -266,7 +266,10 @@ def test_whatever_stands_in_a_prompt_stays_inside_its_block(tmp_path):
         assert "old" not in lines and lines[:4] == ["---", "a: 1", "---", "# Card"]
         assert 'Task "a\\n# b":' in lines
         after = lines[start + 1 :]
-        assert [line for line in after if line.startswith("    ")] == ["    " + line for line in text.splitlines()]
+        block = after[
+            after.index('Task "a\\n# b":') + 2 : next(i for i, one in enumerate(after) if "sapo try" in one) - 1
+        ]
+        assert block == ["    " + line for line in text.splitlines()]
         assert not any(line.startswith("#") for line in after)
     assert read_json(tmp_path / "sapo_prompts.json", max_bytes=10**6) == record
 

@@ -13,6 +13,8 @@ from sapo_kernels.files import DataError
 
 # How writers of tensors say that a file could not be written; they name neither it nor the cause.
 _WRITERS = re.compile(r"inline_container|basic_ios|iostream error|SafetensorError|PytorchStreamWriter")
+# And those that do name the cause.
+_NUMBER = re.compile(r"\(os error (\d+)\)")
 _PROBE_BYTES = 2**20
 
 
@@ -74,7 +76,8 @@ def naming(path: str | os.PathLike) -> Iterator[None]:
     except Exception as error:
         if not _WRITERS.search(f"{type(error).__name__} {error}"):
             raise
-        cause = _cause(path)
+        said = _NUMBER.search(str(error))
+        cause = OSError(int(said[1]), os.strerror(int(said[1]))) if said else _cause(path)
         raise (
             OSError(cause.errno, cause.strerror, os.fspath(path))
             if cause

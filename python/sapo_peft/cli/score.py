@@ -77,8 +77,8 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Score and print; every input is read and checked before the model is loaded."""
+    from ..locks import only_writer
     from .outputs import check_file
-    from .parts import Parts
 
     if args.template is not None and (args.suffix is not None or args.text_word is not None):
         raise ValueError("--template: expected it alone, got --suffix or --text-word too; write them into it")
@@ -96,6 +96,14 @@ def run(args: argparse.Namespace) -> int:
                   args.quiet)  # fmt: skip
     for pool, examples in jobs:
         say_notes([*pool.notes(), *examples.notes()], args.quiet)
+    with only_writer(args.out):
+        return _run(args, jobs, template)
+
+
+def _run(args: argparse.Namespace, jobs: list, template: str | None) -> int:
+    """The jobs one after another."""
+    from .parts import Parts
+
     parts = Parts(args.out, _record(args, template, *jobs[0]), resume=args.resume, overwrite=args.overwrite)
 
     import torch
@@ -191,10 +199,13 @@ def _score(args, model, tokenizer, template, pool: PromptPool, examples: Example
 def _scores(args: argparse.Namespace, model: Any, cache: ResponseCache, parts: Any) -> PromptScores:
     """In parts where they are kept or where nobody sees a bar; else at once."""
     import sapo_kernels as sk
+    from sapo_kernels.scoring.progress import Lines
 
     lines = not args.quiet and not sys.stderr.isatty()
     options = {"impl": args.impl, "max_tokens": args.max_tokens, "progress": False if args.quiet else None}
     if args.race:
+        if lines:
+            options["progress"] = Lines("race, at most", "cell", cache.num_prompts * cache.num_examples)
         return sk.score_prompts(model, cache, race=sk.Race(), **options)
     if parts.path is None and not lines:
         return sk.score_prompts(model, cache, **options)

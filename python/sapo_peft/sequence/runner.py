@@ -150,7 +150,10 @@ class _Start:
         with self.folder.staging(index, task.name) as staging:
             self.adapters.add(index, derived_seed(self.config.seed, index, "init"))
             self.progress.phase(index, "train", steps_of(task, self.config), "step")
-            trained = train_task(self.adapters, self.tokenizer, task, index, self.config, self.progress.step, self.now)
+            shown = self.progress
+            trained = train_task(
+                self.adapters, self.tokenizer, task, index, self.config, shown.step, shown.scoring, self.now
+            )
             self.progress.say(index, f"prompt {trained.scores.chosen} of {len(task.pool.prompts)} (0 is the original)")
             # The chosen prompt stands for its task, the original for those to come.
             chosen = [*(one.scores.chosen for one in self.done), trained.scores.chosen]

@@ -132,12 +132,13 @@ def train_task(
     index: int,
     config: SequenceConfig,
     tick: Callable[[int, float | None], None] | None = None,
+    scoring: Callable[[str, int], Any] | None = None,
     now: datetime | None = None,
 ) -> TrainedTask:
     """Choose the prompt of the `index`-th task (from 1) and train the newest adapter on it.
 
-    `tick` hears each step and the newest loss; `now` as in `SapoConfig`. The pool must have been
-    checked with the tokenizer.
+    `tick` hears each step and the newest loss; `scoring` is `Rescorer.progress`, `now` as in `SapoConfig`. The pool
+    must have been checked with the tokenizer.
 
     Raises: `FloatingPointError`: training has left a weight that is no number.
     """
@@ -155,6 +156,8 @@ def train_task(
             instruction_role=config.instruction_role, now=now,
         )  # fmt: skip
         callback = attach_sapo(trainer, task.pool, {task.pool.task: probe} if scored else None, options)
+        if callback.rescorer is not None:
+            callback.rescorer.progress = scoring
         policy = _Policy(callback, task, index, config)
         if not sapo:
             trainer.add_callback(policy)
