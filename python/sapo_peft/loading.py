@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from sapo_kernels.files import DataError, excerpt, read_json
+from sapo_kernels.scoring.render import with_end_token
 
 from .assets import tiny_base_folder
 from .gguf import MODELS, load_gguf, resolve
@@ -88,7 +89,7 @@ def load(name: str, adapter: str | None, dtype: str, device: str, tokenizer: str
         own = _load_tokenizer(name if tokenizer is None else tokenizer)
     if adapter is not None:
         model = _load_adapter(model, adapter)
-    return model.to(place).eval(), own
+    return model.to(place).eval(), with_end_token(own, model)
 
 
 def quiet_libraries() -> None:

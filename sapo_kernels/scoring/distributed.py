@@ -95,7 +95,7 @@ def score_prompts_sharded(
         check_choices(impl, max_tokens, race)
         if shards is not None and (type(shards) is not int or shards < 1):
             raise ValueError(f"shards: expected a whole number of at least 1, got {shards!r}")
-        cache = cache_of(prompts, examples, layout.pop("tokenizer", None), layout)
+        cache = cache_of(prompts, examples, layout.pop("tokenizer", None), layout, model)
         job = ShardedJob(model, cache, impl, max_tokens, ranks, shards)
         if ranks:
             job.check_alike(race)

@@ -13,7 +13,7 @@ from .paths import TREE
 from .prefix_cache import PrefixCache
 from .prompt_scores import PromptScores
 from .race import Race, RaceState
-from .render import Template, without_empty_targets
+from .render import Template, with_end_token, without_empty_targets
 from .response_cache import ResponseCache
 from .verified_paths import Measured, Settled, VerifiedPaths
 
@@ -33,6 +33,7 @@ def score_prompts(
     text_word: str = "Text",
     max_source: int = 1536,
     max_target: int = 128,
+    instruction_role: str = "user",
     max_tokens: int | None = None,
     impl: str = "auto",
     progress: bool | Callable[[int, int], None] | None = None,
@@ -57,9 +58,9 @@ def score_prompts(
         model: a transformers causal LM or a PeftModel of one, trained or in training, on any device. It is left as it
             was (mode, adapters, attention implementation, RNG, gradients), also after an exception.
         prompts: K instructions, or a `ResponseCache`; then `examples` and everything about rendering is in it already.
-        examples: M mappings with "input" and "target" (or "sentence" and "label").
+        examples: M mappings with "input" and "target" (or "sentence" and "label"), or with ``messages``.
         tokenizer: needed unless `prompts` is a `ResponseCache`.
-        template, suffix, text_word, max_source, max_target: see `ResponseCache.build`.
+        template, suffix, text_word, max_source, max_target, instruction_role: see `ResponseCache.build`.
         max_tokens: new tokens per forward; default 1024 on a CPU, 16384 on a GPU. Smaller saves memory and never
             recomputes a token.
         impl: "auto"; "tree" to insist on the trie, "triton", "sdpa" or "reference" to insist on it with that backend;
@@ -87,16 +88,23 @@ def score_prompts(
     race scores the same cells in other passes, so within the same bound of a call without one, not bitwise.
     Source: SAPO, arXiv 2606.01967.
     """
-    usual = {"template": None, "suffix": "", "text_word": "Text", "max_source": 1536, "max_target": 128}
+    usual = {
+        "template": None,
+        "suffix": "",
+        "text_word": "Text",
+        "max_source": 1536,
+        "max_target": 128,
+        "instruction_role": "user",
+    }
     given = {"template": template, "suffix": suffix, "text_word": text_word, "max_source": max_source,
-             "max_target": max_target, "skip_empty": skip_empty}  # fmt: skip
+             "max_target": max_target, "instruction_role": instruction_role, "skip_empty": skip_empty}  # fmt: skip
     check_choices(impl, max_tokens, race, fuse)
     kept = None
     if skip_empty and not isinstance(prompts, ResponseCache):
         examples, kept = without_empty_targets([] if examples is None else examples)
         given["skip_empty"] = False
     layout = {name: value for name, value in given.items() if value != usual.get(name, False)}
-    cache = cache_of(prompts, examples, tokenizer, layout)
+    cache = cache_of(prompts, examples, tokenizer, layout, model)
     scores = ScoringJob(model, cache, impl, max_tokens, progress, fuse).score(race)
     return scores if kept is None else scores.spread(kept)
 
@@ -113,7 +121,7 @@ def check_choices(impl: str, max_tokens: int | None, race: Race | None = None, f
         raise TypeError(f"race: expected a Race or None, got {type(race).__name__}")
 
 
-def cache_of(prompts, examples, tokenizer, layout: Mapping) -> ResponseCache:
+def cache_of(prompts, examples, tokenizer, layout: Mapping, model) -> ResponseCache:
     """The cache that `prompts` is, or one made of them; `layout`: options of `ResponseCache.build`, not for a cache."""
     if isinstance(prompts, ResponseCache):
         names = [*(["examples"] if examples is not None else []), *layout]
@@ -122,6 +130,7 @@ def cache_of(prompts, examples, tokenizer, layout: Mapping) -> ResponseCache:
         return prompts
     if tokenizer is None:
         raise ValueError("tokenizer: expected one to read the prompts with, got None")
+    tokenizer = with_end_token(tokenizer, model)
     return ResponseCache.build(tokenizer, prompts, [] if examples is None else examples, **layout)
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from datetime import datetime
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from sapo_peft.cli import outputs, ranking
 from sapo_peft.cli import score as score_command
 from tests.cli import cli_helpers
 from tests.cli.cli_helpers import PROMPTS, ROWS, SCORE, child, one_line_error, put, ranks
+from tests.oracles import DATED
 
 files = cli_helpers.files
 model = cli_helpers.model
@@ -124,7 +126,7 @@ def test_options_reach_the_scoring(files, sapo, monkeypatch):
     assert sapo(*SCORE, *arguments, "--impl", "padded", "--max-tokens", "300", "--quiet")[0] == 0
     assert seen == {
         "template": None, "suffix": "S", "text_word": "W", "max_source": 99, "max_target": 7, "impl": "padded",
-        "max_tokens": 300, "progress": False,
+        "max_tokens": 300, "progress": False, "now": None, "instruction_role": "user",
     }  # fmt: skip
 
 
@@ -316,6 +318,36 @@ def test_a_stopped_call_is_gone_on_from(files, sapo, stopped):
     one, two = (json.loads(text) for text in (resumed, (files / "t.json").read_bytes()))
     one["stats"].pop("seconds"), two["stats"].pop("seconds")
     assert one == two
+
+
+@pytest.fixture
+def dated(monkeypatch):
+    """A tokenizer whose template shows the time."""
+    monkeypatch.setattr("sapo_peft.tiny_random.CHAT_TEMPLATE", DATED)
+
+
+def test_a_call_that_is_gone_on_from_on_another_day_keeps_its_date(files, sapo, dated, stopped, monkeypatch):
+    begun = json.loads((files / "s.json.part").read_text())["made_with"]["now"]
+    monkeypatch.setattr("sapo_peft.cli.parts.STARTED", datetime(2001, 1, 1))
+    assert sapo(*SCORE, "--out", "s.json", "--resume")[0] == 0 and stopped[3:] == [20]
+    assert sapo(*SCORE, "--out", "t.json")[0] == 0
+    one, two = (json.loads((files / name).read_text()) for name in ("s.json", "t.json"))
+    assert one["now"] == begun != two["now"] == "2001-01-01T00:00:00" and one["nll"] != two["nll"]
+
+
+def test_messages_and_the_turn_of_the_instruction(files, sapo):
+    talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "text"},
+            {"role": "assistant", "content": "label"}]  # fmt: skip
+    put(files / "d.json", [{"messages": talk}, {"messages": talk[1:]}])
+    found = {}
+    for role in ("user", "system"):
+        code, out, _ = sapo(*SCORE, "--instruction-role", role, "--out", f"{role}.json")
+        assert code == 0 and "2 of 2 examples" in out
+        found[role] = json.loads((files / f"{role}.json").read_text())
+        assert found[role]["instruction_role"] == role
+    assert found["user"]["tokens"] == found["system"]["tokens"] and found["user"]["nll"] != found["system"]["nll"]
+    put(files / "d.json", [{"messages": talk}, {"messages": talk[:2]}])
+    one_line_error(sapo(*SCORE), "d.json: row 1: messages: expected a user's and then the assistant's turn at the end")
 
 
 def test_only_the_same_call_is_gone_on_from(files, sapo, stopped):

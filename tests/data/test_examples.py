@@ -102,6 +102,30 @@ def test_columns_become_text(tmp_path, name):
         assert note is None or any(note in one for one in examples.notes()), examples.notes()
 
 
+def test_messages(tmp_path):
+    """In every format that has lists, also as prompt and completion; counts look at the turns before too."""
+    first = {"role": "system", "content": "Be brief."}
+    talks = [
+        [{"role": "user", "content": f"s{i // 2}"}, {"role": "assistant", "content": f"l{i // 2}"}] for i in range(4)
+    ]
+    talks[1].insert(0, first)
+    rows = [{"id": str(i), "messages": talk} for i, talk in enumerate(talks)]
+    pairs = [{"prompt": talk[:-1], "completion": talk[-1:]} for talk in talks]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "d.parquet")
+    sources = [rows, pairs, datasets.Dataset.from_list(rows), put(tmp_path / "d.json", rows),
+               put(tmp_path / "d.jsonl", lines(rows)), tmp_path / "d.parquet"]  # fmt: skip
+    for source in sources:
+        examples = read_examples(source)
+        assert [(row["input"], row["target"]) for row in examples] == [(f"s{i // 2}", f"l{i // 2}") for i in range(4)]
+        assert [row["history"] for row in examples] == [[], [first], [], []]
+        assert (examples.duplicates, examples.conflicts, examples.total) == (1, 0, 4)
+    with pytest.raises(DataError, match="rows: row 1: messages: expected a user's and then"):
+        read_examples([rows[0], {"id": "1", "messages": talks[0][:1]}])
+    # Beside two texts, messages are named as not used.
+    both = read_examples([{**row, "input": "i", "target": "t"} for row in rows])
+    assert both[0] == {"input": "i", "target": "t"} and "'messages'" in "".join(both.notes())
+
+
 def test_chosen_columns(tmp_path):
     path = put(tmp_path / "x.jsonl", lines([{"a": "s0", "b": "l0", "text": "t", "label": "w"}]))
     assert read_examples(path, "a", "b") == [{"input": "s0", "target": "l0"}]

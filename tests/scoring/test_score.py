@@ -265,6 +265,7 @@ def test_rows_of_several_passes_wait_for_each_other(tiny_model, cache, rows, mon
         ({"max_tokens": 0}, ValueError, "max_tokens: expected a whole number of at least 1, got 0"),
         ({"examples": EXAMPLES}, ValueError, "examples: expected none beside"),
         ({"suffix": "x"}, ValueError, "suffix: expected none beside a ResponseCache"),
+        ({"instruction_role": "system"}, ValueError, "instruction_role: expected none beside a ResponseCache"),
         ({"max_target": 3, "skip_empty": True}, ValueError, "max_target, skip_empty: expected none beside"),
         ({"prompts": PROMPTS, "examples": EXAMPLES}, ValueError, "tokenizer: expected one"),
         ({"prompts": PROMPTS, "tokenizer": byte_tokenizer()}, ValueError, "examples: .*an empty list"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+from datetime import datetime
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 import sapo_kernels as sk
 from sapo_kernels.files import DataError, excerpt, read_json, remove_temporary, write_json
 from sapo_kernels.scoring.progress import Lines
+from sapo_kernels.scoring.render import STARTED
 
 from .outputs import naming
 
@@ -40,6 +42,17 @@ class Parts:
             # Whoever writes to `out` has its lock.
             remove_temporary(self.path)
         self.resumed = there and resume
+
+    def moment(self) -> datetime:
+        """What a template that shows a date is shown: also on another day that of the call which is gone on from."""
+        record = read_json(self.path).get(RECORD) if self.resumed else None
+        text = record.get("now") if isinstance(record, dict) else None
+        try:
+            now = datetime.fromisoformat(text) if text else STARTED
+        except (TypeError, ValueError):
+            raise DataError(f"{self.path}: now: expected a date and time, got {excerpt(text)}") from None
+        self.record["now"] = now.isoformat()
+        return now
 
     def score(self, model: Any, cache: sk.ResponseCache, spoken: bool, **options: Any) -> sk.PromptScores:
         """`score_prompts` part by part; if `spoken`, a line on stderr every half minute says how far it is."""

@@ -58,6 +58,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     add("--template", metavar="FILE_OR_STRING", help="user turn with {prompt} and {input}")
     add("--suffix", metavar="TEXT", help="answer-format line after the input (default: the task's own)")
     add("--text-word", metavar="WORD", help="word that heads the input (default: the task's own or Text)")
+    add("--instruction-role", default="user", choices=("user", "system"), help="turn that the instruction is in")
     for option, most, what in (("--max-source", 1536, "context"), ("--max-target", 128, "response")):
         add(option, type=_positive, default=most, metavar="N", help=f"longest {what} in tokens (default {most})")
     add("--race", action="store_true", help="score only the cells that it takes to find the best prompt")
@@ -107,16 +108,19 @@ def _run(args: argparse.Namespace, jobs: list, template: str | None) -> int:
 
     import torch
 
+    from sapo_kernels.scoring.render import reads_clock
+
     from ..loading import load, spare_threads
 
     spare_threads(args.model)
     model, tokenizer = load(args.model, args.adapter, args.dtype, args.device, args.tokenizer)
+    now = parts.moment() if reads_clock(tokenizer) else None
     total = _Times()
     with log_on_stderr("sapo_kernels", args.quiet):
         for number, (pool, examples) in enumerate(jobs):
             if number:
                 print()
-            total.add(_score(args, model, tokenizer, template, pool, examples, parts, first=number == 0))
+            total.add(_score(args, model, tokenizer, template, pool, examples, parts, now, first=number == 0))
     if len(jobs) > 1:
         print("\n".join(["", f"All {len(jobs)} tasks together:", *total.lines()]))
     if total.difference > TOLERANCE and next(model.parameters()).dtype == torch.float32:
@@ -151,7 +155,7 @@ class _Times:
         return lines
 
 
-def _score(args, model, tokenizer, template, pool: PromptPool, examples: Examples, parts, first: bool) -> _Times:
+def _score(args, model, tokenizer, template, pool: PromptPool, examples: Examples, parts, now, first) -> _Times:
     import sapo_kernels as sk
 
     from .ranking import best_texts, conclusion, ranked_table, rendered_example
@@ -163,6 +167,7 @@ def _score(args, model, tokenizer, template, pool: PromptPool, examples: Example
     cache = sk.ResponseCache.build(
         tokenizer, pool.prompts, examples, template=template, suffix=suffix, text_word=word,
         max_source=args.max_source, max_target=args.max_target,
+        instruction_role=args.instruction_role, now=now,
     )  # fmt: skip
     times = _Times(prepare=time.perf_counter() - started)
     started = time.perf_counter()
@@ -283,7 +288,7 @@ def _record(args: argparse.Namespace, template: str | None, pool: PromptPool, ex
         "model": args.model, "adapter": args.adapter, "tokenizer": args.tokenizer, "dtype": args.dtype,
         "task": pool.task, "data": examples.source, "columns": list(examples.columns), "template": template,
         "suffix": suffix, "text_word": word, "max_source": args.max_source, "max_target": args.max_target,
-        "impl": args.impl,
+        "instruction_role": args.instruction_role, "impl": args.impl,
     }  # fmt: skip
 
 

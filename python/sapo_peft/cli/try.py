@@ -57,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
         cache = sk.ResponseCache.build(
             tokenizer, [prompt.prompt], [{"input": text, "target": "x"}], template=prompt.template,
             suffix=prompt.suffix, text_word=prompt.text_word, max_source=args.max_source,
+            instruction_role=prompt.instruction_role,
         )  # fmt: skip
         if earlier:
             say_notes([f"in training {earlier} adapters of earlier tasks were active too; they are not in this folder, "
@@ -66,8 +67,9 @@ def run(args: argparse.Namespace) -> int:
         context = cache.contexts[0][0]
         if not args.quiet:
             print(f"What the model reads:\n{_lines(tokenizer.decode(context))}", file=sys.stderr)
-        renderer = Renderer(tokenizer, prompt.template, prompt.suffix, prompt.text_word)
-        stops, closings = closing(renderer, prompt.prompt, text, end_tokens(model, tokenizer))
+        role = prompt.instruction_role
+        renderer = Renderer(tokenizer, prompt.template, prompt.suffix, prompt.text_word, instruction_role=role)
+        stops, closings = closing(renderer, prompt.prompt, {"input": text}, end_tokens(model, tokenizer))
         pad = padding_token(tokenizer)
         ((_, (ids,)),) = greedy(model, [context], args.max_new_tokens, stops, pad, 1)
     print(_lines(answer_of(tokenizer, ids, closings).strip(), ""))

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from sapo_kernels.scoring.model_support import (
     tree_refusal,
     unwrap,
 )
-from sapo_kernels.scoring.render import Renderer, special_tokens
+from sapo_kernels.scoring.render import PROBE, Renderer, special_tokens
 
 from .config import SequenceConfig
 from .metrics import SCORES, best
@@ -28,18 +29,20 @@ from .tasks import SequenceTask
 
 # What is kept of the answers to a task, so that a reader sees a few before and after.
 MAX_ANSWERS, MAX_TEXT = 5, 2000
-# Stands for an answer where only what follows one is of interest; no template has it in its own text.
-_ANSWER = "zqxjk"
 
 
 class Evaluator:
     """Evaluates a model on the test examples of all tasks; text is rendered and tokenised once per task and prompt.
 
-    model: as it is before the first task; its generation configuration says which tokens end an answer.
+    model: as it is before the first task; its generation configuration says which tokens end an answer. now: what
+    templates that show a date are shown.
     """
 
-    def __init__(self, model: Any, tasks: Sequence[SequenceTask], tokenizer: Any, config: SequenceConfig):
-        self.tasks, self.tokenizer, self.config = tasks, tokenizer, config
+    def __init__(
+        self, model: Any, tasks: Sequence[SequenceTask], tokenizer: Any, config: SequenceConfig,
+        now: datetime | None = None,
+    ):  # fmt: skip
+        self.tasks, self.tokenizer, self.config, self.now = tasks, tokenizer, config, now
         self._ends = end_tokens(model, tokenizer)
         self._caches: dict[int, tuple[int, sk.ResponseCache]] = {}
         self._closings: dict[int, tuple[list[int], list[str]]] = {}
@@ -53,6 +56,7 @@ class Evaluator:
             cache = sk.ResponseCache.build(
                 self.tokenizer, [pool.prompts[prompt]], self.tasks[task].test, suffix=pool.suffix,
                 text_word=pool.text_word, max_source=config.max_source, max_target=config.max_target,
+                instruction_role=config.instruction_role, now=self.now,
             )  # fmt: skip
             self._caches[task] = prompt, cache
         return cache
@@ -111,9 +115,9 @@ class Evaluator:
     def closing(self, task: int) -> tuple[list[int], list[str]]:
         """`closing` of a task of the sequence."""
         if task not in self._closings:
-            pool = self.tasks[task].pool
-            renderer = Renderer(self.tokenizer, None, pool.suffix, pool.text_word)
-            self._closings[task] = closing(renderer, pool.prompts[0], self.tasks[task].test[0]["input"], self._ends)
+            pool, role = self.tasks[task].pool, self.config.instruction_role
+            renderer = Renderer(self.tokenizer, None, pool.suffix, pool.text_word, instruction_role=role)
+            self._closings[task] = closing(renderer, pool.prompts[0], self.tasks[task].test[0], self._ends)
         return self._closings[task]
 
 
@@ -123,7 +127,7 @@ def end_tokens(model: Any, tokenizer: Any) -> set[int]:
     return {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
 
 
-def closing(renderer: Renderer, prompt: str, text: str, ends: set[int]) -> tuple[list[int], list[str]]:
+def closing(renderer: Renderer, prompt: str, example: Mapping[str, Any], ends: set[int]) -> tuple[list[int], list[str]]:
     """(ids that end an answer, texts that end one).
 
     What closes the assistant's turn is in the responses that the model is trained on; some templates only begin the
@@ -131,9 +135,11 @@ def closing(renderer: Renderer, prompt: str, text: str, ends: set[int]) -> tuple
     """
     tokenizer = renderer.tokenizer
     # Not a target of the task: one of few letters may stand in the closing itself.
-    rendered = renderer.render(prompt, {"input": text, "target": _ANSWER})
+    rendered = renderer.render(prompt, {**example, "target": PROBE})
     stops, texts = set(ends), []
-    for end in (rendered.response.rpartition(_ANSWER)[2].strip(), _next_turn(tokenizer)):
+    # The end token that stands behind what does not close the turn is among the ends already.
+    closed = rendered.response.rpartition(PROBE)[2].removesuffix(tokenizer.eos_token or "")
+    for end in (closed.strip(), _next_turn(tokenizer)):
         first = [one for one in special_tokens(tokenizer) if end.startswith(one)]
         if first:
             stops.add(tokenizer.convert_tokens_to_ids(max(first, key=len)))
@@ -156,12 +162,12 @@ def padding_token(tokenizer: Any) -> int:
 
 def _next_turn(tokenizer: Any) -> str:
     """What the chat template puts between an answer and the next question, or nothing."""
-    turns = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", _ANSWER), ("user", "zzz"))]
+    turns = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", PROBE), ("user", "zzz"))]
     try:
         text = tokenizer.apply_chat_template(turns, tokenize=False)
     except Exception:  # no template, or one for a single turn
         return ""
-    return text.rpartition(_ANSWER)[2].partition("zzz")[0].strip() if _ANSWER in text else ""
+    return text.rpartition(PROBE)[2].partition("zzz")[0].strip() if PROBE in text else ""
 
 
 def greedy(

@@ -290,7 +290,7 @@ class SapoCallback(TrainerCallback):
     def prompts(self) -> dict[str, Any]:
         """What whoever loads the adapter needs to know: the content of ``sapo_prompts.json``."""
         last = self._of_best or (self.history[-1] if self.history else None)
-        return prompt_record(self.choice, last, self.config.template)
+        return prompt_record(self.choice, last, self.config.template, self.config.instruction_role)
 
 
 @torch.no_grad()

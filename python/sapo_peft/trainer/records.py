@@ -7,7 +7,7 @@ import logging
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -57,6 +57,7 @@ class PromptOfTask(BaseModel):
     prompt: str
     suffix: str
     text_word: str
+    instruction_role: Literal["user", "system"] = "user"
     # None: the usual layout; else a layout of the caller's, its text or, of a function, its name in angle brackets.
     template: str | None = None
 
@@ -115,7 +116,7 @@ def excerpt_line(text: str, limit: int = 100) -> str:
     return json.dumps(text if len(text) <= limit else text[:limit] + "...", ensure_ascii=True)
 
 
-def prompt_record(choice: Choice, last: Scoring | None, template: Any = None) -> dict[str, Any]:
+def prompt_record(choice: Choice, last: Scoring | None, template: Any, instruction_role: str) -> dict[str, Any]:
     """For each task the prompt that is chosen, its loss and the original's, and how to render it."""
     tasks = {}
     for p, (task, pool) in enumerate(choice.pools.items()):
@@ -127,6 +128,7 @@ def prompt_record(choice: Choice, last: Scoring | None, template: Any = None) ->
             "original": pool.prompts[0],
             "suffix": pool.suffix,
             "text_word": pool.text_word,
+            "instruction_role": instruction_role,
             "loss": numbers(losses[index]) if losses else None,
             "original_loss": numbers(losses[0]) if losses else None,
             "prompts": len(pool.prompts),
@@ -163,8 +165,9 @@ def write_beside_adapter(
     for task, entry in record["tasks"].items():
         lines += [f"Task {excerpt_line(task)}:", "", *_indented(entry["prompt"]), ""]
     lines += ["`sapo try FOLDER --input TEXT` answers with the adapter and its prompt.", ""]
-    # A layout of the caller's is rendered by the caller.
-    if not any(entry.get("template") for entry in record["tasks"].values()):
+    # Another layout than the usual one is rendered by the caller.
+    entries = record["tasks"].values()
+    if not any(entry.get("template") or entry.get("instruction_role") == "system" for entry in entries):
         lines[-2] = lines[-2].removesuffix(".") + "; so does this:"
         lines += _indented(_SNIPPET)
     section = "\n".join(lines).rstrip()

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from typing import Any
 
 import torch
@@ -50,23 +51,30 @@ class Rescorer:
         probes: for each task the examples to score on.
         tokenizer, config: as in `attach_sapo`.
         patience: seconds after which a rank that the others wait for is given up.
+        now: as in `SapoConfig`.
     """
 
     def __init__(
         self, choice: Choice, probes: Mapping[str, Sequence], tokenizer: Any, config: SapoConfig,
-        patience: float = DEFAULT_TIMEOUT,
+        patience: float = DEFAULT_TIMEOUT, now: datetime | None = None,
     ):  # fmt: skip
         self.choice, self.config, self.patience = choice, config, patience
-        self.caches = {
-            task: sk.ResponseCache.build(
-                tokenizer, pool.prompts, probes[task], config.template, suffix=pool.suffix, text_word=pool.text_word,
-                max_source=config.max_source, max_target=config.max_target,
-            )
-            for task, pool in choice.pools.items()
-        }  # fmt: skip
-        self._told = False
+        self.probes, self.tokenizer, self._told = probes, tokenizer, False
         # What hears how far a scoring is: made for each one, from its name and its cells.
         self.progress: Callable[[str, int], Any] | None = None
+        self.render(now)
+
+    def render(self, now: datetime | None) -> None:
+        """Everything that is scored, as of that moment; see `SapoConfig.now`."""
+        config = self.config
+        self.caches = {
+            task: sk.ResponseCache.build(
+                self.tokenizer, pool.prompts, self.probes[task], config.template, suffix=pool.suffix,
+                text_word=pool.text_word, max_source=config.max_source, max_target=config.max_target,
+                instruction_role=config.instruction_role, now=now,
+            )
+            for task, pool in self.choice.pools.items()
+        }  # fmt: skip
 
     def _scores(self, model: Any, task: str, cache: sk.ResponseCache, race: sk.Race | None) -> sk.PromptScores:
         """Shared out where there are several ranks and each may score cells of its own, else all cells on each."""
