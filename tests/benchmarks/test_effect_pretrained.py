@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from benchmarks.effect.policies import CANDIDATES
 from benchmarks.racing import Matrix
 from sapo_kernels import PromptScores, score_prompts
 from sapo_peft.assets import BUNDLED_DIR
+from sapo_peft.gguf import MODELS
 from sapo_peft.sequence import read_tasks
 from sapo_peft.tiny_base import load_tiny_base
 
@@ -89,10 +90,20 @@ def test_the_plan():
     assert all(len(design.prompts_of(task)) == 8 and design.prompts_of(task)[0] == 0 for task in design.TRAINED)
 
 
+def test_every_planned_single_run_is_there_once_and_of_this_design():
+    found = rows.load("single_smollm2")
+    groups = pretrained_table.complete(found["rows"])
+    assert sorted(groups) == sorted(design.single_runs()) and len(found["rows"]) == 8 * len(groups)
+    made_by = found["made_by"]
+    assert made_by["base"] == MODELS["smollm2"].sha256
+    given = {**asdict(design.SINGLE), "warm_steps": design.WARM_STEPS, "input_tokens": design.INPUT_TOKENS}
+    assert made_by["single"] == given
+
+
 def row(prompt, pre, forgetting=0.0, error=0.1, near=0.5, cold=1.0, task=design.TRAINED[0]):
     losses = {f"pre_{kind}_{count}": pre for kind in pretrained.REDUCTIONS for count in design.PROBES}
     return {"task": task, "seed": 1, "prompt": prompt, "pre": pre, **losses, "pre_error_16": error, "near": near,
-            "pre_cold_8": cold, "forgetting": forgetting, "others": 0.0, "own": pre}  # fmt: skip
+            "pre_cold_8": cold, "forgetting": forgetting, "others": forgetting, "own": pre}  # fmt: skip
 
 
 def test_policies_by_hand():
