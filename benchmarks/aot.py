@@ -99,8 +99,7 @@ def _compiled(work: tuple) -> Use:
     from .candidates import in_use
 
     job, options = work
-    op = job.kernel.split()[0]
-    with in_use(op, options) if options is not None else nullcontext():
+    with in_use(job.kernel, options) if options is not None else nullcontext():
         chosen = _options_of(job)
         row = build(job)
     threads = 32 * chosen.get("num_warps", 4)
@@ -124,11 +123,16 @@ def work_list(with_candidates: bool, target: str = "sm_90") -> list[tuple]:
     listed = [(job, None) for job in jobs(short=False) if job.target in PARTS]
     if with_candidates:
         capability = int(target[3:])
-        for shape in (("bf16", 128, 128, 4, 64, ""), ("bf16", 64, 64, 2, 64, "")):
-            for options in candidates.attention(shape[1], torch.bfloat16, capability)[1:]:
-                listed.append((Job("tree_attention", shape, target), options))
+        for shape in (("bf16", 128, 128, 4, ""), ("bf16", 64, 64, 2, "")):
+            for kernel, found in (
+                ("", candidates.attention),
+                (" queries", candidates.queries),
+                (" keys", candidates.keys),
+            ):
+                for options in found(shape[1], torch.bfloat16, capability)[1:]:
+                    listed.append((Job(f"tree_attention{kernel}", shape, target), options))
         for options in candidates.logprob(4096, torch.bfloat16, capability)[1:]:
-            listed.append((Job("linear_logprob", ("bf16", 4096, ""), target), options))
+            listed.append((Job("linear_logprob", ("bf16", 4096, "d"), target), options))
     return listed
 
 

@@ -10,12 +10,23 @@ from collections.abc import Iterator
 
 import torch
 
-# (rows of a tile, keys of a tile, warps, stages). Those that spill on sm_90 at head 128 (results/aot.csv) come last.
-ATTENTION = ((128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3), (128, 32, 8, 3), (64, 32, 4, 3),
-             (128, 128, 8, 2), (64, 128, 4, 2), (128, 64, 4, 2))  # fmt: skip
+# (rows of a tile, keys at once, warps, stages). At most trie.tiles.TILE_ROWS rows and CHUNK keys.
+ATTENTION = (
+    (64, 32, 4, 2),
+    (64, 32, 4, 3),
+    (64, 32, 4, 4),
+    (64, 16, 4, 3),
+    (64, 16, 4, 4),
+    (64, 32, 8, 3),
+    (32, 32, 4, 3),
+)
+# The same of the backward kernels: of dQ, and of dK and dV (rows at once, at most KEY_TILE keys of a piece).
+QUERIES = ((64, 32, 4, 2), (64, 32, 4, 3), (64, 16, 4, 3), (64, 32, 8, 2), (32, 32, 4, 2))
+KEYS = ((32, 32, 4, 2), (32, 64, 4, 2), (64, 64, 8, 2), (64, 64, 8, 3), (32, 32, 4, 3), (64, 32, 4, 2))
 # (rows, columns, hidden of a tile, warps, stages), likewise.
 LOGPROB = ((128, 128, 64, 8, 4), (128, 128, 64, 8, 3), (64, 256, 64, 8, 3), (64, 128, 64, 4, 4), (128, 128, 32, 8, 4),
            (128, 64, 64, 4, 4), (256, 128, 64, 8, 3), (128, 256, 64, 8, 3), (128, 128, 64, 4, 4))  # fmt: skip
+ATTENTION_NAMES = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
 TOY_ATTENTION = ((32, 16, 1, 1), (16, 16, 1, 1))
 TOY_LOGPROB = ((16, 32, 32, 1, 1), (16, 16, 32, 1, 1))
 
@@ -30,8 +41,23 @@ def attention(head_dim: int, dtype: torch.dtype, capability: int, toy: bool = Fa
     """Options of the tree_attention kernel, those of its `config` first."""
     from sapo_kernels.tree_attention import triton as module
 
-    names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
-    return _with_first(module.config(head_dim, dtype, capability), names, TOY_ATTENTION if toy else ATTENTION)
+    return _with_first(module.config(head_dim, dtype, capability), ATTENTION_NAMES, TOY_ATTENTION if toy else ATTENTION)
+
+
+def queries(head_dim: int, dtype: torch.dtype, capability: int, toy: bool = False) -> list[dict[str, int]]:
+    """Options of the kernel for dQ, those of its `queries_config` first."""
+    from sapo_kernels.tree_attention import triton_backward as module
+
+    first = module.queries_config(head_dim, dtype, capability)
+    return _with_first(first, ATTENTION_NAMES, TOY_ATTENTION if toy else QUERIES)
+
+
+def keys(head_dim: int, dtype: torch.dtype, capability: int, toy: bool = False) -> list[dict[str, int]]:
+    """Options of the kernel for dK and dV, those of its `keys_config` first."""
+    from sapo_kernels.tree_attention import triton_backward as module
+
+    first = module.keys_config(head_dim, dtype, capability)
+    return _with_first(first, ATTENTION_NAMES, TOY_ATTENTION if toy else KEYS)
 
 
 def logprob(hidden: int, dtype: torch.dtype, capability: int, toy: bool = False) -> list[dict[str, int]]:
@@ -39,10 +65,18 @@ def logprob(hidden: int, dtype: torch.dtype, capability: int, toy: bool = False)
     from sapo_kernels.linear_logprob import triton as module
 
     names = ("BLOCK_M", "BLOCK_V", "BLOCK_K", "num_warps", "num_stages")
-    return _with_first(module.config(hidden, dtype, capability), names, TOY_LOGPROB if toy else LOGPROB)
+    described = 90 <= capability < 120 and dtype != torch.float32
+    return _with_first(module.config(hidden, dtype, capability, described), names, TOY_LOGPROB if toy else LOGPROB)
 
 
 CANDIDATES = {"tree_attention": attention, "linear_logprob": logprob}
+# Where the function lies that chooses the configuration of each kernel.
+CHOSEN_BY = {
+    "tree_attention": ("tree_attention.triton", "config"),
+    "tree_attention queries": ("tree_attention.triton_backward", "queries_config"),
+    "tree_attention keys": ("tree_attention.triton_backward", "keys_config"),
+    "linear_logprob": ("linear_logprob.triton", "config"),
+}
 
 
 def _with_first(first: dict[str, int], names: tuple[str, ...], others) -> list[dict[str, int]]:
@@ -56,14 +90,15 @@ def _with_first(first: dict[str, int], names: tuple[str, ...], others) -> list[d
 
 
 @contextlib.contextmanager
-def in_use(op: str, options: dict[str, int]) -> Iterator[None]:
-    """The launcher of `op` ("tree_attention" or "linear_logprob") takes `options` for the block."""
+def in_use(kernel: str, options: dict[str, int]) -> Iterator[None]:
+    """The launcher of a kernel of `CHOSEN_BY` takes `options` for the block."""
     import importlib
 
-    module = importlib.import_module(f"sapo_kernels.{op}.triton")
-    own = module.config
-    module.config = lambda *_, **__: dict(options)
+    path, name = CHOSEN_BY[kernel]
+    module = importlib.import_module(f"sapo_kernels.{path}")
+    own = getattr(module, name)
+    setattr(module, name, lambda *_, **__: dict(options))
     try:
         yield
     finally:
-        module.config = own
+        setattr(module, name, own)

@@ -25,17 +25,23 @@ BACKENDS = {
 _library = torch.library.Library("sapo_kernels", "FRAGMENT")
 
 # position, subtree_end: [Tk] int32. block_start, span_ptr: [B + 1] int32. span: [S, 2] int32. See trie.TriePass.
+# tiles: its tiles of `tile_tokens` queries, made from these where there are none. past_k, past_v: keys and values in
+# front of those of the pass, which k and v then are alone; without gradients. pieces: for the backward pass.
 _library.define(
     "tree_attention(Tensor q, Tensor k, Tensor v, Tensor position, Tensor subtree_end, Tensor block_start, "
     "Tensor span_ptr, Tensor span, Tensor? sinks, float scale, int? window, float? softcap, int block_tokens, "
-    "str impl, bool with_lse) -> (Tensor out, Tensor lse)",
+    "str impl, bool with_lse, Tensor? tiles=None, int tile_tokens=0, Tensor? past_k=None, "
+    "Tensor? past_v=None, Tensor? pieces=None) "
+    "-> (Tensor out, Tensor lse)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 # lse: [Tq, Hq], the log-sum-exp of each row's logits, nats; [0] unless `with_lse`. dsinks: [0] without sinks.
 _library.define(
     "tree_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor position, "
     "Tensor subtree_end, Tensor block_start, Tensor span_ptr, Tensor span, Tensor? sinks, float scale, int? window, "
-    "float? softcap, int block_tokens, str impl) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)",
+    "float? softcap, int block_tokens, str impl, Tensor? tiles=None, int tile_tokens=0, "
+    "Tensor? pieces=None) "
+    "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 # targets: [P] int64 sorted by row; target_ptr: [R + 1] int64. mean: [R, D] if `with_mean`, else [0, D]: what the
@@ -106,26 +112,38 @@ def attention_shape(q: torch.Tensor, v: torch.Tensor) -> tuple[int, int, int]:
 
 
 @torch.library.impl(_library, "tree_attention", "CompositeExplicitAutograd")
-def _tree_attention(q, k, v, *others):
-    *others, impl, with_lse = others
+def _tree_attention(q, k, v, position, subtree_end, block_start, span_ptr, span, sinks, scale, window, softcap,
+                    block_tokens, impl, with_lse, tiles=None, tile_tokens=0, past_k=None, past_v=None,
+                    pieces=None):  # fmt: skip
     if q.shape[0] == 0:
-        return _tree_attention_fake(q, k, v, with_lse)
-    return _backend("tree_attention", impl, q)(q, k, v, *others, with_lse)
+        return _tree_attention_fake(q, k, v, *[None] * 11, with_lse)
+    walk = (tiles, tile_tokens, past_k, past_v)
+    if resolve_impl("tree_attention", impl, q.device, q.dtype) != "triton":
+        walk = ()
+        if past_k is not None:
+            k, v = torch.cat([past_k, k]), torch.cat([past_v, v])
+    run = _backend("tree_attention", impl, q)
+    return run(q, k, v, position, subtree_end, block_start, span_ptr, span, sinks, scale, window, softcap, block_tokens,
+               with_lse, *walk)  # fmt: skip
 
 
 @torch.library.register_fake("sapo_kernels::tree_attention", lib=_library)
-def _tree_attention_fake(q, k, v, *others):
+def _tree_attention_fake(q, k, v, position, subtree_end, block_start, span_ptr, span, sinks, scale, window, softcap,
+                         block_tokens, impl, with_lse, *walk):  # fmt: skip
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(attention_shape(q, v)), q.new_empty(q.shape[:2] if others[-1] else 0, dtype=dtype)
+    return q.new_empty(attention_shape(q, v)), q.new_empty(q.shape[:2] if with_lse else 0, dtype=dtype)
 
 
 @torch.library.impl(_library, "tree_attention_backward", "CompositeExplicitAutograd")
-def _tree_attention_backward(grad, q, k, v, *others):
-    *others, impl = others
+def _tree_attention_backward(grad, q, k, v, out, lse, position, subtree_end, block_start, span_ptr, span, sinks, scale,
+                             window, softcap, block_tokens, impl, tiles=None, tile_tokens=0, pieces=None):  # fmt: skip
     if q.shape[0] == 0:
-        return tuple(t.zero_() for t in _tree_attention_backward_fake(grad, q, k, v, *others))
+        return tuple(t.zero_() for t in _tree_attention_backward_fake(grad, q, k, v, *[None] * 7, sinks))
+    walk = (tiles, tile_tokens, pieces) if resolve_impl("tree_attention", impl, q.device, q.dtype) == "triton" else ()
+    run = _backend("tree_attention", impl, q, backward=True)
     # An expanded or transposed gradient is read row by row.
-    *found, dsinks = _backend("tree_attention", impl, q, backward=True)(grad.contiguous(), q, k, v, *others)
+    *found, dsinks = run(grad.contiguous(), q, k, v, out, lse, position, subtree_end, block_start, span_ptr, span,
+                         sinks, scale, window, softcap, block_tokens, *walk)  # fmt: skip
     return *found, q.new_empty(0) if dsinks is None else dsinks
 
 
@@ -137,19 +155,22 @@ def _tree_attention_backward_fake(grad, q, k, v, *others):
 
 
 def _attention_context(ctx, inputs, output):
-    q, k, v, *plan, sinks, scale, window, softcap, block_tokens, impl, with_lse = inputs
-    ctx.save_for_backward(q, k, v, *output, *plan, sinks)
+    q, k, v, *plan, sinks, scale, window, softcap, block_tokens, impl, with_lse, tiles, tokens, past, _, pieces = inputs
+    ctx.save_for_backward(q, k, v, *output, *plan, sinks, tiles, pieces)
     ctx.options = scale, window, softcap, block_tokens, impl
+    ctx.tile_tokens = tokens
     ctx.mark_non_differentiable(output[1])
-    ctx.has_lse = with_lse
+    ctx.refused = "with_lse=True" if not with_lse else "no past" if past is not None else None
 
 
 def _attention_gradients(ctx, grad, _):
-    if not ctx.has_lse:
-        raise RuntimeError("sapo_kernels::tree_attention: expected with_lse=True for a backward pass, got False")
-    q, k, v, out, lse, *plan, sinks = ctx.saved_tensors
-    *found, dsinks = torch.ops.sapo_kernels.tree_attention_backward(grad, q, k, v, out, lse, *plan, sinks, *ctx.options)
-    return *found, *[None] * len(plan), None if sinks is None else dsinks, *[None] * 6
+    if ctx.refused:
+        raise RuntimeError(f"sapo_kernels::tree_attention: expected {ctx.refused} for a backward pass")
+    q, k, v, out, lse, *plan, sinks, tiles, pieces = ctx.saved_tensors
+    *found, dsinks = torch.ops.sapo_kernels.tree_attention_backward(
+        grad, q, k, v, out, lse, *plan, sinks, *ctx.options, tiles, ctx.tile_tokens, pieces
+    )
+    return *found, *[None] * len(plan), None if sinks is None else dsinks, *[None] * 11
 
 
 torch.library.register_autograd(

@@ -178,7 +178,8 @@ def skip_unless_runnable(op: str, impl: str, device: str) -> None:
         return
     if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("a GPU is here, so Triton compiles for it; the interpreter is for machines without one")
-    pytest.importorskip("triton", reason="triton is not installed")
+    needed = "3.9" if device == "cpu" else None
+    pytest.importorskip("triton", minversion=needed, reason="Triton is not installed, or its interpreter is too old")
     name = f"sapo_kernels.{op}.triton"
     if importlib.util.find_spec(name) is None or not hasattr(importlib.import_module(name), f"{op}_triton"):
         pytest.skip(f"{name} has no launcher in this checkout")

@@ -50,9 +50,11 @@ def _in_place(masks: dict[int, tuple], compiled: bool):
     """`score_prompts` attends by FlexAttention for the block; a pass's mask is made once and used in every layer."""
     from sapo_kernels.scoring import attention
 
-    def flex(q, k, v, plan, *, scale, window, softcap, sinks, impl):
+    def flex(q, k, v, plan, *, scale, window, softcap, sinks, past, impl):
         if window is not None or softcap is not None or sinks is not None:
             raise ValueError("flex_trie: expected plain attention, got a window, a soft cap or sinks")
+        if past is not None:
+            k, v = (torch.cat(pair) for pair in zip(past, (k, v), strict=True))
         if id(plan) not in masks:
             # The plan is kept beside its mask: a freed plan's id could come back.
             masks[id(plan)] = (plan, block_mask(plan, q.device))

@@ -16,6 +16,11 @@ import torch
 import triton
 import triton.language as tl
 
+try:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:
+    TensorDescriptor = None
+
 from .triton_backward import linear_logprob_backward_triton, mean_weight  # noqa: F401 (the first for ops.py)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -27,10 +32,17 @@ def _base(m):
     return tl.where(tl.abs(m) == float("inf"), 0.0, m)
 
 
+@triton.jit
+def _targets_of(target_ptr_ptr, o_m, m_m):
+    """(first target, number of targets) of rows, int32: 64 bits would not fit beside the logits."""
+    first = tl.load(target_ptr_ptr + o_m, mask=m_m, other=0).to(tl.int32)
+    return first, tl.load(target_ptr_ptr + o_m + 1, mask=m_m, other=0).to(tl.int32) - first
+
+
 @triton.jit(do_not_specialize=["rows", "vocab", "chunk", "splits", "chunks_per_split"])
 def _linear_logprob_kernel(
-    hidden_ptr,
-    weight_ptr,
+    hidden,
+    weight,
     bias_ptr,
     targets_ptr,
     target_ptr_ptr,
@@ -53,8 +65,12 @@ def _linear_logprob_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    DESCRIBED: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
+    """hidden, weight: pointers, or if DESCRIBED descriptors of [rows, HIDDEN] in tiles of BLOCK_M x BLOCK_K and of
+    [vocab, HIDDEN] in tiles of BLOCK_V x BLOCK_K, which the hardware copies whole, zeros from their ends on.
+    """
     # Neighbouring programs hold the same rows and different chunks; see chunks_per_split() for why.
     i_tile = tl.program_id(0) // splits
     i_split = tl.program_id(0) % splits
@@ -62,10 +78,9 @@ def _linear_logprob_kernel(
     m_m = o_m < rows
     o_k = tl.arange(0, BLOCK_K)
     o_c = tl.arange(0, BLOCK_V)
-    first = tl.load(target_ptr_ptr + o_m, mask=m_m, other=0)
-    count = (tl.load(target_ptr_ptr + o_m + 1, mask=m_m, other=0) - first).to(tl.int32)
-    most = tl.max(count, 0)
-    p_hidden = hidden_ptr + o_m.to(tl.int64)[:, None] * stride_hidden_row + o_k[None, :]
+    most = tl.max(_targets_of(target_ptr_ptr, o_m, m_m)[1], 0)
+    if not DESCRIBED:
+        p_hidden = hidden + o_m.to(tl.int64)[:, None] * stride_hidden_row + o_k[None, :]
 
     i_chunk = i_split * chunks_per_split
     last_chunk = tl.minimum(i_chunk + chunks_per_split, (vocab + chunk - 1) // chunk)
@@ -78,19 +93,24 @@ def _linear_logprob_kernel(
             # Columns are compared relative to the tile: absolute ids would hold a register for each logit.
             o_v = (begin + o_c).to(tl.int64)
             m_v = o_c < vocab - begin
-            p_weight = weight_ptr + o_v[:, None] * stride_weight_row + o_k[None, :]
+            if not DESCRIBED:
+                p_weight = weight + o_v[:, None] * stride_weight_row + o_k[None, :]
             acc = tl.zeros([BLOCK_M, BLOCK_V], dtype=tl.float32)
             if HAS_BIAS:
                 # Starting from the bias keeps it out of the registers when the logits are in them.
                 acc += tl.load(bias_ptr + o_v * stride_bias, mask=m_v, other=0.0).to(tl.float32)[None, :]
             for k in range(0, HIDDEN, BLOCK_K):
-                m_h = m_m[:, None]
-                m_w = m_v[:, None]
-                if HIDDEN % BLOCK_K != 0:
-                    m_h = m_h & (k + o_k < HIDDEN)[None, :]
-                    m_w = m_w & (k + o_k < HIDDEN)[None, :]
-                h = tl.load(p_hidden + k, mask=m_h, other=0.0)
-                w = tl.load(p_weight + k, mask=m_w, other=0.0)
+                if DESCRIBED:
+                    h = hidden.load([i_tile * BLOCK_M, k])
+                    w = weight.load([begin, k])
+                else:
+                    m_h = m_m[:, None]
+                    m_w = m_v[:, None]
+                    if HIDDEN % BLOCK_K != 0:
+                        m_h = m_h & (k + o_k < HIDDEN)[None, :]
+                        m_w = m_w & (k + o_k < HIDDEN)[None, :]
+                    h = tl.load(p_hidden + k, mask=m_h, other=0.0)
+                    w = tl.load(p_weight + k, mask=m_w, other=0.0)
                 if UPCAST:
                     h = h.to(tl.float32)
                     w = w.to(tl.float32)
@@ -100,6 +120,10 @@ def _linear_logprob_kernel(
                 # tanh(x) = 1 - 2 / (1 + exp(2 x)): exp runs to inf or to 0, both with the right limit.
                 logits = softcap * (1.0 - 2.0 / (1.0 + tl.exp(2.0 * (logits / softcap))))
 
+            logits = tl.where(m_v[None, :], logits, float("-inf"))
+
+            # Read again for each tile: kept, they would hold registers while the products run.
+            first, count = _targets_of(target_ptr_ptr, o_m, m_m)
             i_target = 0
             while i_target < most:
                 m_t = m_m & (i_target < count)
@@ -112,7 +136,6 @@ def _linear_logprob_kernel(
                     tl.store(logit_ptr + first + i_target, tl.sum(picked, 1), mask=m_t)
                 i_target += 1
 
-            logits = tl.where(m_v[None, :], logits, float("-inf"))
             m_new = tl.maximum(m_i, tl.max(logits, 1))
             base = _base(m_new)
             # A NaN logit makes the sum NaN whatever the maximum is.
@@ -188,8 +211,17 @@ HIDDEN_CACHE_BYTES = 24 << 20
 MERGE_BLOCKS = {"BLOCK_R": 16, "BLOCK_C": 64}
 
 
-def config(hidden: int, dtype: torch.dtype, capability: int) -> dict[str, int]:
-    """Tile sizes and launch options. Chosen from compiler reports (no spills), not yet measured on a GPU.
+def describes(hidden: torch.Tensor, weight: torch.Tensor, capability: int) -> bool:
+    """Whether the operands go through tensor descriptors (TMA): where the hardware has them and can take these."""
+    known = 90 <= capability < 120 and hidden.dtype != torch.float32 and TensorDescriptor is not None
+    return known and all(
+        t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0 and t.stride(0) >= t.shape[1] > 0
+        for t in (hidden, weight)
+    )
+
+
+def config(hidden: int, dtype: torch.dtype, capability: int, described: bool = False) -> dict[str, int]:
+    """Tile sizes and launch options. Chosen from compiler reports (no spills) and a prototype on an H200 (described).
 
     They do not depend on the number of rows, so neither do a row's bits.
 
@@ -197,6 +229,7 @@ def config(hidden: int, dtype: torch.dtype, capability: int) -> dict[str, int]:
         hidden: D, the length of a row; tiles of D are padded.
         dtype: float32, bfloat16 or float16.
         capability: 10 * major + minor of an NVIDIA GPU, 0 for AMD.
+        described: the operands go through descriptors.
     """
     if INTERPRET:
         # Small tiles, so that small test shapes cross tile borders.
@@ -204,10 +237,12 @@ def config(hidden: int, dtype: torch.dtype, capability: int) -> dict[str, int]:
     elif dtype == torch.float32:
         # IEEE products run on the plain FMA units with both operands in registers, so the tile must be small.
         tile, warps, stages = (32, 64, 16), 8, 2
+    elif described and capability < 100:
+        tile, warps, stages = (256, 128, 64), 8, 3
     elif capability == 0:
         tile, warps, stages = (128, 128, 64), 8, 2
     elif 90 <= capability < 120:
-        # One block an SM: 4 stages of 32 KiB hide the loads, 128 x 256 spills.
+        # One block an SM: 4 stages of 32 KiB hide the loads, 128 x 256 spills. On sm_100 256 x 128 does with a softcap.
         tile, warps, stages = (128, 128, 64), 8, 4
     else:
         # 48 KiB in all fits consumer parts too; BLOCK_K 64 spills with Triton 3.6.
@@ -286,7 +321,8 @@ def linear_logprob_triton(hidden, weight, targets, target_ptr, bias, scale, soft
         return logprob, lse, hidden.new_empty(0, width)
 
     capability, processors = _device(hidden.device)
-    options = config(width, hidden.dtype, capability)
+    described = describes(hidden, weight, capability)
+    options = config(width, hidden.dtype, capability, described)
     block_m = options["BLOCK_M"]
     chunk = chunk_columns(vocab, options["BLOCK_V"])
     chunks = triton.cdiv(vocab, chunk)
@@ -298,9 +334,15 @@ def linear_logprob_triton(hidden, weight, targets, target_ptr, bias, scale, soft
         for start in range(0, rows, slab):
             count = min(slab, rows - start)
             ptr = target_ptr[start : start + count + 1]
+            operands = hidden[start : start + count], weight
+            if described:
+                blocks = (block_m, options["BLOCK_V"])
+                operands = [
+                    TensorDescriptor(t, list(t.shape), list(t.stride()), [size, options["BLOCK_K"]])
+                    for t, size in zip(operands, blocks, strict=True)
+                ]
             _linear_logprob_kernel[(triton.cdiv(count, block_m) * splits,)](
-                hidden[start:],
-                weight,
+                *operands,
                 bias,
                 targets,
                 ptr,
@@ -318,6 +360,7 @@ def linear_logprob_triton(hidden, weight, targets, target_ptr, bias, scale, soft
                 scale,
                 1.0 if softcap is None else softcap,
                 **specialise(width, bias, softcap),
+                DESCRIBED=described,
                 **options,
                 enable_fp_fusion=True,
             )

@@ -12,6 +12,7 @@ import sys
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -50,20 +51,33 @@ class TreeState:
     carry_on: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     calls: int = 0
 
-    def keys_of(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """k, v [T, Hkv, D] of this pass behind those that it carries, and what the next pass carries is kept."""
+    def keys_of(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tuple | None]:
+        """(k, v, past) for `tree_attention`, of k, v [T, Hkv, D] of this pass; what the next one carries is kept."""
         call, self.calls = self.calls, self.calls + 1
-        before = [self.carried[call]] if self.trie.carried > self.trie.held else []
-        if self.trie.held:
-            before.append(self.prefixes.held(call))
-        if before:
-            k, v = (torch.cat(parts) for parts in zip(*before, (k, v), strict=True))
-        if self.prefixes is not None:
-            self.prefixes.take(call, k, v)
-        plan = self.trie.to(k.device)
-        if len(plan.carry_index):
-            self.carry_on[call] = (k[plan.carry_index], v[plan.carry_index])
-        return k, v
+        past = self.carried[call] if self.trie.carried > self.trie.held else None
+        if self.trie.held or self.prefixes is not None:
+            before = [past] if past is not None else []
+            if self.trie.held:
+                before.append(self.prefixes.held(call))
+            if before:
+                k, v = (torch.cat(parts) for parts in zip(*before, (k, v), strict=True))
+                past = None
+            if self.prefixes is not None:
+                self.prefixes.take(call, k, v)
+        if len(self.trie.carry_index):
+            self.carry_on[call] = tuple(self._carry(*pair) for pair in zip(past or (None, None), (k, v), strict=True))
+        return k, v, past
+
+    def _carry(self, past: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
+        """What the next pass carries of keys or values: the first `_again` of those before, and some of the new."""
+        index = self.trie.to(new.device).carry_index
+        if past is None:
+            return new[index]
+        return torch.cat([past[: self._again], new[index[self._again :] - len(past)]])
+
+    @cached_property
+    def _again(self) -> int:
+        return int((self.trie.to("cpu").carry_index < self.trie.carried).sum())
 
 
 _recent: OrderedDict[bytes, TriePass] = OrderedDict()
@@ -125,15 +139,15 @@ def trie_attention(module, query, key, value, attention_mask, scaling=None, drop
         # Under autocast rotary embeddings leave q and k in float32; the plain attention would cast them too.
         common = torch.get_autocast_dtype(q.device.type) if torch.is_autocast_enabled(q.device.type) else v.dtype
         q, k, v = q.to(common), k.to(common), v.to(common)
-    impl = "auto"
+    impl, past = "auto", None
     if state is not None:
         impl = state.impl
-        k, v = state.keys_of(k, v)
+        k, v, past = state.keys_of(k, v)
     if sliding_window is not None and sliding_window <= 0:
         sliding_window = None
     out = tree_attention(
         q, k, v, trie.to(q.device), scale=scaling if scaling is not None else getattr(module, "scaling", None),
-        window=sliding_window, softcap=softcap, sinks=s_aux, impl=impl,
+        window=sliding_window, softcap=softcap, sinks=s_aux, past=past, impl=impl,
     )  # fmt: skip
     return out[None], None
 

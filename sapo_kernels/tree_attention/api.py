@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from ..trie.tiles import tile_tokens
 from ..trie.trie import TokenTrie, TriePass
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -21,6 +22,7 @@ def tree_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    past: tuple[torch.Tensor, torch.Tensor] | None = None,
     impl: str = "auto",
 ) -> torch.Tensor:
     """Attention in which each token of a trie sees its ancestors and itself.
@@ -42,6 +44,8 @@ def tree_attention(
         window: sliding window in positions, at least 1; None is unlimited.
         softcap: ``s <- softcap * tanh(s / softcap)``, positive; None is off.
         sinks: [Hq] float, one extra logit per head that takes part in the softmax's denominator only.
+        past: keys and values [carried, Hkv, Dk] and [carried, Hkv, Dv] in front of those of the pass; k and v are then
+            [Tq, Hkv, Dk] and [Tq, Hkv, Dv]. As if joined; Triton reads both where they are.
         impl: "auto", "triton", "sdpa" or "reference".
 
     Returns:
@@ -63,24 +67,32 @@ def tree_attention(
         if len(passes) != 1:
             raise ValueError("tree_attention: trie: expected at least one token, got an empty trie")
         trie = passes[0]
-    _check(q, k, v, trie, scale, window, softcap, sinks)
+    _check(q, k, v, trie, scale, window, softcap, sinks, past)
     if trie.held and impl == "reference":
         # It reads who sees whom from the order of the keys, and held ones stand out of it.
         raise ValueError("tree_attention: trie: expected a pass without held tokens for impl='reference', got some")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    plan = trie.to(q.device)
-    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
-    inputs = (q, k, v) if sinks is None else (q, k, v, sinks)
-    with_lse = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+    plan, group = trie.to(q.device), q.shape[1] // k.shape[1]
+    inputs = [q, k, v, *(past or (None, None)), sinks]
+    with_lse = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    if past is not None and with_lse:
+        inputs[1:5] = torch.cat([past[0], k]), torch.cat([past[1], v]), None, None
+    q, k, v, past_k, past_v = (t if t is None or t.stride(-1) == 1 else t.contiguous() for t in inputs[:5])
+    # Only Triton's kernels walk lists.
+    listed = impl == "triton" or (impl == "auto" and q.device.type != "cpu" and q.dtype != torch.float64)
     return torch.ops.sapo_kernels.tree_attention(
-        q, k, v, plan.position, plan.subtree_end, plan.block_start, plan.span_ptr, plan.span,
-        sinks, scale, window, softcap, plan.block_tokens, impl, with_lse,
+        q, k, v, plan.position, plan.subtree_end, plan.block_start, plan.span_ptr, plan.span, sinks, scale, window,
+        softcap, plan.block_tokens, impl, with_lse, plan.tiles(tile_tokens(group)) if listed else None,
+        tile_tokens(group), past_k, past_v, plan.pieces(group) if listed and with_lse else None,
     )[0]  # fmt: skip
 
 
-def _check(q, k, v, trie, scale, window, softcap, sinks) -> None:
+def _check(q, k, v, trie, scale, window, softcap, sinks, past) -> None:
     fresh, keys = len(trie.input_ids), len(trie.position)
-    for name, t, tokens in (("q", q, fresh), ("k", k, keys), ("v", v, keys)):
+    own = keys if past is None else fresh
+    named = [("q", q, fresh), ("k", k, own), ("v", v, own)]
+    named += [(f"past {name}", t, keys - fresh) for name, t in zip("kv", past or (), strict=False)]
+    for name, t, tokens in named:
         if t.dim() != 3 or t.shape[0] != tokens:
             raise ValueError(
                 f"tree_attention: {name}: expected [{tokens}, heads, head_dim] for this pass, got {list(t.shape)}"
@@ -96,6 +108,10 @@ def _check(q, k, v, trie, scale, window, softcap, sinks) -> None:
         )
     if q.shape[2] != k.shape[2] or not q.shape[2] or not v.shape[2]:
         raise ValueError(f"tree_attention: head_dim: expected the same for q and k, got {q.shape[2]} and {k.shape[2]}")
+    if past is not None and any(a.shape[1:] != b.shape[1:] for a, b in zip(past, (k, v), strict=True)):
+        raise ValueError(
+            f"tree_attention: past: expected heads and head_dim of k and v, got {[list(t.shape) for t in past]}"
+        )
     if scale is not None and not math.isfinite(scale):
         raise ValueError(f"tree_attention: scale: expected a finite number or None, got {scale}")
     if window is not None and window < 1:

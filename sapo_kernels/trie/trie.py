@@ -11,7 +11,7 @@ without it in numpy (`planner.plan_numpy`), slower, with the same bits.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -19,6 +19,7 @@ import torch
 
 from .. import native
 from .numpy_planner import plan_numpy
+from .tiles import build_pieces, build_tiles
 
 DEFAULT_BLOCK_TOKENS = 64
 
@@ -67,6 +68,7 @@ class TriePass:
     target_ptr: torch.Tensor
     targets: torch.Tensor
     _on_device: dict = field(default_factory=dict, repr=False, compare=False)
+    _lists: dict = field(default_factory=dict, repr=False, compare=False)
 
     def to(self, device: torch.device | str) -> TriePass:
         """This pass with its tensors on `device`; the copy is made once and remembered."""
@@ -75,9 +77,32 @@ class TriePass:
             return self
         if device not in self._on_device:
             moved = {n: v.to(device) for n, v in vars(self).items() if isinstance(v, torch.Tensor)}
-            kept = {n: v for n, v in vars(self).items() if n not in moved and n != "_on_device"}
-            self._on_device[device] = TriePass(**moved, **kept)
+            kept = {n: v for n, v in vars(self).items() if n not in moved and not n.startswith("_")}
+            # A twin, for a way back to this very object would keep both alive.
+            back = {self.input_ids.device: replace(self, _on_device={})}
+            self._on_device[device] = TriePass(**moved, **kept, _on_device=back)
         return self._on_device[device]
+
+    def tiles(self, tokens: int) -> torch.Tensor:
+        """int32, what `build_tiles` makes of this pass for tiles of `tokens` queries; made once and remembered."""
+        return self._listed(build_tiles, tokens)
+
+    def pieces(self, group: int) -> torch.Tensor:
+        """The same of `build_pieces`."""
+        return self._listed(build_pieces, group)
+
+    # While a model is compiled these are run, not traced.
+    tiles._dynamo_marked_constant = pieces._dynamo_marked_constant = True
+
+    def _listed(self, build, size: int) -> torch.Tensor:
+        if (build, size) not in self._lists:
+            host = self.to("cpu")
+            if host is self:
+                layout = (self.subtree_end, self.block_start, self.span_ptr, self.span)
+                self._lists[build, size] = torch.from_numpy(build(*layout, size))
+            else:
+                self._lists[build, size] = host._listed(build, size).to(self.input_ids.device)
+        return self._lists[build, size]
 
 
 @dataclass(frozen=True, eq=False)

@@ -128,13 +128,16 @@ def test_candidates_begin_with_what_is_in_use_and_put_it_back():
     pytest.importorskip("triton")
     from sapo_kernels.linear_logprob import triton as heads
     from sapo_kernels.tree_attention import triton as attention
+    from sapo_kernels.tree_attention import triton_backward as backward
 
     own = attention.config
     for made, config, first in (
         (candidates.attention(128, torch.bfloat16, 90), attention.config, (128, torch.bfloat16, 90)),
-        (candidates.logprob(4096, torch.bfloat16, 90), heads.config, (4096, torch.bfloat16, 90)),
+        (candidates.queries(128, torch.bfloat16, 90), backward.queries_config, (128, torch.bfloat16, 90)),
+        (candidates.keys(128, torch.bfloat16, 90), backward.keys_config, (128, torch.bfloat16, 90)),
+        (candidates.logprob(4096, torch.bfloat16, 90), heads.config, (4096, torch.bfloat16, 90, True)),
     ):
-        assert made[0] == config(*first) and len(made) > 6
+        assert made[0] == config(*first) and len(made) > 4
         assert len({candidates.label(options) for options in made}) == len(made)
     with pytest.raises(ZeroDivisionError), candidates.in_use("tree_attention", {"BLOCK_M": 1}):
         assert attention.config(1, 2, 3) == {"BLOCK_M": 1}

@@ -152,15 +152,16 @@ def test_passes_one_after_the_other_are_the_whole(case, budget, block_tokens, im
         pytest.skip(SLOW_INTERPRETED)
     q, k, v, options = inputs(case, torch.float32, device)
     trie = TREES[CASES[case][0]][0]
-    keys, values, parts = k[:0], v[:0], []
+    past, parts = (k[:0], v[:0]), []
     for step in trie.passes(budget, block_tokens):
         step = step.to(device)
-        keys, values = (
-            torch.cat([keys, k[step.start : step.stop]]),
-            torch.cat([values, v[step.start : step.stop]]),
-        )
-        parts.append(sk.tree_attention(q[step.start : step.stop], keys, values, step, impl=impl, **options))
-        keys, values = keys[step.carry_index], values[step.carry_index]
+        own = slice(step.start, step.stop)
+        both = [torch.cat(pair) for pair in zip(past, (k[own], v[own]), strict=True)]
+        parts.append(sk.tree_attention(q[own], *both, step, impl=impl, **options))
+        if step.start < 40:
+            apart = sk.tree_attention(q[own], k[own], v[own], step, past=past, impl=impl, **options)
+            assert torch.equal(apart, parts[-1]), "the same bits from two buffers"
+        past = tuple(t[step.carry_index] for t in both)
     exact = each_alone(CASES[case][0], q, k, v, options, torch.float64)
     assert_close("tree_attention fp32", torch.cat(parts), exact)
 
@@ -329,6 +330,8 @@ BAD = {
     "sinks of integers": (lambda a: {"sinks": torch.zeros(4).int()}, ValueError, "sinks: .*got torch.int32"),
     "sinks elsewhere": (lambda a: {"sinks": torch.zeros(4, device="meta")}, ValueError, "sinks: .*on meta"),
     "sinks 2-D": (lambda a: {"sinks": torch.zeros(4, 1)}, ValueError, r"sinks: .*\[4, 1\]"),
+    "past of another width": (lambda a: {"past": (a["k"][:0], a["v"][:0, :, :4])}, ValueError, "past: expected heads"),
+    "past a token long": (lambda a: {"past": (a["k"][:1], a["v"][:1])}, ValueError, r"past k: expected \[0, heads"),
     "unknown impl": (lambda a: {"impl": "flash"}, ValueError, "impl: expected 'auto' or one of .*got 'flash'"),
 }
 

@@ -86,8 +86,9 @@ def test_gradcheck(impl, options, widths):
     assert torch.autograd.gradcheck(attend, [given[name].requires_grad_() for name in names])
 
 
+@pytest.mark.parametrize("apart", [False, True], ids=["joined", "apart"])
 @pytest.mark.parametrize("case", ["job random", "everything"])
-def test_keys_carried_from_earlier_passes_get_their_gradients(case, impl, device):
+def test_keys_carried_from_earlier_passes_get_their_gradients(case, apart, impl, device):
     """Passes one after the other are the whole, backward too."""
     q, k, v, options = inputs(case, torch.float32, device)
     trie, up = TREES[CASES[case][0]][0], torch.randn(q.shape[0], q.shape[1], v.shape[2]).to(device)
@@ -99,8 +100,10 @@ def test_keys_carried_from_earlier_passes_get_their_gradients(case, impl, device
         keys, values, parts = k[:0], v[:0], []
         for step in trie.passes(12, 8):
             step = step.to(device)
-            keys, values = torch.cat([keys, k[step.start : step.stop]]), torch.cat([values, v[step.start : step.stop]])
-            parts.append(sk.tree_attention(q[step.start : step.stop], keys, values, step, impl=impl, **options))
+            own, past = slice(step.start, step.stop), (keys, values)
+            keys, values = torch.cat([keys, k[own]]), torch.cat([values, v[own]])
+            given = {"k": k[own], "v": v[own], "past": past} if apart else {"k": keys, "v": values}
+            parts.append(sk.tree_attention(q[own], trie=step, impl=impl, **given, **options))
             keys, values = keys[step.carry_index], values[step.carry_index]
         return torch.cat(parts)
 
@@ -178,6 +181,7 @@ def test_opcheck_and_compile(case, impl, device):
         return sk.tree_attention(q, k, v, trie, impl=impl, **options).square().sum()
 
     wanted = torch.autograd.grad(loss(*leaves), leaves)
+    trie._lists.clear()  # made while it compiles
     torch._dynamo.reset()
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     for a, b in zip(torch.autograd.grad(compiled(*leaves), leaves), wanted, strict=True):

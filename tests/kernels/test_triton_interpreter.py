@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="triton is not installed")
+pytest.importorskip("triton", minversion="3.9", reason="Triton's older interpreters know no `range` of loaded numbers")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 before triton is imported", allow_module_level=True)
 
@@ -226,10 +226,27 @@ LOGPROB = {
 }
 
 
+@pytest.mark.parametrize("described", [False, True], ids=["pointers", "descriptors"])
 @pytest.mark.parametrize("case", LOGPROB)
-def test_logprob(case):
+def test_logprob(case, described, monkeypatch):
+    """Descriptors want rows of whole 16 bytes; the interpreter takes them where their hardware is not."""
     shape, options = LOGPROB[case]
-    check_logprob(make_rows(**shape), **options)
+    inputs = make_rows(**shape)
+    if described and (logprob_kernel.TensorDescriptor is None or inputs[0].stride(0) * inputs[0].element_size() % 16):
+        pytest.skip("no descriptor of these rows")
+    monkeypatch.setattr(logprob_kernel, "describes", lambda *_: described)
+    check_logprob(inputs, **options)
+
+
+def test_descriptors_are_for_aligned_rows_on_their_hardware():
+    weight = torch.zeros(8, 64, dtype=torch.bfloat16)
+    hidden = torch.zeros(9, 72, dtype=torch.bfloat16)
+    assert [logprob_kernel.describes(hidden[:, :64], weight, part) for part in (0, 80, 90, 100, 120)] == [
+        False, False, True, True, False,
+    ]  # fmt: skip
+    assert not logprob_kernel.describes(hidden.float(), weight.float(), 90)
+    assert not logprob_kernel.describes(hidden[:, 1:65], weight, 90), "begins off a 16-byte border"
+    assert not logprob_kernel.describes(torch.zeros(9, 65, dtype=torch.bfloat16)[:, :64], weight, 90)
 
 
 def test_logprob_strided_inputs_in_nan():
@@ -329,7 +346,7 @@ def guarded(t):
     return copy
 
 plain_empty = torch.empty
-torch.empty = lambda *a, **k: guarded(plain_empty(*a, **k))
+torch.empty = lambda *a, **k: guarded(t) if (t := plain_empty(*a, **k)).numel() else t
 for window in (None, 3):
     for part in branches(prompts=2, examples=2).passes(max_tokens=60, block_tokens=24):
         q, k, v = torch.randn(len(part.input_ids), 3, 24), *torch.randn(2, len(part.position), 1, 24)

@@ -51,27 +51,29 @@ class Row:
 
 
 def attention(shape: tuple, capability: int, careful: bool = False):
-    """shape: dtype, Dk, Dv, q heads a kv head, tokens a block, options ("wcsl": window, softcap, sinks, lse)."""
+    """shape: dtype, Dk, Dv, q heads a kv head, options ("wcslp": window, softcap, sinks, lse, past keys)."""
     import torch
 
     from sapo_kernels.tree_attention import triton as module
 
-    dtype, head_k, head_v, group, block_tokens, flags = shape
+    dtype, head_k, head_v, group, flags = shape
     torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
     window, softcap, sinks = ("on" if flag in flags else None for flag in "wcs")
     wide = max(head_k, head_v)
-    options = module.config(wide, torch_dtype, capability, group * block_tokens)
+    options = module.config(wide, torch_dtype, capability)
     sick_m = options["BLOCK_M"]
     if careful:
         options = module.careful_config(wide, torch_dtype, capability, sick_m)
     constants = module.specialise(head_k, head_v, group, window, softcap) | {"HAS_SINKS": sinks is not None}
-    constants |= {"CAREFUL": careful, "SICK_M": sick_m, "WITH_LSE": "l" in flags, "stride_sinks": 1}
+    constants |= {"CAREFUL": careful, "SICK_M": sick_m, "WITH_LSE": "l" in flags, "HAS_PAST": "p" in flags}
+    constants |= {"stride_sinks": 1}
     if sinks is None:
         constants["sinks_ptr"] = None
     if "l" not in flags:
         constants["lse_ptr"] = None
     types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), f"*{dtype}")
     types |= {"sinks_ptr": f"*{dtype}", "lse_ptr": "*fp32"} | dict.fromkeys(("logit_scale", "cap_scale"), "fp32")
+    types |= dict.fromkeys(("offset_past_k", "offset_past_v"), "i64")
     return module._tree_attention_kernel, types, constants, options
 
 
@@ -88,12 +90,23 @@ def backward(shape: tuple, capability: int, what: str):
     types = dict.fromkeys([f"{name}_ptr" for name in ("grad", "q", "k", "v", "out", "dq", "dk", "dv")], f"*{dtype}")
     types |= {"lse_ptr": "*fp32", "delta_ptr": "*fp32"}
     types |= dict.fromkeys(("logit_scale", "cap_scale", "scale"), "fp32")
+    types |= dict.fromkeys(("part_k_ptr", "part_v_ptr"), "*fp32")
     constants = module.specialise(head_k, head_v, group, window, softcap)
+    if what == "keys":
+        constants["KEY_TILE"] = module.KEY_TILE
     return getattr(module, f"_{what}_kernel"), types, constants, options
 
 
+def sums(shape: tuple, capability: int):
+    """shape: dtype of dK and dV."""
+    from sapo_kernels.tree_attention import triton_backward as module
+
+    types = {"part_ptr": "*fp32", "sum_ptr": f"*{shape[0]}"}
+    return module._sum_kernel, types, {"KEY_TILE": module.KEY_TILE}, module.SUM
+
+
 def logprob(shape: tuple, capability: int):
-    """shape: dtype, D, options ("bc": bias, softcap)."""
+    """shape: dtype, D, options ("bcd": bias, softcap, descriptors)."""
     import torch
 
     from sapo_kernels.linear_logprob import triton as module
@@ -101,13 +114,17 @@ def logprob(shape: tuple, capability: int):
     dtype, hidden, flags = shape
     torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
     bias, softcap = ("on" if flag in flags else None for flag in "bc")
-    constants = module.specialise(hidden, bias, softcap) | {"stride_bias": 1}
+    options = module.config(hidden, torch_dtype, capability, "d" in flags)
+    constants = module.specialise(hidden, bias, softcap) | {"stride_bias": 1, "DESCRIBED": "d" in flags}
     if bias is None:
         constants["bias_ptr"] = None
-    types = dict.fromkeys(("hidden_ptr", "weight_ptr", "bias_ptr"), f"*{dtype}")
+    types = dict.fromkeys(("hidden", "weight", "bias_ptr"), f"*{dtype}")
+    if "d" in flags:
+        for name, block in (("hidden", options["BLOCK_M"]), ("weight", options["BLOCK_V"])):
+            types[name] = f"tensordesc<{dtype}[{block}, {options['BLOCK_K']}]>"
     types |= dict.fromkeys(("targets_ptr", "target_ptr_ptr"), "*i64")
     types |= dict.fromkeys(("max_ptr", "sum_ptr", "logit_ptr"), "*fp32") | {"logit_scale": "fp32", "softcap": "fp32"}
-    return module._linear_logprob_kernel, types, constants, module.config(hidden, torch_dtype, capability)
+    return module._linear_logprob_kernel, types, constants, options
 
 
 def merge(shape: tuple, capability: int):
@@ -166,6 +183,7 @@ BUILDERS = {
     "tree_attention careful": lambda shape, capability: attention(shape, capability, careful=True),
     "tree_attention queries": lambda shape, capability: backward(shape, capability, "queries"),
     "tree_attention keys": lambda shape, capability: backward(shape, capability, "keys"),
+    "tree_attention sums": sums,
     "linear_logprob": logprob,
     "linear_logprob merge": merge,
     "linear_logprob gradient": logprob_gradient,
@@ -173,26 +191,26 @@ BUILDERS = {
     "gated": gated,
     "rotary": rotary,
 }
-NO_PRODUCTS = ("linear_logprob gradient", "rms_norm", "gated", "rotary")
+NO_PRODUCTS = ("linear_logprob gradient", "tree_attention sums", "rms_norm", "gated", "rotary")
 
 ATTENTION = [
-    ("bf16", 64, 64, 8, 64, "ws"),
-    ("bf16", 80, 80, 1, 64, ""),
-    ("bf16", 96, 96, 3, 64, "w"),
-    ("bf16", 128, 128, 4, 64, ""),
-    ("bf16", 128, 128, 7, 64, "wcs"),
-    ("bf16", 128, 128, 5, 64, "w"),
-    ("bf16", 192, 128, 1, 64, ""),
-    ("bf16", 192, 128, 8, 64, "ws"),
-    ("bf16", 512, 512, 6, 64, ""),
-    ("bf16", 256, 256, 2, 64, "wc"),
-    ("bf16", 256, 256, 1, 64, ""),
-    ("fp16", 128, 128, 4, 64, "c"),
-    ("fp32", 64, 64, 4, 64, ""),
-    ("fp32", 128, 128, 4, 64, "wcs"),
-    ("fp32", 256, 256, 3, 64, "ws"),
+    ("bf16", 64, 64, 8, "wsp"),
+    ("bf16", 80, 80, 1, ""),
+    ("bf16", 96, 96, 3, "w"),
+    ("bf16", 128, 128, 4, ""),
+    ("bf16", 128, 128, 7, "wcsp"),
+    ("bf16", 128, 128, 5, "w"),
+    ("bf16", 192, 128, 1, ""),
+    ("bf16", 192, 128, 8, "ws"),
+    ("bf16", 512, 512, 6, ""),
+    ("bf16", 256, 256, 2, "wc"),
+    ("bf16", 256, 256, 1, ""),
+    ("fp16", 128, 128, 4, "c"),
+    ("fp32", 64, 64, 4, ""),
+    ("fp32", 128, 128, 4, "wcsp"),
+    ("fp32", 256, 256, 3, "ws"),
 ]
-CAREFUL = [("bf16", 128, 128, 4, 64, "wcs"), ("bf16", 256, 256, 2, 64, ""), ("fp32", 128, 128, 4, 64, "")]
+CAREFUL = [("bf16", 128, 128, 4, "wcs"), ("bf16", 256, 256, 2, ""), ("fp32", 128, 128, 4, "")]
 BACKWARD = [
     ("bf16", 64, 64, 8, "w"),
     ("bf16", 80, 80, 1, ""),
@@ -218,6 +236,7 @@ LOGPROB = [
     ("fp16", 896, "c"),
     ("fp32", 1000, "bc"),
 ]
+DESCRIBED = [("bf16", 4096, "d"), ("bf16", 2304, "cd"), ("fp16", 2560, "bcd")]
 
 
 def jobs(short: bool) -> list[Job]:
@@ -227,6 +246,7 @@ def jobs(short: bool) -> list[Job]:
             "tree_attention careful": CAREFUL[:1],
             "tree_attention queries": BACKWARD[3:4],
             "tree_attention keys": BACKWARD[3:4],
+            "tree_attention sums": [("bf16",)],
             "linear_logprob": LOGPROB[2:3],
             "linear_logprob merge": [()],
             "linear_logprob gradient": GRADIENT[:1],
@@ -240,6 +260,7 @@ def jobs(short: bool) -> list[Job]:
         "tree_attention careful": CAREFUL,
         "tree_attention queries": BACKWARD,
         "tree_attention keys": BACKWARD,
+        "tree_attention sums": [("bf16",), ("fp32",)],
         "linear_logprob": LOGPROB,
         "linear_logprob merge": [()],
         "linear_logprob gradient": GRADIENT,
@@ -249,6 +270,8 @@ def jobs(short: bool) -> list[Job]:
     }
     listed = [Job(kernel, shape, t) for kernel, shapes in names.items() for shape in shapes for t in TARGETS]
     few = {"tree_attention": [ATTENTION[4], ATTENTION[9]], "linear_logprob": LOGPROB[:1]}
+    few |= dict.fromkeys(("tree_attention queries", "tree_attention keys"), [BACKWARD[3], BACKWARD[-1]])
+    listed += [Job("linear_logprob", shape, t) for shape in DESCRIBED for t in ("sm_90", "sm_100")]
     return listed + [Job(kernel, shape, t) for kernel, shapes in few.items() for shape in shapes for t in CONSUMER]
 
 
@@ -266,7 +289,7 @@ def build(job: Job) -> Row:
     signature, attributes = {}, {}
     for i, name in enumerate(kernel.arg_names):
         signature[name] = "constexpr" if name in constants else types.get(name, "*i32" if "ptr" in name else "i32")
-        if name not in constants and (name.endswith("_ptr") or name.startswith("stride_")):
+        if name not in constants and (signature[name].startswith("*") or name.startswith(("stride_", "offset_"))):
             attributes[(i,)] = [["tt.divisibility", 16]]
     target = GPUTarget("cuda", capability, 32) if capability else GPUTarget("hip", job.target, 64)
     try:
