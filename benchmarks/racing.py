@@ -16,8 +16,6 @@ rule was chosen on the tuning half alone.
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -32,8 +30,8 @@ from sapo_kernels.files import atomic_write
 from sapo_kernels.scoring.race import RaceState
 
 from .real_matrices import half
+from .rows import RESULTS, csv_text
 
-RESULTS = Path(__file__).resolve().parent / "results"
 MATRICES = tuple(RESULTS / f"race_matrices_{name}.safetensors" for name in ("real", "tiny"))
 RULES = {"race": {}, "strict": {"relative": 0.0}}
 # A choice is wrong only if it costs more than this share of the loss.
@@ -152,16 +150,6 @@ def table(rows: list[Replays]) -> str:
     return "\n".join(lines)
 
 
-def write_rows(path: Path, rows: list[Replays]) -> None:
-    """All rows as CSV."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [field.name for field in fields(Replays)], lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({name: round(v, 5) if isinstance(v, float) else v for name, v in asdict(row).items()})
-    atomic_write(path, text.getvalue())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--matrices", type=Path, nargs="*", default=MATRICES, help="files (default: committed ones)")
@@ -181,7 +169,7 @@ def main() -> None:
     seconds = time.perf_counter() - started
     print(f"{table(rows)}\n\n{args.replays} replays each, delta {args.delta}, {seconds:.0f} s\n{summary(rows)}")
     if args.csv:
-        write_rows(args.csv, rows)
+        atomic_write(args.csv, csv_text([asdict(row) for row in rows], [field.name for field in fields(Replays)]))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from sapo_kernels import ResponseCache, TrieBatch, tree_logprobs
 from sapo_kernels.files import atomic_write
 from sapo_kernels.training.trie_batch import padded_rows
 
+from .rows import csv_text
 from .workload import data_folder, load_tasks, load_tokenizer, qwen3_shaped
 
 PROVIDERS = ("padded", "padding-free", "trie")
@@ -153,11 +154,7 @@ def main() -> None:
                 for i, batch in enumerate(batches)
             ]
             if args.out:
-                text = io.StringIO()
-                writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(rows)
-                atomic_write(args.out, text.getvalue())
+                atomic_write(args.out, csv_text(rows, list(COLUMNS)))
             print(summary(rows[-args.batches :]).splitlines()[1], flush=True)
     print(summary(rows))
 

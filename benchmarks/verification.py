@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 import sapo_kernels as sk
-from sapo_kernels.scoring import score
+from sapo_kernels.scoring import score, verified_paths
 from sapo_kernels.scoring.model_state import compilation_off, scoring_mode
 
 from .workload import build_cache, data_folder, load_tasks, load_tokenizer, qwen3_shaped
@@ -29,7 +29,7 @@ def without(model, cache) -> None:
 
 
 def first(model, cache) -> None:
-    score._known.clear()
+    verified_paths._known.clear()
     assert len(sk.score_prompts(model, cache, progress=False).stats["verified"]) == 2
 
 
@@ -40,7 +40,7 @@ def again(model, cache) -> None:
 def expected(cache, number: int) -> float:
     """Tokens of the verified cells over those of the trie: the longest cell, and the last in depth-first order."""
     cells = [int(cache.lengths.argmax()), cache.extremes[1]][:number]
-    return float((cache.lengths[cells] + 1).sum() / len(cache.plan_trie()))
+    return float((cache.lengths[cells] + 1).sum() / len(cache.trie))
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ import re
 import reprlib
 import secrets
 import stat
+import zlib
 from typing import Any
 
 MAX_BYTES = 64 * 2**20
@@ -70,8 +71,7 @@ def atomic_write(path: str | os.PathLike, data: bytes | str) -> None:
     directory = os.path.dirname(path)
     directory_fd = os.open(directory, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
     try:
-        # The temporary name does not contain the final one: a name of the maximum length must still work.
-        temporary = os.path.join(directory, f".sapo-{secrets.token_hex(8)}.tmp")
+        temporary = os.path.join(directory, f"{_temporary(path)}{secrets.token_hex(4)}.tmp")
         try:
             _write_new(temporary, data, mode)
             os.replace(temporary, path)
@@ -82,6 +82,20 @@ def atomic_write(path: str | os.PathLike, data: bytes | str) -> None:
         flush(directory_fd)
     finally:
         os.close(directory_fd)
+
+
+def _temporary(path: str) -> str:
+    """How the names of temporary files for `path` begin: not with its own, which may have the maximum length."""
+    return f".sapo-{zlib.crc32(os.fsencode(os.path.basename(path))):08x}-"
+
+
+def remove_temporary(path: str | os.PathLike) -> None:
+    """Remove what killed writers of the file at `path` have left. Only for who knows that nobody writes to it now."""
+    path = os.path.realpath(os.fspath(path))
+    directory, start = os.path.dirname(path), _temporary(path)
+    for name in os.listdir(directory):
+        if name.startswith(start) and name.endswith(".tmp"):
+            os.unlink(os.path.join(directory, name))
 
 
 def flush(fd: int) -> None:

@@ -85,6 +85,15 @@ def check_manifest(folder: str | os.PathLike, schema: str | tuple[str, ...], *, 
             check_manifest(os.path.dirname(path), _schema(path))
 
 
+def settle_manifest(folder: str | os.PathLike, schema: str, *, skip: Skip = _nothing) -> None:
+    """After `check_manifest`: what a process that was killed had announced is not announced any more.
+
+    Arguments as of `write_manifest`.
+    """
+    if _read(os.path.join(folder, MANIFEST), schema)[1]:
+        write_manifest(folder, schema, skip=skip)
+
+
 def _text(document: dict[str, Any]) -> str:
     """A manifest as it is written: with a digest of itself, so that not a byte of it can change either."""
     digest = hashlib.sha256(json.dumps(document, ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()

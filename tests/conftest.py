@@ -35,6 +35,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a CUDA or ROCm device")
+    config.addinivalue_line("markers", "real: on pretrained weights, where their packages are installed")
     config.addinivalue_line("markers", "slow: takes long; runs with --run-slow or SAPO_RUN_SLOW=1")
 
 

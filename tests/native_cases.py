@@ -36,6 +36,11 @@ class Implementation:
     name: str
     device: str
 
+    @staticmethod
+    def available(name: str) -> bool:
+        """On the CPU."""
+        return name == "plain" or (not WITHOUT_COMPILED and native.load("_C") == "loaded")
+
     def accumulate_(self, *arguments) -> None:
         run = torch.ops.sapo_kernels.accumulate_ if self.name == "compiled" else accumulate_torch
         run(*arguments)

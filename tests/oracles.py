@@ -28,12 +28,30 @@ THINKING = (
     "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
     "{% endif %}"
 )
+# Like Llama 3.2's: what it shows changes from day to day, this one from second to second.
+DATED = "{{ strftime_now('%d %b %Y %H:%M:%S') }}\n" + CHATML
+# Like DeepSeek-R1's: the generation prompt begins a thought, whatever the options; a conversation shows none.
+OPENED = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+# Turns that are only begun, never closed, as GLM (by a special token), Falcon and Vicuna (by text) write them, and one
+# that ends all turns but the last.
+UNCLOSED = {
+    "glm": "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    "falcon": "{% for m in messages %}{{ m['role'] | capitalize }}: {{ m['content'] }}\n\n{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}",
+    "vicuna": "{% for m in messages %}{{ m['role'] | upper }}: {{ m['content'] }} {% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT: {% endif %}",
+    "last": "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
+    "{% if not loop.last or m['role'] == 'user' %}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+}
 
 
-def byte_tokenizer(chat_template=None, merges=(), bos=False):
+def byte_tokenizer(chat_template=None, merges=(), bos=False, around=None):
     """A fast byte-level tokenizer: ids 0-255 are bytes, then three special tokens, then one id a merge.
 
-    With `bos` it puts ``<|endoftext|>`` in front of a text when asked to add special tokens, as Llama's does.
+    With `bos` it puts ``<|endoftext|>`` in front of a text when asked to add special tokens, as Llama's does; with
+    `around` ("<|im_start|> $A <|im_end|>") whatever that says, none of which is a BOS.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
@@ -48,9 +66,9 @@ def byte_tokenizer(chat_template=None, merges=(), bos=False):
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIALS])
-    if bos:
+    if bos or around:
         backend.post_processor = processors.TemplateProcessing(
-            single=f"{SPECIALS[0]} $A", special_tokens=[(SPECIALS[0], 256)]
+            single=around or f"{SPECIALS[0]} $A", special_tokens=[(name, 256 + i) for i, name in enumerate(SPECIALS)]
         )
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token=SPECIALS[0], eos_token=SPECIALS[2], chat_template=chat_template,

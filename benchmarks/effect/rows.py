@@ -51,3 +51,12 @@ def load(kind: str, results: Path = RESULTS) -> dict[str, Any]:
     if found.get("version") != VERSION or not found.get("rows"):
         raise DataError(f"{results / kind}.json: expected version {VERSION} with rows")
     return found
+
+
+def rounded(value: Any) -> Any:
+    """Five decimals are more than any difference that matters here."""
+    if isinstance(value, float):
+        return round(value, 5)
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    return [rounded(item) for item in value] if isinstance(value, list) else value

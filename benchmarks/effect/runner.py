@@ -61,7 +61,7 @@ def sequence_row(base: Any, tokenizer: Any, run: design.Run) -> dict[str, Any]:
     config = SequenceConfig(method=run.method, policy="sapo" if again else run.policy, seed=run.seed, **options)
     tasks = sequence_tasks(design.ORDERS[run.order], run.seed, config.test_examples)
     result = run_sequence((base, tokenizer), tasks, None, config, order=run.order, name="tiny-base", progress=False)
-    metrics = {name: _rounded(entry) for name, entry in result.metrics.items()}
+    metrics = {name: rows.rounded(entry) for name, entry in result.metrics.items()}
     cost = {name: round(value, 3) for name, value in result.cost.items()}
     return {**run._asdict(), **metrics, "prompts": [choice["index"] for choice in result.choices], "cost": cost}
 
@@ -80,7 +80,7 @@ def run_singles(work: Path, backwards: bool, until: float) -> int:
         damage = damage or Damage(tokenizer, design.SINGLE)
         started = time.perf_counter()
         found = run_task(base, tokenizer, task, seed, None, design.SINGLE, damage)
-        rows.put(work, "single", name, mark, [_rounded(row) for row in found])
+        rows.put(work, "single", name, mark, [rows.rounded(row) for row in found])
         print(f"{name}: {len(found)} prompts, {time.perf_counter() - started:.0f} s", flush=True)
     return left
 
@@ -88,12 +88,3 @@ def run_singles(work: Path, backwards: bool, until: float) -> int:
 def _ordered(runs: Iterable[Any], backwards: bool) -> list[Any]:
     """From the first or from the last, so that two processes meet in the middle."""
     return list(runs)[:: -1 if backwards else 1]
-
-
-def _rounded(value: Any) -> Any:
-    """Five decimals are more than any difference that matters here."""
-    if isinstance(value, float):
-        return round(value, 5)
-    if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    return [_rounded(item) for item in value] if isinstance(value, list) else value

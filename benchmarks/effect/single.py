@@ -14,17 +14,20 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 import sapo_kernels as sk
-from sapo_peft.sequence import SequenceTask
 from sapo_peft.tiny_base import sequence_tasks
 from tools.bundled_tasks.common import Draw
 from tools.tiny_base.corpus import SEQUENCE
 from tools.tiny_base.skills import SKILLS
+
+Rows = list[tuple[list[int], list[int]]]
+LossOf = Callable[[Any, Rows], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -73,9 +76,12 @@ def run_task(
     probe = list(task.train[: config.probe_examples])
     pre = sk.score_prompts(base, list(pool.prompts), probe, tokenizer=tokenizer, progress=False)
     before = damage.losses(base)
+    wanted = [task.train[i % len(task.train)] for i in range(config.max_steps * config.batch_size)]
     rows = []
     for k in range(len(pool.prompts)) if prompts is None else prompts:
-        model, last = trained(base, tokenizer, task, k, seed, config)
+        cache = _cache(tokenizer, pool.prompts[k], wanted)
+        rows_of_prompt = list(zip(cache.contexts[0], cache.responses[0], strict=True))
+        model, last = trained(base, rows_of_prompt, seed, config, padded_loss(tokenizer.pad_token_id))
         after = damage.losses(model)
         own = _loss(model, _cache(tokenizer, pool.prompts[k], task.test))
         rise = {key: after[key] - before[key] for key in before}
@@ -96,15 +102,14 @@ def run_task(
     return rows
 
 
-def trained(base: Any, tokenizer: Any, task: SequenceTask, prompt: int, seed: int, config: SingleConfig):
-    """(the base with a trained adapter, mean training loss of the last quarter of the steps)."""
+def trained(base: Any, rows: Rows, seed: int, config: SingleConfig, loss_of: LossOf):
+    """(a copy of the base with a trained adapter, mean training loss of the last quarter of the steps).
+
+    rows: context and response in token ids, in the order of training, as often as needed.
+    """
     from peft import LoraConfig, get_peft_model
     from transformers import get_cosine_schedule_with_warmup
 
-    wanted = config.max_steps * config.batch_size
-    rows = [task.train[i % len(task.train)] for i in range(wanted)]
-    cache = _cache(tokenizer, task.pool.prompts[prompt], rows)
-    contexts, responses = cache.contexts[0], cache.responses[0]
     lora = LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
@@ -118,21 +123,9 @@ def trained(base: Any, tokenizer: Any, task: SequenceTask, prompt: int, seed: in
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, round(config.warmup * config.max_steps), config.max_steps)
-    backbone, head = model.get_base_model().model, model.get_base_model().lm_head
     losses = []
-    for start in range(0, wanted, config.batch_size):
-        batch = range(start, start + config.batch_size)
-        longest = max(len(contexts[m]) + len(responses[m]) for m in batch)
-        ids = torch.full((config.batch_size, longest), tokenizer.pad_token_id)
-        labels = torch.full_like(ids, -100)
-        for i, m in enumerate(batch):
-            both = contexts[m] + responses[m]
-            ids[i, : len(both)] = torch.tensor(both)
-            labels[i, len(contexts[m]) : len(both)] = torch.tensor(responses[m])
-        targets = labels[:, 1:]
-        # Right padding under causal attention needs no mask, and only response rows need the head.
-        hidden = backbone(input_ids=ids[:, :-1]).last_hidden_state[targets != -100]
-        loss = torch.nn.functional.cross_entropy(head(hidden), targets[targets != -100])
+    for start in range(0, config.max_steps * config.batch_size, config.batch_size):
+        loss = loss_of(model, [rows[i % len(rows)] for i in range(start, start + config.batch_size)])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
         optimizer.step()
@@ -141,6 +134,26 @@ def trained(base: Any, tokenizer: Any, task: SequenceTask, prompt: int, seed: in
         losses.append(loss.item())
     late = losses[-max(1, len(losses) // 4) :]
     return model.eval(), math.fsum(late) / len(late)
+
+
+def padded_loss(pad: int) -> LossOf:
+    """The mean over response tokens of a padded batch."""
+
+    def loss_of(model: Any, batch: Rows) -> torch.Tensor:
+        backbone, head = model.get_base_model().model, model.get_base_model().lm_head
+        longest = max(len(context) + len(response) for context, response in batch)
+        ids = torch.full((len(batch), longest), pad)
+        labels = torch.full_like(ids, -100)
+        for i, (context, response) in enumerate(batch):
+            end = len(context) + len(response)
+            ids[i, :end] = torch.tensor(context + response)
+            labels[i, len(context) : end] = torch.tensor(response)
+        targets = labels[:, 1:]
+        # Right padding under causal attention needs no mask, and only response rows need the head.
+        hidden = backbone(input_ids=ids[:, :-1]).last_hidden_state[targets != -100]
+        return torch.nn.functional.cross_entropy(head(hidden), targets[targets != -100])
+
+    return loss_of
 
 
 def _cache(tokenizer: Any, prompt: str, rows: Any) -> sk.ResponseCache:

@@ -13,7 +13,7 @@ from tools.tiny_base.corpus import known_wordings
 from tools.tiny_base.presets import PRESETS
 
 from .. import documents
-from . import again, design, rows
+from . import again, design, pretrained_table, rows
 from .statistics import Interval, bootstrap_mean, differences, group_means, paired_difference, spearman, student_mean
 
 Rows = list[dict[str, Any]]
@@ -222,6 +222,7 @@ TABLES: dict[str, Callable[[Path], list[str]]] = {
     "cost": _sequences(cost_table),
     "correlation": lambda results: correlation_table(rows.load("single", results)["rows"]),
     "hindsight": lambda results: single_choice_table(rows.load("single", results)["rows"]),
+    **pretrained_table.TABLES,
 }
 
 

@@ -235,9 +235,11 @@ def one_change(setting: Setting, name: str, field: str = "", value: int = 0):
 
 
 def race(setting: Setting, name: str):
-    """A task's prompt chosen on a real model: the published loop, every cell, and a race.
+    """A task's prompt chosen on a real model: what people use today, every cell, and a race.
 
-    All read one cache of token ids, which is in nobody's time. The note of the race says what it scored and chose.
+    All read one cache of token ids, which is in nobody's time. The note of the race says what it scored and chose. 250
+    examples take hours on a CPU; for some tasks with fewer: ``python -m pytest benchmarks/bench_ops.py --bench-op race
+    --bench-base smollm2 --bench-data DIR --bench-scale 0.1 --bench-out benchmarks/results -k "task141 or task195"``.
     """
     from ..real_matrices import INPUT_TOKENS, cut, load
 
@@ -245,7 +247,8 @@ def race(setting: Setting, name: str):
     task = _tasks(setting)[name]
     rows = cut(task, tokenizer, INPUT_TOKENS)[: 4 if setting.toy else round(250 * min(setting.scale, 1.0))]
     cache = sk.ResponseCache.build(tokenizer, task.prompts, rows, suffix=task.suffix)
-    case = make_case("race", name, model, cache, ["trainer_loop"], rounds=1)
+    sizes = {"trainer_loop": (), "tuned_plain": (32,), "prefix_cache": (32,), "lm_eval": (8,)}
+    case = make_case("race", name, model, cache, list(sizes), rounds=1, sizes=sizes)
 
     def check(raced: sk.PromptScores) -> float:
         far = (raced.nll - full.nll).abs() / full.tokens

@@ -9,8 +9,11 @@ imported. transformers makes ordinary weights of the quantised ones, so the mode
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,6 +73,12 @@ def resolve(name: str) -> tuple[str, str | None]:
     return str(path.parent), path.name
 
 
+def installed(name: str) -> bool:
+    """Whether a model of `MODELS` can be loaded from packages that are installed here."""
+    weights = MODELS[name]
+    return find_spec("gguf") is not None and None not in [_part(one, weights.file) for one in weights.parts]
+
+
 def load_gguf(folder: str, gguf_file: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """(model in eval mode on the CPU, tokenizer) of a GGUF file, with weights of an ordinary model of `dtype`.
 
@@ -78,8 +87,10 @@ def load_gguf(folder: str, gguf_file: str, dtype: torch.dtype = torch.float32) -
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file)
-        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file, dtype=dtype)
+        # transformers draws a bar for every tensor, which no option of its own turns off.
+        with contextlib.redirect_stderr(io.StringIO()):
+            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file)
+            model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file, dtype=dtype)
     except Exception as error:
         text = excerpt(str(error), 300)
         raise DataError(f"--model {Path(folder, gguf_file)}: cannot be loaded as GGUF: {text}") from error

@@ -15,9 +15,11 @@ from typing import Any
 import torch
 
 from sapo_kernels.files import DataError, excerpt, read_json
+from sapo_kernels.scoring.render import with_end_token
 
 from .assets import tiny_base_folder
 from .gguf import MODELS, load_gguf, resolve
+from .hub import hub_answers
 from .trainer.checkpoints import check_adapter
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?")
@@ -87,7 +89,7 @@ def load(name: str, adapter: str | None, dtype: str, device: str, tokenizer: str
         own = _load_tokenizer(name if tokenizer is None else tokenizer)
     if adapter is not None:
         model = _load_adapter(model, adapter)
-    return model.to(place).eval(), own
+    return model.to(place).eval(), with_end_token(own, model)
 
 
 def quiet_libraries() -> None:
@@ -109,7 +111,7 @@ def _source(option: str, name: str, *needed: str) -> tuple[str, bool]:
     if looks_local or not _HUB_NAME.fullmatch(name):
         got = "a file" if path.is_file() else "no such folder"
         raise DataError(f"{option} {excerpt(name, 200)}: expected a folder or a hub name, got {got}")
-    if not _answers(name):
+    if not hub_answers(name):
         from huggingface_hub import snapshot_download
 
         try:
@@ -118,20 +120,6 @@ def _source(option: str, name: str, *needed: str) -> tuple[str, bool]:
             why = "no such folder, and not loaded from the hub, which gives no answer"
             raise DataError(f"{option} {name}: {why}") from error
     return name, False
-
-
-def _answers(name: str) -> bool:
-    """Whether the hub answers. The libraries would ask for a minute before they look at what is cached."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        HfApi().model_info(name, timeout=10)
-    except HfHubHTTPError:  # an answer, which the library will tell
-        return True
-    except Exception:
-        return False
-    return True
 
 
 def _load_model(name: str, dtype: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 import sys
 import unicodedata
@@ -81,22 +82,51 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> str
     return "\n".join(lines)
 
 
-class _Note(logging.Formatter):
-    """Log messages quote prompts, answers and file names, which are not to be trusted on a terminal."""
+# What tells notes of one kind apart: the place in front, numbers, and what is quoted.
+_PARTICULAR = re.compile(r"""\A[^:]{1,200}: |\d+(?:[.,]\d+)*|'[^']*'|"[^"]*\"""")
+
+
+def _kind(note: str) -> str:
+    return _PARTICULAR.sub("#", note)
+
+
+class _Notes(logging.StreamHandler):
+    """Log messages as notes, of each kind of warning the first; `close` says how many more there were.
+
+    They quote prompts, answers and file names, which are not to be trusted on a terminal.
+    """
+
+    def __init__(self):
+        super().__init__(sys.stderr)
+        self.found: dict[str, list[str]] = {}
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno >= logging.WARNING:
+            note = record.getMessage()
+            found = self.found.setdefault(_kind(note), [])
+            found.append(note)
+            if len(found) > 1:
+                return
+        super().emit(record)
 
     def format(self, record: logging.LogRecord) -> str:
         return f"sapo: note: {plain(record.getMessage())}"
 
+    def close(self) -> None:
+        for first, *others in self.found.values():
+            if others:
+                say_notes([f"{len(others)} more like this one: {first}"])
+        super().close()
+
 
 @contextmanager
 def log_on_stderr(name: str, quiet: bool, level: int | None = None) -> Iterator[None]:
-    """Show what the logger `name` says as notes (nothing if `quiet`), for as long as this lasts.
+    """Show what the logger `name` says as notes (nothing if `quiet`), for as long as this lasts; see `_Notes`.
 
     level: the logger's own level meanwhile; None leaves it.
     """
     logger = logging.getLogger(name)
-    handler = logging.NullHandler() if quiet else logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Note())
+    handler = logging.NullHandler() if quiet else _Notes()
     before = logger.propagate, logger.level
     logger.propagate = False
     if level is not None:
@@ -106,12 +136,17 @@ def log_on_stderr(name: str, quiet: bool, level: int | None = None) -> Iterator[
         yield
     finally:
         logger.removeHandler(handler)
+        handler.close()
         logger.propagate = before[0]
         if level is not None:
             logger.setLevel(before[1])
 
 
 def say_notes(notes: Iterable[str], quiet: bool = False) -> None:
-    """Notes on stderr, a line each; nothing if `quiet`."""
+    """Notes on stderr, a line for each kind with the first of them; nothing if `quiet`."""
+    found: dict[str, list[str]] = {}
     for note in [] if quiet else notes:
-        print(f"sapo: note: {plain(note)}", file=sys.stderr)
+        found.setdefault(_kind(note), []).append(note)
+    for first, *others in found.values():
+        more = f" (and {len(others)} more of this kind)" if others else ""
+        print(f"sapo: note: {plain(first)}{more}", file=sys.stderr)

@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -25,9 +25,9 @@ from .model_state import Unrecoverable, compilation_off, is_out_of_memory, scori
 from .paths import ALONE, Paths
 from .prompt_scores import PromptScores
 from .race import Race
-from .ranks import IDLE, WORKING, RankError, Ranks, patience, ranks_of
+from .ranks import IDLE, WORKING, RankError, Ranks, is_of_a_collective, patience, ranks_of
 from .response_cache import ResponseCache
-from .score import ScoringJob, check_choices
+from .score import ScoringJob, cache_of, check_choices
 from .verification import Check, Disagreement, PlainModel
 
 # What all ranks must have alike, by the order of its digests in the first round.
@@ -42,7 +42,8 @@ SAMPLE = 16
 # int64 of text: why a rank finds that a path is not to be taken.
 PROBLEM = 32
 
-_cuts: weakref.WeakKeyDictionary[ResponseCache, _Cuts] = weakref.WeakKeyDictionary()
+# By cache and number of shards: each one's cells and cache.
+_cuts: weakref.WeakKeyDictionary[ResponseCache, dict[int, list]] = weakref.WeakKeyDictionary()
 
 
 def score_prompts_sharded(
@@ -91,18 +92,10 @@ def score_prompts_sharded(
     """
     ranks = ranks_of(group, timeout)
     with contextlib.nullcontext() if ranks is None else ranks.together():
-        check_choices(impl, max_tokens)
+        check_choices(impl, max_tokens, race)
         if shards is not None and (type(shards) is not int or shards < 1):
             raise ValueError(f"shards: expected a whole number of at least 1, got {shards!r}")
-        cache = prompts
-        if not isinstance(prompts, ResponseCache):
-            cache = ResponseCache.build(
-                layout.pop("tokenizer", None), prompts, [] if examples is None else examples, **layout
-            )
-        elif examples is not None or layout:
-            raise ValueError(f"examples, {', '.join(layout) or 'layout'}: expected none beside a ResponseCache")
-        if race is not None and not isinstance(race, Race):
-            raise TypeError(f"race: expected a Race or None, got {type(race).__name__}")
+        cache = cache_of(prompts, examples, layout.pop("tokenizer", None), layout, model)
         job = ShardedJob(model, cache, impl, max_tokens, ranks, shards)
         if ranks:
             job.check_alike(race)
@@ -135,14 +128,6 @@ def cut(trie: TokenTrie, count: int) -> list[np.ndarray]:
         near = np.lexsort((np.abs(token[first:stop] - even), shared[first:stop]))
         chosen.append(int(begin[first + near[0]]))
     return [np.sort(cells) for cells in np.split(order, np.unique(np.asarray(chosen, dtype=np.int64)))]
-
-
-@dataclass
-class _Cuts:
-    """What is kept of a cache between calls: tokens of its trie; by number of shards, each one's cells and cache."""
-
-    tokens: int
-    shards: dict[int, list[tuple[torch.Tensor, ResponseCache]]] = field(default_factory=dict)
 
 
 class ShardedJob(ScoringJob):
@@ -213,7 +198,9 @@ class ShardedJob(ScoringJob):
         try:
             found = job.run(path, list(mine.values()), plain)
         except Exception as error:
-            if isinstance(error, Unrecoverable) or is_out_of_memory(error) or path == ALONE:
+            # Weights that could not be gathered are no fault of the path: `_gathering` says which rank is lost.
+            lost = self.gathers and is_of_a_collective(error)
+            if isinstance(error, Unrecoverable) or is_out_of_memory(error) or path == ALONE or lost:
                 raise
             return None, str(error) if isinstance(error, (Disagreement, NotTreeable)) else f"it failed: {error!r}"
         for check in checks:
@@ -296,16 +283,12 @@ class ShardedJob(ScoringJob):
 
 def _shards(cache: ResponseCache, count: int | None, max_tokens: int) -> list[tuple[torch.Tensor, ResponseCache]]:
     """The shards of a cache, cut once for each number of them."""
-    cuts, trie = _cuts.get(cache), None
-    if cuts is None:
-        trie = cache.plan_trie()
-        cuts = _cuts[cache] = _Cuts(len(trie))
     if count is None:
-        count = max(n for n in COUNTS if n <= max(1, cuts.tokens // (2 * max_tokens)))
-    if count not in cuts.shards:
-        trie = trie or cache.plan_trie()
-        cuts.shards[count] = [(torch.from_numpy(cells), cache.select(cells)) for cells in cut(trie, count)]
-    return cuts.shards[count]
+        count = max(n for n in COUNTS if n <= max(1, len(cache.trie) // (2 * max_tokens)))
+    made = _cuts.setdefault(cache, {})
+    if count not in made:
+        made[count] = [(torch.from_numpy(cells), cache.select(cells)) for cells in cut(cache.trie, count)]
+    return made[count]
 
 
 def unshareable(model: nn.Module) -> str | None:

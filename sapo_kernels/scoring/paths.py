@@ -1,4 +1,4 @@
-"""The ways to score the cells of a cache on a model, fastest first; score.py chooses.
+"""The ways to score the cells of a cache on a model, fastest first; verified_paths.py chooses.
 
 tree:   one token trie through the model, its attention replaced by `tree_attention`.
 padded: whole sequences of similar length in right-padded batches, by the model's own attention.
@@ -8,12 +8,14 @@ alone:  one sequence at a time, by the model's own logits; right whatever the mo
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
+from ..ops import resolve_impl
 from ..trie.trie import TokenTrie, TriePass
 from . import model_support
 from .attention import trie_attention_installed
@@ -41,9 +43,12 @@ class Paths:
     # Read the model's own logits, because its head does more than `model_support.head_transform` knows.
     through_model = False
 
-    def __init__(self, model, cache: ResponseCache, impl: str, max_tokens: int, progress: bool | None):
+    def __init__(
+        self, model, cache: ResponseCache, impl: str, max_tokens: int, progress: bool | Callable | None,
+        fuse: str | bool = "auto",
+    ):  # fmt: skip
         self.model, self.inner = model_support.unwrap(model)
-        self.cache, self.progress, self.max_tokens = cache, progress, max_tokens
+        self.cache, self.progress, self.max_tokens, self.fuse = cache, progress, max_tokens, fuse
         self.op_impl = impl if impl in OP_IMPL else "auto"
         self.device = model_support.input_device(self.inner)
         self.put_rope_back: Callable[[], None] = lambda: None
@@ -73,6 +78,14 @@ class Paths:
     def reader(self) -> HeadReader:
         return HeadReader(self.inner, OP_IMPL[self.op_impl], self.through_model)
 
+    def _fused(self):
+        """Fused layers for the passes of a path; the plain model, which they are verified against, has none."""
+        if not self.fuse or resolve_impl("tree_attention", "auto", self.device) != "triton":
+            return contextlib.nullcontext()
+        from ..fused_layers.swap import fused_layers  # needs triton
+
+        return fused_layers(self.inner)
+
     def _budget(self) -> int:
         if not self.through_model:
             return self.max_tokens
@@ -94,6 +107,7 @@ class Paths:
         with (
             Progress(len(trie.leaf), trie.dense_tokens, total, self.progress) as bar,
             trie_attention_installed(self.inner),
+            self._fused(),
             self.reader().installed() as reader,
         ):
             runner = TreeRunner(self.model, reader, self.op_impl, self.device, prefixes)
@@ -132,6 +146,7 @@ class Paths:
         nll, computed, done = np.full(len(lengths), np.nan), 0, 0
         with (
             Progress(len(lengths), int(lengths.sum()), None, self.progress) as bar,
+            self._fused(),
             self.reader().installed() as reader,
         ):
             waiting = _similar_lengths(np.unique(first), lengths, self._budget(), equal)[::-1]

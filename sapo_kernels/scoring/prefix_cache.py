@@ -72,7 +72,7 @@ class PrefixCache:
 
     def begin(self, cache: ResponseCache, max_tokens: int) -> ScorePlan:
         """The plan of a round that scores the cells of `cache`, a selection: its passes hold what is kept."""
-        trie, paths = cache.plan_trie(), {}
+        trie, paths = cache.trie, {}
         prompts, first = np.unique(cache.selected // cache.num_examples, return_index=True)
         for k, cell in zip(prompts.tolist(), first.tolist(), strict=True):
             # A leaf predicts something and is no part of a prefix.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..files import DataError, excerpt, read_json, write_json
-from .race_report import RaceReport, read_nats
+from .race_report import RaceReport
 
 logger = logging.getLogger("sapo_kernels")
 SCHEMA = "sapo_kernels.PromptScores/1"
@@ -69,36 +69,22 @@ class PromptScores:
 
         A prompt with a non-finite cell has a non-finite loss; one with no scored cell has NaN.
 
-        After a race prompts have seen different examples, and means over them could not be compared. A prompt's loss is
-        then that of the prompt it was last compared with, plus the mean difference on the examples that both have; the
-        winner's is the mean over its own examples.
+        After a race prompts have seen different examples, and means over them could not be compared. The winner's loss
+        is then the mean over its own examples, another's that plus the mean difference on the examples that both have.
         """
         if kind not in REDUCTIONS:
             raise ValueError(f"kind: expected one of {REDUCTIONS}, got {kind!r}")
         if batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
         size = {"token": self.nll.shape[1], "example": 1, "batch": batch_size}[kind]
-        own = _mean_loss(self.nll, self.tokens, size, kind == "batch")
-        if self.race is None:
-            return own
-        return self._along_the_race(own, size, kind == "batch")
-
-    def _along_the_race(self, own: torch.Tensor, size: int, by_examples: bool) -> torch.Tensor:
-        loss, known = own.clone(), [k == rival for k, rival in enumerate(self.race.against)]
-        for k in range(len(known)):
-            # Nobody is compared with a prompt that left before it, so every path ends at one that stands for itself.
-            path = [k]
-            while not known[path[-1]]:
-                path.append(self.race.against[path[-1]])
-                if len(path) > len(known):
-                    raise ValueError(f"race: against: prompt {k} is compared with itself in the end")
-            for a, b in zip(path[-2::-1], path[:0:-1], strict=True):
-                known[a] = True
-                if self.scored[a].all() and self.scored[b].all():
-                    continue
-                both = torch.where(self.scored[a] & self.scored[b], self.tokens[[a, b]], 0)
-                means = _mean_loss(self.nll[[a, b]], both, size, by_examples)
-                loss[a] = loss[b] + (means[0] - means[1])
+        loss = _mean_loss(self.nll, self.tokens, size, kind == "batch")
+        winner = -1 if self.race is None else self.race.winner
+        for k in range(len(loss)) if winner >= 0 else ():
+            common = self.scored[k] & self.scored[winner]
+            if not common.all():
+                pair = [k, winner]
+                means = _mean_loss(self.nll[pair], torch.where(common, self.tokens[pair], 0), size, kind == "batch")
+                loss[k] = loss[winner] + (means[0] - means[1])
         return loss
 
     @property
@@ -218,9 +204,15 @@ def _plain(nll: float, tokens: int) -> float | str | None:
 
 
 def _loss(value: Any, counts: list[list[int]], k: int, m: int) -> float | None:
-    """A cell's loss; null stands for NaN in a cell that was not scored, and nowhere else."""
-    scored = k >= len(counts) or m >= len(counts[k]) or counts[k][m] > 0
-    return math.nan if value is None and not scored else read_nats(value)
+    """A cell's loss, in words where JSON has no number; null stands for NaN in a cell that was not scored only."""
+    if value is None:
+        return None if k >= len(counts) or m >= len(counts[k]) or counts[k][m] > 0 else math.nan
+    if type(value) not in (int, float) and value not in ("nan", "inf", "-inf"):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return None
 
 
 def _count(value: Any) -> int | None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import warnings
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -46,7 +45,6 @@ class Race:
         first: examples of the first round, at least 2. Fewer save more, and standard errors can be trusted less.
         growth: each round ends at this multiple of the examples of the one before.
         seed: of the order of the examples. The same seed and losses give the same race.
-        memory: no longer used; earlier scores of the same prompts saved too little.
 
     Raises:
         ValueError, TypeError: naming the option, what was expected and what was got.
@@ -58,7 +56,6 @@ class Race:
     first: int = 16
     growth: float = 1.1
     seed: int = 0
-    memory: object = ()
 
     def __post_init__(self):
         for name, high in (("delta", 1.0), ("tolerance", math.inf), ("relative", 1.0)):
@@ -71,9 +68,6 @@ class Race:
             raise ValueError(f"first: expected a whole number of at least 2, got {self.first!r}")
         if type(self.seed) is not int:
             raise ValueError(f"seed: expected a whole number, got {self.seed!r}")
-        if self.memory:
-            warnings.warn("Race: memory is no longer used", FutureWarning, stacklevel=3)
-        object.__setattr__(self, "memory", ())
 
     def order(self, num_examples: int) -> list[int]:
         """The examples in the order in which they are scored: that of a hash, the same in every version and process."""

@@ -38,11 +38,6 @@ class RaceReport:
         """Share of the cells that were not scored."""
         return 1.0 - self.cells / self.total
 
-    @property
-    def against(self) -> list[int]:
-        """The prompt that each loss is estimated against: the winner, which has all examples of the others."""
-        return [self.winner if self.winner >= 0 else k for k in range(len(self.examples))]
-
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
         return asdict(self)
@@ -92,13 +87,3 @@ def _numbers(data: dict, name: str, length: int | None, low: int, high: int) -> 
         if not _whole(value, low, high):
             raise DataError(f"race: {name}[{i}]: expected a whole number from {low} to {high}, got {excerpt(value)}")
     return values
-
-
-def read_nats(value: Any) -> float | None:
-    """A number or one of the strings that stand for the numbers JSON does not have; None for anything else."""
-    if type(value) not in (int, float) and value not in ("nan", "inf", "-inf"):
-        return None
-    try:
-        return float(value)
-    except OverflowError:
-        return None

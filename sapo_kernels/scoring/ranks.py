@@ -90,6 +90,11 @@ def patience(groups, seconds: float):
             backend._set_default_timeout(own)
 
 
+def is_of_a_collective(error: Exception) -> bool:
+    """Whether an error says that other ranks did not come to a collective; not one of this rank's own."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
 class Ranks:
     """The connection of `members` (global ranks); all of them make it at the same time.
 
@@ -137,19 +142,26 @@ class Ranks:
     def _send(self, rank: int, values: torch.Tensor, group, tag: int = 0):
         return group.send([values], self._place[rank], tag)
 
+    def _trade(self, values: torch.Tensor, sizes: dict[int, int], tag: int = 0) -> tuple[dict, dict]:
+        """Begin to send `values` to every other rank and to receive `sizes` of it; by rank, what is under way."""
+        received, sent = {}, {}
+        for rank, size in sizes.items():
+            try:
+                if size:
+                    received[rank] = self._receive(rank, size, self._beats, tag)
+                if len(values):
+                    sent[rank] = self._send(rank, values, self._beats, tag)
+            except RuntimeError as error:
+                self._lost(rank, None, error)
+        return received, sent
+
     def post(self, status: int, payload: torch.Tensor | None = None) -> None:
         """Begin a round: this rank's status and up to ``MESSAGE - 1`` int64 behind it."""
         message = torch.zeros(MESSAGE, dtype=torch.int64)
         message[0] = status
         if payload is not None:
             message[1 : 1 + len(payload)] = payload
-        received, sent = {}, {}
-        for rank in self.others:
-            try:
-                received[rank] = self._receive(rank, MESSAGE, self._beats)
-                sent[rank] = self._send(rank, message, self._beats)
-            except RuntimeError as error:
-                self._lost(rank, None, error)
+        received, sent = self._trade(message, dict.fromkeys(self.others, MESSAGE))
         self._rounds.append((message, received, sent))
 
     @property
@@ -175,17 +187,9 @@ class Ranks:
 
     def exchange(self, values: torch.Tensor, sizes: list[int]) -> list[torch.Tensor]:
         """Every rank's int64 `values`, in the order of `members`; `sizes`: how many each has."""
-        received, sent = {}, {}
-        for rank, size in zip(self.members, sizes, strict=True):
-            if rank == self.rank:
-                continue
-            try:
-                if size:
-                    received[rank] = self._receive(rank, size, self._beats, tag=1)
-                if len(values):
-                    sent[rank] = self._send(rank, values, self._beats, tag=1)
-            except RuntimeError as error:
-                self._lost(rank, None, error)
+        sizes = dict(zip(self.members, sizes, strict=True))
+        del sizes[self.rank]
+        received, sent = self._trade(values, sizes, tag=1)
         found = self._wait(received)
         self._finish(sent)
         found[self.rank] = values
@@ -249,7 +253,7 @@ class Ranks:
         Ranks run in step here, so whoever is alive has failed in the same gathering and asks too, or waits for the next
         round; the one that is not heard of is the one that was waited for.
         """
-        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        if not is_of_a_collective(error):
             return
         asked = torch.zeros(MESSAGE, dtype=torch.int64)
         asked[0] = ASKING

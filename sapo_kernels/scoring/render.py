@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
+from .thoughts import THOUGHT_END, closing_of, open_thought
+from .turns import Turn, check_history, check_role, example_of, turns_of
+
+logger = logging.getLogger("sapo_kernels")
 _PLACEHOLDER = re.compile(r"\{(prompt|input)\}")
+# Of strftime: what stands behind a percent sign.
+_DIRECTIVES = "aAwdbBmyYHIpMSfzZjUWcxXGuVeDFTRnt"
 PLAIN_ANSWER = "\n\nAnswer:"
+# Stands for an answer where only what a template puts around one is of interest; none has it in its own text.
+PROBE = "zqxjk"
+# What templates that show a date or the time are shown: one moment in a process, or a run past midnight would score
+# with one date and train with another.
+STARTED = datetime.now().replace(microsecond=0)
 
 Template = str | Callable[[str, Mapping[str, str]], Any] | None
 
@@ -32,13 +47,36 @@ class Renderer:
 
     With a chat template the user turn becomes a conversation and the target the assistant's turn; whatever closes
     that turn belongs to the response (with a template that ignores ``add_generation_prompt``, the assistant's header
-    too). Thinking is switched off. Without one, the layout is the user turn followed by
-    ``"\\n\\nAnswer:"``, and the response is ``" " + target`` closed by the end-of-sequence token.
+    too). Where nothing closes it that a generation would stop at, the tokenizer's end token does. Thinking is switched
+    off; a thought that the template begins nevertheless is closed in front of the response. Without a template, the
+    layout is the user turn followed by ``"\\n\\nAnswer:"``, and the response is ``" " + target`` closed by
+    what the tokenizer puts behind a text by itself, else by the end-of-sequence token.
+
+    An example may have a ``history``, the turns before the user's. With ``instruction_role="system"`` the instruction
+    is the system turn, or ends the one that the history begins with, and the user turn is
+    ``input + "\\n\\n" + suffix``. Either wants a chat template.
+
+    now: what templates that read the clock read; None: when this process began (`STARTED`).
     """
 
-    def __init__(self, tokenizer, template: Template = None, suffix: str = "", text_word: str = "Text"):
+    def __init__(
+        self,
+        tokenizer,
+        template: Template = None,
+        suffix: str = "",
+        text_word: str = "Text",
+        *,
+        instruction_role: str = "user",
+        now: datetime | None = None,
+    ):
+        check_role(instruction_role)
         self.tokenizer, self.template, self.suffix, self.text_word = tokenizer, template, suffix, text_word
         self.chat = bool(getattr(tokenizer, "chat_template", None))
+        self.role, self.now = instruction_role, STARTED if now is None else now
+        if self.role == "system" and (template is not None or not self.chat):
+            what = "no template beside it" if template is not None else "a tokenizer with a chat template"
+            raise ValueError(f"instruction_role: expected {what} for 'system', got {'one' if self.chat else 'none'}")
+        self._closing: tuple[str, str] | None = None
         if isinstance(template, str):
             missing = {"prompt", "input"} - set(_PLACEHOLDER.findall(template))
             if missing:
@@ -60,50 +98,151 @@ class Renderer:
             # One pass over the template only: braces inside an instruction or an input are text.
             turn = _PLACEHOLDER.sub(lambda m: values[m.group(1)], self.template)
         else:
-            turn = f"{prompt}\n\n{self.text_word}:\n{example['input']}"
+            turn = f"{prompt}\n\n{self.text_word}:\n{example['input']}" if self.role == "user" else example["input"]
             turn += f"\n\n{self.suffix}" if self.suffix else ""
-        return self._conversation(turn, example["target"]) if self.chat else self._plain(turn, example["target"])
+        history = example.get("history", ())
+        if self.chat:
+            return self._conversation(turns_of(history, self.role, prompt, turn), example["target"])
+        if history:
+            raise ValueError("tokenizer: expected a chat template for examples with a history, got none")
+        return self._plain(turn, example["target"])
 
     def _plain(self, turn: str, target: str) -> Rendered:
-        return Rendered(turn + PLAIN_ANSWER, " " + target + (self.tokenizer.eos_token or ""))
+        # Token by token: decoding would put spaces between them.
+        end = "".join(self.tokenizer.convert_ids_to_tokens(self._added[1])) or self.tokenizer.eos_token or ""
+        return Rendered(turn + PLAIN_ANSWER, " " + target + end)
 
-    def _conversation(self, turn: str, target: str) -> Rendered:
-        # Families spell the switch differently; a template ignores a variable it does not know.
-        options = {"tokenize": False, "enable_thinking": False, "thinking": False}
+    def _conversation(self, turns: list[Turn], target: str) -> Rendered:
         # Templates of vision-language models read a list of parts and print nothing, in silence, for a string.
         for content in (str, lambda text: [{"type": "text", "text": text}]):
-            user = {"role": "user", "content": content(turn)}
-            context = self.tokenizer.apply_chat_template([user], add_generation_prompt=True, **options)
-            if turn.strip() in context:
+            shaped = lambda turns, content=content: [{**turn, "content": content(turn["content"])} for turn in turns]
+            context = self._text(shaped(turns), add_generation_prompt=True)
+            lost = [t["role"] for t in turns if t["role"] != "assistant" and t["content"].strip() not in context]
+            if not lost:
                 break
         else:
-            raise ValueError("tokenizer: expected a chat template that shows the user turn, got a text without it")
-        answer = {"role": "assistant", "content": content(target)}
-        full = self.tokenizer.apply_chat_template([user, answer], **options)
+            raise ValueError(f"tokenizer: expected a chat template that shows the {lost[0]} turn, got one without it")
+        answered = lambda text: self._text(shaped([*turns, {"role": "assistant", "content": text}]))
+        if self._closing is None:
+            self._closing = self._closing_of(answered(PROBE))
+        last = turns[-1]["content"].strip()
+        thought = open_thought(context[context.rindex(last) + len(last) if last else 0 :])
+        if thought:
+            context += self._thought_closing(thought, context, answered)
+        full = answered(target)
         if full.startswith(context) and target.strip() in full[len(context) :]:
-            return Rendered(context, full[len(context) :])
-        return Rendered(context, target + (self.tokenizer.eos_token or ""), exact=False)
+            return Rendered(context, full[len(context) :] + self._closing[1])
+        # A thought is closed as no template writes it, and in front of any answer alike.
+        return Rendered(context, target + "".join(self._closing), exact=thought is not None)
+
+    def _text(self, turns: list[dict[str, Any]], **options: Any) -> str:
+        # Families spell the switch differently; a template ignores a variable it does not know.
+        options = {"tokenize": False, "enable_thinking": False, "thinking": False, **options}
+        if reads_clock(self.tokenizer):
+            options["chat_template"] = _as_of(self.tokenizer.get_chat_template(), self.now)
+        try:
+            return self.tokenizer.apply_chat_template(turns, **options)
+        except Exception as error:
+            # Of templates that know no system turn, or want turns to alternate.
+            if type(error).__name__ != "TemplateError":
+                raise
+            roles = [turn["role"] for turn in turns]
+            raise ValueError(f"tokenizer: the chat template refuses the turns {roles}: {error}") from error
+
+    def _closing_of(self, full: str) -> tuple[str, str]:
+        """(what the template puts behind an answer, the end token if a generation would not stop at anything in it)."""
+        closing = full.rpartition(PROBE)[2] if PROBE in full else ""
+        if any(token in closing for token in special_tokens(self.tokenizer, added=True)):
+            return closing, ""
+        end = self.tokenizer.eos_token or ""
+        said = f"the end token {end!r} is put behind every response" if end else "and the tokenizer has no end token"
+        warn_once(f"the chat template does not close the assistant's turn: {said}")
+        return closing, end
+
+    def _thought_closing(self, thought: re.Match, context: str, answered: Callable[[str], str]) -> str:
+        """What ends the thought that the template's generation prompt begins: as the template would, where it does."""
+        warn_once(f"the chat template begins a thought with {thought[0]!r}: it is closed in front of every response")
+        full = answered(PROBE)
+        between = full[len(context) :].partition(PROBE)[0] if full.startswith(context) else ""
+        if THOUGHT_END.search(between):
+            return between
+        mark = closing_of(thought[0])
+        known = special_tokens(self.tokenizer, added=True)
+        if mark is None or (thought[0] in known and mark not in known):
+            raise ValueError(
+                f"tokenizer: expected a chat template whose thought {thought[0]!r} can be closed, got one that begins "
+                "it in the generation prompt and no known closing; use a template without it"
+            )
+        blank = context[len(context.rstrip()) :]
+        return f"\n{mark}\n\n" if "\n" in blank else mark
 
     def leading_ids(self) -> list[int]:
-        """Tokens that stand in front of every sequence: the BOS of tokenizers that add one by themselves.
+        """Tokens that stand in front of every sequence: those that the tokenizer puts there by itself, BOS or others.
 
         A chat template writes its own.
         """
-        if self.chat:
-            return []
-        ids = self.tokenizer("", add_special_tokens=True)["input_ids"]
-        bos = self.tokenizer.bos_token_id
-        return [bos] if bos is not None and ids[:1] == [bos] else []
+        return [] if self.chat else self._added[0]
+
+    @functools.cached_property
+    def _added(self) -> tuple[list[int], list[int]]:
+        """The ids that the tokenizer puts in front of a text and behind it."""
+        whole, bare = (self.tokenizer("a", add_special_tokens=added)["input_ids"] for added in (True, False))
+        for start in range(len(whole) - len(bare) + 1):
+            if bare and whole[start : start + len(bare)] == bare:
+                return list(whole[:start]), list(whole[start + len(bare) :])
+        raise ValueError(f"tokenizer: expected special tokens around the ids {bare} of 'a', got {whole}")
 
 
-def special_tokens(tokenizer) -> list[str]:
-    """Every text that the tokenizer reads as a special token.
+def special_tokens(tokenizer, added: bool = False) -> list[str]:
+    """Every text that the tokenizer reads as a special token; with `added`, every one that it reads as one token.
 
     Turn markers are often added tokens that have no role of their own (Llama 3's ``<|start_header_id|>``), so
     ``all_special_tokens`` does not know them.
+
+    Raises: ValueError for a tokenizer that reads none in a text, so that no rendered conversation could be encoded.
     """
-    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
-    return sorted({str(s) for s in [*tokenizer.all_special_tokens, *(t for t in added if t.special)] if str(s)})
+    known = getattr(tokenizer, "added_tokens_decoder", {})
+    if not isinstance(known, Mapping) or getattr(tokenizer, "split_special_tokens", False):
+        raise ValueError(
+            f"tokenizer: expected one that reads special tokens in a text, got {type(tokenizer).__name__}"
+            + (", which encodes conversations by itself; load the model's tokenizer.json as a PreTrainedTokenizerFast"
+               if not isinstance(known, Mapping) else " with split_special_tokens=True")
+        )  # fmt: skip
+    found = [token for token in known.values() if added or token.special]
+    return sorted({text for text in map(str, [*tokenizer.all_special_tokens, *found]) if text.strip()})
+
+
+def with_end_token(tokenizer, model):
+    """`tokenizer`; if it has no end token, a copy with the first one of the model's generation configuration."""
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    end = ends[0] if isinstance(ends, (list, tuple)) and ends else ends
+    if getattr(tokenizer, "eos_token", "") is not None or not isinstance(end, int):
+        return tokenizer
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+    return tokenizer
+
+
+def reads_clock(tokenizer) -> bool:
+    """Whether the chat template shows a date or the time."""
+    return "strftime_now" in str(getattr(tokenizer, "chat_template", None))
+
+
+@functools.lru_cache(8)
+def _as_of(template: str, now: datetime) -> str:
+    """The template with a macro in place of the library's function, which asks the clock; no callable can be handed in.
+
+    A line of its own, of which nothing is printed: blanks and line ends at the beginning of the template stay.
+    """
+    shown = [(f"%{flag}{letter}", now.strftime(f"%{flag}{letter}")) for flag in ("-", "") for letter in _DIRECTIVES]
+    filters = " | ".join(f"replace({what!r}, {text!r})" for what, text in [*shown, ("%%", "%")])
+    return f"{{% macro strftime_now(format) %}}{{{{ format | {filters} }}}}{{% endmacro %}}\n{template}"
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """A line in the log, once a process: renderers are made anew for every task and every scoring."""
+    logger.warning("%s", message)
 
 
 def check_prompts(prompts: Sequence[str], specials: Sequence[str] = ()) -> list[str]:
@@ -140,6 +279,14 @@ def check_examples(examples: Sequence[Mapping[str, str]]) -> list[dict[str, str]
         if not isinstance(example, Mapping):
             raise TypeError(f"example {m}: expected a mapping with 'input' and 'target', got {type(example).__name__}")
         row = {}
+        try:
+            example = example_of(example) or example
+            if "history" in example:
+                row["history"] = check_history(example["history"])
+        except ValueError as error:
+            raise ValueError(f"example {m}: {error}") from None
+        for number, turn in enumerate(row.get("history", ())):
+            _check_characters(turn["content"], f"example {m}: history: message {number}")
         for key, other in (("input", "sentence"), ("target", "label")):
             found = key if key in example else other
             if found not in example:
@@ -158,11 +305,19 @@ def check_examples(examples: Sequence[Mapping[str, str]]) -> list[dict[str, str]
 
 def without_empty_targets(examples: Sequence[Mapping[str, str]]) -> tuple[list, list[bool]]:
     """(the examples whose target is not empty, for all M whether it is); what else is wrong is found where all are."""
-    targets = [
-        example.get("target", example.get("label")) if isinstance(example, Mapping) else None for example in examples
-    ]
+    targets = [_target(example) for example in examples]
     kept = [not isinstance(target, str) or bool(target.strip()) for target in targets]
     return [example for example, keep in zip(examples, kept, strict=True) if keep], kept
+
+
+def _target(example: Any) -> Any:
+    if not isinstance(example, Mapping):
+        return None
+    try:
+        example = example_of(example) or example
+    except ValueError:
+        return None
+    return example.get("target", example.get("label"))
 
 
 def _check_characters(text: str, name: str) -> None:

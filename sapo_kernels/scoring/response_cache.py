@@ -9,7 +9,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -95,20 +97,14 @@ class ResponseCache:
             )
 
     @cached_property
+    def trie(self) -> TokenTrie:
+        """The trie of all cells."""
+        return plan_trie(self.ids, self.offsets, self.context_lengths)
+
+    @property
     def extremes(self) -> tuple[int, int]:
         """The first and the last cell in the trie's depth-first order: the smallest and the largest, as words sort."""
-        found = []
-        for sign in (1, -1):
-            cells, depth, lengths = np.unique(self.first_equal), 0, self.lengths
-            while len(cells) > 1:
-                ended = lengths[cells] <= depth
-                if ended.any():  # a prefix of the others: it comes first, and not last
-                    cells = cells[ended][:1] if sign > 0 else cells[~ended] if not ended.all() else cells[:1]
-                    continue
-                ids = sign * self.ids[self.offsets[cells] + depth]
-                cells, depth = cells[ids == ids.min()], depth + 1
-            found.append(int(cells[0]))
-        return found[0], found[1]
+        return int(self.trie.leaf.argmin()), int(self.trie.leaf.argmax())
 
     def cell_name(self, cell: int) -> str:
         """What messages call a cell, by its flat number; a selection's cells by those of the whole."""
@@ -158,14 +154,8 @@ class ResponseCache:
     def plan(self, max_tokens: int) -> ScorePlan:
         """The trie of all cells cut into passes of at most `max_tokens`; planned once per budget."""
         if max_tokens not in self._plans:
-            trie = next(iter(self._plans.values())).trie if self._plans else None
-            trie = trie or self.plan_trie()
-            self._plans[max_tokens] = ScorePlan(trie, trie.passes(max_tokens))
+            self._plans[max_tokens] = ScorePlan(self.trie, self.trie.passes(max_tokens))
         return self._plans[max_tokens]
-
-    def plan_trie(self) -> TokenTrie:
-        """The trie of all cells, planned anew."""
-        return plan_trie(self.ids, self.offsets, self.context_lengths)
 
     @classmethod
     def from_token_ids(cls, contexts: Sequence, responses: Sequence, prompts: Sequence[str] | None = None):
@@ -219,17 +209,22 @@ class ResponseCache:
         text_word: str = "Text",
         max_source: int = 1536,
         max_target: int = 128,
+        instruction_role: str = "user",
+        now: datetime | None = None,
     ) -> ResponseCache:
         """Render and tokenise every (prompt, example) once.
 
         Args:
             tokenizer: a transformers tokenizer; its chat template is used if it has one.
             prompts: K instructions, not empty, free of the tokenizer's special tokens.
-            examples: M mappings with "input" and "target" (or "sentence" and "label"), targets not empty.
+            examples: M mappings with "input" and "target" (or "sentence" and "label"), targets not empty, or with
+                ``messages``, the last of them the assistant's.
             template, suffix, text_word: the layout, see `sapo_kernels.scoring.render.Renderer`.
             max_source: longest context in tokens; a longer one loses the end of its *input*, never of the instruction,
                 the suffix or the closing of the turn.
             max_target: longest response in tokens; the rest is cut, as in the paper.
+            instruction_role: "user" or "system": the turn that the instruction is in.
+            now: what chat templates that show a date are shown; None: when this process began.
 
         Raises:
             ValueError, TypeError: naming the prompt or example, what was expected and what was got.
@@ -247,10 +242,10 @@ class ResponseCache:
             found = [s for s in specials if s in text]
             if found:
                 raise ValueError(f"{name}: expected plain text, got the tokenizer's special token {found[0]!r} in it")
-        renderer = Renderer(tokenizer, template, suffix, text_word)
+        renderer = Renderer(tokenizer, template, suffix, text_word, instruction_role=instruction_role, now=now)
         builder = CellBuilder(renderer, prompts, examples, max_source, max_target)
         cells = builder.cells()
-        tainted = [m for m, e in enumerate(examples) if any(s in e["input"] or s in e["target"] for s in specials)]
+        tainted = [m for m, e in enumerate(examples) if any(s in text for text in _texts(e) for s in specials)]
         stats = {**builder.stats, "special_tokens_in_text": len(tainted)}
         if tainted:
             logger.warning(
@@ -334,6 +329,10 @@ class CellBuilder:
             ids = self.leading + self.tokenize([rendered.context])[0]
             length = len(ids)
         return rendered, ids
+
+
+def _texts(example: Mapping[str, Any]) -> list[str]:
+    return [example["input"], example["target"], *(turn["content"] for turn in example.get("history", ()))]
 
 
 def _token_ends(tokenizer, text: str) -> list[int]:

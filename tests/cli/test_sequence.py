@@ -47,6 +47,19 @@ def test_a_run_its_report_and_going_on(tiny, sapo, tmp_path, monkeypatch):
     assert everything(tmp_path / "run") == before
 
 
+def test_lines_within_a_phase(tiny, sapo, tmp_path, monkeypatch):
+    """What is said every half minute off a terminal; here at every turn."""
+    monkeypatch.setattr("sapo_kernels.scoring.progress.LINE_SECONDS", 0.0)
+    more = ("--max-steps", 3, "--probe-examples", 40, "--eval-batch-size", 1, "--train-examples", 40)
+    code, _, err = sapo("sequence", "--tasks", "task02_odd_one_out", "--output", tmp_path / "run", *SMALL, *more)
+    assert code == 0
+    for line in (r"0/1 all tasks: evaluate: 1 of 2 examples, about 1 min left",
+                 r"1/1 task02_odd_one_out: scoring: \d+ of 840 cells, about 1 min left",
+                 r"1/1 task02_odd_one_out: train: 2 of 3 steps, about 1 min left",
+                 r"1/1 task02_odd_one_out: evaluate: 1 of 2 examples, about 1 min left"):  # fmt: skip
+        assert re.search(rf"^sapo: {line}$", err, re.MULTILINE), (line, err)
+
+
 def test_a_file_with_options_of_the_run_and_of_the_trainer(tiny, sapo, tmp_path):
     text = "tasks: task02_odd_one_out\nlr: 1e-3\nadam_beta2: 0.98\nrace: true\nquiet: true\nepochs: 3\n"
     file = put(tmp_path / "run.yaml", text + "target_modules: q_proj,v_proj\n")

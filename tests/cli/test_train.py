@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import time
 from dataclasses import fields
@@ -280,6 +281,16 @@ def test_a_saved_pool_can_be_scored_and_trained_on(tmp_path, words):
     assert main(["score", "--prompts", str(tmp_path / "prompts.json"), "--data", DATA, "--examples", "2"]) == 0
     assert main([*words, "--max-steps", "1"]) == 0
     assert json.loads((tmp_path / "out" / "sapo_prompts.json").read_text())["tasks"][TASK]["prompts"] == 2
+
+
+def test_lines_of_progress_and_no_bars_off_a_terminal(words, sapo, monkeypatch):
+    monkeypatch.setattr("sapo_kernels.scoring.progress.LINE_SECONDS", 0.0)
+    more = ("--max-steps", 4, "--eval-fraction", 0.5, "--per-device-eval-batch-size", 1, "--probe-examples", 32)
+    code, out, err = sapo(*words, *more)
+    assert code == 0 and "%|" not in out + err and "Warning" not in err
+    for line in (r"scoring prompts: \d+ of \d+ cells", "training: 2 of 4 steps",
+                 r"evaluation: 1 of \d+ steps"):  # fmt: skip
+        assert re.search(rf"^sapo: {line}, about 1 min left$", err, re.MULTILINE), (line, err)
 
 
 def test_training_that_diverges_ends_with_an_error_and_without_an_adapter(tmp_path, words, sapo):

@@ -2,12 +2,14 @@
 
 import json
 import os
+import time
 
 import datasets
 import pytest
 
 from sapo_kernels.files import DataError
 from sapo_peft import Examples, read_examples
+from sapo_peft.data import tables
 from sapo_peft.data.names import TaskNameError
 from tests.cli import cli_helpers
 from tests.cli.cli_helpers import SENTENCES, put
@@ -49,6 +51,7 @@ def test_datasets_and_the_hub(tmp_path, monkeypatch):
     made.to_parquet(tmp_path / "a.parquet")
     asked = []
     monkeypatch.setattr(datasets, "load_dataset", lambda *names, split: asked.append((*names, split)) or made)
+    monkeypatch.setattr(tables, "hub_answers", lambda name, kind: name == "owner/name" and kind == "dataset")
     for source in (made, tmp_path / "a.parquet", "owner/name", "owner/name:part", list(made)):
         examples = read_examples(source, split="test")
         digits = isinstance(source, list)
@@ -63,9 +66,12 @@ def test_datasets_and_the_hub(tmp_path, monkeypatch):
     with pytest.raises(TypeError, match="rows: expected a list of rows or a Dataset, got IterableDataset"):
         read_examples(made.to_iterable_dataset())
     monkeypatch.undo()
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(DataError, match="nobody/nothing: no such file, and not loaded from the hub"):
+    # Without a network: what is cached, and no retries for what is not.
+    monkeypatch.setattr(tables, "hub_answers", lambda name, kind: False)
+    started = time.monotonic()
+    with pytest.raises(DataError, match="nobody/nothing: no such file, and not loaded from the hub, which gives no an"):
         read_examples("nobody/nothing")
+    assert time.monotonic() - started < 5 and not datasets.config.HF_HUB_OFFLINE
     with pytest.raises(DataError, match=r"b\.parquet: expected a Parquet file"):
         read_examples(put(tmp_path / "b.parquet", b"PAR1"))
 
@@ -94,6 +100,30 @@ def test_columns_become_text(tmp_path, name):
     for examples in (read_examples([row]), read_examples(put(tmp_path / "a.jsonl", lines([row])))):
         assert examples == [{"input": text, "target": target}]
         assert note is None or any(note in one for one in examples.notes()), examples.notes()
+
+
+def test_messages(tmp_path):
+    """In every format that has lists, also as prompt and completion; counts look at the turns before too."""
+    first = {"role": "system", "content": "Be brief."}
+    talks = [
+        [{"role": "user", "content": f"s{i // 2}"}, {"role": "assistant", "content": f"l{i // 2}"}] for i in range(4)
+    ]
+    talks[1].insert(0, first)
+    rows = [{"id": str(i), "messages": talk} for i, talk in enumerate(talks)]
+    pairs = [{"prompt": talk[:-1], "completion": talk[-1:]} for talk in talks]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "d.parquet")
+    sources = [rows, pairs, datasets.Dataset.from_list(rows), put(tmp_path / "d.json", rows),
+               put(tmp_path / "d.jsonl", lines(rows)), tmp_path / "d.parquet"]  # fmt: skip
+    for source in sources:
+        examples = read_examples(source)
+        assert [(row["input"], row["target"]) for row in examples] == [(f"s{i // 2}", f"l{i // 2}") for i in range(4)]
+        assert [row["history"] for row in examples] == [[], [first], [], []]
+        assert (examples.duplicates, examples.conflicts, examples.total) == (1, 0, 4)
+    with pytest.raises(DataError, match="rows: row 1: messages: expected a user's and then"):
+        read_examples([rows[0], {"id": "1", "messages": talks[0][:1]}])
+    # Beside two texts, messages are named as not used.
+    both = read_examples([{**row, "input": "i", "target": "t"} for row in rows])
+    assert both[0] == {"input": "i", "target": "t"} and "'messages'" in "".join(both.notes())
 
 
 def test_chosen_columns(tmp_path):

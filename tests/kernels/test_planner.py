@@ -14,6 +14,7 @@ import pytest
 from sapo_kernels import native, plan_trie
 from sapo_kernels.trie.numpy_planner import plan_numpy
 from tests.kernels.test_trie import JOBS, large_job
+from tests.native.fuzz_native import fuzz_planner
 from tests.oracles import flatten, random_cells
 
 # What stands for the tokens 0, 1, 2, ... of a small vocabulary; ascending, so that siblings keep their order.
@@ -90,17 +91,12 @@ def test_named_jobs(compiled, name):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_small_jobs(compiled, kind):
+def test_small_and_medium_jobs(compiled, kind):
+    """Also enough members for the radix sort, and prefixes longer than a stride of the comparison."""
     rng = np.random.default_rng(KINDS.index(kind))
     for _ in range(600):
         cells, longest, vocabulary = rng.integers(1, 14), rng.integers(2, 16), rng.integers(1, 6)
         check(compiled, make_job(rng, kind, int(cells), int(longest), int(vocabulary)))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_medium_jobs(compiled, kind):
-    """Enough members for the radix sort, and prefixes longer than a stride of the comparison."""
-    rng = np.random.default_rng(100 + KINDS.index(kind))
     for _ in range(25):
         cells, longest, vocabulary = rng.integers(40, 300), rng.integers(2, 120), rng.choice([1, 2, 30, 300])
         check(compiled, make_job(rng, kind, int(cells), int(longest), int(vocabulary)))
@@ -129,11 +125,9 @@ def test_empty_and_smallest(compiled):
     check(compiled, int64([7, 7], [0, 2], [1]))
     check(compiled, int64([2**63 - 1, 0] * 3, [0, 2, 4, 6], [1, 1, 1]))
     check(compiled, int64(*flatten(random_cells(1, prompts=1, examples=30))))
+    long = np.random.default_rng(0).integers(0, 50_000, 100_000)
+    check(compiled, int64(np.concatenate([long, long[:-1], [1]]), [0, 100_000, 200_000], [1, 99_999]))
     check(compiled, int64(*flatten(random_cells(2, prompts=30, examples=1))))
-
-
-def test_the_job_of_the_benchmark(compiled):
-    check(compiled, int64(*large_job()))
 
 
 def nested(cells: int, order):
@@ -158,11 +152,6 @@ def test_deep_tries(compiled, order):
     assert len(plan["targets"]) == 3000 and plan["node_parent"].tolist() == list(range(-1, 2999))
 
 
-def test_two_long_sequences(compiled):
-    ids = np.random.default_rng(0).integers(0, 50_000, 100_000)
-    check(compiled, int64(np.concatenate([ids, ids[:-1], [1]]), [0, 100_000, 200_000], [1, 99_999]))
-
-
 def error_of(function, arguments) -> tuple[type, str] | None:
     try:
         function(*arguments)
@@ -177,22 +166,17 @@ BAD = {
     "context below 0": ([1, 2, 3, 4], [0, 2, 4], [-(2**63), 1]),
     "no response": ([1, 2, 3, 4], [0, 2, 4], [1, 2]),
     "context past the end": ([1, 2, 3, 4], [0, 2, 4], [TOP, 1]),
-    "an empty sequence": ([1, 2], [0, 2, 2], [1, 1]),
     "offsets that descend": ([1, 2, 3, 4], [0, 4, 2, 4], [1, 1, 1]),
     "offsets past the end": ([1, 2, 3, 4], [0, 9, 4], [1, 1]),
     "offsets below 0": ([1, 2, 3, 4], [0, -5, 4], [1, 1]),
     "differences that wrap around": ([1, 2, 3, 4], [0, TOP, -(2**63) + 5, 4], [1, 1, 1]),
-    "differences that wrap around upwards": ([1, 2, 3, 4], [0, 2**62, TOP, -9, 4], [1, 1, 1, 1]),
     "too few offsets": ([1, 2, 3, 4], [0, 4], [1, 1]),
     "too many offsets": ([1, 2, 3, 4], [0, 2, 4], [1]),
     "no offsets": ([], [], []),
-    "no offsets for a sequence": ([1, 2], [], [1]),
     "a first offset of 1": ([1, 2, 3], [1, 3], [1]),
     "a last offset that is short": ([1, 2, 3], [0, 2], [1]),
-    "ids without a sequence": ([1, 2, 3], [0], []),
     "a negative id": ([1, -2, 3, 4], [0, 2, 4], [1, 1]),
     "a negative last id": ([1, 2, 3, 4, 5, -6], [0, 3, 6], [1, 1]),
-    "a negative first id": ([-1, 2, 3, 4], [0, 2, 4], [1, 1]),
     "negative ids, the least one counts": ([1, -2, 3, -(2**63), 5, -(2**63)], [0, 2, 4, 6], [1, 1, 1]),
     "negative id and context": ([-1, 2, 3, 4], [0, 2, 4], [1, 0]),
 }
@@ -209,36 +193,17 @@ def test_the_same_words_refuse_the_same_arrays(compiled, monkeypatch, name):
 
 
 def test_garbage_is_refused_or_planned_alike(compiled):
-    rng = np.random.default_rng(0)
-    extremes = np.asarray([0, 1, 2, 3, -1, 5, 2**62, TOP, -(2**63), 2**32, -(2**31)])
-    refused = 0
-    for _ in range(3000):
-        cells, size = rng.integers(0, 5, 2) + [0, 3]
-        ids = rng.choice(extremes, size) if rng.random() < 0.5 else rng.integers(0, 3, size)
-        offsets = rng.choice(extremes, cells + 1) if rng.random() < 0.5 else np.sort(rng.integers(0, size, cells + 1))
-        if rng.random() < 0.9:
-            offsets[0], offsets[-1] = 0, size
-        contexts = rng.choice(extremes, cells) if rng.random() < 0.3 else np.ones(cells)
-        job = int64(ids, offsets, contexts)
-        error = error_of(plan_numpy, job)
-        assert error_of(compiled.plan, job) == error, job
-        refused += error is not None
-        if error is None:
-            check(compiled, job)
-    assert 1000 < refused < 2999
+    """Ids, offsets and contexts at the ends of their range, of other dtypes and layouts; see the fuzzer."""
+    ended = [fuzz_planner(np.random.default_rng([0, case])) for case in range(3000)]
+    assert 500 < ended.count("raised") < 2500
 
 
 WRONG = {
     "a list": lambda a: a.tolist(),
-    "None": lambda a: None,
-    "int32": lambda a: a.astype(np.int32),
     "uint64": lambda a: a.astype(np.uint64),
     "float64": lambda a: a.astype(np.float64),
-    "objects": lambda a: a.astype(object),
     "another byte order": lambda a: a.astype(">i8"),
-    "times": lambda a: a.astype("m8[s]"),
     "two dimensions": lambda a: a[:, None],
-    "no dimension": lambda a: np.int64(3) + np.zeros((), np.int64),
     "every other element": lambda a: np.repeat(a, 2)[::2],
     "backwards": lambda a: a[::-1],
     "stride 0": lambda a: np.broadcast_to(a[:1], a.shape),
@@ -255,8 +220,7 @@ def test_nothing_is_converted_silently(compiled, name, which):
         compiled.plan(*arguments)
 
 
-@pytest.mark.parametrize("name", [n for n in WRONG if n not in ("None", "objects", "float64", "times", "two dimensions",
-                                                                "no dimension", "backwards", "stride 0")])  # fmt: skip
+@pytest.mark.parametrize("name", [n for n in WRONG if n not in ("float64", "two dimensions", "backwards", "stride 0")])
 def test_plan_trie_takes_every_layout(compiled, name):
     job = int64(*flatten(random_cells(5)))
     wanted = plan_numpy(*job)

@@ -149,6 +149,35 @@ def logprob_gradient(shape: tuple, capability: int):
     return module._coefficients_kernel, types, constants, module.COEFFICIENTS
 
 
+def rms_norm(shape: tuple, capability: int):
+    """shape: dtype, width."""
+    from sapo_kernels.fused_layers import triton as module
+
+    dtype, width = shape
+    types = dict.fromkeys(("x_ptr", "weight_ptr", "out_ptr"), f"*{dtype}") | {"epsilon": "fp32"}
+    constants = {"WIDTH": width, "ROUNDED_FIRST": True, "PLUS_ONE": False}
+    return module._rms_norm_kernel, types, constants, module.norm_config(width)
+
+
+def gated(shape: tuple, capability: int):
+    """shape: dtype, activation."""
+    from sapo_kernels.fused_layers import triton as module
+
+    types = dict.fromkeys(("gate_ptr", "up_ptr", "out_ptr"), f"*{shape[0]}")
+    return module._gated_kernel, types, {"ACTIVATION": shape[1]}, {"BLOCK": module.GATED_BLOCK, "num_warps": 4}
+
+
+def rotary(shape: tuple, capability: int):
+    """shape: dtype, q heads, k heads, D, rotated dimensions."""
+    from sapo_kernels.fused_layers import triton as module
+
+    dtype, *sizes = shape
+    types = dict.fromkeys(("q_ptr", "k_ptr", "cos_ptr", "sin_ptr", "q_out_ptr", "k_out_ptr"), f"*{dtype}")
+    options = module.rotary_config(*sizes)
+    warps = {"num_warps": options.pop("num_warps")}
+    return module._rotary_kernel, types, options | {"ROUNDED": True}, warps
+
+
 BUILDERS = {
     "tree_attention": attention,
     "tree_attention careful": lambda shape, capability: attention(shape, capability, careful=True),
@@ -158,7 +187,11 @@ BUILDERS = {
     "linear_logprob": logprob,
     "linear_logprob merge": merge,
     "linear_logprob gradient": logprob_gradient,
+    "rms_norm": rms_norm,
+    "gated": gated,
+    "rotary": rotary,
 }
+NO_PRODUCTS = ("linear_logprob gradient", "tree_attention sums", "rms_norm", "gated", "rotary")
 
 ATTENTION = [
     ("bf16", 64, 64, 8, "wsp"),
@@ -193,6 +226,9 @@ BACKWARD = [
     ("fp32", 512, 512, 1, "wc"),
 ]
 GRADIENT = [("bf16", "bc"), ("fp16", ""), ("fp32", "c")]
+NORM = [("bf16", 128), ("bf16", 4096), ("fp32", 2560), ("bf16", 16384)]
+GATED = [("bf16", "silu"), ("fp16", "gelu"), ("fp32", "gelu_tanh")]
+ROTARY = [("bf16", 32, 8, 128, 128), ("bf16", 16, 8, 256, 64), ("fp32", 9, 3, 64, 64)]
 LOGPROB = [
     ("bf16", 4096, ""),
     ("bf16", 2304, "c"),
@@ -214,6 +250,9 @@ def jobs(short: bool) -> list[Job]:
             "linear_logprob": LOGPROB[2:3],
             "linear_logprob merge": [()],
             "linear_logprob gradient": GRADIENT[:1],
+            "rms_norm": NORM[1:2],
+            "gated": GATED[:1],
+            "rotary": ROTARY[:1],
         }
         return [Job(kernel, shape, t) for kernel, shapes in names.items() for shape in shapes for t in TARGETS]
     names = {
@@ -225,6 +264,9 @@ def jobs(short: bool) -> list[Job]:
         "linear_logprob": LOGPROB,
         "linear_logprob merge": [()],
         "linear_logprob gradient": GRADIENT,
+        "rms_norm": NORM,
+        "gated": GATED,
+        "rotary": ROTARY,
     }
     listed = [Job(kernel, shape, t) for kernel, shapes in names.items() for shape in shapes for t in TARGETS]
     few = {"tree_attention": [ATTENTION[4], ATTENTION[9]], "linear_logprob": LOGPROB[:1]}
@@ -264,11 +306,7 @@ def build(job: Job) -> Row:
         code = done.asm["ptx"]
         if launch.get("num_stages", 1) > 1 and "cp.async" not in code:
             complaints.append("not pipelined")
-        products = (
-            job.shape
-            and job.shape[0] != "fp32"
-            and job.kernel not in ("linear_logprob gradient", "tree_attention sums")
-        )
+        products = job.shape and job.shape[0] != "fp32" and job.kernel not in NO_PRODUCTS
         if products and not re.search(r"\b(wgmma|tcgen05)\.mma|\bmma\.sync", code):
             complaints.append("no tensor cores")
     else:

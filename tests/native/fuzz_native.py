@@ -45,6 +45,10 @@ class Place:
     byte: int | None = None
 
 
+def _bytes(count: int) -> torch.Tensor:
+    return torch.zeros(count, dtype=torch.uint8)
+
+
 def dense(shape) -> tuple[int, ...]:
     stride, step = [], 1
     for n in reversed(shape):
@@ -62,11 +66,7 @@ class Call:
         for value in values.values():
             value = torch.from_numpy(np.ascontiguousarray(value))
             self.places.append(Place(len(self.buffers), value.dtype, tuple(value.shape), dense(value.shape)))
-            self.buffers.append(value.view(-1).view(torch.uint8).clone() if value.numel() else self._bytes(0))
-
-    @staticmethod
-    def _bytes(count: int) -> torch.Tensor:
-        return torch.zeros(count, dtype=torch.uint8)
+            self.buffers.append(value.view(-1).view(torch.uint8).clone() if value.numel() else _bytes(0))
 
     def disturb(self) -> None:
         """One random change of where an argument lies or how it looks."""
@@ -77,7 +77,7 @@ class Call:
         kind = rng.integers(8)
         if kind == 0:  # another dtype, on memory that is large enough for it
             one.dtype = DTYPES[rng.integers(len(DTYPES))]
-            self.buffers[one.buffer] = torch.cat([self.buffers[one.buffer], self._bytes(count * 16)])
+            self.buffers[one.buffer] = torch.cat([self.buffers[one.buffer], _bytes(count * 16)])
         elif kind == 1:  # another shape
             shape = list(one.shape)
             change = rng.integers(4)
@@ -95,7 +95,7 @@ class Call:
             one.shape, one.stride = one.shape[::-1], one.stride[::-1]
         elif kind == 4:  # further in
             before = int(rng.integers(1, 9))
-            self.buffers[one.buffer] = torch.cat([self._bytes(before * size), self.buffers[one.buffer]])
+            self.buffers[one.buffer] = torch.cat([_bytes(before * size), self.buffers[one.buffer]])
             one.offset += before
         elif kind == 5:  # not aligned
             one.byte, one.stride = int(rng.integers(0, 9)), dense(one.shape)
@@ -107,7 +107,7 @@ class Call:
         need = self._end(one)
         missing = need - len(self.buffers[one.buffer])
         if missing > 0:
-            self.buffers[one.buffer] = torch.cat([self.buffers[one.buffer], self._bytes(missing)])
+            self.buffers[one.buffer] = torch.cat([self.buffers[one.buffer], _bytes(missing)])
 
     @staticmethod
     def _end(place: Place) -> int:

@@ -1,7 +1,6 @@
 """Audit the compiled modules: what they need of torch, how they load, and what nvcc made of the CUDA kernels; no GPU.
 
-    python -m tests.native.native_audit                      # build everything afresh and check it
-    python -m tests.native.native_audit --against TORCH/lib  # look the symbols up in another torch's libraries too
+    python -m tests.native.native_audit   # build everything afresh and check it
 
 Exits with 1 and the reasons if a module needs a torch symbol that `tests/stable_symbols.txt` does not list or any
 C++ symbol of torch, c10 or at; does not name libtorch_cpu among its needed libraries; names the folder it was built
@@ -73,19 +72,6 @@ def loads(library: Path) -> list[str]:
     return [] if done.stdout.endswith("loaded\n") else [f"{library.name}: does not load: {done.stderr[-500:]}"]
 
 
-def missing(library: Path, folder: Path) -> list[str]:
-    """Needed torch symbols that the libraries in `folder` do not define."""
-    defined = set()
-    for name in ("libtorch_cpu.so", "libc10.so"):
-        defined |= {
-            line.split()[-1].partition("@")[0]
-            for line in output("nm", "-D", "--defined-only", str(folder / name)).splitlines()
-        }
-    wanted = [name for name in needed_symbols(library) if re.match(r"(aoti_)?torch_", name)]
-    print(f"{library.name}: {len(wanted)} symbols looked up in {len(defined)}")
-    return [f"{library.name}: {name} is not in {folder}" for name in wanted if name not in defined]
-
-
 def cuda_kernels(folder: Path) -> list[str]:
     """Print registers, shared memory, stack and spills of every CUDA kernel; complaints about stack and spills."""
     complaints, rows = [], 0
@@ -118,14 +104,12 @@ def cuda_kernels(folder: Path) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--against", type=Path, metavar="FOLDER", help="another torch's lib folder")
-    folder = parser.parse_args().against
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         built = build_native.build(Path(scratch), build_native.Options(cuda="on"), ["_C", "_C_cuda"])
         complaints = []
         for library in built.values():
-            complaints += audit(library) + loads(library) + (missing(library, folder) if folder else [])
+            complaints += audit(library) + loads(library)
         complaints += cuda_kernels(Path(scratch))
     if complaints:
         sys.exit("\n".join(complaints))

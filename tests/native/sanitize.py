@@ -28,14 +28,7 @@ import build_native  # noqa: E402
 
 from tests.native import NATIVE_TESTS  # noqa: E402
 
-FLAGS = [
-    "-std=c++17",
-    "-O1",
-    "-g",
-    "-fsanitize=address,undefined",
-    "-fno-sanitize-recover=all",
-    "-fno-omit-frame-pointer",
-]
+FLAGS = ["-std=c++17", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 REPORT = re.compile(
     r"ERROR: AddressSanitizer|runtime error:|SUMMARY: (Address|UndefinedBehavior)Sanitizer|DEADLYSIGNAL"
 )
@@ -68,9 +61,8 @@ library.read(values.data_ptr(), 5)
 """
 # Wall-clock promises, other processes, and sizes that take minutes here and show nothing that small ones do not.
 LEFT_OUT = (
-    "not without_the_module and not opcheck and not compiles_without and not deep_tries "
-    "and not two_long_sequences and not other_threads_run "
-    "and not less_than and not under_compile"
+    "not without_the_module and not opcheck and not compiles_without and not deep_tries and not two_long_sequences "
+    "and not other_threads_run and not less_than and not under_compile"
 )
 
 
@@ -98,14 +90,8 @@ def environment() -> dict[str, str]:
 
 
 def run(command: list, **options) -> tuple[int, str]:
-    done = subprocess.run(
-        list(map(str, command)),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        **options,
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+    done = subprocess.run(list(map(str, command)), **pipes, **options)
     return done.returncode, done.stdout
 
 
@@ -145,11 +131,8 @@ def copy_with_sanitized_modules(folder: Path) -> list[str]:
 
 
 def check_who_is_tested(folder: Path, modules: list[str]) -> None:
-    code, text = run(
-        [sys.executable, "-c", "from sapo_kernels import native; print(native.__file__, native.status())"],
-        cwd=folder,
-        env=environment(),
-    )
+    code = "from sapo_kernels import native; print(native.__file__, native.status())"
+    code, text = run([sys.executable, "-c", code], cwd=folder, env=environment())
     loaded = all(f"'{name}': 'loaded'" in text for name in modules)
     if code or str(folder) not in text or not loaded:
         sys.exit(f"the sanitized modules are not the ones in use:\n{text[-3000:]}")

@@ -61,7 +61,7 @@ def test_without_compiled_modules_the_results_are_the_same(package):
 
 
 @pytest.mark.skipif(native.load("_C") != "loaded", reason="nothing is compiled here")
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.9], ids=["empty", "a tenth", "nine tenths"])
+@pytest.mark.parametrize("share", [0.0, 0.9], ids=["empty", "nine tenths"])
 def test_a_module_that_was_cut_off_is_named_and_not_used(package, share):
     """The dynamic loader itself would die on it."""
     before, _ = report(package)
@@ -82,14 +82,6 @@ def test_a_module_for_other_arguments_is_not_found(package):
     status = report(package)[0][0]
     assert status["_C"] == "not built"
     assert status["_planner"] == f"built for interface {native.ABI}, expected {native.ABI + 1}: build it again"
-
-
-def test_status_is_printed_by_the_package(capsys):
-    from sapo_kernels.__main__ import report as package_report
-
-    text = package_report()
-    for module, why in native.status().items():
-        assert re.search(rf"{module}\s+{re.escape(why)}", text), text
 
 
 @pytest.mark.skipif(native.load("_C") != "loaded", reason="nothing is compiled here")

@@ -72,12 +72,6 @@ def test_tensors_with_gradient_are_refused(name):
     assert arguments["nll"].tolist() == [-2.0, -1.0]
 
 
-def test_a_loss_with_gradient_is_detached():
-    state, loss = sk.PromptState(1, 2), torch.ones(1, 2, dtype=F64, requires_grad=True)
-    sk.reweight_(state, loss * 2, torch.ones(1, 2, dtype=I64))
-    assert state.mean.tolist() == [[2.0, 2.0]] and not state.mean.requires_grad
-
-
 def test_a_negated_view_is_refused_before_anything_is_written():
     arguments = accumulate_arguments(nll=torch._neg_view(torch.zeros(2, dtype=F64)))
     with pytest.raises(RuntimeError, match="accumulate_: nll: expected memory as it is, got a negated view"):
@@ -146,16 +140,6 @@ def test_a_mask_that_changes_meanwhile_does_no_harm():
         assert -1 <= int(state.best) < state.num_prompts
 
     assert meddled(change, work) > 5
-
-
-def test_what_is_dead_or_broken_is_not_drawn():
-    state = scored()
-    state.live[0, 1] = False
-    assert state.sample(5).tolist() == [[-1] * 5], "all of the probability was on the prompt that left"
-    sk.reweight_(state, torch.zeros(1, 3, dtype=F64), torch.zeros(1, 3, dtype=I64), temperature=1.0)
-    assert set(state.sample(200, torch.Generator().manual_seed(0)).flatten().tolist()) == {0, 2}
-    state.mean[0, 0] = torch.nan
-    assert set(state.sample(50).flatten().tolist()) == {2}
 
 
 @pytest.mark.parametrize("spoil", ["gradient", "expanded"])

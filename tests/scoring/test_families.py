@@ -90,11 +90,6 @@ def test_a_dropped_feature_would_show(name, feature, cache, monkeypatch):
         sk.score_prompts(model, cache, impl="tree")
 
 
-def test_sequences_shorter_than_the_window_take_the_tree_path(table):
-    model = build("mistral", sliding_window=64)
-    check(model, cells(), "mistral, long window", table, ("auto", SMALL, "tree"))
-
-
 def vision_language(name: str):
     """A tiny wrapper with a vision tower, or a text model cut out of one."""
     import transformers as tf
@@ -123,7 +118,7 @@ def vision_language(name: str):
 
 
 @pytest.mark.parametrize("name", ["gemma3", "llava", "mllama"])
-def test_text_side_ofvision_language_models(name, cache, table):
+def test_text_side_of_vision_language_models(name, cache, table):
     model = made(lambda: vision_language(name))
     before = model.config._attn_implementation, model.config.get_text_config()._attn_implementation
     paths = ("auto", LARGE, "tree"), ("tree", SMALL, "tree"), ("padded", 200, "padded")
@@ -173,6 +168,8 @@ def test_rope_that_depends_on_the_length_is_scored_one_length_at_a_time(kind, gr
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
 def test_the_same_ropes_within_their_original_length_take_the_tree_path(kind, cache, table):
+    """So do sequences shorter than a window."""
+    check(build("mistral", sliding_window=64), cells(), "mistral, long window", table, ("auto", SMALL, "tree"))
     name, config = ROPES[kind]
     longer = {"max_position_embeddings": 64, "original_max_position_embeddings": 64}
     rope = {**config["rope_parameters"], "original_max_position_embeddings": 64}

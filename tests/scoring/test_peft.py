@@ -7,7 +7,7 @@ import torch
 
 import sapo_kernels as sk
 from tests import families
-from tests.families import TOLERANCE, build, per_token_error, plain_nll
+from tests.families import TOLERANCE, build, cells, per_token_error, plain_nll
 
 peft = pytest.importorskip("peft")
 
@@ -67,7 +67,6 @@ CONFIGS = {
     "lm_head with bias": ("phi", lambda: lora(["q_proj", "lm_head"])),
     "embedding": ("qwen3", lambda: lora(["q_proj", "embed_tokens"])),
     "embedding, tied": ("llama-tied", lambda: lora(["q_proj", "embed_tokens"])),
-    "head saved whole": ("qwen3", lambda: lora(ATTENTION, modules_to_save=["lm_head"])),
     "head and embedding saved whole": ("qwen3", lambda: lora(ATTENTION, modules_to_save=["lm_head", "embed_tokens"])),
     "head saved whole, tied": ("llama-tied", lambda: lora(ATTENTION, modules_to_save=["lm_head"])),
     "trainable tokens": ("qwen3", lambda: lora(ATTENTION, trainable_token_indices=list(range(5, 60)))),
@@ -92,7 +91,7 @@ def test_active_adapter(what, cache, table):
     check(adapted(base, config()), cache, table, what, base_nll)
 
 
-@pytest.mark.parametrize("what", ["attention and mlp", "lm_head", "lm_head, tied", "head saved whole"])
+@pytest.mark.parametrize("what", ["attention and mlp", "lm_head", "lm_head, tied", "head and embedding saved whole"])
 def test_disabled_adapter_gives_the_base_model(what, cache, table):
     name, config = CONFIGS[what]
     base = build(name)
@@ -147,6 +146,8 @@ def test_merged(what, cache, table):
     assert per_token_error(sk.score_prompts(model, cache), unmerged) < TOLERANCE
     check(model, cache, table, f"{what}, merged", base_nll)
     model.unmerge_adapter()
+    stir(model, "default")
+    unmerged = check(model, cache, table, f"{what}, with other weights", unmerged)
     whole = model.merge_and_unload()
     check(whole, cache, table, f"{what}, merged and unloaded", base_nll)
     assert per_token_error(sk.score_prompts(whole, cache), unmerged) < TOLERANCE
@@ -169,10 +170,29 @@ def test_prompt_learning_is_refused(kind, cache):
     assert [module.training for module in model.modules()] == training
 
 
-def test_the_scores_follow_the_weights(cache):
-    model = adapted(build("qwen3"), lora(ATTENTION))
-    first = sk.score_prompts(model, cache)
-    stir(model, "default")
+def test_activated_lora_takes_the_padded_path():
+    cache = cells()
+    invocation = cache.contexts[0][0][2:4]
+    config = lora(["q_proj", "v_proj"], init_lora_weights=False, alora_invocation_tokens=invocation, lora_dropout=0.0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = peft.get_peft_model(build("qwen3"), config).eval()
     scores = sk.score_prompts(model, cache)
-    assert per_token_error(scores, plain_nll(model, cache)) < TOLERANCE
-    assert (scores.nll - first.nll).abs().max() > 0.05
+    assert scores.stats["path"] == "padded" and "invocation tokens" in scores.stats["reason"]
+    masked = lambda **inputs: model(**inputs, attention_mask=torch.ones_like(inputs["input_ids"]))
+    assert per_token_error(scores, plain_nll(model, cache, masked)) < TOLERANCE
+    with pytest.raises(RuntimeError, match="invocation tokens"):
+        sk.score_prompts(model, cache, impl="tree")
+
+
+@pytest.mark.parametrize("kind", ["mixed", "bare"])
+def test_adapters_without_the_usual_wrapper(kind, cache, table):
+    config = lora(["q_proj"], init_lora_weights=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        base = build("llama")
+        if kind == "mixed":
+            model = peft.get_peft_model(base, config, mixed=True)
+        else:
+            model = peft.LoraModel(base, config, "a")
+    check(model, cache, table, kind)

@@ -11,13 +11,18 @@ import torch
 import sapo_kernels as sk
 from sapo_kernels.scoring import race
 from tests.families import TOLERANCE, build, cells, per_token_error, plain_nll
-from tests.scoring import zoo_modules  # noqa: F401 (its ways are in ZOO)
 from tests.scoring.zoo import ZOO
 
 pytest.importorskip("transformers")
 
 # Whatever does not give the same twice has no score.
 NO_SCORE = {"noise that never repeats", "a counter"}
+
+
+def drawing(seed: int):
+    """ids(count): random token ids, others at each call."""
+    draw = torch.Generator().manual_seed(seed)
+    return lambda count, low=5: torch.randint(low, 290, (count,), generator=draw).tolist()
 
 
 @pytest.fixture(scope="module")
@@ -29,13 +34,9 @@ def cache():
 @pytest.fixture(scope="module")
 def sorted_cells():
     """The longest cell is the first in depth-first order: its place in the pass is its place in the sequence."""
-    draw = torch.Generator().manual_seed(0)
-
-    def ids(first, count):
-        return [first, *torch.randint(60, 290, (count,), generator=draw).tolist()]
-
-    prompts = [ids(5 + k, 30 - 2 * k) for k in range(2)]
-    inputs, answers = [ids(5 + m, 30 - 3 * m) for m in range(4)], [ids(7, 2) for _ in range(4)]
+    ids = drawing(0)
+    prompts = [[5 + k, *ids(30 - 2 * k, 60)] for k in range(2)]
+    inputs, answers = [[5 + m, *ids(30 - 3 * m, 60)] for m in range(4)], [[7, *ids(2, 60)] for _ in range(4)]
     return sk.ResponseCache.from_token_ids([[prompt + given for given in inputs] for prompt in prompts], answers)
 
 
@@ -76,10 +77,7 @@ def test_whatever_a_model_computes_is_what_is_scored(name, before, cache, sorted
         undo()
 
 
-WRAPPERS = {
-    "compiled": lambda model: torch.compile(model, backend="eager"),
-    "parallel": torch.nn.DataParallel,
-}
+WRAPPERS = {"compiled": lambda model: torch.compile(model, backend="eager"), "parallel": torch.nn.DataParallel}
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
@@ -107,50 +105,35 @@ def test_code_around_a_wrapper_is_not_peeled_off(wrapper, how, cache):
 
 
 @pytest.mark.parametrize("impl", ["auto", "padded", "alone"])
-def test_a_layer_that_looks_at_its_batch_is_found(impl):
-    """PEFT's Lily routes by the mean over the batch; only cells with company in theirs show it."""
-    peft = pytest.importorskip("peft")
-    draw = torch.Generator().manual_seed(0)
-
-    def ids(count):
-        return torch.randint(5, 290, (count,), generator=draw).tolist()
-
-    job = sk.ResponseCache.from_token_ids([[ids(n) for n in (60, 50, 50, 20)]], [ids(3) for _ in range(4)])
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = peft.get_peft_model(build("qwen3"), peft.LilyConfig(target_modules=["q_proj"], r=4))
-        for name, weight in model.named_parameters():
-            if "lily" in name:
-                torch.nn.init.normal_(weight, std=0.3)
-    for max_tokens in (110, 4096):
+@pytest.mark.parametrize("layer", ["Lily", "pooling"])
+def test_a_layer_that_shows_with_company_only_is_found(layer, impl):
+    """PEFT's Lily routes by the mean over the batch; a pooling looks into the padding, which a middle cell has."""
+    ids = drawing(0)
+    job = sk.ResponseCache.from_token_ids([[ids(n) for n in (70, 50, 46, 20)]], [ids(3) for _ in range(4)])
+    model = build("qwen3")
+    if layer == "Lily":
+        peft = pytest.importorskip("peft")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = peft.get_peft_model(model, peft.LilyConfig(target_modules=["q_proj"], r=4))
+            for name, weight in model.named_parameters():
+                if "lily" in name:
+                    torch.nn.init.normal_(weight, std=0.3)
+    else:
+        pool = torch.nn.AvgPool2d((9, 1), stride=1, padding=(4, 0))
+        model.model.layers[1].mlp = torch.nn.Sequential(model.model.layers[1].mlp, pool)
+    for max_tokens in (120, 4096):
         scores = sk.score_prompts(model, job, impl=impl, max_tokens=max_tokens)
         assert per_token_error(scores, plain_nll(model, job)) < TOLERANCE
 
 
-def test_padding_that_only_a_middle_cell_has_is_looked_at():
-    draw = torch.Generator().manual_seed(0)
-
-    def ids(count):
-        return torch.randint(5, 290, (count,), generator=draw).tolist()
-
-    job = sk.ResponseCache.from_token_ids([[ids(n) for n in (70, 50, 46, 20)]], [ids(3) for _ in range(4)])
-    model = build("qwen3")
-    model.model.layers[1].mlp = torch.nn.Sequential(
-        model.model.layers[1].mlp, torch.nn.AvgPool2d((9, 1), stride=1, padding=(4, 0))
-    )
-    for impl in ("auto", "padded"):
-        assert (
-            per_token_error(sk.score_prompts(model, job, impl=impl, max_tokens=120), plain_nll(model, job)) < TOLERANCE
-        )
-
-
 def many() -> sk.ResponseCache:
-    draw = torch.Generator().manual_seed(1)
-
-    def ids(count):
-        return torch.randint(5, 290, (count,), generator=draw).tolist()
-
-    prompts, inputs = [ids(n) for n in (4, 9, 6)], [ids(4 + n) for n in torch.randperm(40, generator=draw).tolist()]
+    """3 prompts with 40 examples of different lengths."""
+    ids = drawing(1)
+    prompts, inputs = (
+        [ids(n) for n in (4, 9, 6)],
+        [ids(4 + n) for n in torch.randperm(40, generator=torch.Generator().manual_seed(1)).tolist()],
+    )
     return sk.ResponseCache.from_token_ids([[p + given for given in inputs] for p in prompts], [ids(2) for _ in inputs])
 
 
@@ -171,28 +154,10 @@ def test_code_that_comes_during_a_race_is_seen(monkeypatch):
     assert per_token_error(scores, plain) < TOLERANCE
 
 
-def test_routers_are_not_asked_for_their_losses(cache):
+def test_what_does_not_change_the_forward_does_not_close_the_tree(cache):
+    """Methods that no forward calls may be anybody's, and routers are not asked for their losses."""
     model = build("mixtral", output_router_logits=True)
+    model.generate = model.state_dict = model.loss_function = lambda *args, **kwargs: None
     scores = sk.score_prompts(model, cache)
     assert scores.stats["path"] == "tree" and model.config.output_router_logits
-    assert per_token_error(scores, plain_nll(model, cache)) < TOLERANCE
-
-
-def test_what_no_forward_calls_may_be_anybodys(cache):
-    model = build("llama")
-    model.generate = model.state_dict = model.loss_function = lambda *args, **kwargs: None
-    assert sk.score_prompts(model, cache).stats["path"] == "tree"
-
-
-@pytest.mark.parametrize("kind", ["mixed", "bare"])
-def test_adapters_without_the_usual_wrapper(kind, cache):
-    peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
-    with torch.random.fork_rng(devices=[]):
-        model = build("llama")
-        model = (
-            peft.get_peft_model(model, config, mixed=True) if kind == "mixed" else peft.LoraModel(model, config, "a")
-        )
-    scores = sk.score_prompts(model, cache)
-    assert scores.stats["path"] == "tree"
     assert per_token_error(scores, plain_nll(model, cache)) < TOLERANCE

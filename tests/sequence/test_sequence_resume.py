@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -17,7 +18,7 @@ import pytest
 from sapo_kernels.files import DataError, write_json
 from sapo_peft.sequence import load_adapters
 from sapo_peft.sequence import runner as runner_module
-from tests.oracles import THINKING, byte_tokenizer, small_qwen3
+from tests.oracles import DATED, THINKING, byte_tokenizer, small_qwen3
 from tests.sequence import sequence_child
 from tests.sequence.sequence_helpers import Stop, everything, model_and_tokenizer, run_small, small_tasks, stop_at
 from tests.trainer.training_helpers import environment
@@ -107,6 +108,21 @@ def test_stopped_before_a_write(tmp_path, monkeypatch, stride):
             (folder / "tasks" / ".02-colours2" / "scores.json").write_text('{"version": 1, "ta')
         run_small(folder, **options)
         assert everything(folder) == expected, f"write {place} of {total}"
+
+
+def test_a_run_that_is_gone_on_with_on_another_day_keeps_its_date(tmp_path, monkeypatch):
+    """A template with the date, which is in the tokens of every prompt."""
+    counted, found = stop_at(monkeypatch, None), []
+    for folder, stops in (("whole", [None]), ("stopped", [25, None])):
+        for day, counted["stop"] in enumerate(stops, 1):
+            counted["n"] = 0
+            monkeypatch.setattr(runner_module, "_now", lambda day=day: f"2026-01-0{day}T00:00:00+00:00")
+            pair = small_qwen3(), byte_tokenizer(chat_template=DATED)
+            with contextlib.suppress(Stop):
+                run_small(tmp_path / folder, max_steps=2, model=pair)
+        assert counted["stop"] is None
+        found.append(everything(tmp_path / folder))
+    assert found[0] == found[1]
 
 
 def test_a_task_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ from sapo_peft.sequence.methods import Adapters
 from sapo_peft.sequence.metrics import exact_match
 from sapo_peft.sequence.training import train_task
 from tests import families
-from tests.oracles import CHATML, byte_tokenizer, small_qwen3
+from tests.oracles import CHATML, UNCLOSED, byte_tokenizer, small_qwen3
 from tests.sequence.sequence_helpers import (
     model_and_tokenizer,
     rows_of,
@@ -277,19 +277,32 @@ def test_an_answer_ends_where_the_next_turn_would_begin():
     assert [evaluator.answers(model, 0, 0)[0].strip() for _ in range(2)] == ["ok", "ok"]
 
 
-@pytest.mark.parametrize("chat", [True, False])
-def test_an_answer_ends_where_the_turn_ends(chat):
-    """A model that has learned one answer by heart gives it, no more and no less."""
+@pytest.mark.parametrize("template", [CHATML, None, *UNCLOSED.values()], ids=["chatml", "plain", *UNCLOSED])
+def test_an_answer_ends_where_the_turn_ends(template):
+    """A model that has learned one answer by heart gives it, no more and no less, whether its template closes turns."""
     model, _ = model_and_tokenizer()
-    tokenizer = byte_tokenizer(chat_template=CHATML if chat else None)
+    tokenizer = byte_tokenizer(chat_template=template)
     pool = PromptPool.build("t", "Say it.")
     row = {"input": "now", "target": "Yes, of course"}
     task = SequenceTask.build("t", [row] * 8, [row], pool)
     config = SequenceConfig(policy="original", max_steps=60, learning_rate=2e-2, batch_size=1, evaluate="last",
-                            lora_dropout=0.0)  # fmt: skip
+                            lora_dropout=0.0, max_new_tokens=40)  # fmt: skip
     result = run_sequence((model, tokenizer), [task], None, config, progress=False)
     assert result.matrix("exact_match")[1] == [1.0] and result.matrix("rougeL")[1] == [1.0]
     assert any("repeat an earlier one" in warning for warning in result.run["warnings"])
+
+
+def test_the_turn_of_the_instruction(tmp_path):
+    """It is trained, scored and evaluated in the turn that is asked for, and said beside the adapter."""
+    found = {
+        role: run_small(tmp_path / role, count=1, instruction_role=role, max_steps=2) for role in ("user", "system")
+    }
+    assert found["user"].matrix("loss") != found["system"].matrix("loss")
+    for role in found:
+        record = read_json(tmp_path / role / "tasks" / "01-colours1" / "adapter" / "sapo_prompts.json")
+        assert record["tasks"]["colours1"]["instruction_role"] == role
+    with pytest.raises(DataError, match="instruction_role: expected 'system', as this run began with, got 'user'"):
+        run_small(tmp_path / "system", count=1, max_steps=2)
 
 
 def test_limits_on_rows_and_lengths_are_kept_and_said(tmp_path):

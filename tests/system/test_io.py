@@ -1,5 +1,6 @@
 """Atomic writing under failures and kills, and the strict JSON reader on hostile files."""
 
+import contextlib
 import errno
 import json
 import os
@@ -19,50 +20,32 @@ def names(folder):
     return sorted(os.listdir(folder))
 
 
-def test_write_new_and_replace(tmp_path):
+def test_write_new_and_replace(tmp_path, monkeypatch):
     path = tmp_path / "a.json"
     atomic_write(path, "first \u00e9")
     assert path.read_bytes() == "first \u00e9".encode()
-    atomic_write(str(path), b"second")
-    assert path.read_bytes() == b"second"
-    assert names(tmp_path) == ["a.json"]
-
-
-def test_write_empty_and_large(tmp_path):
-    for data in (b"", b"x" * (3 * 2**20 + 1)):
-        atomic_write(tmp_path / "a", data)
-        assert (tmp_path / "a").read_bytes() == data
-
-
-def test_write_relative_path_and_longest_name(tmp_path, monkeypatch):
+    for data in (b"second", b"", b"x" * (3 * 2**20 + 1)):
+        atomic_write(str(path), data)
+        assert path.read_bytes() == data
     monkeypatch.chdir(tmp_path)
-    atomic_write("a", b"x")
     atomic_write("n" * 255, b"y")
-    assert names(tmp_path) == ["a", "n" * 255]
+    (tmp_path / "link").symlink_to("a.json")
+    atomic_write(tmp_path / "link", b"new")
+    assert (tmp_path / "link").is_symlink() and path.read_bytes() == b"new"
+    assert names(tmp_path) == ["a.json", "link", "n" * 255]
 
 
 @pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
-def test_mode_follows_umask(tmp_path, umask, mode):
+def test_mode_follows_umask_or_the_old_file(tmp_path, umask, mode):
+    (tmp_path / "old").write_bytes(b"old")
+    (tmp_path / "old").chmod(0o640)
     old = os.umask(umask)
     try:
-        atomic_write(tmp_path / "a", b"x")
+        for name in ("new", "old"):
+            atomic_write(tmp_path / name, b"x")
     finally:
         os.umask(old)
-    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == mode
-
-
-def test_existing_mode_is_kept(tmp_path):
-    (tmp_path / "a").write_bytes(b"old")
-    (tmp_path / "a").chmod(0o640)
-    atomic_write(tmp_path / "a", b"new")
-    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o640
-
-
-def test_symbolic_link_is_followed(tmp_path):
-    (tmp_path / "real").write_bytes(b"old")
-    (tmp_path / "link").symlink_to("real")
-    atomic_write(tmp_path / "link", b"new")
-    assert (tmp_path / "link").is_symlink() and (tmp_path / "real").read_bytes() == b"new"
+    assert [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("new", "old")] == [mode, 0o640]
 
 
 def test_write_refuses_directory_and_fifo(tmp_path):
@@ -95,42 +78,26 @@ def test_order_of_calls_is_durable(tmp_path, monkeypatch):
     assert calls == ["fsync file", "replace", "fsync dir"]
 
 
-@pytest.mark.parametrize("call", ["open", "write", "fsync", "replace", "chmod", "close"])
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EDQUOT])
-def test_failing_call_leaves_the_old_file(tmp_path, monkeypatch, call, code):
-    path = tmp_path / "a"
+@pytest.mark.parametrize("call", ["open", "write", "fsync", "replace", "chmod", "close", "second write"])
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), OSError(errno.EIO, "broken"), KeyboardInterrupt()])
+def test_failing_call_leaves_the_old_file(tmp_path, monkeypatch, call, error):
+    path, name, count = tmp_path / "a", call.split()[-1], [0]
     path.write_bytes(b"old")
-    real = getattr(os, call)
+    real = getattr(os, name)
 
     def fail(*args, **kwargs):
+        count[0] += 1
+        if call == "second write" and count[0] < 3:
+            return real(args[0], args[1][:3])
         if call == "close":
             real(*args)
-        raise OSError(code, os.strerror(code))
+        raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, call, fail)
-        with pytest.raises(OSError) as caught:
-            atomic_write(path, b"new")
-    assert caught.value.errno == code
-    assert path.read_bytes() == b"old"
-    assert names(tmp_path) == ["a"]
-
-
-def test_failure_on_second_write_after_a_short_one(tmp_path, monkeypatch):
-    path, real, count = tmp_path / "a", os.write, [0]
-    path.write_bytes(b"old")
-
-    def write(fd, data):
-        count[0] += 1
-        if count[0] > 2:
-            raise OSError(errno.ENOSPC, "full")
-        return real(fd, data[:3])
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "write", write)
-        with pytest.raises(OSError, match="full"):
+        patch.setattr(os, name, fail)
+        with pytest.raises(type(error)) as caught:
             atomic_write(path, b"0123456789")
-    assert path.read_bytes() == b"old" and names(tmp_path) == ["a"]
+    assert caught.value is error and path.read_bytes() == b"old" and names(tmp_path) == ["a"]
 
 
 def test_short_writes_are_completed(tmp_path, monkeypatch):
@@ -138,18 +105,6 @@ def test_short_writes_are_completed(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "write", lambda fd, data: real(fd, data[:3]))
     atomic_write(tmp_path / "a", b"0123456789")
     assert (tmp_path / "a").read_bytes() == b"0123456789"
-
-
-def test_interrupt_removes_the_temporary_file(tmp_path, monkeypatch):
-    (tmp_path / "a").write_bytes(b"old")
-
-    def interrupt(fd):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "fsync", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        atomic_write(tmp_path / "a", b"new")
-    assert (tmp_path / "a").read_bytes() == b"old" and names(tmp_path) == ["a"]
 
 
 @pytest.mark.parametrize("code, raised", [(errno.EINVAL, False), (errno.EIO, True)])
@@ -162,10 +117,7 @@ def test_directory_that_cannot_be_flushed(tmp_path, monkeypatch, code, raised):
         real(fd)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    if raised:
-        with pytest.raises(OSError, match="directory"):
-            atomic_write(tmp_path / "a", b"new")
-    else:
+    with pytest.raises(OSError, match="directory") if raised else contextlib.nullcontext():
         atomic_write(tmp_path / "a", b"new")
     assert (tmp_path / "a").read_bytes() == b"new" and names(tmp_path) == ["a"]
 
@@ -220,16 +172,12 @@ def test_write_json_round_trip(tmp_path):
 )
 def test_write_json_refuses_what_cannot_be_read_back(tmp_path, value):
     write_json(tmp_path / "a.json", "old")
-    with pytest.raises(DataError):
-        write_json(tmp_path / "a.json", value)
-    assert read_json(tmp_path / "a.json") == "old" and names(tmp_path) == ["a.json"]
-
-
-def test_write_json_refuses_a_cycle(tmp_path):
     cycle = []
     cycle.append(cycle)
-    with pytest.raises(DataError):
-        write_json(tmp_path / "a.json", cycle)
+    for refused in (value, cycle):
+        with pytest.raises(DataError):
+            write_json(tmp_path / "a.json", refused)
+    assert read_json(tmp_path / "a.json") == "old" and names(tmp_path) == ["a.json"]
 
 
 def nested(depth):
@@ -237,19 +185,16 @@ def nested(depth):
 
 
 GOOD = {
-    "list": (b'["a"]', ["a"]),
     "byte-order mark": (b'\xef\xbb\xbf{"a": 1}', {"a": 1}),
     "crlf": (b'{"a":\r\n 1}\r\n', {"a": 1}),
     "escapes": (b'"\\u00e9\\n\\ud83d\\ude00"', "\u00e9\n\U0001f600"),
     "escaped backslash before u0000": (b'"\\\\u0000"', "\\u0000"),
     "brackets in strings": (b'["' + b"[{" * 500 + b'\\"]"]', ["[{" * 500 + '"]']),
     "deep enough": (nested(64).encode(), json.loads(nested(64))),
-    "equal keys in different objects": (b'[{"a": 1}, {"a": 2}]', [{"a": 1}, {"a": 2}]),
     "NaN as text": (b'{"NaN": "Infinity"}', {"NaN": "Infinity"}),
     "numbers": (b"[0, -0.0, 1e308, 5e-324, 123456789012345678901234567890]",
                 [0, -0.0, 1e308, 5e-324, 123456789012345678901234567890]),
     "format field": (b'"{0.__class__} {0:>100000000}"', "{0.__class__} {0:>100000000}"),
-    "lone word": (b"null", None),
 }  # fmt: skip
 
 
@@ -261,26 +206,20 @@ def test_good_json(tmp_path, name):
 
 BAD = {
     "empty": (b"", "empty"),
-    "only a byte-order mark": (b"\xef\xbb\xbf", "empty"),
     "NaN": (b'{"a": [1, NaN]}', "line 1 column 11 ($['a'][1]): expected a finite number, got NaN"),
-    "Infinity": (b"[Infinity]", "got Infinity"),
     "1e999": (b'[0,\n {"x": 1e999}]', "line 2 column 8 ($[1]['x']): expected a finite number, got '1e999'"),
     "duplicate key": (
         b'{"a": 1,\n "b": 2, "a": 3}',
         "line 2 column 10 ($['a']): expected each key once, got 'a'",
     ),
     "duplicate key, inner": (b'{"x": [{"a": {"b": 1, "b": 1}}]}', "($['x'][0]['a']['b'])"),
-    "duplicate empty key": (b'{"": 1, "": 2}', "expected each key once"),
     "depth 65": (nested(65).encode(), "nesting of at most 64"),
     "depth 100,000, open": (b"[" * 100_000, "nesting of at most 64"),
-    "depth, objects": (b'{"a":' * 100_000, "nesting of at most 64"),
     "5,000 digits": (b"[" + b"9" * 5000 + b"]", "at most 128 digits, got 5000"),
     "lone surrogate": (b'{"a": ["\\ud800"]}', "$['a'][0]: expected text, got a lone surrogate"),
     "lone surrogate in a key": (b'{"\\ud800": 1}', "lone surrogate"),
-    "reversed pair": (b'"\\ude00\\ud83d"', "lone surrogate"),
     "escaped NUL": (b'["a\\u0000b"]', "NUL character"),
     "raw NUL": (b'["a\x00b"]', "NUL"),
-    "NUL padding": (b'["a"]' + b"\0" * 100, "NUL byte"),
     "Latin-1": (b'{"a":\n "caf\xe9"}', "line 2: expected UTF-8 text, got byte 0xe9 at offset 11"),
     "overlong UTF-8": (b'"\xc0\xaf"', "expected UTF-8"),
     "cut character": (b'"\xe4\xbd', "expected UTF-8"),
@@ -294,7 +233,6 @@ BAD = {
     "trailing comma": (b"[1, 2,]", "not valid JSON"),
     "HTML": (b"<!DOCTYPE html><html>", "not valid JSON"),
     "pickle": (b"\x80\x04K\x01.", "expected UTF-8"),
-    "second byte-order mark": (b"\xef\xbb\xbf\xef\xbb\xbf[]", "not valid JSON"),
 }
 
 
@@ -309,17 +247,13 @@ def test_bad_json(tmp_path, name):
     assert len(message) < 400 + len(str(path)) and message.isascii() and message.isprintable()
 
 
-def test_message_is_bounded_and_printable(tmp_path):
+def test_size_bound_is_exact_and_messages_are_bounded(tmp_path):
     path = tmp_path / "a.json"
     key = "\x1b[2J\u202e" * 10_000
     path.write_text("[" + json.dumps({key: 1})[:-1] + "," + json.dumps(key) + ": 2}]", encoding="utf-8")
     with pytest.raises(DataError, match="each key once") as caught:
         read_json(path)
     assert len(str(caught.value)) < 500 and str(caught.value).isprintable()
-
-
-def test_size_bound_is_exact(tmp_path):
-    path = tmp_path / "a.json"
     path.write_bytes(b'"' + b"x" * 98 + b'"')
     assert len(read_json(path, max_bytes=100)) == 98
     with pytest.raises(DataError, match="expected at most 99 bytes"):

@@ -9,6 +9,7 @@ import shutil
 
 import pytest
 
+from sapo_kernels import files
 from sapo_kernels.files import DataError, atomic_write, write_json
 from sapo_kernels.manifest import MANIFEST, check_manifest, write_manifest
 
@@ -114,3 +115,14 @@ def test_files_and_folders_are_on_disk_before_the_manifest(folder, monkeypatch):
     last = next(i for i, name in enumerate(names) if name.startswith(".sapo-"))
     assert {"a.json", "sub/b.bin", f"inner/{MANIFEST}", ".", "sub", "inner"} <= set(names[:last])
     assert names[last + 1 :] == ["."]
+
+
+def test_what_killed_writers_have_left_is_removed_for_one_file_only(tmp_path):
+    for name in ("a.json", "b.json"):
+        atomic_write(tmp_path / name, name)
+        place = files._temporary(str(tmp_path / name))
+        (tmp_path / f"{place}0123abcd.tmp").write_text("half")
+    files.remove_temporary(tmp_path / "a.json")
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == sorted([f"{files._temporary('b.json')}0123abcd.tmp", "a.json", "b.json"])
+    assert (tmp_path / "a.json").read_text() == "a.json"

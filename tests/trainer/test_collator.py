@@ -14,7 +14,7 @@ import sapo_kernels as sk
 from sapo_kernels.training.trie_batch import padded_rows
 from sapo_peft.trainer.choice import Choice
 from sapo_peft.trainer.collator import CARRIED, SapoCollator
-from tests.oracles import CHATML, THINKING, byte_tokenizer
+from tests.oracles import CHATML, OPENED, THINKING, UNCLOSED, byte_tokenizer
 from tests.trainer.training_helpers import colours, pool_of
 
 
@@ -36,7 +36,11 @@ def rows_of(batch):
     return rows
 
 
-@pytest.mark.parametrize("template", [None, CHATML, THINKING], ids=["plain", "chatml", "thinking"])
+@pytest.mark.parametrize(
+    "template",
+    [None, CHATML, THINKING, OPENED, *UNCLOSED.values()],
+    ids=["plain", "chatml", "thinking", "opened", *UNCLOSED],
+)
 @pytest.mark.parametrize("bos", [False, True])
 @pytest.mark.parametrize("sizes", [(1536, 128), (70, 3)], ids=["whole", "cut"])
 @pytest.mark.parametrize("layout", [None, "{input} <- {prompt}"])
@@ -56,6 +60,18 @@ def test_the_tokens_are_those_that_are_scored(template, bos, sizes, layout):
         collator.choice.chosen[0] = k
         wanted = list(zip(cache.contexts[k], cache.responses[k], strict=True))
         assert rows_of(collator(examples)) == wanted
+
+
+@pytest.mark.parametrize(("template", "ends"), [
+    (None, [258]), (CHATML, [258, 10]), (THINKING, [258, 10]), (OPENED, [258, 10]),
+    (UNCLOSED["glm"], [258]), (UNCLOSED["last"], [258]),
+    (UNCLOSED["falcon"], [10, 10, 258]), (UNCLOSED["vicuna"], [32, 258]),
+])  # fmt: skip
+def test_the_last_label_of_a_response_is_an_end_token_once(template, ends):
+    """Whether the template closes the assistant's turn (by <|im_end|>, 258) or not."""
+    for (_, response), row in zip(rows_of(collator_of(template=template)(colours(3))), colours(3), strict=True):
+        assert response[-len(ends) :] == ends and response.count(258) == 1
+        assert bytes(response[: -len(ends)]).decode().strip() == row["target"]
 
 
 def test_a_batch_is_the_same_whatever_else_is_in_it():
@@ -80,7 +96,9 @@ def test_column_names(names):
     ("row", "error", "wanted"),
     [
         ({"input_ids": [1]}, ValueError, r"expected input/target or .* got \['input_ids'\]; was the dataset tokenised"),
-        ({"prompt": [{"role": "user", "content": "a"}], "completion": []}, TypeError, "conversations are not"),
+        ({"prompt": [{"role": "user", "content": "a"}], "completion": []}, ValueError, "turn at the end, got ..user"),
+        ({"messages": "a"}, ValueError, "messages: expected a list, got str"),
+        ({"messages": [{"role": "user", "content": 5}]}, ValueError, "message 0: expected a text, got int"),
         ({"input": "a", "target": ""}, ValueError, "target"),
         ({"input": "a", "target": "b", "task": "other"}, ValueError, r"a 'task' among \['colours'\], got 'other'"),
         ({"input": "a", "target": "b", "task": None}, ValueError, "got None"),
@@ -89,6 +107,22 @@ def test_column_names(names):
 def test_what_cannot_be_rendered_is_named(row, error, wanted):
     with pytest.raises(error, match=wanted):
         collator_of()([row])
+
+
+@pytest.mark.parametrize("role", ["user", "system"])
+@pytest.mark.parametrize("trl", [False, True])
+def test_conversations_are_trained_on_as_they_are_scored(role, trl):
+    rows = []
+    for row in colours(3):
+        turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hello"},
+                 {"role": "assistant", "content": "hi"}, {"role": "user", "content": row["input"]}]  # fmt: skip
+        answer = [{"role": "assistant", "content": row["target"]}]
+        rows.append({"prompt": turns, "completion": answer} if trl else {"messages": turns + answer})
+    collator = collator_of(instruction_role=role)
+    pool = collator.choice.pools["colours"]
+    options = {"suffix": pool.suffix, "instruction_role": role}
+    cache = sk.ResponseCache.build(collator.tokenizer, pool.prompts[:1], rows, **options)
+    assert rows_of(collator(rows)) == list(zip(cache.contexts[0], cache.responses[0], strict=True))
 
 
 @pytest.mark.parametrize("multiple", [None, 1, 8, 64])

@@ -12,7 +12,15 @@ from sapo_kernels.files import read_json
 from sapo_peft import PromptPool, SapoConfig, attach_sapo
 from sapo_peft.trainer.records import CARD_TITLE, write_beside_adapter
 from tests.oracles import small_qwen3
-from tests.trainer.training_helpers import adapter_digest, colours, plain_trainer, pool_of, sapo_trainer
+from tests.trainer.training_helpers import (
+    adapter_digest,
+    colours,
+    plain_trainer,
+    pool_of,
+    record_batches,
+    sapo_trainer,
+    texts_of,
+)
 
 
 def everything(trainer) -> dict:
@@ -26,6 +34,7 @@ def everything(trainer) -> dict:
 
 
 TOKENISED = [{"input_ids": [1, 2], "labels": [1, 2], "attention_mask": [1, 1]}]
+LENGTHS = [{"input": "y" * (5 * i % 64), "target": "red", "length": 5 * i % 64} for i in range(64)]
 MIXED = [*colours(2, "colours"), *colours(2, "other")]
 
 
@@ -63,6 +72,12 @@ MIXED = [*colours(2, "colours"), *colours(2, "other")]
         ({}, {"config": {"every_steps": 2}}, TypeError, "config: expected a SapoConfig, got dict"),
         ({"logging_strategy": "no"}, {"config": SapoConfig(drift=4.0)}, ValueError, "expected a logging_strategy, got"),
         ({"accelerator_config": {"dispatch_batches": True}}, {}, ValueError, "dispatch_batches=True cannot"),
+        ({"train_sampling_strategy": "group_by_length"}, {}, ValueError, "'group_by_length' needs the length of"),
+        ({"train_sampling_strategy": "batch_rebalance"}, {}, ValueError, "a column 'length' .*, or 'random'"),
+        ({"train_sampling_strategy": "group_by_length", "length_column_name": "n",
+          "data": Dataset.from_list(colours(4))}, {}, ValueError, "expected datasets.Dataset with a column 'n'"),
+        ({"train_sampling_strategy": "group_by_length", "data": Dataset.from_list(LENGTHS), "eval_dataset": colours(3)},
+         {}, ValueError, "expected datasets.Dataset with a column 'length'"),
         # What the collator would find after hours.
         ({"data": [*colours(9), {"input": "a"}]}, {}, ValueError, "train_dataset: row 9: .*got .'input'"),
         ({"data": [*colours(9), 3]}, {}, TypeError, "train_dataset: row 9: .*got int"),
@@ -87,6 +102,19 @@ def test_a_refusal_leaves_the_trainer_as_it_was(tmp_path, options, arguments, er
     with pytest.raises(error, match=wanted):
         attach_sapo(trainer, **{"pools": pool_of(), **arguments})
     assert everything(trainer) == before
+
+
+@pytest.mark.parametrize("strategy", ["group_by_length", "batch_rebalance"])
+def test_batches_by_length_with_the_lengths_in_a_column(tmp_path, strategy):
+    data = Dataset.from_list(LENGTHS)
+    trainer, _ = sapo_trainer(tmp_path, data=data, max_steps=5, train_sampling_strategy=strategy, eval_dataset=data)
+    batches = record_batches(trainer)
+    trainer.train()
+    trainer.evaluate()
+    rows = [[text.count("y") for text, _ in texts_of(trainer, batch)] for batch in batches]
+    # The longest comes first, then they are in order.
+    later = [length for row in rows[1:] for length in row]
+    assert len(rows) == 5 and (strategy != "group_by_length" or later == sorted(later, reverse=True))
 
 
 def test_attached_twice(tmp_path):
@@ -238,7 +266,10 @@ def test_whatever_stands_in_a_prompt_stays_inside_its_block(tmp_path):
         assert "old" not in lines and lines[:4] == ["---", "a: 1", "---", "# Card"]
         assert 'Task "a\\n# b":' in lines
         after = lines[start + 1 :]
-        assert [line for line in after if line.startswith("    ")] == ["    " + line for line in text.splitlines()]
+        block = after[
+            after.index('Task "a\\n# b":') + 2 : next(i for i, one in enumerate(after) if "sapo try" in one) - 1
+        ]
+        assert block == ["    " + line for line in text.splitlines()]
         assert not any(line.startswith("#") for line in after)
     assert read_json(tmp_path / "sapo_prompts.json", max_bytes=10**6) == record
 

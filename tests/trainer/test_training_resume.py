@@ -11,11 +11,13 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import datetime
 
 import pytest
 import torch
 
-from sapo_peft import SapoConfig, last_good_checkpoint
+from sapo_peft import SapoConfig, attach_sapo, last_good_checkpoint
+from tests.oracles import CHATML, DATED, byte_tokenizer
 from tests.trainer import training_child
 from tests.trainer.training_helpers import (
     adapter_digest,
@@ -25,7 +27,9 @@ from tests.trainer.training_helpers import (
     environment,
     plain_trainer,
     pool_of,
+    record_batches,
     sapo_trainer,
+    texts_of,
 )
 
 MODES = ("hard", "soft")
@@ -157,6 +161,25 @@ def test_resumed_at_every_checkpoint(tmp_path, unbroken, mode):
         assert_same_end(json.loads(json.dumps(training_child.result(trainer, callback, 0))), wanted)
 
 
+def test_a_run_that_is_resumed_on_another_day_keeps_its_date(tmp_path, monkeypatch):
+    """A template with the date: scored and trained, before and after, with the one that the run began with."""
+    ends = []
+    for folder, day, resumed in (("one", 1, None), ("two", 2, "one/checkpoint-2"), ("three", 2, None)):
+        monkeypatch.setattr("sapo_peft.trainer.attach.STARTED", datetime(2026, 1, day))
+        trainer = plain_trainer(tmp_path / folder, max_steps=4, save_strategy="steps", save_steps=2)
+        trainer.processing_class = byte_tokenizer(chat_template=DATED)
+        callback = attach_sapo(trainer, pool_of(), config=SapoConfig(every_steps=2, probe_examples=2))
+        batches = record_batches(trainer)
+        trainer.train(resume_from_checkpoint=resumed and str(tmp_path / resumed))
+        shown = f"0{day if resumed is None else 1} Jan 2026 00:00:00"
+        scored = [trainer.processing_class.decode(callback.rescorer.caches["colours"].contexts[0][0])]
+        trained = [context for batch in batches for context, _ in texts_of(trainer, batch)]
+        evaluated = texts_of(trainer, trainer.data_collator(colours(1)))[0]
+        assert all(context.startswith(shown) for context in [*scored, *trained, *evaluated[:1]])
+        ends.append((adapter_digest(trainer.model), [scoring.losses for scoring in callback.history]))
+    assert ends[0] == ends[1] != ends[2]
+
+
 def test_the_unbroken_runs_test_something(unbroken):
     for mode in MODES:
         rows = unbroken[mode][0]["choices"]
@@ -247,7 +270,6 @@ def test_a_state_of_another_version_is_refused(tmp_path):
 def test_a_checkpoint_without_sapo_can_be_resumed_with_it(tmp_path):
     from sapo_peft.trainer.choice import Choice
     from sapo_peft.trainer.collator import SapoCollator
-    from tests.oracles import CHATML, byte_tokenizer
 
     pool = pool_of(3)
     collator = SapoCollator(byte_tokenizer(chat_template=CHATML), Choice({"colours": pool}, "hard", 0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import re
@@ -94,6 +95,23 @@ def test_a_card_that_is_made_anew_keeps_the_section(tmp_path):
     assert callback.prompts()["tasks"]["colours"]["prompt"] in (tmp_path / "README.md").read_text()
 
 
+def test_the_section_comes_before_the_empty_form_of_peft(tmp_path):
+    trainer, callback = sapo_trainer(tmp_path, max_steps=1)
+    trainer.train()
+    for _ in range(2):
+        trainer.save_model()
+        card = (tmp_path / "README.md").read_text()
+        assert card.startswith("---\n") and card.index("library_name: peft") < card.index("\n---\n\n" + CARD_TITLE)
+        assert card.index("PeftModel.from_pretrained(") < card.index("# Model Card for Model ID")
+        assert sections(tmp_path) == 1
+    # A layout of the caller's is in the record, and the snippet does not claim to make it.
+    callback.config = dataclasses.replace(callback.config, template="{prompt}: {input}")
+    trainer.save_model()
+    assert callback.prompts()["tasks"]["colours"]["template"] == "{prompt}: {input}"
+    card = (tmp_path / "README.md").read_text()
+    assert "sapo try FOLDER" in card and "PeftModel.from_pretrained(" not in card
+
+
 def test_what_others_wrote_around_the_section_stays(tmp_path):
     card = tmp_path / "README.md"
     # Also with the line ends of Windows.
@@ -103,8 +121,9 @@ def test_what_others_wrote_around_the_section_stays(tmp_path):
         write_beside_adapter(tmp_path, record)
         text = card.read_bytes().decode()
         assert text.startswith(f"# Mine\n\nText.\n\n{CARD_TITLE}\n\nChosen by"), text
-        assert text.endswith('Task "a":\n\n    Say it.\n    # It\n\n### Framework\n\n- PEFT\n\n## X\n'), text
-        assert "old" not in text and "yours" not in text
+        assert 'Task "a":\n\n    Say it.\n    # It\n\n`sapo try FOLDER' in text, text
+        assert text.endswith("skip_special_tokens=True))\n\n### Framework\n\n- PEFT\n\n## X\n"), text
+        assert "\nold" not in text and "yours" not in text
     card.write_bytes(b"\xff\xfe no text")
     write_beside_adapter(tmp_path, record)
     assert card.read_bytes() == b"\xff\xfe no text" and json.loads((tmp_path / PROMPTS_FILE).read_text()) == record

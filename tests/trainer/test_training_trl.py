@@ -56,6 +56,29 @@ def test_it_trains_on_the_completion_under_the_chosen_prompt(tmp_path, options):
     assert len(curve(trainer)) == 4 and all(math.isfinite(loss) for _, loss, _ in curve(trainer))
 
 
+@pytest.mark.parametrize("role", ["user", "system"])
+def test_conversations(tmp_path, role):
+    """TRL's two layouts of messages; the instruction is in the turn that is asked for, in scoring and training."""
+    talks = [[{"role": "system", "content": "Be brief."}, {"role": "user", "content": row["input"]},
+              {"role": "assistant", "content": row["target"]}] for row in colours(16)]  # fmt: skip
+    seen = []
+    for rows in ([{"messages": talk} for talk in talks],
+                 [{"prompt": talk[:2], "completion": talk[2:]} for talk in talks]):  # fmt: skip
+        trainer = sft_trainer(tmp_path, rows, max_steps=2)
+        config = SapoConfig(probe_examples=2, instruction_role=role)
+        callback = attach_sapo(trainer, pool_of(), config=config)
+        batches = record_batches(trainer)
+        trainer.train()
+        (entry,) = callback.prompts()["tasks"].values()
+        assert entry["instruction_role"] == role
+        wanted = (
+            f"Be brief.\n\n{entry['prompt']}<|im_end|>" if role == "system" else f"user\n{entry['prompt']}\n\nText:"
+        )
+        seen.append([text for batch in batches for text in texts_of(trainer, batch)])
+        assert len(seen[-1]) == 4 and all(wanted in context for context, _ in seen[-1])
+    assert seen[0] == seen[1]
+
+
 def test_the_means_of_trl_are_kept(tmp_path):
     """SFTTrainer.log empties its running means; a scoring in between must not."""
     trainer = sft_trainer(tmp_path, logging_steps=4)
@@ -104,12 +127,12 @@ def test_what_cannot_be_combined_is_refused_and_the_trainer_is_as_it_was(tmp_pat
         assert trainer.state.global_step == 4
 
 
-def test_conversations_are_refused(tmp_path):
-    rows = [{"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]}]
+def test_conversations_with_tools_are_refused(tmp_path):
+    rows = [{"prompt": [{"role": "tool", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]}]
     trainer = sft_trainer(tmp_path, rows)
     before = everything(trainer)
     for config in (SapoConfig(), SapoConfig(at_start=False)):
-        with pytest.raises(TypeError, match="expected two strings|conversations|string"):
+        with pytest.raises(ValueError, match="message 0: expected one of the roles .* without tools, got 'tool'"):
             attach_sapo(trainer, pool_of(), config=config)
         assert everything(trainer) == before
 

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from .faults import Parser, describe
 
 # A new subcommand is one file and one entry here. The modules import torch only when they run.
-COMMANDS = ("score", "train", "sequence", "report", "paraphrase", "doctor", "demo")
+COMMANDS = ("score", "train", "sequence", "export", "try", "report", "paraphrase", "doctor", "demo")
 
 
 def build_parser() -> argparse.ArgumentParser:

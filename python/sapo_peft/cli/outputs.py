@@ -13,6 +13,8 @@ from sapo_kernels.files import DataError
 
 # How writers of tensors say that a file could not be written; they name neither it nor the cause.
 _WRITERS = re.compile(r"inline_container|basic_ios|iostream error|SafetensorError|PytorchStreamWriter")
+# Those of the libraries that are written in Rust name the cause.
+_NUMBER = re.compile(r"\(os error (\d+)\)")
 _PROBE_BYTES = 2**20
 
 
@@ -72,9 +74,10 @@ def naming(path: str | os.PathLike) -> Iterator[None]:
             raise
         raise OSError(error.errno, error.strerror, os.fspath(path)) from error
     except Exception as error:
-        if not _WRITERS.search(f"{type(error).__name__} {error}"):
+        said = _NUMBER.search(str(error))
+        if not said and not _WRITERS.search(f"{type(error).__name__} {error}"):
             raise
-        cause = _cause(path)
+        cause = OSError(int(said[1]), os.strerror(int(said[1]))) if said else _cause(path)
         raise (
             OSError(cause.errno, cause.strerror, os.fspath(path))
             if cause
@@ -86,8 +89,10 @@ def _cause(path: str | os.PathLike) -> OSError | None:
     """What the system says to a megabyte in that folder."""
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     try:
-        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+        # Buffered: a single write may stop where the room ends, and that is no error.
+        with tempfile.TemporaryFile(dir=folder) as file:
             file.write(bytes(_PROBE_BYTES))
+            file.flush()
     except OSError as error:
         return error
     return None

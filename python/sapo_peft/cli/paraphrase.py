@@ -59,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
     from ..data.prompt_files import MAX_PROMPTS
     from ..data.prompt_pool import PromptPool
     from ..paraphrase import gather
+    from .outputs import naming
 
     _check(args)
     pool = PromptPool.read(args.prompts, args.task)
@@ -78,7 +79,8 @@ def run(args: argparse.Namespace) -> int:
         if args.from_file is not None and args.count is None:
             logger.setLevel(logging.ERROR)
         minimum = min(args.minimum, count)
-        pool = gather(pool, source, count, minimum, args.deadline, args.out, overwrite=args.overwrite)
+        with naming(args.out):
+            pool = gather(pool, source, count, minimum, args.deadline, args.out, overwrite=args.overwrite)
     _print(pool, args.out)
     if spent := getattr(source, "spent", ""):
         print(f"Asked and answered, as the endpoint counts it: {spent}.")

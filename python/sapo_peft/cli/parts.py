@@ -5,21 +5,22 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import sys
-import time
+from datetime import datetime
+from functools import partial
 from typing import Any
 
 import torch
 
 import sapo_kernels as sk
-from sapo_kernels.files import DataError, excerpt, read_json, write_json
+from sapo_kernels.files import DataError, excerpt, read_json, remove_temporary, write_json
+from sapo_kernels.scoring.progress import Lines
+from sapo_kernels.scoring.render import STARTED
 
 from .outputs import naming
 
 # Examples of the first part and of the others. Each part computes the shared prefixes of the prompts anew; the first
 # is short, so that the time that is left is known early.
 FIRST, OTHERS = 16, 64
-LINE_SECONDS = 30.0
 # The record, beside the scores in the same file: what a part must have been made with.
 RECORD = "made_with"
 
@@ -37,10 +38,24 @@ class Parts:
         if there and not resume and not overwrite:
             raise DataError(f"{self.path}: expected no scores of a call that was stopped; --resume goes on with them, "
                             "--overwrite begins anew")  # fmt: skip
+        if self.path is not None:
+            # Whoever writes to `out` has its lock.
+            remove_temporary(self.path)
         self.resumed = there and resume
 
-    def score(self, model: Any, cache: sk.ResponseCache, lines: bool, **options: Any) -> sk.PromptScores:
-        """`score_prompts` part by part; with `lines`, a line on stderr every half minute says how far it is."""
+    def moment(self) -> datetime:
+        """What a template that shows a date is shown: also on another day that of the call which is gone on from."""
+        record = read_json(self.path).get(RECORD) if self.resumed else None
+        text = record.get("now") if isinstance(record, dict) else None
+        try:
+            now = datetime.fromisoformat(text) if text else STARTED
+        except (TypeError, ValueError):
+            raise DataError(f"{self.path}: now: expected a date and time, got {excerpt(text)}") from None
+        self.record["now"] = now.isoformat()
+        return now
+
+    def score(self, model: Any, cache: sk.ResponseCache, spoken: bool, **options: Any) -> sk.PromptScores:
+        """`score_prompts` part by part; if `spoken`, a line on stderr every half minute says how far it is."""
         contexts, responses, size = cache.contexts, cache.responses, cache.num_examples
         self.record["cells"] = _digest(cache)
         shape = (cache.num_prompts, size)
@@ -49,22 +64,19 @@ class Parts:
         if self.resumed:
             found = self._read(shape)
             nll, tokens = found.nll, found.tokens
-        begun, begun_with, said = time.monotonic(), int((tokens > 0).sum()), time.monotonic()
+        lines = Lines("scoring", "cell", tokens.numel(), int((tokens > 0).sum())) if spoken else None
         for first, last in _bounds(size):
             if bool((tokens[:, first:last] > 0).all()):
                 continue
             rows = [[row[first:last] for row in cells] for cells in (contexts, responses)]
+            if lines is not None:
+                options["progress"] = partial(_tell, lines, int((tokens > 0).sum()))
             part = sk.score_prompts(model, sk.ResponseCache.from_token_ids(*rows, cache.prompts), **options)
             nll[:, first:last], tokens[:, first:last] = part.nll, part.tokens
             found.stats = _added(found.stats, part.stats)
             if self.path is not None and last < size:
                 with naming(self.path):
                     write_json(self.path, {**found.to_dict(), RECORD: self.record})
-            done, now = int((tokens > 0).sum()), time.monotonic()
-            if lines and last < size and now - said >= LINE_SECONDS:
-                left = (now - begun) / (done - begun_with) * (tokens.numel() - done)
-                print(f"sapo: {done} of {tokens.numel()} cells scored, {_duration(left)} left", file=sys.stderr)
-                said = now
         return found
 
     def kept(self) -> int:
@@ -114,6 +126,5 @@ def _added(stats: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
     return {**more, **counts}
 
 
-def _duration(seconds: float) -> str:
-    minutes = seconds / 60
-    return f"about {minutes / 60:.1f} h" if minutes >= 90 else f"about {max(1, round(minutes))} min"
+def _tell(lines: Lines, before: int, cells: int, tokens: int) -> None:
+    lines.update(before + cells)

@@ -32,6 +32,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     """Read, check, write, and say where."""
     from ..report import write_report
+    from .outputs import naming
 
-    print(f"Report written to {plain(str(write_report(args.runs, args.out, args.overwrite)))}.")
+    with naming(args.out or args.runs[0]):
+        written = write_report(args.runs, args.out, args.overwrite)
+    print(f"Report written to {plain(str(written))}.")
     return 0

@@ -58,6 +58,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     add("--template", metavar="FILE_OR_STRING", help="user turn with {prompt} and {input}")
     add("--suffix", metavar="TEXT", help="answer-format line after the input (default: the task's own)")
     add("--text-word", metavar="WORD", help="word that heads the input (default: the task's own or Text)")
+    add("--instruction-role", default="user", choices=("user", "system"), help="turn that the instruction is in")
     for option, most, what in (("--max-source", 1536, "context"), ("--max-target", 128, "response")):
         add(option, type=_positive, default=most, metavar="N", help=f"longest {what} in tokens (default {most})")
     add("--race", action="store_true", help="score only the cells that it takes to find the best prompt")
@@ -76,8 +77,8 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Score and print; every input is read and checked before the model is loaded."""
+    from ..locks import only_writer
     from .outputs import check_file
-    from .parts import Parts
 
     if args.template is not None and (args.suffix is not None or args.text_word is not None):
         raise ValueError("--template: expected it alone, got --suffix or --text-word too; write them into it")
@@ -95,20 +96,31 @@ def run(args: argparse.Namespace) -> int:
                   args.quiet)  # fmt: skip
     for pool, examples in jobs:
         say_notes([*pool.notes(), *examples.notes()], args.quiet)
+    with only_writer(args.out):
+        return _run(args, jobs, template)
+
+
+def _run(args: argparse.Namespace, jobs: list, template: str | None) -> int:
+    """The jobs one after another."""
+    from .parts import Parts
+
     parts = Parts(args.out, _record(args, template, *jobs[0]), resume=args.resume, overwrite=args.overwrite)
 
     import torch
+
+    from sapo_kernels.scoring.render import reads_clock
 
     from ..loading import load, spare_threads
 
     spare_threads(args.model)
     model, tokenizer = load(args.model, args.adapter, args.dtype, args.device, args.tokenizer)
+    now = parts.moment() if reads_clock(tokenizer) else None
     total = _Times()
     with log_on_stderr("sapo_kernels", args.quiet):
         for number, (pool, examples) in enumerate(jobs):
             if number:
                 print()
-            total.add(_score(args, model, tokenizer, template, pool, examples, parts, first=number == 0))
+            total.add(_score(args, model, tokenizer, template, pool, examples, parts, now, first=number == 0))
     if len(jobs) > 1:
         print("\n".join(["", f"All {len(jobs)} tasks together:", *total.lines()]))
     if total.difference > TOLERANCE and next(model.parameters()).dtype == torch.float32:
@@ -143,7 +155,7 @@ class _Times:
         return lines
 
 
-def _score(args, model, tokenizer, template, pool: PromptPool, examples: Examples, parts, first: bool) -> _Times:
+def _score(args, model, tokenizer, template, pool: PromptPool, examples: Examples, parts, now, first) -> _Times:
     import sapo_kernels as sk
 
     from .ranking import best_texts, conclusion, ranked_table, rendered_example
@@ -155,6 +167,7 @@ def _score(args, model, tokenizer, template, pool: PromptPool, examples: Example
     cache = sk.ResponseCache.build(
         tokenizer, pool.prompts, examples, template=template, suffix=suffix, text_word=word,
         max_source=args.max_source, max_target=args.max_target,
+        instruction_role=args.instruction_role, now=now,
     )  # fmt: skip
     times = _Times(prepare=time.perf_counter() - started)
     started = time.perf_counter()
@@ -186,10 +199,13 @@ def _score(args, model, tokenizer, template, pool: PromptPool, examples: Example
 def _scores(args: argparse.Namespace, model: Any, cache: ResponseCache, parts: Any) -> PromptScores:
     """In parts where they are kept or where nobody sees a bar; else at once."""
     import sapo_kernels as sk
+    from sapo_kernels.scoring.progress import Lines
 
     lines = not args.quiet and not sys.stderr.isatty()
     options = {"impl": args.impl, "max_tokens": args.max_tokens, "progress": False if args.quiet else None}
     if args.race:
+        if lines:
+            options["progress"] = Lines("race, at most", "cell", cache.num_prompts * cache.num_examples)
         return sk.score_prompts(model, cache, race=sk.Race(), **options)
     if parts.path is None and not lines:
         return sk.score_prompts(model, cache, **options)
@@ -272,7 +288,7 @@ def _record(args: argparse.Namespace, template: str | None, pool: PromptPool, ex
         "model": args.model, "adapter": args.adapter, "tokenizer": args.tokenizer, "dtype": args.dtype,
         "task": pool.task, "data": examples.source, "columns": list(examples.columns), "template": template,
         "suffix": suffix, "text_word": word, "max_source": args.max_source, "max_target": args.max_target,
-        "impl": args.impl,
+        "instruction_role": args.instruction_role, "impl": args.impl,
     }  # fmt: skip
 
 

@@ -36,6 +36,7 @@ _HELP = {
     "lora_dropout": "dropout",
     "target_modules": "module names with commas",
     "lambda_1": "weight of the orthogonality of o-lora",
+    "instruction_role": "turn that the instruction is in",
     "max_source": "longest context in tokens",
     "max_target": "longest response in tokens",
     "max_new_tokens": "longest answer (default: the longest target of a task's test examples)",

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -48,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
     """Train; all inputs are read and checked before the model is loaded."""
     options = _options(args.words)
     from sapo_kernels import Race
+    from sapo_kernels.manifest import TEMPORARY
 
     from ..data.examples import read_examples
     from ..data.tasks import read_task
@@ -76,8 +78,14 @@ def run(args: argparse.Namespace) -> int:
     with (
         alone(output / ".lock", output) if main else nullcontext(),
         log_on_stderr("sapo_peft", quiet=not main),
+        warnings.catch_warnings(),
         naming(output),
     ):
+        # Of the libraries about each other.
+        warnings.simplefilter("ignore", FutureWarning)
+        for left in output.glob(TEMPORARY) if main else ():
+            # Of a run that was killed.
+            left.unlink()
         resumed = options["resume_from_checkpoint"] or _checkpoint(output, options["resume"], main)
         say_notes(notes, quiet=not main)
         callback = _train(pool, list(examples), list(held_out), config, options, resumed)
@@ -196,6 +204,8 @@ def _train(pool, examples: list, held_out: list, config, options: dict[str, Any]
         processing_class=tokenizer, callbacks=None if patience is None else [EarlyStoppingCallback(patience)],
     )  # fmt: skip
     callback = attach_sapo(trainer, pool, config=config)
+    if main and not sys.stderr.isatty():
+        _say_lines(trainer, callback)
     if options["resume"] and main:
         print(f"Resuming from {plain(resumed)}." if resumed else "No checkpoint to resume from: a new run.")
     try:
@@ -207,10 +217,36 @@ def _train(pool, examples: list, held_out: list, config, options: dict[str, Any]
             then = "--resume continues from the last checkpoint" if saved else "nothing was saved yet (--save-steps)"
             print(f"\nsapo: {steps}; {then}", file=sys.stderr)
         raise
-    trainer.save_model(str(output))
+    _save(trainer, output, main)
     if main:
         seal_adapter(output)
     return callback
+
+
+def _save(trainer, output: Path, main: bool) -> None:
+    """Save the model in a folder of its own, and give each file its place when all are whole.
+
+    PEFT goes on from the model card that it finds: of one that a full disk has cut nothing would be told.
+    """
+    from ..trainer.ranks import wait
+
+    staging = output / ".saving.part"
+    if main:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
+        if (output / "README.md").is_file():
+            shutil.copyfile(output / "README.md", staging / "README.md")
+    wait()
+    try:
+        trainer.save_model(str(staging))
+        wait()
+        for path in sorted(staging.iterdir()) if main else ():
+            if path.is_dir():
+                shutil.rmtree(output / path.name, ignore_errors=True)
+            os.replace(path, output / path.name)
+    finally:
+        if main:
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 def _arguments(options: dict[str, Any], evaluated: bool):
@@ -221,6 +257,8 @@ def _arguments(options: dict[str, Any], evaluated: bool):
 
     kept = {name: options[name] for name, entry in TrainingArguments.__dataclass_fields__.items() if entry.init}
     kept["use_cpu"] |= pick_device(options["device"]).type == "cpu"
+    # A bar in a file is a thousand of them.
+    kept["disable_tqdm"] = not sys.stderr.isatty() if kept["disable_tqdm"] is None else kept["disable_tqdm"]
     kept["report_to"] = [] if kept["report_to"] == "none" else kept["report_to"].split(",")
     if evaluated and kept["eval_strategy"] == "no":
         kept.update(eval_strategy=kept["save_strategy"], eval_steps=kept["eval_steps"] or kept["save_steps"])
@@ -228,6 +266,33 @@ def _arguments(options: dict[str, Any], evaluated: bool):
         kept["load_best_model_at_end"] = True
         kept["metric_for_best_model"] = kept["metric_for_best_model"] or "eval_loss"
     return TrainingArguments(**kept)
+
+
+def _say_lines(trainer, callback) -> None:
+    """Off a terminal: how far scoring, training and evaluation are, a line every half minute."""
+    from transformers import TrainerCallback
+
+    from sapo_kernels.scoring.progress import Lines
+
+    class Said(TrainerCallback):
+        training = evaluation = None
+
+        def on_step_end(self, args, state, control, **kwargs):
+            self.training = self.training or Lines("training", "step", state.max_steps, state.global_step - 1)
+            self.training.update(state.global_step)
+
+        def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
+            if self.evaluation is None:
+                self.evaluation, self.batches = Lines("evaluation", "step", len(eval_dataloader)), 0
+            self.batches += 1
+            self.evaluation.update(self.batches)
+
+        def on_evaluate(self, args, state, control, **kwargs):
+            self.evaluation = None
+
+    trainer.add_callback(Said())
+    if callback.rescorer is not None:
+        callback.rescorer.progress = lambda what, cells: Lines(what, "cell", cells)
 
 
 def _report(callback, output: Path) -> None:

@@ -56,6 +56,7 @@ class SapoArguments:
     drift: float | None = option(None, "score again when the loss is off its course by so many standard errors (4)")
     race: bool = option(False, "score only the cells that it takes to find the best prompt (hard mode)")
     probe_examples: int = option(64, "examples to score on")
+    instruction_role: Literal["user", "system"] = option("user", "turn that the instruction is in")
     max_source: int = option(1536, "longest context in tokens")
     max_target: int = option(128, "response tokens that are scored, the first ones")
     train_max_target: int | None = option(None, "response tokens that are trained on (default: all)")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sapo_kernels.files import DataError, excerpt
+from sapo_kernels.scoring.turns import example_of
 
 from .tables import Table, keys_of, shown
 
@@ -15,6 +16,7 @@ MAX_FIELD_CHARS = 131_072  # also the limit of Python's csv module
 PAIRS = (("input", "target"), ("sentence", "label"), ("input", "output"))
 INPUTS = ("input", "sentence", "text", "question", "prompt")
 TARGETS = ("target", "label", "output", "answer", "answerKey", "completion", "response")
+MESSAGES = "messages"
 CHOICES = ("choices", "options")
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -46,6 +48,18 @@ class Columns:
     def used(self) -> list[str]:
         """Every column that goes into an example."""
         return [name for name in (self.input, self.target, self.instruction, self.choices) if name]
+
+    def talk(self, row: Any, place: str) -> dict[str, Any] | None:
+        """A row of messages as an example with the turns before its input; None for a row of texts."""
+        if not isinstance(row, Mapping) or not isinstance(row.get(self.input), list):
+            return None
+        try:
+            made = example_of({name: row.get(name) for name in self.used})
+        except ValueError as error:
+            raise DataError(f"{place}: {error}") from None
+        for text in (made["input"], made["target"], *(turn["content"] for turn in made["history"])) if made else ():
+            check_text(text, place)
+        return made
 
     def read(self, row: Any, place: str) -> tuple[str, list[str]]:
         """Input text and the target texts (several only where an ``output`` list holds several) of one row."""
@@ -99,6 +113,8 @@ def _pair(names: list[str], chosen: tuple[str | None, str | None], place: str) -
     for pair in PAIRS:
         if chosen == (None, None) and set(pair) <= set(names):
             return pair
+    if MESSAGES in names and chosen in ((None, None), (MESSAGES, None)):
+        return MESSAGES, MESSAGES
     result = []
     for what, column, known in zip(("input", "target"), chosen, (INPUTS, TARGETS), strict=True):
         found = [name for name in ([column] if column else known) if name in names and (column or name not in chosen)]

@@ -5,6 +5,7 @@ A fault raises `DataError` naming the file and the row; nothing is dropped, repa
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,7 +22,7 @@ _IDENTIFIERS = {"id", "idx", "guid", "uid", "task"}
 
 
 class Examples(list):
-    """A list of ``{"input": str, "target": str}`` that knows where it is from.
+    """A list of ``{"input": str, "target": str}`` that knows where it is from; of messages, with a "history" of turns.
 
     `source` is the file, `columns` the names read as input and target, `total` the rows in the file, `unread`
     those after the limit (counted, not looked at), `skipped` the places of rows left out for an empty label.
@@ -31,7 +32,7 @@ class Examples(list):
     Rows are conserved: ``total == len(self) + len(skipped) + unread``.
     """
 
-    def __init__(self, rows: Iterable[dict[str, str]], source: str, columns: tuple[str, str], total: int):
+    def __init__(self, rows: Iterable[dict[str, Any]], source: str, columns: tuple[str, str], total: int):
         super().__init__(rows)
         self.source, self.columns, self.total = source, columns, total
         self.skipped: list[str] = []
@@ -42,7 +43,7 @@ class Examples(list):
         first: dict[str, str] = {}
         seen: set[tuple[str, str]] = set()
         for row in self:
-            pair = (row["input"], row["target"])
+            pair = (json.dumps([row["input"], row.get("history", [])]), row["target"])
             self.duplicates += pair in seen
             self.conflicts += first.setdefault(*pair) != row["target"]
             self.empty_inputs += not row["input"].strip()
@@ -80,8 +81,11 @@ def read_examples(
     a dataset of the hub ("owner/name" or "owner/name:configuration"), a list of mappings or a `datasets.Dataset`
     (`name` stands for these in messages).
 
-    `input_column` and `target_column` are recognised by name where they are not given; several candidates are an
-    error, never a guess. A row's ``instruction`` (Alpaca) is joined in front of its input, its ``choices`` or
+    Rows of ``messages`` (also ``prompt`` and ``completion`` as lists of messages) end with the user's and the
+    assistant's turn, which are input and target.
+
+    `input_column` and `target_column` are recognised by name where they are not given; several candidates are an error,
+    never a guess. A row's ``instruction`` (Alpaca) is joined in front of its input, its ``choices`` or
     ``options`` below it. Labels are text; integers are taken as the names of their `ClassLabel`, as the letter of
     the choice they point at, or as their digits. An empty label (or only spaces) is an error unless `skip_empty`,
     which leaves such rows out and says so. With `limit`, reading stops after that many examples.
@@ -110,15 +114,16 @@ def _examples(table: Table, columns: Columns, source: str, limit: int | None, sk
     for where, row in table.rows:
         used += 1
         place = f"{source}: {where}"
-        text, targets = columns.read(row, place)
+        talk = columns.talk(row, place)
+        text, targets = (talk["input"], [talk["target"]]) if talk else columns.read(row, place)
         if not targets[0].strip():
             if not skip_empty:
                 raise DataError(f"{place}: expected a label in {excerpt(columns.target)}, got an empty one")
             skipped.append(where)
             continue
-        kept.append({"input": text, "target": targets[0]})
+        kept.append(talk or {"input": text, "target": targets[0]})
         references.append(targets)
-        numbers |= isinstance(row[columns.target], int)
+        numbers |= isinstance(row.get(columns.target), int)
         unused |= {name for name in other if name not in unused and _has_words(row.get(name))}
         if len(kept) == limit:
             break
@@ -135,4 +140,4 @@ def _has_words(value: Any) -> bool:
     if isinstance(value, str):
         return any(character.isalpha() for character in value)
     values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return any(isinstance(one, (str, list)) and _has_words(one) for one in values)
+    return any(isinstance(one, (str, list, dict)) and _has_words(one) for one in values)

@@ -31,6 +31,10 @@ def first_fault(error: ValidationError) -> str:
     if kind in ("missing", "extra_forbidden", "unexpected_keyword_argument"):
         key = excerpt(path.pop())
         text = f"expected the key {key}, got none" if kind == "missing" else f"expected no key {key}, got one"
+    elif kind in ("too_short", "too_long"):
+        least, most = found["ctx"].get("min_length"), found["ctx"].get("max_length")
+        bound = f"at least {least}" if kind == "too_short" else f"at most {most}"
+        text = f"expected {bound} entries, got {found['ctx']['actual_length']}"
     elif kind == "value_error":
         text = str(found["ctx"]["error"])
     else:

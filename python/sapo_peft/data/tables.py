@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 from sapo_kernels.files import DataError, excerpt, parse_json, read_json, read_text
 
+from ..hub import hub_answers
+
 MAX_DATA_BYTES = 256 * 2**20
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?::[\w.-]+)?")
 
@@ -108,11 +110,18 @@ def hub_table(name: str, split: str) -> Table:
     import datasets
 
     path, _, configuration = name.partition(":")
+    offline = not hub_answers(path, "dataset")
+    # It looks at what is cached at once where it is told that there is no network.
+    kept, datasets.config.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE, offline or datasets.config.HF_HUB_OFFLINE
     try:
         found = datasets.load_dataset(path, configuration or None, split=split)
     except Exception as error:
+        if offline:
+            raise DataError(f"{name}: no such file, and not loaded from the hub, which gives no answer") from None
         text = " ".join(str(error).split())
         raise DataError(f"{name}: no such file, and not loaded from the hub: {excerpt(text, 300)}") from None
+    finally:
+        datasets.config.HF_HUB_OFFLINE = kept
     return rows_of(found, name)
 
 

@@ -5,24 +5,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from sapo_kernels.scoring.thoughts import THOUGHT_END, THOUGHT_START
+
 # More of either in one answer is not an answer to what was asked.
 MAX_ANSWER_CHARACTERS = 262_144
 MAX_PARAPHRASES = 64
 # Prompts shown so that they are not given again; more cost tokens and help little.
 _MAX_KNOWN = 10
-# How models mark their thoughts: <think>, [THINK], <|START_THINKING|>, <seed:think>, the channels of gpt-oss (also
-# where a server has dropped their special tokens), ...
-_THOUGHT = r"\s?[\w:.-]{0,20}?(?:think|thought|reason|reflect|analy[sz]|scratchpad|monologue)\w{0,12}\s?\|?"
-_THOUGHT_END = re.compile(
-    rf"<\|?(?:/\|?|end_){_THOUGHT}>|\[/{_THOUGHT}\]|\u25c1/think\u25b7|\[begin final response\]|<channel\|>"
-    r"|<\|channel\|>\s{0,9}final\b[^<]{0,99}<\|message\|>|assistantfinal",
-    re.IGNORECASE,
-)
-_THOUGHT_START = re.compile(
-    rf"<\|?{_THOUGHT}>|\[think(?:ing)?\]|\u25c1think\u25b7|<\|channel>"
-    r"|<\|channel\|>\s{0,9}(?:analysis|commentary)\b|\A(?-i:analysis(?=[A-Z]))",
-    re.IGNORECASE,
-)
 
 
 class AnswerFault(ValueError):
@@ -127,13 +116,13 @@ class Request:
 
     def _after_thoughts(self, text: str, opening: str, closing: str) -> str:
         seen = text
-        if _THOUGHT_END.search(self.original) or _THOUGHT_START.search(self.original):
+        if THOUGHT_END.search(self.original) or THOUGHT_START.search(self.original):
             # Rewordings of a text with such marks hold them too: those inside a whole pair are no thoughts.
             pair = rf"{opening}(?:(?!{opening}|{closing}).)*+{closing}"
             seen = re.sub(pair, lambda match: " " * len(match.group()), text, flags=re.DOTALL)
         end = 0
-        for match in _THOUGHT_END.finditer(seen):
+        for match in THOUGHT_END.finditer(seen):
             end = match.end()
-        if _THOUGHT_START.search(seen, end):
+        if THOUGHT_START.search(seen, end):
             raise AnswerFault("expected an answer after the thinking, got none")
         return text[end:].lstrip()

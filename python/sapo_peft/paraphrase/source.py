@@ -16,7 +16,7 @@ from sapo_kernels.files import DataError, excerpt
 
 from ..data.prompt_files import MAX_PROMPTS
 from ..data.prompt_pool import PoolPrompt, PromptPool, is_pool_file
-from ..locks import alone
+from ..locks import only_writer
 from .answers import Request
 
 _log = logging.getLogger(__name__)
@@ -117,7 +117,7 @@ def gather(
             if len(pool.prompts) > before:
                 _log.info("%d paraphrases from an earlier run are in %s", len(pool.prompts) - before, store)
         faults: Counter[str] = Counter()
-        pool, why = _ask(pool, source, size, deadline, store, faults)
+        pool, why = _ask(pool, source, size, deadline, store, faults, Counter(pool.entries[before:]))
         got = len(pool.prompts) - before
         if got < wanted:
             remark = f"{got} of the {wanted} paraphrases asked for are there: {why}"
@@ -142,8 +142,12 @@ def _ask(
     deadline: Deadline,
     store: str | os.PathLike | None,
     faults: Counter[str],
+    taken: Counter[PoolPrompt],
 ) -> tuple[PromptPool, str]:
-    """(the pool, grown to at most `size` prompts; why it ended). What was wrong with answers is counted in `faults`."""
+    """(the pool, grown to at most `size` prompts; why it ended). What was wrong with answers is counted in `faults`.
+
+    taken: what an earlier run has from a source that gives all it holds again; that is no repetition.
+    """
     idle = answers = 0
     for _ in range(_MAX_ROUNDS):
         have = len(pool.prompts)
@@ -158,9 +162,11 @@ def _ask(
                         faults[answer.fault] += 1
                         _log.info("%s: an answer was not used in full: %s", source.name, answer.fault)
                     grown = pool
-                    for text in answer.texts:
-                        if len(grown.prompts) < size:
-                            grown = grown.extended([PoolPrompt(text, answer.source)])
+                    for prompt in (PoolPrompt(text, answer.source) for text in answer.texts):
+                        if source.finite and taken[prompt]:
+                            taken[prompt] -= 1
+                        elif len(grown.prompts) < size:
+                            grown = grown.extended([prompt])
                     if store is not None and grown != pool:
                         grown.save(store)
                     pool = grown
@@ -186,7 +192,7 @@ def _only_writer(store: Path) -> Iterator[None]:
         raise DataError(f"{store}: expected a file in a folder that can be written to, got none")
     if store.suffix.lower() != ".json":
         raise DataError(f"{store}: expected a file that ends in .json, got {excerpt(store.name)}")
-    with alone(folder / f".{store.name}.lock", store):
+    with only_writer(store):
         yield
 
 

@@ -13,6 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from sapo_kernels.files import DataError, atomic_write, read_bytes
 
+from ..locks import only_writer
 from ..sequence.folder import Run, read_run
 from . import text, views
 from .compare import group_runs, in_order
@@ -43,7 +44,7 @@ def write_report(
     A run may still be in progress. Deterministic: the same folders give the same bytes.
 
     Raises: `sapo_kernels.files.DataError` for a folder without runs, a damaged one, the same run twice, or another
-    file at `out`; `OSError`.
+    file at `out`; `RuntimeError` if another process writes to it; `OSError`.
     """
     paths = [Path(p) for p in ([run_dirs] if isinstance(run_dirs, (str, os.PathLike)) else run_dirs)]
     if not paths:
@@ -57,7 +58,9 @@ def write_report(
     out = paths[0] / FILE_NAME if out is None else Path(out)
     if not overwrite and out.is_file() and MARK not in read_bytes(out):
         raise DataError(f"{out}: expected no file or an older report, got another file (see --overwrite)")
-    atomic_write(out, _page(runs, detailed))
+    page = _page(runs, detailed)
+    with only_writer(out):
+        atomic_write(out, page)
     return out
 
 

@@ -22,7 +22,8 @@ complete one found; another configuration is refused, and so is a folder whose f
 teacher-forced loss of the targets (nats per token, metric "loss", lower is better) instead of generated answers.
 `score_always=True` scores every pool before its task under any policy. See `config.py` for all options.
 
-`load_adapters(model, run_dir)` puts the adapters of a finished run back onto a base model, active together.
+`load_adapters(model, run_dir)` puts the adapters of a finished run back onto a base model, active together;
+`export_adapter(run_dir, out)` writes them as one LoRA adapter that needs nothing of this package.
 
 One task on its way: `runner` - `folder` (where) - `training`, `methods` (what) - `evaluate`, `metrics` (how well) -
 `results`, `folder` (kept).
@@ -35,6 +36,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import METHODS, POLICIES, SequenceConfig
+    from .export import export_adapter
     from .methods import load_adapters, orthogonality
     from .metrics import sequence_metrics
     from .results import SequenceResult
@@ -43,12 +45,12 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "METHODS": "config", "POLICIES": "config", "SequenceConfig": "config", "SequenceResult": "results",
-    "SequenceTask": "tasks", "load_adapters": "methods", "orthogonality": "methods", "read_order": "tasks",
-    "read_tasks": "tasks", "run_sequence": "runner", "sequence_metrics": "metrics",
+    "SequenceTask": "tasks", "export_adapter": "export", "load_adapters": "methods", "orthogonality": "methods",
+    "read_order": "tasks", "read_tasks": "tasks", "run_sequence": "runner", "sequence_metrics": "metrics",
 }  # fmt: skip
 __all__ = [
-    "METHODS", "POLICIES", "SequenceConfig", "SequenceResult", "SequenceTask", "load_adapters", "orthogonality",
-    "read_order", "read_tasks", "run_sequence", "sequence_metrics",
+    "METHODS", "POLICIES", "SequenceConfig", "SequenceResult", "SequenceTask", "export_adapter", "load_adapters",
+    "orthogonality", "read_order", "read_tasks", "run_sequence", "sequence_metrics",
 ]  # fmt: skip
 
 

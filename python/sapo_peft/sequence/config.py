@@ -45,6 +45,7 @@ class SequenceConfig:
         weight_decay, max_grad_norm: of the trainer.
         lora_r, lora_alpha, lora_dropout, target_modules: of each adapter; "all-linear" or a list of names.
         lambda_1: weight of the orthogonality, for "o-lora".
+        instruction_role: "user" or "system", as in `SapoConfig`.
         max_source, max_target: longest context and response in tokens.
         max_new_tokens: longest answer; None: the longest target among the task's test examples.
         eval_batch_size: answers generated together.
@@ -84,6 +85,7 @@ class SequenceConfig:
     lora_dropout: Share = 0.1
     target_modules: str | tuple[str, ...] = "all-linear"
     lambda_1: Amount = 0.5
+    instruction_role: Literal["user", "system"] = "user"
     max_source: Count = 1536
     max_target: Count = 128
     max_new_tokens: Count | None = None

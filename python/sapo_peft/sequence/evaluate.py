@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from sapo_kernels.scoring.model_support import (
     tree_refusal,
     unwrap,
 )
-from sapo_kernels.scoring.render import Renderer, special_tokens
+from sapo_kernels.scoring.render import PROBE, Renderer, special_tokens
 
 from .config import SequenceConfig
 from .metrics import SCORES, best
@@ -28,20 +29,21 @@ from .tasks import SequenceTask
 
 # What is kept of the answers to a task, so that a reader sees a few before and after.
 MAX_ANSWERS, MAX_TEXT = 5, 2000
-# Stands for an answer where only what follows one is of interest; no template has it in its own text.
-_ANSWER = "zqxjk"
 
 
 class Evaluator:
     """Evaluates a model on the test examples of all tasks; text is rendered and tokenised once per task and prompt.
 
-    model: as it is before the first task; its generation configuration says which tokens end an answer.
+    model: as it is before the first task; its generation configuration says which tokens end an answer. now: what
+    templates that show a date are shown.
     """
 
-    def __init__(self, model: Any, tasks: Sequence[SequenceTask], tokenizer: Any, config: SequenceConfig):
-        self.tasks, self.tokenizer, self.config = tasks, tokenizer, config
-        ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-        self._ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+    def __init__(
+        self, model: Any, tasks: Sequence[SequenceTask], tokenizer: Any, config: SequenceConfig,
+        now: datetime | None = None,
+    ):  # fmt: skip
+        self.tasks, self.tokenizer, self.config, self.now = tasks, tokenizer, config, now
+        self._ends = end_tokens(model, tokenizer)
         self._caches: dict[int, tuple[int, sk.ResponseCache]] = {}
         self._closings: dict[int, tuple[list[int], list[str]]] = {}
 
@@ -54,6 +56,7 @@ class Evaluator:
             cache = sk.ResponseCache.build(
                 self.tokenizer, [pool.prompts[prompt]], self.tasks[task].test, suffix=pool.suffix,
                 text_word=pool.text_word, max_source=config.max_source, max_target=config.max_target,
+                instruction_role=config.instruction_role, now=self.now,
             )  # fmt: skip
             self._caches[task] = prompt, cache
         return cache
@@ -101,47 +104,70 @@ class Evaluator:
         most = self.config.max_new_tokens or int(cache.response_lengths.max())
         contexts = cache.contexts[0]
         answers = [""] * len(contexts)
-        pad = next(one for one in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0) if one is not None)
+        pad = padding_token(self.tokenizer)
         for rows, ids in greedy(model, contexts, most, stops, pad, self.config.eval_batch_size):
             for m, answer in zip(rows, ids, strict=True):
-                # Spaces before punctuation are part of the targets, so they are of the answers.
-                text = self.tokenizer.decode(answer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-                answers[m] = min((text.partition(closing)[0] for closing in closings), key=len, default=text)
+                answers[m] = answer_of(self.tokenizer, answer, closings)
             if tick is not None:
                 tick(len(rows))
         return answers
 
     def closing(self, task: int) -> tuple[list[int], list[str]]:
-        """(ids that end an answer, texts that end one) for a task.
-
-        What closes the assistant's turn is in the responses that the model is trained on; some templates only begin the
-        next one. Where either begins with a special token, that token ends an answer besides the end tokens of the
-        tokenizer and of the model's generation configuration; else its text does.
-        """
+        """`closing` of a task of the sequence."""
         if task not in self._closings:
-            tokenizer, pool = self.tokenizer, self.tasks[task].pool
-            # Not a target of the task: one of few letters may stand in the closing itself.
-            example = {"input": self.tasks[task].test[0]["input"], "target": _ANSWER}
-            rendered = Renderer(tokenizer, None, pool.suffix, pool.text_word).render(pool.prompts[0], example)
-            stops, texts = set(self._ends), []
-            for closing in (rendered.response.rpartition(_ANSWER)[2].strip(), _next_turn(tokenizer)):
-                first = [one for one in special_tokens(tokenizer) if closing.startswith(one)]
-                if first:
-                    stops.add(tokenizer.convert_tokens_to_ids(max(first, key=len)))
-                elif closing:
-                    texts.append(closing)
-            self._closings[task] = sorted(stops), texts
+            pool, role = self.tasks[task].pool, self.config.instruction_role
+            renderer = Renderer(self.tokenizer, None, pool.suffix, pool.text_word, instruction_role=role)
+            self._closings[task] = closing(renderer, pool.prompts[0], self.tasks[task].test[0], self._ends)
         return self._closings[task]
+
+
+def end_tokens(model: Any, tokenizer: Any) -> set[int]:
+    """The end tokens of the tokenizer and of the model's generation configuration."""
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+
+
+def closing(renderer: Renderer, prompt: str, example: Mapping[str, Any], ends: set[int]) -> tuple[list[int], list[str]]:
+    """(ids that end an answer, texts that end one).
+
+    What closes the assistant's turn is in the responses that the model is trained on; some templates only begin the
+    next one. Where either begins with a special token, that token ends an answer besides `ends`; else its text does.
+    """
+    tokenizer = renderer.tokenizer
+    # Not a target of the task: one of few letters may stand in the closing itself.
+    rendered = renderer.render(prompt, {**example, "target": PROBE})
+    stops, texts = set(ends), []
+    # The end token that stands behind what does not close the turn is among the ends already.
+    closed = rendered.response.rpartition(PROBE)[2].removesuffix(tokenizer.eos_token or "")
+    for end in (closed.strip(), _next_turn(tokenizer)):
+        first = [one for one in special_tokens(tokenizer) if end.startswith(one)]
+        if first:
+            stops.add(tokenizer.convert_tokens_to_ids(max(first, key=len)))
+        elif end:
+            texts.append(end)
+    return sorted(stops), texts
+
+
+def answer_of(tokenizer: Any, ids: Sequence[int], closings: Sequence[str]) -> str:
+    """The text of an answer, up to the first of `closings`."""
+    # Spaces before punctuation are part of the targets, so they are of the answers.
+    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return min((text.partition(end)[0] for end in closings), key=len, default=text)
+
+
+def padding_token(tokenizer: Any) -> int:
+    """The id that rows are padded with; it is masked, so any will do where there is none."""
+    return next(one for one in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if one is not None)
 
 
 def _next_turn(tokenizer: Any) -> str:
     """What the chat template puts between an answer and the next question, or nothing."""
-    turns = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", _ANSWER), ("user", "zzz"))]
+    turns = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", PROBE), ("user", "zzz"))]
     try:
         text = tokenizer.apply_chat_template(turns, tokenize=False)
     except Exception:  # no template, or one for a single turn
         return ""
-    return text.rpartition(_ANSWER)[2].partition("zzz")[0].strip() if _ANSWER in text else ""
+    return text.rpartition(PROBE)[2].partition("zzz")[0].strip() if PROBE in text else ""
 
 
 def greedy(

@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from sapo_kernels.files import DataError, atomic_write, excerpt, parse_json
-from sapo_kernels.manifest import MANIFEST, TEMPORARY, check_manifest, flush_folder, write_manifest
+from sapo_kernels.manifest import MANIFEST, TEMPORARY, check_manifest, flush_folder, settle_manifest, write_manifest
 
 from ..locks import alone
 from .results import results_of
@@ -114,6 +114,7 @@ class RunFolder:
             self.found = read_run(path, locked=True)
             for left in path.glob("tasks/.*"):
                 shutil.rmtree(left)
+            settle_manifest(path, RUN, skip=_foreign)
             return
         # A run that was killed before its first file may have left its manifest.
         other = sorted(one.name for one in path.iterdir() if one.name not in (".lock", MANIFEST))

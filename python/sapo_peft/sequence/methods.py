@@ -16,9 +16,9 @@ from sapo_kernels.files import DataError, excerpt, read_json, write_json
 from sapo_kernels.manifest import write_manifest
 
 from ..trainer.checkpoints import ADAPTER
-from ..trainer.records import PROMPTS_FILE, write_beside_adapter
+from ..trainer.records import SAPO, write_beside_adapter
 from .config import SequenceConfig
-from .folder import read_run, task_folder
+from .folder import Run, read_run, task_folder
 
 logger = logging.getLogger("sapo_peft")
 
@@ -125,10 +125,12 @@ class Adapters:
         write_json(folder / CONFIG, options)
         # safetensors writes for the owner alone, whatever the umask says.
         os.chmod(folder / WEIGHTS, stat.S_IMODE(os.stat(folder / CONFIG).st_mode))
-        if self.config.policy == "sapo":
-            write_beside_adapter(folder, prompts)
-        else:  # the model card would name SAPO
-            write_json(folder / PROMPTS_FILE, prompts)
+        note, earlier = "", len(self.names) - 1
+        if earlier:
+            prompts = {**prompts, "earlier": earlier}
+            note = (f"The adapters of the {earlier} tasks before it are active beside it and are not in this folder: "
+                    "`sapo export RUN --out DIR` makes one adapter of them all.")  # fmt: skip
+        write_beside_adapter(folder, prompts, chooser(self.config.policy), note)
         write_manifest(folder, ADAPTER)
 
     def penalty(self) -> torch.Tensor | None:
@@ -168,6 +170,11 @@ class Adapters:
             r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, task_type="CAUSAL_LM",
             target_modules=modules if isinstance(modules, str) else list(modules),
         )  # fmt: skip
+
+
+def chooser(policy: str) -> str:
+    """What chose the prompt, for a model card."""
+    return SAPO if policy == "sapo" else f"the policy {policy} of `sapo sequence`"
 
 
 def fingerprint(model: Any) -> str:
@@ -243,6 +250,26 @@ def orthogonality(model: Any, new: str, old: Sequence[str]) -> torch.Tensor:
     return torch.zeros(()) if total is None else total
 
 
+def read_adapters(run_dir: str | os.PathLike) -> tuple[Run, SequenceConfig, list[Path]]:
+    """(a run, its options, the folders of the adapters of the tasks that are done), checked.
+
+    Raises: `DataError`: the folder is of no such run or is damaged, or no task is done.
+    """
+    if not (Path(run_dir) / "run.json").exists():
+        raise DataError(f"{os.fspath(run_dir)}: expected the folder of a run, got one without run.json, or none")
+    run = read_run(run_dir)
+    try:
+        config = SequenceConfig(**run.record.config)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{run.path / 'run.json'}: 'config': expected the options of a run, got: {error}") from error
+    if not run.tasks:
+        raise DataError(f"{run_dir}: expected a run with a finished task, got none")
+    if run.record.version < 2:
+        logger.warning("%s: a run of version 1, which has no manifest: its files are not checked", run_dir)
+    names = run.record.tasks[: len(run.tasks)]
+    return run, config, [task_folder(run.path, i, name) / "adapter" for i, name in enumerate(names, 1)]
+
+
 def load_adapters(model: Any, run_dir: str | os.PathLike) -> Any:
     """A `PeftModel` with the adapters of a sequence run on `model`, all active and frozen.
 
@@ -254,22 +281,13 @@ def load_adapters(model: Any, run_dir: str | os.PathLike) -> Any:
         DataError: the folder is of no such run or is damaged, no task is done, or an adapter does not fit the model,
             which is then as it was.
     """
-    run = read_run(run_dir)
-    try:
-        config = SequenceConfig(**run.record.config)
-    except (TypeError, ValueError) as error:
-        raise DataError(f"{run.path / 'run.json'}: 'config': expected the options of a run, got: {error}") from error
-    if not run.tasks:
-        raise DataError(f"{run_dir}: expected a run with a finished task, got none")
-    if run.record.version < 2:
-        logger.warning("%s: a run of version 1, which has no manifest: its files are not checked", run_dir)
+    run, config, folders = read_adapters(run_dir)
     adapters = Adapters(model, config)
     if fingerprint(model) != run.record.data.get("base"):
         logger.warning("%s: the base model is not the one that the run began with, or has another dtype", run_dir)
-    folders = [task_folder(run.path, i, name) for i, name in enumerate(run.record.tasks[: len(run.tasks)], 1)]
     try:
         for index, folder in [*enumerate(folders, 1)][-1 if config.method == "seq-lora" else 0 :]:
-            adapters.load(index, folder / "adapter")
+            adapters.load(index, folder)
     except BaseException:
         adapters.remove()
         raise

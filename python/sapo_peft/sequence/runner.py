@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from sapo_kernels.files import DataError, excerpt
-from sapo_kernels.scoring.render import Renderer, check_examples
+from sapo_kernels.scoring.render import Renderer, check_examples, with_end_token
 from sapo_kernels.scoring.response_cache import CellBuilder
 
 from .config import MAX_NAME, MAX_TASKS, SequenceConfig, derived_seed
@@ -90,10 +90,13 @@ def run_sequence(
         base, tok, called = _resolve(model, name, tokenizer, device, dtype)
         tasks = [replace(task, pool=task.pool.checked(tok)) for task in tasks]
         tasks = [task.used(config.train_examples, config.test_examples) for task in tasks]
-        marks = {"tokens": _check_texts(tasks, tok, config), "base": fingerprint(base)}
+        started = folder.found.record.started if folder.found else _now()
+        # A template that shows a date shows that of the run's beginning, also to a start on another day.
+        now = datetime.fromisoformat(started)
+        marks = {"tokens": _check_texts(tasks, tok, config, now), "base": fingerprint(base)}
         record = RunRecord(
             method=config.method, policy=config.policy, order=order, tasks=names,
-            seed=config.seed, model=called, config=config.as_dict(), started=_now(),
+            seed=config.seed, model=called, config=config.as_dict(), started=started,
             data={**marks, **{f"task {task.name}": task.digest() for task in tasks}},
             versions={one: metadata.version(one) for one in ("sapo-kernels", "torch", "transformers", "peft")},
             warnings=[f"task {task.name}: {note}" for task in tasks for note in (*task.notes, *task.pool.notes())],
@@ -112,7 +115,8 @@ class _Start:
     def __init__(self, adapters: Adapters, tokenizer, tasks, folder: RunFolder, record: RunRecord, progress):
         self.adapters, self.tokenizer, self.tasks, self.folder = adapters, tokenizer, tasks, folder
         self.config = adapters.config
-        self.evaluator = Evaluator(adapters.base, tasks, tokenizer, self.config)
+        self.now = datetime.fromisoformat(record.started)
+        self.evaluator = Evaluator(adapters.base, tasks, tokenizer, self.config, self.now)
         self.record, self.before, self.done = record, None, []
         if folder.found is None:
             for warning in record.warnings:
@@ -146,7 +150,10 @@ class _Start:
         with self.folder.staging(index, task.name) as staging:
             self.adapters.add(index, derived_seed(self.config.seed, index, "init"))
             self.progress.phase(index, "train", steps_of(task, self.config), "step")
-            trained = train_task(self.adapters, self.tokenizer, task, index, self.config, self.progress.step)
+            shown = self.progress
+            trained = train_task(
+                self.adapters, self.tokenizer, task, index, self.config, shown.step, shown.scoring, self.now
+            )
             self.progress.say(index, f"prompt {trained.scores.chosen} of {len(task.pool.prompts)} (0 is the original)")
             # The chosen prompt stands for its task, the original for those to come.
             chosen = [*(one.scores.chosen for one in self.done), trained.scores.chosen]
@@ -218,10 +225,11 @@ def _resolve(model: Model, name: str | None, tokenizer: str | None, device: str,
     pair = model() if callable(model) and not isinstance(model, torch.nn.Module) else model
     if not isinstance(pair, tuple) or len(pair) != 2 or not isinstance(pair[0], torch.nn.Module):
         raise TypeError(f"model: expected a name, a pair (model, tokenizer) or a function, got {type(model).__name__}")
-    return *pair, name or getattr(pair[0], "name_or_path", "") or type(pair[0]).__name__
+    model, tok = pair
+    return model, with_end_token(tok, model), name or getattr(model, "name_or_path", "") or type(model).__name__
 
 
-def _check_texts(tasks: list[SequenceTask], tokenizer: Any, config: SequenceConfig) -> str:
+def _check_texts(tasks: list[SequenceTask], tokenizer: Any, config: SequenceConfig, now: datetime) -> str:
     """Find out now, not when a later task is reached, that a row is none or a prompt does not fit.
 
     Returns a fingerprint of the tokens of every prompt with the first row: of the tokenizer, its template, the layout.
@@ -234,9 +242,10 @@ def _check_texts(tasks: list[SequenceTask], tokenizer: Any, config: SequenceConf
                 check_examples(getattr(task, split))
             except ValueError as error:
                 raise DataError(f"{place}: {split}: {error}") from error
-        renderer = Renderer(tokenizer, None, pool.suffix, pool.text_word)
         limits = config.max_source, config.max_target
         try:
+            role = config.instruction_role
+            renderer = Renderer(tokenizer, None, pool.suffix, pool.text_word, instruction_role=role, now=now)
             cells = CellBuilder(renderer, pool.prompts, task.train[:1], *limits, warn=False).cells()
         except ValueError as error:
             raise DataError(f"{place}: {error}") from error

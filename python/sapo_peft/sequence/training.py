@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,6 @@ import sapo_kernels as sk
 
 from ..trainer.attach import attach_sapo
 from ..trainer.config import SapoConfig
-from ..trainer.records import prompt_record
 from .config import SequenceConfig, derived_seed
 from .methods import Adapters
 from .schema import Scores, ScoringRecord, Training, finite
@@ -132,10 +132,13 @@ def train_task(
     index: int,
     config: SequenceConfig,
     tick: Callable[[int, float | None], None] | None = None,
+    scoring: Callable[[str, int], Any] | None = None,
+    now: datetime | None = None,
 ) -> TrainedTask:
     """Choose the prompt of the `index`-th task (from 1) and train the newest adapter on it.
 
-    `tick` hears each step and the newest loss. The pool must have been checked with the tokenizer.
+    `tick` hears each step and the newest loss; `scoring` is `Rescorer.progress`, `now` as in `SapoConfig`. The pool
+    must have been checked with the tokenizer.
 
     Raises: `FloatingPointError`: training has left a weight that is no number.
     """
@@ -150,8 +153,11 @@ def train_task(
             each_epoch=config.each_epoch, drift=config.drift, probe_examples=config.probe_examples,
             max_source=config.max_source, max_target=config.max_target, train_max_target=config.max_target,
             seed=derived_seed(config.seed, index, "sample"), race=sk.Race() if config.race else None,
+            instruction_role=config.instruction_role, now=now,
         )  # fmt: skip
         callback = attach_sapo(trainer, task.pool, {task.pool.task: probe} if scored else None, options)
+        if callback.rescorer is not None:
+            callback.rescorer.progress = scoring
         policy = _Policy(callback, task, index, config)
         if not sapo:
             trainer.add_callback(policy)
@@ -174,7 +180,7 @@ def train_task(
                scorings=scorings),
         Training(losses=losses, penalties=penalties, seconds=seconds, examples=len(task.train), notes=notes,
                  tokens=int(torch.stack(trainer.tokens).sum()) if trainer.tokens else 0),
-        prompt_record(callback.choice, callback.history[-1] if callback.history else None),
+        callback.prompts(),
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sapo_kernels.scoring.distributed import DEFAULT_TIMEOUT
-from sapo_kernels.scoring.render import check_examples
+from sapo_kernels.scoring.render import STARTED, check_examples, with_end_token
 
 from ..data.prompt_pool import PromptPool
 from . import ranks as _ranks
@@ -45,8 +45,8 @@ def attach_sapo(
 
     Args:
         trainer: a transformers `Trainer` or TRL `SFTTrainer` that was made with a tokenizer and a dataset of raw
-            examples: "input" and "target" (or "sentence"/"label", "prompt"/"completion"), and "task" where there are
-            several.
+            examples: "input" and "target" (or "sentence"/"label", "prompt"/"completion", "messages"), and "task" where
+            there are several.
         pools: the candidates of each task.
         probe: examples to score on, or such a list for each task; default: the first ``config.probe_examples`` of
             each task in the training dataset.
@@ -72,24 +72,27 @@ def attach_sapo(
     named = _by_task(pools)
     tokenizer = _tokenizer(trainer)
     _check_trainer(trainer, config)
+    tokenizer = with_end_token(tokenizer, trainer.model)
     _check_dataset(trainer.train_dataset, "train_dataset")
     named = {task: _checked(task, pool, tokenizer, trainer) for task, pool in named.items()}
     choice = Choice(named, config.mode, config.seed)
     layout = {"max_source": config.max_source, "max_target": config.train_max_target, "template": config.template,
-              "packed": config.packing != PADDED}  # fmt: skip
+              "packed": config.packing != PADDED, "instruction_role": config.instruction_role}  # fmt: skip
     training = SapoCollator(tokenizer, choice, carry=True, **layout)
+    evaluation = SapoCollator(tokenizer, choice, sample=False, **layout)
     _check_rows(trainer.train_dataset, choice, "train_dataset")
     _check_evaluation(getattr(trainer, "eval_dataset", None), choice)
     probes = _probes(trainer, choice, probe, config) if config.scores else {}
     patience = float(getattr(trainer.args, "ddp_timeout", 0) or DEFAULT_TIMEOUT)
-    rescorer = Rescorer(choice, probes, tokenizer, config, patience) if config.scores else None
-    setup = Setup(choice, training, rescorer, config, trainer)
+    now = _ranks.moment_of_first(config.now or STARTED, trainer.args.device)
+    rescorer = Rescorer(choice, probes, tokenizer, config, patience, now) if config.scores else None
+    setup = Setup(choice, [training, evaluation], rescorer, config, trainer, now)
     _ranks.check_same(setup.digests(), trainer.args.device)
 
     # Nothing of the trainer has been changed up to here.
     callback = SapoCallback(trainer, choice, rescorer, config, setup, time.perf_counter() - started)
     trainer.args.remove_unused_columns = False
-    trainer.data_collator = SapoCollator(tokenizer, choice, sample=False, **layout)
+    trainer.data_collator = evaluation
     trainer.add_callback(callback)
     wrap(trainer, training, callback)
     return callback
@@ -145,6 +148,7 @@ def _check_trainer(trainer: Any, config: SapoConfig) -> None:
             raise ValueError(
                 f"trainer: {option}=True joins examples tokenised ahead with one fixed prompt; expected it off"
             )
+    _check_sampling(trainer)
     # Of TRL; None means: on the completion if there is one.
     if getattr(args, "completion_only_loss", None) is False:
         raise ValueError("trainer: completion_only_loss=False asks for a loss on the prompt; expected it on or unset")
@@ -161,6 +165,22 @@ def _check_trainer(trainer: Any, config: SapoConfig) -> None:
             raise TypeError(f"trainer: expected a transformers Trainer with {name}(), got {type(trainer).__name__}")
     if isinstance(getattr(trainer, "data_collator", None), SapoCollator):
         raise ValueError("trainer: expected one without SAPO, got one that it is attached to already")
+
+
+def _check_sampling(trainer: Any) -> None:
+    """Samplers by length look at tokens, which raw examples have not; or at a column of a dataset of Hugging Face."""
+    args = trainer.args
+    strategy = "group_by_length" if getattr(args, "group_by_length", False) else None
+    strategy = strategy or getattr(args, "train_sampling_strategy", "random")
+    column, evaluation = getattr(args, "length_column_name", "length"), getattr(trainer, "eval_dataset", None)
+    datasets = [trainer.train_dataset, *(evaluation.values() if isinstance(evaluation, dict) else [evaluation])]
+    if strategy in ("group_by_length", "batch_rebalance") and not all(
+        one is None or column in (getattr(one, "column_names", None) or ()) for one in datasets
+    ):
+        raise ValueError(
+            f"trainer: train_sampling_strategy={strategy!r} needs the length of every example, which is not tokenised "
+            f"ahead: expected datasets.Dataset with a column {column!r} (say, of characters), or 'random'"
+        )
 
 
 def _check_dataset(dataset: Any, name: str) -> None:
@@ -214,7 +234,7 @@ def _rows(dataset: Any) -> Iterable[Any]:
         return dataset
     # Of datasets of Hugging Face, whose columns are read in batches; a transform of the user's makes other rows.
     if hasattr(dataset, "select_columns") and getattr(dataset, "format", {}).get("type") != "custom":
-        names = [name for name in dataset.column_names if name in {"task", *itertools.chain(*COLUMNS)}]
+        names = [name for name in dataset.column_names if name in {"task", "history", *itertools.chain(*COLUMNS)}]
         batches = dataset.select_columns(names).with_format(None).iter(1000)
         return (dict(zip(batch, row, strict=True)) for batch in batches for row in zip(*batch.values(), strict=True))
     return [dataset[0]]

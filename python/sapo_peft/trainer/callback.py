@@ -289,7 +289,8 @@ class SapoCallback(TrainerCallback):
 
     def prompts(self) -> dict[str, Any]:
         """What whoever loads the adapter needs to know: the content of ``sapo_prompts.json``."""
-        return prompt_record(self.choice, self._of_best or (self.history[-1] if self.history else None))
+        last = self._of_best or (self.history[-1] if self.history else None)
+        return prompt_record(self.choice, last, self.config.template, self.config.instruction_role)
 
 
 @torch.no_grad()

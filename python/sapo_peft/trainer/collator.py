@@ -12,14 +12,15 @@ import torch
 
 from sapo_kernels.scoring.render import Renderer, Template, check_examples
 from sapo_kernels.scoring.response_cache import CellBuilder
+from sapo_kernels.scoring.turns import example_of
 from sapo_kernels.training.trie_batch import TrieBatch, padded_rows
 
 from .choice import Choice
 
 logger = logging.getLogger("sapo_peft")
 
-# The names of an example's two texts that are understood, besides "task".
-COLUMNS = (("input", "target"), ("sentence", "label"), ("prompt", "completion"))
+# The names of an example's two texts that are understood, besides "task"; the last one's are in a conversation.
+COLUMNS = (("input", "target"), ("sentence", "label"), ("prompt", "completion"), ("messages",))
 # The key under which a batch carries what it was made of; `attach_sapo` takes it out before the model sees it.
 CARRIED = "sapo"
 # The key under which it carries its trie, a `TrieBatch`.
@@ -48,7 +49,7 @@ class SapoCollator:
     Args:
         tokenizer: a transformers tokenizer.
         choice: the pools and what is chosen.
-        max_source, template: see `SapoConfig`.
+        max_source, template, instruction_role: see `SapoConfig`.
         max_target: longest response in tokens; None: whole. One that is cut loses its end, hence the tokens that close
             the turn, which is said once.
         pad_to_multiple_of: width of the batch, for tensor cores.
@@ -56,8 +57,9 @@ class SapoCollator:
         carry: add what `attach_sapo` needs to render a batch again whose choice is no longer the newest.
         sample: in mode "soft", draw a prompt for each example; False: the best one for all, as evaluation wants it.
 
-    Called with a list of mappings with "input" and "target" (or "sentence"/"label", "prompt"/"completion") and, with
-    several tasks, "task". Returns input_ids, attention_mask, labels: [B, L] int64, padded on the right.
+    Called with a list of mappings with "input" and "target" (or "sentence"/"label", "prompt"/"completion", or messages:
+    "messages", or TRL's lists of them as "prompt" and "completion") and, with several tasks, "task". Returns input_ids,
+    attention_mask, labels: [B, L] int64, padded on the right.
 
     Staleness: in a DataLoader of its own a batch is rendered when it is fetched, so it may be older than the newest
     choice by the loader's prefetch (one batch without workers under Accelerate, ``workers * prefetch_factor + 1``
@@ -72,6 +74,7 @@ class SapoCollator:
         max_source: int = 1536,
         max_target: int | None = None,
         template: Template = None,
+        instruction_role: str = "user",
         pad_to_multiple_of: int | None = None,
         packed: bool = False,
         carry: bool = False,
@@ -82,7 +85,8 @@ class SapoCollator:
         self.max_source, self.max_target, self.pad_to_multiple_of = max_source, max_target, pad_to_multiple_of
         self._said: set[str] = set()
         self.renderers = {
-            task: Renderer(tokenizer, template, pool.suffix, pool.text_word) for task, pool in choice.pools.items()
+            task: Renderer(tokenizer, template, pool.suffix, pool.text_word, instruction_role=instruction_role)
+            for task, pool in choice.pools.items()
         }
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self.pad = 0 if pad is None else pad
@@ -145,13 +149,17 @@ def named_example(feature: Mapping[str, Any]) -> Mapping[str, Any]:
     """The two texts of an example as "input" and "target"."""
     if not isinstance(feature, Mapping):
         raise TypeError(f"example: expected a mapping with two texts, got {type(feature).__name__}")
-    for names in COLUMNS:
+    talk = example_of(feature)
+    if talk is not None:
+        return talk
+    for names in COLUMNS[:-1]:
         if all(name in feature for name in names):
             texts = [feature[name] for name in names]
             if not all(isinstance(text, str) for text in texts):
                 kinds = [type(text).__name__ for text in texts]
-                raise TypeError(f"example: {names}: expected two strings, got {kinds} (conversations are not rendered)")
-            return dict(zip(("input", "target"), texts, strict=True))
+                raise TypeError(f"example: {names}: expected two strings, got {kinds}")
+            kept = {"history": feature["history"]} if "history" in feature else {}
+            return {**dict(zip(("input", "target"), texts, strict=True)), **kept}
     raise ValueError(
         f"example: expected {' or '.join('/'.join(names) for names in COLUMNS)}, got {sorted(map(str, feature))[:20]}; "
         "was the dataset tokenised ahead? (TRL: dataset_kwargs={'skip_prepare_dataset': True})"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from datetime import datetime
 
 from sapo_kernels.scoring.race import Race
 from sapo_kernels.scoring.render import Template
+from sapo_kernels.scoring.turns import check_role
 
 MODES = ("hard", "soft")
 AUTO, TRIE, PADDED = PACKINGS = ("auto", "trie", "padded")
@@ -42,6 +44,10 @@ class SapoConfig:
         train_max_tokens: trie tokens per forward when training; a batch with more goes in several, whose gradients are
             added up; None: one forward a batch, which never computes more tokens than the padded one.
         template: layout of a cell, see `sapo_kernels.scoring.render.Renderer`.
+        instruction_role: "user": in the last user turn, the paper's; "system": in the system turn, behind a text
+            that an example has there.
+        now: what chat templates that show a date are shown, in scoring and training; None: when the process began (that
+            of rank 0). A run that is resumed keeps the one it began with.
         seed: of the draws in mode "soft".
         race: a `sapo_kernels.Race`: score in rounds, and only what is needed to find the best prompt; None: every cell.
             In mode "hard" with decay 0. What is chosen is the race's winner. The loss of a prompt that was dropped
@@ -69,6 +75,8 @@ class SapoConfig:
     packing: str = "auto"
     train_max_tokens: int | None = None
     template: Template = None
+    instruction_role: str = "user"
+    now: datetime | None = None
     seed: int = 0
     race: Race | None = None
 
@@ -85,6 +93,9 @@ class SapoConfig:
         for name in ("at_start", "each_epoch"):
             if type(getattr(self, name)) is not bool:
                 raise ValueError(f"{name}: expected True or False, got {getattr(self, name)!r}")
+        check_role(self.instruction_role)
+        if not isinstance(self.now, (datetime, type(None))):
+            raise ValueError(f"now: expected a datetime or None, got {self.now!r}")
         if type(self.seed) is not int:
             raise ValueError(f"seed: expected a whole number, got {self.seed!r}")
         for name in ("drift_cooldown", "probe_examples", "max_source", "max_target"):

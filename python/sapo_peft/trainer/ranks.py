@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from datetime import datetime
 
 import torch
 
@@ -38,6 +39,13 @@ def first_of(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     sent = values.to(device)
     torch.distributed.broadcast(sent, 0)
     return sent.to(values.device)
+
+
+def moment_of_first(moment: datetime, device: torch.device) -> datetime:
+    """Rank 0's moment, to the second, on every rank: they need not begin on the same day."""
+    if not several():
+        return moment
+    return datetime.fromtimestamp(int(first_of(torch.tensor([int(moment.timestamp())]), device)))
 
 
 def summed(values: list[float], device: torch.device) -> tuple[list[float], int]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from typing import Any
 
 import torch
@@ -50,23 +51,32 @@ class Rescorer:
         probes: for each task the examples to score on.
         tokenizer, config: as in `attach_sapo`.
         patience: seconds after which a rank that the others wait for is given up.
+        now: as in `SapoConfig`.
     """
 
     def __init__(
         self, choice: Choice, probes: Mapping[str, Sequence], tokenizer: Any, config: SapoConfig,
-        patience: float = DEFAULT_TIMEOUT,
+        patience: float = DEFAULT_TIMEOUT, now: datetime | None = None,
     ):  # fmt: skip
         self.choice, self.config, self.patience = choice, config, patience
+        self.probes, self.tokenizer, self._told = probes, tokenizer, False
+        # What hears how far a scoring is: made for each one, from its name and its cells.
+        self.progress: Callable[[str, int], Any] | None = None
+        self.render(now)
+
+    def render(self, now: datetime | None) -> None:
+        """Everything that is scored, as of that moment; see `SapoConfig.now`."""
+        config = self.config
         self.caches = {
             task: sk.ResponseCache.build(
-                tokenizer, pool.prompts, probes[task], config.template, suffix=pool.suffix, text_word=pool.text_word,
-                max_source=config.max_source, max_target=config.max_target,
+                self.tokenizer, pool.prompts, self.probes[task], config.template, suffix=pool.suffix,
+                text_word=pool.text_word, max_source=config.max_source, max_target=config.max_target,
+                instruction_role=config.instruction_role, now=now,
             )
-            for task, pool in choice.pools.items()
+            for task, pool in self.choice.pools.items()
         }  # fmt: skip
-        self._told = False
 
-    def _scores(self, model: Any, cache: sk.ResponseCache, race: sk.Race | None) -> sk.PromptScores:
+    def _scores(self, model: Any, task: str, cache: sk.ResponseCache, race: sk.Race | None) -> sk.PromptScores:
         """Shared out where there are several ranks and each may score cells of its own, else all cells on each."""
         options: dict[str, Any] = {"max_tokens": self.config.max_tokens}
         closed = unshareable(model) if several() else None
@@ -77,7 +87,8 @@ class Rescorer:
             if not self._told:
                 logger.warning("no race, every cell is scored: the ranks cannot share it out: %s", closed)
             self._told, race = True, None
-        return sk.score_prompts(model, cache, progress=False, race=race, **options)
+        told = self.progress(f"scoring {task}", cache.num_prompts * cache.num_examples) if self.progress else False
+        return sk.score_prompts(model, cache, progress=told, race=race, **options)
 
     def score(self, model: Any, step: int, reason: str, agree=None) -> Scoring:
         """Score all pools and settle the choice.
@@ -96,7 +107,7 @@ class Rescorer:
         scored = []
         may = state.live.double()
         for p, (task, cache) in enumerate(self.caches.items()):
-            scores = self._scores(model, cache, race_of(config.race, task, step))
+            scores = self._scores(model, task, cache, race_of(config.race, task, step))
             tokens = scores.tokens.sum(1)
             nll = scores.nll.sum(1) if scores.race is None else scores.loss * tokens
             sums[0, p, : cache.num_prompts], sums[1, p, : cache.num_prompts] = nll, tokens

@@ -6,11 +6,14 @@ import enum
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from sapo_kernels.scoring.render import reads_clock
 
 from .choice import Choice
 from .collator import SapoCollator
@@ -39,12 +42,15 @@ class Setup:
 
     pools: by task, of its prompts, suffix and text word. rendering: of how the first prompt and an example look to this
     tokenizer and template. probe: of every token that is scored. options: the options themselves, by name; training:
-    those of the trainer that decide what is learnt; adapters: by name, the configuration of each.
+    those of the trainer that decide what is learnt; adapters: by name, the configuration of each. now: what templates
+    that read the clock read in all of it.
     """
 
     def __init__(
-        self, choice: Choice, collator: SapoCollator, rescorer: Rescorer | None, config: SapoConfig, trainer: Any
-    ):
+        self, choice: Choice, collators: Sequence[SapoCollator], rescorer: Rescorer | None, config: SapoConfig,
+        trainer: Any, now: datetime,
+    ):  # fmt: skip
+        self._choice, self._collators, self._rescorer = choice, collators, rescorer
         self.adapters = {
             name: {key: _plain(value) for key, value in sorted(adapter.to_dict().items()) if key not in _OF_PLACE}
             for name, adapter in (getattr(trainer.model, "peft_config", None) or {}).items()
@@ -52,23 +58,35 @@ class Setup:
         self.training = {name: _plain(getattr(trainer.args, name, None)) for name in LEARNING}
         self.tasks = list(choice.tasks)
         self.pools = {task: digest(pool) for task, pool in choice.pools.items()}
-        example = {"input": "An input.\n{input}", "target": "A target."}
-        parts: list[str] = []
-        for task, renderer in collator.renderers.items():
-            try:
-                one = renderer.render(choice.pools[task].prompts[0], example)
-                parts += [one.context, one.response]
-            except Exception as error:  # a callable of the user's, which may want examples of its kind
-                parts.append(type(error).__name__)
-        self.rendering = hashed(*parts)
-        caches = rescorer.caches.values() if rescorer else ()
-        self.probe = hashed(*(array.tobytes() for c in caches for array in (c.ids, c.offsets, c.context_lengths)))
-        # A callable has no lasting name; `rendering` knows it by what it makes.
-        values = {field.name: getattr(config, field.name) for field in fields(config)}
+        self._as_of(now)
+        # A callable has no lasting name; `rendering` knows it by what it makes, and the moment too.
+        values = {field.name: getattr(config, field.name) for field in fields(config) if field.name != "now"}
         self.options = {name: None if callable(value) else value for name, value in values.items()}
         if config.race is not None:
             names = [field.name for field in fields(config.race) if field.name != "memory"]
             self.options["race"] = {name: getattr(config.race, name) for name in names}
+
+    def show(self, now: datetime) -> None:
+        """Render everything as of another moment: that of the run which is resumed."""
+        if self._rescorer and now != self.now and reads_clock(self._rescorer.tokenizer):
+            self._rescorer.render(now)
+        self._as_of(now)
+
+    def _as_of(self, now: datetime) -> None:
+        self.now = now
+        for renderer in (one for collator in self._collators for one in collator.renderers.values()):
+            renderer.now = now
+        example = {"input": "An input.\n{input}", "target": "A target."}
+        parts: list[str] = []
+        for task, renderer in self._collators[0].renderers.items():
+            try:
+                one = renderer.render(self._choice.pools[task].prompts[0], example)
+                parts += [one.context, one.response]
+            except Exception as error:  # a callable of the user's, which may want examples of its kind
+                parts.append(type(error).__name__)
+        self.rendering = hashed(*parts)
+        caches = self._rescorer.caches.values() if self._rescorer else ()
+        self.probe = hashed(*(array.tobytes() for c in caches for array in (c.ids, c.offsets, c.context_lengths)))
 
     def digests(self) -> dict[str, str]:
         """What the ranks of a run compare: 64 hexadecimal digits by name."""
@@ -139,6 +157,7 @@ def state_of(callback: SapoCallback) -> dict[str, Any]:
         # The rows of everything below; the trainer sorts the keys of dictionaries.
         "tasks": list(choice.tasks),
         "setup": callback.setup.record(),
+        "now": callback.setup.now.isoformat(),
         "state": {name: numbers(value) for name, value in choice.state.state_dict().items()},
         "chosen": choice.chosen.tolist(),
         "clock": choice.clock.tolist(),
@@ -157,6 +176,8 @@ def restore(callback: SapoCallback, kept: Mapping[str, Any]) -> None:
     Raises:
         ValueError: see `Setup.check`.
     """
+    if "now" in kept:
+        callback.setup.show(datetime.fromisoformat(kept["now"]))
     callback.setup.check(kept)
     choice = callback.choice
     choice.state.load_state_dict(_tensors(kept, choice))

@@ -1,0 +1,233 @@
+"""Which path scores a job: the fastest whose log-probabilities are the plain model's on some of the job's own cells."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import nn
+
+from . import model_support
+from .attention import NotTreeable
+from .fingerprint import configurations, fingerprint
+from .foreign_code import foreign_code
+from .model_state import (
+    Unrecoverable,
+    claimed,
+    compilation_off,
+    is_out_of_memory,
+    only_this_thread,
+    rope_kept,
+    scoring_mode,
+)
+from .paths import ALONE, EQUAL, PADDED, PATHS, TREE, Paths, most_batched
+from .verification import UNMEASURED, Check, Disagreement, PlainModel, chosen_cells
+
+logger = logging.getLogger("sapo_kernels")
+
+# Cells from which on a second one is verified: at most one in ten.
+TWO_CHECKS = 20
+# Passes whose ends are verified where code that nobody knows is packed because the caller insists on it.
+VERIFIED_PASSES = 4
+# Of one model: it may be used in a few ways in turn (under autocast, with another adapter).
+REMEMBERED = 16
+_FAILED = "it failed"
+_SPOKEN = {PADDED: "by the padded path", EQUAL: "each sequence without padding", ALONE: "each sequence alone"}
+
+
+@dataclass
+class Measured:
+    """What a job found: [cells] nll in nats, computed tokens, and by which path, why that one, verified how far off.
+
+    verified: names of the cells that were compared with the plain model. difference: the largest seen, nats.
+    """
+
+    nll: np.ndarray
+    computed: int
+    path: str
+    reason: str | None
+    verified: list[str]
+    difference: float
+
+    @property
+    def name(self) -> str:
+        """The path as people know it."""
+        return ALONE if self.path == EQUAL else self.path
+
+
+@dataclass
+class Settled:
+    """What is known of a model as one fingerprint has it: the path that agreed, why not a faster one, its noise.
+
+    key: the fingerprint. length: tokens of the longest sequence that was verified; a race's later rounds look at both.
+    """
+
+    path: str
+    reason: str | None
+    through_model: bool
+    noise: tuple[float, float] | None
+    key: int = 0
+    length: int = 0
+
+
+_known: weakref.WeakKeyDictionary[nn.Module, dict[int, Settled]] = weakref.WeakKeyDictionary()
+
+
+class VerifiedPaths(Paths):
+    """The cells of one cache on one model, by the first path that agrees with the plain model.
+
+    impl: what the caller insists on, see `score_prompts`. quiet: another part of the same job, or another rank, says in
+    the log what there is to say. settled: what an earlier part of the job found, then this one.
+    """
+
+    impl = "auto"
+    quiet = False
+    settled: Settled | None = None
+
+    def measure(self) -> Measured:
+        """Score all cells, by the first path that agrees with the plain model."""
+        with (
+            claimed(self.inner),
+            scoring_mode(self.model),
+            compilation_off(),
+            rope_kept(self.inner) as self.put_rope_back,
+        ):
+            configs = configurations(self.model)
+            foreign = foreign_code(self.model, configs)
+            key = fingerprint(self.model, self.device, configs, f"{self.impl}, fuse={self.fuse}")
+            with only_this_thread(self.inner):
+                return self._measure(_known.setdefault(self.inner, {}), key, foreign)
+
+    def _measure(self, known: dict[int, Settled], key: int, foreign: str | None) -> Measured:
+        plain = PlainModel(self.model, self.inner, self.device, keep_rows=foreign is None)
+        known_here = self.settled is not None and self.settled.key == key and self.settled.path == TREE
+        # Batches of other rounds have other company: only the tree is taken at its word for shorter sequences.
+        if known_here and self.longest <= self.settled.length:
+            self.through_model = self.settled.through_model
+            nll, computed = self.attempt(self.settled.path, [], plain)
+            return Measured(nll, computed, self.settled.path, self.settled.reason, [], 0.0)
+        before = known.get(key) if self.settled is None or self.settled.key != key else self.settled
+        found, lasting = self._first_that_agrees(before, foreign, plain)
+        self.settled.key = key
+        if lasting:
+            while len(known) >= REMEMBERED:
+                known.pop(next(iter(known)))
+            known[key] = self.settled
+        return found
+
+    def _first_that_agrees(
+        self, before: Settled | None, foreign: str | None, plain: PlainModel
+    ) -> tuple[Measured, bool]:
+        """(what was found, whether its path may be remembered); `settled` has the path."""
+        start, reason = self._start(foreign)
+        if before is not None and PATHS.index(before.path) > PATHS.index(start):
+            start, reason = self._allowed(before.path, before.reason)
+        checks = self._checks([], self._cells(start, before, foreign), before, plain)
+        lasting = any(check.finite for check in checks)
+        if not lasting and start in (TREE, PADDED):
+            start, reason = self._allowed(EQUAL, "its log-probabilities are not finite: nothing can be verified")
+        for path in PATHS[PATHS.index(start) :]:
+            checks = self._checks(checks, self._cells(path, before, foreign), before, plain)
+            self.through_model = not all(check.head for check in checks)
+            if any(check.head is None for check in checks) and path != ALONE:
+                _, reason = self._allowed(ALONE, "its forward does not go through its output embeddings")
+                continue
+            self._say(path, reason)
+            found, problem = self._try(path, checks, plain)
+            if found is not None:
+                self.settled = Settled(path, reason, self.through_model, checks[0].noise, length=self.longest)
+                names = [self.cache.cell_name(check.cell) for check in checks]
+                return Measured(*found, path, reason, names, max(check.worst for check in checks)), lasting
+            # What failed may have been a passing fault.
+            lasting = lasting and not problem.startswith(_FAILED)
+            if before is not None:
+                # What is remembered may have changed: the model's own error, which cells show a difference.
+                return self._first_that_agrees(None, foreign, plain)
+            following = PATHS[min(PATHS.index(path) + 1, len(PATHS) - 1)]
+            _, reason = self._allowed(following, f"{type(self.inner).__name__} by the {path} path: {problem}")
+        raise RuntimeError(
+            f"model: expected the same log-probabilities each time, got others for the same sequence ({reason}); it "
+            "cannot be scored"
+        )
+
+    def _try(
+        self, path: str, checks: list[Check], plain: PlainModel
+    ) -> tuple[tuple[np.ndarray, int] | None, str | None]:
+        """What `attempt` gives, or (None, why another path is to be taken); what none would mend is raised."""
+        try:
+            return self.attempt(path, checks, plain), None
+        except (Disagreement, NotTreeable) as error:
+            return None, str(error)
+        except Exception as error:
+            if isinstance(error, Unrecoverable) or is_out_of_memory(error) or path == ALONE:
+                raise
+            return None, f"{_FAILED}: {type(error).__name__}: {str(error)[:200]}"
+
+    def _say(self, path: str, reason: str | None) -> None:
+        """A line in the log for a path that is slower than the one asked for, once a job."""
+        asked = {"padded": PADDED, "alone": EQUAL}.get(self.impl, TREE)
+        told = self.quiet or (self.settled is not None and self.settled.path == path)
+        if PATHS.index(path) > PATHS.index(asked) and reason is not None and not told:
+            logger.warning("scoring %s: %s", _SPOKEN[path], reason)
+
+    def _start(self, foreign: str | None) -> tuple[str, str | None]:
+        """(the first path to try, why not a faster one), before anything is computed."""
+        if foreign is not None and self.impl in ("auto", "padded", "alone"):
+            return ALONE, f"{foreign} is no library's code and may look at other sequences of its batch"
+        reason = model_support.length_dependent(self.inner, self.longest)
+        if reason or model_support.padding_matters(self.inner):
+            return self._allowed(EQUAL, reason or f"{type(self.inner).__name__} chooses its keys by the batch's length")
+        if reason := model_support.adapter_by_row(self.model) or model_support.tree_refusal(self.inner):
+            return self._allowed(PADDED, reason)
+        if self.impl in ("padded", "alone"):
+            return (PADDED if self.impl == "padded" else EQUAL), None
+        return TREE, None
+
+    def _allowed(self, path: str, reason: str) -> tuple[str, str]:
+        """`path` and `reason`; raises if the caller insists on a faster path."""
+        if self.impl not in ("auto", "padded", "alone"):
+            raise RuntimeError(f"impl={self.impl!r}: {reason}")
+        return (EQUAL if self.impl == "alone" and path == PADDED else path), reason
+
+    def _cells(self, path: str, before: Settled | None, foreign: str | None) -> list[int]:
+        """The cells to verify on a path, the longest first."""
+        ends = chosen_cells(self.cache, 2)
+        longest, shortest = ends[0], ends[-1]
+        if path in (PADDED, EQUAL):
+            return [longest, most_batched(self.cache, self._budget(), path == EQUAL)]
+        if path == ALONE:  # whether the model gives the same twice
+            return [longest, shortest]
+        # In front of every other sequence a cell has the same place in the pass as alone, and shows no neighbour.
+        first, last = self.cache.extremes
+        if longest == first or (before is None and len(self.cache.lengths) >= TWO_CHECKS):
+            cells = [longest, last if last != longest else shortest]
+        else:
+            cells = [longest]
+        if foreign is None or self.impl in ("auto", "padded", "alone"):
+            return cells
+        plan = self.cache.plan(self._budget())
+        passes = [*plan.passes[: VERIFIED_PASSES // 2], *plan.passes[-VERIFIED_PASSES // 2 :]]
+        # The next leaf in depth-first order belongs to a cell that holds the token.
+        order = np.argsort(plan.trie.leaf, kind="stable")
+        tokens = [token for step in passes for token in (step.start, step.stop - 1)]
+        return [*cells, shortest, *order[np.searchsorted(plan.trie.leaf[order], tokens)].tolist()]
+
+    def _checks(self, checks: list[Check], cells: list[int], before: Settled | None, plain: PlainModel) -> list[Check]:
+        """`checks` and those of more cells; of others too as long as no cell's loss is finite."""
+        reader, found = self.reader(), {check.cell: check for check in checks}
+        noise = before.noise if before and before.noise and before.noise < UNMEASURED else None
+        for cell in [*cells, *chosen_cells(self.cache, len(cells) + 3)]:
+            cell = int(self.cache.first_equal[cell])
+            if cell in found or (cell not in cells and any(check.finite for check in found.values())):
+                continue
+            self.put_rope_back()
+            found[cell] = plain.check(self.cache, cell, reader, noise)
+        self.put_rope_back()
+        return list(found.values())
+
+    def attempt(self, path: str, checks: Sequence[Check], plain: PlainModel) -> tuple[np.ndarray, int]:
+        """`run`; a job that is shared among ranks shares this out."""
+        return self.run(path, checks, plain)

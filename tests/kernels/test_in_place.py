@@ -1,0 +1,344 @@
+"""accumulate_ and reweight_ as operators: calls that are refused, tracing, who serves them, CUDA graphs."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+
+import sapo_kernels as sk
+from tests.native_cases import (
+    SMALLEST,
+    TENSORS,
+    WRITTEN,
+    Implementation,
+    Job,
+    assert_same_bits,
+    check_who_serves_the_operators,
+    everywhere,
+    losses,
+    misaligned,
+    needs_compiled,
+    needs_cuda_kernels,
+    new_state,
+    on_cpu,
+    on_device,
+    refusal,
+    run_without_compiled,
+    strided,
+)
+
+LOW, TOP = -(2**63), 2**63 - 1
+OPS = {name: getattr(torch.ops.sapo_kernels, name) for name in ("accumulate_", "reweight_")}
+LISTS = ("nll", "tokens", "logprob", "cell_target", "cell_ptr")
+NAMES = {"accumulate_": LISTS, "reweight_": TENSORS}
+both = pytest.mark.parametrize("op", OPS)
+each = pytest.mark.parametrize(("op", "name"), [(op, name) for op, names in NAMES.items() for name in names])
+
+
+def int64(*values) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int64)
+
+
+def accumulate(dtype=torch.float32, device="cpu") -> dict:
+    """A call with everything in it: a shared target, an empty cell, sums begun before."""
+    values = {
+        "nll": torch.tensor([0.25, -0.0, 3.0], dtype=torch.float64), "tokens": int64(0, 0, 1),
+        "logprob": torch.tensor([-0.1, -2.0, -0.3, -1e-3, -5.0, -0.7], dtype=dtype),
+        "cell_target": int64(0, 2, 5, 1, 2, 4), "cell_ptr": int64(0, 3, 3, 6),
+    }  # fmt: skip
+    return {**{name: value.to(device) for name, value in values.items()}, "start": 0}
+
+
+def reweight(device="cpu", pools=3, prompts=40) -> dict:
+    """A call in the middle of a run."""
+    rng = np.random.default_rng(0)
+    state = [value.to(device) for value in new_state(pools, prompts)]
+    first, step = ([v.to(device) for v in losses(rng, pools, prompts, bad=bad)] for bad in (0.0, 0.03))
+    Implementation("plain", device).reweight_(*state, *first, 1.0, 0.5, 0.0)
+    return {**dict(zip(TENSORS, (*state, *step), strict=True)), "decay": 0.9, "temperature": 0.1, "floor": 0.05}
+
+
+CALLS = {"accumulate_": accumulate, "reweight_": reweight}
+
+
+def own(name: str, other: str) -> str:
+    return f"{name}: expected memory of its own, got some of {other}'s"
+
+
+def shared(a: dict, written: str, other: str) -> dict:
+    """`other` lies in the memory of `written`, byte by byte from its beginning."""
+    size = max(a[name].numel() * a[name].element_size() for name in (written, other))
+    memory = torch.zeros(size, dtype=torch.uint8)
+    return {
+        name: memory[: a[name].numel() * a[name].element_size()].view(a[name].dtype).view(a[name].shape)
+        for name in (written, other)
+    }
+
+
+def number(name: str, high: str, got: str) -> str:
+    return rf"{name}: expected a number from 0 to {re.escape(high)}, got {re.escape(got)}$"
+
+
+def dtypes(*rows) -> dict:
+    return {
+        f"{name} {dtype}": (
+            lambda a, name=name, dtype=dtype: {name: a[name].to(dtype)},
+            f"{name}: expected {right}, got {str(dtype).removeprefix('torch.')}",
+        )
+        for name, right, dtype in rows
+    }
+
+
+def strides(names) -> dict:
+    return {
+        f"{name} strided": (
+            lambda a, name=name: {name: strided(a[name])}, rf"{name}: expected contiguous strides, got \[")
+        for name in names
+    }  # fmt: skip
+
+
+MOST = "1.79769e+308"
+# What is wrong with a call, and what is said of it.
+REFUSED = {
+    "accumulate_": {
+        **dtypes(
+            ("nll", "float64", torch.float32), ("tokens", "int64", torch.int32), ("logprob", "float32", torch.float16),
+            ("cell_target", "int64", torch.int32), ("cell_ptr", "int64", torch.bool),
+        ),
+        "nll 0-d": (lambda a: {"nll": a["nll"][0]}, "nll: expected 1 dimension, got 0"),
+        "logprob 2-d": (lambda a: {"logprob": a["logprob"][:, None]}, "logprob: expected 1 dimension, got 2"),
+        "tokens short": (lambda a: {"tokens": a["tokens"][:2]}, r"tokens: expected shape \[3\], got \[2\]"),
+        "cell_ptr short": (lambda a: {"cell_ptr": a["cell_ptr"][:3]}, r"cell_ptr: expected shape \[4\], got \[3\]"),
+        **strides(LISTS),
+        "nll as tokens": (lambda a: {"tokens": a["nll"].zero_().view(torch.int64)}, own("tokens", "nll")),
+        "the last of nll is the first of logprob": (
+            lambda a: {"nll": (f := torch.zeros(8).double())[:3], "logprob": f[2:]}, own("logprob", "nll")),
+        "the first of nll is the last of logprob": (
+            lambda a: {"logprob": (f := torch.zeros(8).double())[:6], "nll": f[5:]}, own("logprob", "nll")),
+        "the last half of nll's last is logprob's": (
+            lambda a: {"nll": (f := torch.zeros(20))[:6].view(torch.float64), "logprob": f[5:11]},
+            own("logprob", "nll")),
+        "the last token is the first of cell_target": (
+            lambda a: {"tokens": (i := int64(*[0] * 8))[:3], "cell_target": i[2:]}, own("cell_target", "tokens")),
+        "the first token is the last of cell_ptr": (
+            lambda a: {"cell_ptr": (i := int64(*[0] * 6))[:4], "tokens": i[3:]}, own("cell_ptr", "tokens")),
+        "start -1": (lambda a: {"start": -1}, "start: expected at least 0, got -1"),
+        "start at the bottom": (lambda a: {"start": LOW}, f"start: expected at least 0, got {LOW}"),
+    },
+    # Where memory begins and ends is tested with accumulate_.
+    "reweight_": {
+        **dtypes(
+            ("mean", "float64", torch.float32), ("weight", "float64", torch.int64),
+            ("probs", "float64", torch.bfloat16), ("best", "int64", torch.int32),
+            ("effective", "float64", torch.float32), ("live", "bool", torch.int64), ("nll", "float64", torch.float16),
+            ("tokens", "int64", torch.float64),
+        ),
+        "mean 1-d": (lambda a: {"mean": a["mean"][0]}, r"mean: expected \[pools, prompts\], got 1 dimensions"),
+        **{
+            f"{name} of one pool less": (
+                lambda a, name=name: {name: a[name][1:]}, rf"{name}: expected shape \[3(, 40)?\], got \[2(, 40)?\]")
+            for name in TENSORS[1:]
+        },
+        "one prompt less": (lambda a: {"nll": a["nll"][:, 1:].clone()}, r"nll: expected shape \[3, 40\], got \[3, 39"),
+        "best 2-d": (lambda a: {"best": a["best"][:, None]}, r"best: expected shape \[3\], got \[3, 1\]"),
+        **strides(TENSORS),
+        **{
+            f"{other} in {written}": (
+                lambda a, written=written, other=other: shared(a, written, other), own(other, written))
+            for i, written in enumerate(WRITTEN)
+            for other in TENSORS[i + 1 :]
+        },
+        "decay below 0": (lambda a: {"decay": -1e-9}, number("decay", "1", "-1e-09")),
+        "decay just above 1": (lambda a: {"decay": math.nextafter(1, 2)}, number("decay", "1", "1")),
+        "decay NaN": (lambda a: {"decay": math.nan}, number("decay", "1", "nan")),
+        "temperature infinite": (lambda a: {"temperature": math.inf}, number("temperature", MOST, "inf")),
+        "temperature just below 0": (
+            lambda a: {"temperature": -SMALLEST}, number("temperature", MOST, "-4.94066e-324")),
+        "floor above 1": (lambda a: {"floor": 1.01}, number("floor", "1", "1.01")),
+    },
+}  # fmt: skip
+# Not seen on the host where the lists are on another device: there such a cell becomes NaN.
+UNREADABLE = {
+    "cell_ptr below 0": (lambda a: {"cell_ptr": int64(-1, 3, 3, 6)}, "cell_ptr: cell 0: .* 6 entries, got -1 to 3"),
+    "cell_ptr descends": (lambda a: {"cell_ptr": int64(0, 3, 2, 6)}, "cell_ptr: cell 1: .* got 3 to 2"),
+    "cell_ptr past the end": (lambda a: {"cell_ptr": int64(0, 3, 3, 7)}, "cell_ptr: cell 2: .* got 3 to 7"),
+    "tokens below 0": (
+        lambda a: {"tokens": int64(0, 0, -1)}, "tokens: cell 2: expected from 0 to its 3 entries, got -1"),
+    "tokens one too many": (lambda a: {"tokens": int64(0, 1, 0)}, "tokens: cell 1: .* its 0 entries, got 1"),
+    "tokens at the top": (lambda a: {"tokens": int64(0, 0, TOP)}, f"tokens: cell 2: .* its 3 entries, got {TOP}"),
+    "a target below 0": (
+        lambda a: {"cell_target": int64(0, 2, 5, 1, -2, 4)},
+        "cell_target: cell 2: .* begins at 0, or after it, got -2: a piece was left out"),
+    "a target at the bottom": (
+        lambda a: {"cell_target": int64(0, 2, 5, 1, LOW, 4), "start": 2, "tokens": int64(1, 0, 1)},
+        f"cell_target: cell 2: .* begins at 2, or after it, got {LOW}: a piece was left out"),
+    "the first piece left out": (
+        lambda a: {"start": 1}, "cell_target: cell 0: .* begins at 1, or after it, got 0: a piece was left out"),
+    "a target after one that is here": (
+        lambda a: {"cell_target": int64(3, 2, 5, 2, 3, 4), "start": 3, "tokens": int64(0, 0, 1)},
+        "cell_target: cell 0: .* begins at 3, or after it, got 2: a piece was left out"),
+}  # fmt: skip
+TOLD = {"accumulate_": {**REFUSED["accumulate_"], **UNREADABLE}, "reweight_": REFUSED["reweight_"]}
+every = pytest.mark.parametrize(("op", "name"), [(op, name) for op, rows in TOLD.items() for name in rows])
+
+
+def wrong(op: str, name: str) -> list:
+    given = CALLS[op]()
+    given.update(TOLD[op][name][0](given))
+    return list(given.values())
+
+
+@every
+def test_refused_before_anything_is_written(op, name):
+    """By both, in the same words."""
+    kinds = ("compiled", "plain") if Implementation.available("compiled") else ("plain",)
+    texts = {refusal(getattr(Implementation(which, "cpu"), op), wrong(op, name)) for which in kinds}
+    assert len(texts) == 1 and re.search(f"^{op}: {TOLD[op][name][1]}", texts.pop())
+
+
+@pytest.mark.gpu
+@needs_cuda_kernels
+@every
+def test_refused_on_the_gpu(op, name):
+    given = on_device(wrong(op, name), "cuda")
+    if name not in UNREADABLE:
+        assert re.search(f"^{op}: {TOLD[op][name][1]}", refusal(OPS[op], given))
+        return
+    kept = [value.clone() for value in given[2:5]]
+    OPS[op](*given)
+    bad = int(re.search(r"cell (\d)", UNREADABLE[name][1])[1])
+    assert given[0][bad].isnan() and not given[0].isnan().all()
+    assert_same_bits(given[2:5], kept)
+
+
+@on_cpu
+@pytest.mark.parametrize("name", LISTS)
+def test_memory_that_is_not_aligned_is_refused(impl, name):
+    given = accumulate()
+    given[name] = misaligned(given[name])
+    assert re.match(f"accumulate_: {name}: expected memory aligned", refusal(impl.accumulate_, given.values()))
+
+
+@each
+def test_operator_refuses_another_device_among_others(op, name):
+    given = CALLS[op]()
+    given[name] = given[name].to("meta")
+    assert re.match(rf"{op}: \w+: expected it on the device of the other", refusal(OPS[op], given.values()))
+    if torch.cuda.is_available():
+        given = {n: v.cuda() if isinstance(v, torch.Tensor) and n != name else v for n, v in CALLS[op]().items()}
+        assert "expected it on the device of the other arguments" in refusal(OPS[op], given.values())
+
+
+@both
+def test_operator_does_nothing_on_meta_tensors(op):
+    given = CALLS[op]()
+    assert OPS[op](*(v.to("meta") if isinstance(v, torch.Tensor) else v for v in given.values())) is None
+
+
+def test_operator_is_served_by_the_right_kernels():
+    check_who_serves_the_operators()
+
+
+@pytest.mark.parametrize("variant", [torch.float32, torch.float64, 0.0, 0.5], ids=str)
+def test_operator_passes_opcheck(variant, device):
+    op = "accumulate_" if isinstance(variant, torch.dtype) else "reweight_"
+    given = accumulate(variant, device) if op == "accumulate_" else {**reweight(device), "temperature": variant}
+    done = torch.library.opcheck(OPS[op].default, tuple(given.values()))
+    assert set(done.values()) == {"SUCCESS"} and len(done) == 4, done
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_operator_compiles_without_a_graph_break(dynamic, device):
+    def sums(logprob, cell_target, cell_ptr, cut: int):
+        nll = logprob.new_zeros(cell_ptr.shape[0] - 1, dtype=torch.float64)
+        tokens = torch.zeros_like(nll, dtype=torch.int64)
+        OPS["accumulate_"](nll, tokens, logprob[:cut], cell_target, cell_ptr, 0)
+        half = nll * 1
+        OPS["accumulate_"](nll, tokens, logprob[cut:], cell_target, cell_ptr, cut)
+        return nll, tokens, half
+
+    def two_steps(state, nll, tokens):
+        sk.reweight_(state, nll, tokens, decay=0.9, temperature=0.25, floor=0.1)
+        between = state.probs * 2
+        sk.reweight_(state, nll / 2, tokens, decay=0.5)
+        return between, state.best + 1
+
+    torch.compiler.reset()
+    compiled = torch.compile(sums, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for seed in (1, 2, 3):
+        _, logprob, lists, _ = Job(seed).composition()
+        inputs = (logprob.to(device), *(v.to(device) for v in lists), len(logprob) // 2)
+        assert_same_bits(compiled(*inputs), sums(*inputs))
+    compiled = torch.compile(two_steps, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for pools, prompts in ((2, 33), (5, 8)):
+        ours, other = (sk.PromptState(pools, prompts, device) for _ in range(2))
+        for seed in range(3):
+            _, nll, tokens = losses(np.random.default_rng(seed), pools, prompts)
+            nll, tokens = nll.to(device), tokens.to(device)
+            assert_same_bits(compiled(ours, nll, tokens), two_steps(other, nll, tokens))
+            assert_same_bits(*(list(state.state_dict().values()) for state in (ours, other)))
+
+
+def test_everything_about_the_operators_holds_without_the_module():
+    run_without_compiled(__file__)
+
+
+@everywhere
+def test_arguments_that_touch_share_no_memory(impl):
+    """Slices of larger tensors, end to end, inputs that share memory among themselves; nothing is written beside."""
+    for op in OPS:
+        given, plain = CALLS[op](), CALLS[op]()
+        tensors = [n for n in given if isinstance(given[n], torch.Tensor)]
+        offsets = np.cumsum([8, *(8 * given[n].numel() for n in tensors)]).tolist()
+        whole = torch.full((offsets[-1] + 8,), 9, dtype=torch.uint8, device=impl.device)
+        for name, begin in zip(tensors, offsets, strict=False):
+            value = given[name]
+            part = whole[begin : begin + value.numel() * value.element_size()].view(value.dtype).view(value.shape)
+            given[name] = part.copy_(value)
+        if op == "reweight_":
+            given["nll"] = given["tokens"].view(torch.float64)
+            plain["nll"] = plain["tokens"].view(torch.float64)
+        before = whole.clone()
+        getattr(impl, op)(*given.values())
+        getattr(Implementation("plain", "cpu"), op)(*plain.values())
+        for name in tensors:
+            torch.testing.assert_close(given[name].cpu(), plain[name], rtol=1e-13, atol=1e-9, equal_nan=True)
+        written = ("nll", "tokens") if op == "accumulate_" else WRITTEN
+        for name, begin in zip(tensors, offsets, strict=False):
+            if name in written:
+                before[begin : begin + 8 * given[name].numel()] = whole[begin : begin + 8 * given[name].numel()]
+        assert torch.equal(whole, before)
+
+
+@pytest.mark.gpu
+@needs_cuda_kernels
+@both
+def test_in_a_cuda_graph(op):
+    """Captured on a stream of its own: a kernel on another one would not be in the graph."""
+    given, fresh = CALLS[op](device="cuda"), list(CALLS[op](device="cuda").values())
+    OPS[op](*fresh)
+    values = list(given.values())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        OPS[op](*values)
+    expected = list(CALLS[op]().values())
+    for _ in range(3):
+        graph.replay()
+        getattr(Implementation("plain", "cpu"), op)(*expected)
+        for a, b in zip(values, expected, strict=True):
+            if isinstance(b, torch.Tensor):
+                torch.testing.assert_close(a.cpu(), b, rtol=1e-12, atol=1e-9, equal_nan=True)
+
+
+@needs_compiled
+def test_lazily_negated_values_are_read_as_they_look():
+    given, plain = accumulate(), accumulate()
+    given["logprob"] = torch._neg_view(-given["logprob"])
+    assert given["logprob"].is_neg()
+    sk.accumulate_(*given.values())
+    sk.accumulate_(*plain.values())
+    assert_same_bits([given["nll"], given["tokens"]], [plain["nll"], plain["tokens"]])
