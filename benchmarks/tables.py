@@ -148,7 +148,15 @@ def sweep(results: Path) -> list[str]:
 def operators(results: Path) -> list[str]:
     """p50 of every provider of the operators, one line a case."""
     body = []
-    for op in ("tree_attention", "linear_logprob", "linear_logprob_backward", "accumulate", "reweight", "planner"):
+    for op in (
+        "tree_attention",
+        "tree_attention_backward",
+        "linear_logprob",
+        "linear_logprob_backward",
+        "accumulate",
+        "reweight",
+        "planner",
+    ):
         for case, rows in cases_of(op, results).items():
             if (ours := ours_of(rows)) is None:
                 continue

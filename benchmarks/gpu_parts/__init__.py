@@ -37,14 +37,20 @@ PARTS = {
     "build": Part("machine.build", 0.08, "compile the native modules, CUDA kernels included"),
     "ceilings": Part("machine.ceilings", 0.04, "what copying and bf16 matrix products reach on this device"),
     "tests": Part("machine.tests", 0.14, "pytest -m gpu"),
-    "tree_attention": Part("measure.operators", 0.09, "against FlexAttention and SDPA", ("tree_attention",)),
+    "tree_attention": Part(
+        "measure.operators",
+        0.09,
+        "against FlexAttention and SDPA, backward too",
+        ("tree_attention", "tree_attention_backward"),
+    ),
     "linear_logprob": Part(
         "measure.operators", 0.09, "against cuBLAS and fused heads", ("linear_logprob", "linear_logprob_backward")
     ),
     "in_place": Part("measure.operators", 0.03, "accumulate_ and reweight_", ("accumulate", "reweight")),
     "small_model": Part("models.small", 0.13, "end to end, 0.6B shape, every peer; kernel counts"),
-    "large_model": Part("models.large", 0.22, "end to end, 8B shape, peers; K=21, M=250 alone"),
-    "configs": Part("measure.configurations", 0.12, "kernel configurations, the one in use first"),
+    "large_model": Part("models.large", 0.18, "end to end, 8B shape, peers; K=21, M=250 alone"),
+    "training": Part("models.training", 0.06, "a LoRA step of the 8B shape over a trie, beside padded rows"),
+    "configs": Part("measure.configurations", 0.10, "kernel configurations, the one in use first"),
     "sanitizer": Part("machine.sanitizer", 0.06, "compute-sanitizer over every kernel"),
 }
 

@@ -7,11 +7,14 @@ import collections
 import torch
 
 import sapo_kernels as sk
+from sapo_kernels.training.trie_batch import TrieBatch, padded_rows
 
 from ..ops.end_to_end import make_case
 from ..peers import PEERS
+from ..timing import Case, Provider
+from ..train_step import step
 from ..workload import Cells, build_cache, load_tasks, load_tokenizer, qwen3_published
-from . import Job, measured, settle
+from . import Job, Skipped, measured, settle
 
 PROMPTS, EXAMPLES = 21, 250
 # On a GPU more cells fill it; the fastest size is the figure.
@@ -99,3 +102,44 @@ def large(job: Job) -> None:
         _whole(job, "8B SuperNI lengths", model, _cells(job, EXAMPLES).cache(vocabulary))
     else:
         job.miss(f"M={EXAMPLES}")
+
+
+# Rows of a training batch.
+BATCH = 16
+# Of all gradients together, against the padded step's: the two round differently.
+LOW_PRECISION, FLOAT32 = 0.05, 1e-4
+
+
+def training(job: Job) -> None:
+    """Forward and backward of a LoRA on all linear layers: 16 rows of SuperNI lengths under one instruction."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise Skipped("peft is not installed") from error
+    model = _model(job, "8B")
+    cache = (Cells(1, 4, 6, 8, 2) if job.toy else Cells(1, BATCH)).cache(model.config.vocab_size)
+    rows = list(zip(cache.contexts[0], cache.responses[0], strict=True))
+    lora = LoraConfig(r=8, lora_alpha=32, target_modules="all-linear", init_lora_weights=False)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = get_peft_model(model, lora).train()
+    padded = {name: tensor.to(job.device) for name, tensor in padded_rows(rows).items()}
+    batch = TrieBatch.pack(*zip(*rows, strict=True))
+
+    def gradients(provider: str) -> torch.Tensor:
+        found = step(model, provider, padded if provider == "padded" else rows)[2]
+        return torch.cat([gradient.flatten().float() for gradient in found])
+
+    own = gradients("padded")
+    case = Case(
+        "training step", f"8B shape, LoRA, {len(rows)} rows", dtype="fp32" if job.toy else "bf16",
+        rounds=1 if job.toy else 7,
+        check=lambda found: float((found - own).norm() / own.norm()), tolerance=FLOAT32 if job.toy else LOW_PRECISION,
+        tokens=batch.num_tokens, shape=f"padded={padded['input_ids'].numel()} trie={batch.num_tokens}",
+    )  # fmt: skip
+    case.providers = {
+        "ours": Provider(lambda: gradients("trie")),
+        "padded": Provider(lambda: gradients("padded"), tokens=padded["input_ids"].numel()),
+    }
+    settle(job, case)
+    job.emit(measured(job, case))

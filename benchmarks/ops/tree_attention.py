@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import cached_property
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 import sapo_kernels as sk
 from sapo_kernels.trie.trie import TokenTrie, plan_trie
 
-from ..registry import DTYPE_NAMES, Op, Setting
+from ..registry import DTYPE_NAMES, Op, Setting, gradients
 from ..timing import Case, Provider
 from ..workload import Cells
 
@@ -161,3 +162,111 @@ def flex(x):
 
     mask = block_mask(x.plan, x.q.device)
     return lambda: flex_tree_attention(x.q, x.k, x.v, x.plan, mask=mask)
+
+
+class Backward(Inputs):
+    """The same for a forward and backward pass: results are the gradients of q, k and v in one flat tensor."""
+
+    def __init__(self, setting: Setting, cells: Cells, heads: tuple[int, int, int]):
+        super().__init__(setting, cells, heads)
+        draw = torch.Generator().manual_seed(1)
+        self.upstream = torch.randn(self.q.shape, generator=draw).to(self.q)
+        wide = [t.double().requires_grad_() for t in (self.q, self.k, self.v)]
+        self.exact_gradients = torch.autograd.grad(oracle(*wide, self.trie), wide, self.upstream.double())
+        # Each token's share of what its copies in several sequences are given.
+        here = torch.arange(self.sequences.shape[1], device=self.q.device)[None] <= self.trie_depths[:, None]
+        self.copies = torch.bincount(self.sequences[here], minlength=len(self.trie))
+        self.share = (here / self.copies[self.sequences])[:, None, :, None].to(self.q.dtype)
+
+    @cached_property
+    def trie_depths(self) -> torch.Tensor:
+        """[C] depth of each cell's leaf."""
+        return torch.from_numpy(np.asarray(self.trie.depth[self.trie.leaf])).to(self.q.device)
+
+    def error(self, out: torch.Tensor) -> float:
+        """Of all three, each relative to its largest."""
+        parts = out.split([t.numel() for t in self.exact_gradients])
+        pairs = zip(parts, self.exact_gradients, strict=True)
+        return float(torch.stack([(a.double() - b.flatten()).abs().max() / b.abs().max() for a, b in pairs]).max())
+
+    def error_wide(self, out: torch.Tensor) -> float:
+        """Of gradients [1, Hq, T, D] each."""
+        return self.error(self._joined(part[0].transpose(0, 1) for part in out.view(3, *self.wide[0].shape)))
+
+    def error_apart(self, out: torch.Tensor) -> float:
+        """Of gradients [C, Hq, L, D] each; those of a token's copies are added up."""
+        found = []
+        for part in out.view(3, *self.apart[0].shape):
+            rows = part.transpose(1, 2).flatten(0, 1).double()
+            found.append(rows.new_zeros(len(self.trie), *rows.shape[1:]).index_add_(0, self.sequences.flatten(), rows))
+        return self.error(self._joined(found))
+
+    def _joined(self, found) -> torch.Tensor:
+        q, *others = found
+        groups = [t.reshape(len(t), -1, self.groups, t.shape[2]).sum(2) for t in others]
+        return torch.cat([q.flatten(), *(t.flatten() for t in groups)])
+
+
+def make_backward(setting: Setting, name: str, cells: Cells, heads: tuple[int, int, int]):
+    case, _ = make(setting, name, cells, heads)
+    x = Backward(setting, cells, heads)
+    own = x.error_apart(_sequences_backward(x)())
+    return dataclasses.replace(
+        case, op="tree_attention_backward", check=x.error, tolerance=2 * own + 1e-5, work=3.5 * case.work,
+        formula="14*q heads*head_dim*sum(depth+1)",
+    ), x  # fmt: skip
+
+
+def _sequences_backward(x: Backward):
+    leaves = [t.clone().requires_grad_() for t in x.apart]
+    upstream = x.upstream.transpose(0, 1)[:, x.sequences].transpose(0, 1) * x.share
+    return gradients(lambda: F.scaled_dot_product_attention(*leaves, is_causal=True), leaves, upstream)
+
+
+tree_attention_backward = Op(
+    "tree_attention_backward", make_backward, toy=tree_attention.toy, share=0.04,
+    cpu={"16 rows": (Cells(1, 16), (8, 4, 64))},
+    gpu={
+        "8B 16 rows": (Cells(1, 16), (32, 8, 128)),
+        "8B 64 rows": (Cells(1, 64), (32, 8, 128)),
+        "8B 16k tokens": (Cells(21, 8, 100, 80), (32, 8, 128)),
+    },
+)  # fmt: skip
+
+
+def _leaves(x: Backward) -> list[torch.Tensor]:
+    return [t.clone().requires_grad_() for t in (x.q, x.k, x.v)]
+
+
+@tree_attention_backward.provider("ours")
+def ours_backward(x):
+    leaves = _leaves(x)
+    return gradients(lambda: sk.tree_attention(*leaves, x.plan, impl=x.setting.impl), leaves, x.upstream)
+
+
+@tree_attention_backward.provider("sdpa_mask")
+def sdpa_mask_backward(x):
+    at = torch.arange(len(x.trie), device=x.q.device)
+    end = torch.from_numpy(x.trie.subtree_end).to(x.q.device)
+    mask = (at[None, :] <= at[:, None]) & (at[:, None] < end[None, :])
+    leaves = [t.clone().requires_grad_() for t in x.wide]
+    run = gradients(
+        lambda: F.scaled_dot_product_attention(*leaves, attn_mask=mask), leaves, x.upstream.transpose(0, 1)[None]
+    )
+    return Provider(run, check=x.error_wide, note="[T, T] mask")
+
+
+@tree_attention_backward.provider("sdpa_sequences")
+def sdpa_sequences_backward(x):
+    return Provider(
+        _sequences_backward(x), tokens=int(x.trie.dense_tokens), check=x.error_apart,
+        note="each sequence apart, padded",
+    )  # fmt: skip
+
+
+@tree_attention_backward.provider("flex", on="cuda")
+def flex_backward(x):
+    from ..peers.flex import block_mask, flex_tree_attention
+
+    mask, leaves = block_mask(x.plan, x.q.device), _leaves(x)
+    return gradients(lambda: flex_tree_attention(*leaves, x.plan, mask=mask), leaves, x.upstream)

@@ -17,7 +17,9 @@ from benchmarks.rows import read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 # Those that measure; "build", "tests" and "sanitizer" start processes of their own and are in the slow test.
-MEASURING = ["ceilings", "tree_attention", "linear_logprob", "in_place", "small_model", "large_model", "configs"]
+MEASURING = [
+    "ceilings", "tree_attention", "linear_logprob", "in_place", "small_model", "large_model", "training", "configs",
+]  # fmt: skip
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="toy size is for the Triton interpreter, which is off with a GPU")
@@ -33,7 +35,7 @@ def test_every_measuring_part_starts(tmp_path, capsys, monkeypatch):
     ops = {row.op for row in read_rows(out / "rows.csv")}
     assert ops == {
         "ceiling", "tree_attention", "linear_logprob", "linear_logprob_backward", "end_to_end", "tree_attention config",
-        "linear_logprob config",
+        "linear_logprob config", "tree_attention_backward", "training step",
     }  # fmt: skip
     summary = (out / "summary.md").read_text()
     for name in MEASURING:
