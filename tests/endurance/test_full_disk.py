@@ -13,7 +13,7 @@ PLENTY = 8000
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("job, count", [
     ("train", 1), ("sequence", 1), ("score", 1), ("paraphrase", 1), ("export", 2), ("report", 1),
-    slow("train", 40), slow("sequence", 25), slow("score", 8), slow("paraphrase", 4), slow("export", 25),
+    slow("train", 46), slow("sequence", 25), slow("score", 8), slow("paraphrase", 4), slow("export", 25),
     slow("report", 12),
 ])  # fmt: skip
 def test_a_full_disk(server, run, unbroken, tmp_path, job, count):

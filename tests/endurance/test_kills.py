@@ -18,7 +18,7 @@ def slow(job: str, count: int):
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("job, count", [
     ("train", 2), ("sequence", 2), ("score", 2), ("paraphrase", 6), ("export", 6), ("report", 3),
-    slow("train", 130), slow("sequence", 120), slow("score", 35), slow("paraphrase", 120), slow("export", 40),
+    slow("train", 150), slow("sequence", 120), slow("score", 35), slow("paraphrase", 120), slow("export", 40),
     slow("report", 5),
 ])  # fmt: skip
 def test_killed_at_file_calls(server, run, unbroken, tmp_path, job, count):
