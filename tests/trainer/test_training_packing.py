@@ -131,7 +131,7 @@ if int(os.environ["RANK"]) == 0:
     made = {"losses": losses.tolist(), "sum": float(weights.double().sum()), "tokens": callback.packing.tokens}
     open(sys.argv[1] + "/made.json", "w").write(json.dumps(made))
 ranks.leave()
-# DDP's threads may abort the interpreter at its end even so, seldom and on a busy machine; all that is compared is written.
+# DDP's threads may abort the interpreter at its end even so, seldom; all that is compared is written by now.
 sys.stderr.flush()
 os._exit(0)
 """
