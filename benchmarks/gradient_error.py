@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from sapo_kernels.fused_layers.agreement import InFloat64
 from sapo_kernels.training.trie_batch import padded_rows
+from sapo_kernels.widened import in_float64
 
 from .train_step import batches_of, load, step
 from .workload import data_folder, load_tasks
@@ -25,7 +25,7 @@ from .workload import data_folder, load_tasks
 def exact_gradients(model, batch) -> list[torch.Tensor]:
     """Of the mean loss over all labels, in float64 throughout; the model's own dtype must be float64."""
     model.zero_grad()
-    with InFloat64():
+    with in_float64():
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
         labels = batch["labels"][:, 1:].flatten()
         torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels).backward()
@@ -55,7 +55,7 @@ def main() -> None:
         rows = batches_of(task, tokenizer, args.rows, 1)[0]
         padded = padded_rows(rows)
         exact = exact_gradients(model.double(), padded)
-        with InFloat64():
+        with in_float64():
             found = {"trie, float64": step(model, "trie", rows)[2]}
         model.float()
         found |= {"padded, float32": step(model, "padded", padded)[2], "trie, float32": step(model, "trie", rows)[2]}

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
+
+from ..widened import in_float64
 
 # The error against float64 may be that of the own forward, up to what another order of a sum makes of it.
 SLACK = 1.1
@@ -14,24 +15,11 @@ SLACK = 1.1
 LARGEST = 2.0
 
 
-class InFloat64(TorchDispatchMode):
-    """Every floating-point tensor, and every cast to one, is float64 instead."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        return func(*tree_map(_widened, args), **tree_map(_widened, kwargs or {}))
-
-
-def _widened(value):
-    if isinstance(value, torch.Tensor) and value.is_floating_point():
-        return value.double()
-    return torch.float64 if isinstance(value, torch.dtype) and value.is_floating_point else value
-
-
 def agrees(fused: Callable, own: Callable, *inputs: torch.Tensor) -> bool:
     """Whether `fused` gives tensors of the shapes and dtypes of `own`, as close to float64 as `own`'s are."""
     try:
         plain, found = tree_leaves(own(*inputs)), tree_leaves(fused(*inputs))
-        with torch.autocast(inputs[0].device.type, enabled=False), InFloat64():
+        with torch.autocast(inputs[0].device.type, enabled=False), in_float64():
             exact = tree_leaves(own(*inputs))
     except Exception:  # what a compiler or a stand-in refuses is not fused
         return False

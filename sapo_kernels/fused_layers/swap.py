@@ -8,6 +8,7 @@ does (agreement.py), for the dtypes and shapes at hand. Linear layers are called
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import types
 from collections.abc import Callable
@@ -79,7 +80,7 @@ def _norm_forward(module: nn.Module, copies: dict) -> Callable | None:
     weight = module._parameters.get("weight")
     if len(epsilons) != 1 or not plain or weight is None or weight.dim() != 1 or len(module._parameters) != 1:
         return None
-    if module._buffers or module._modules or len(inspect.signature(type(module).forward).parameters) != 2:
+    if module._buffers or module._modules or len(_parameters(type(module).forward)) != 2:
         return None
     own, epsilon, width = type(module).forward, values[epsilons[0]], len(weight)
     key = (type(module), width, weight.dtype, *sorted(values.items()))
@@ -145,7 +146,7 @@ def _gated_forward(module: nn.Module, copies: dict) -> Callable | None:
     if type(act).__module__.partition(".")[0] not in ("transformers", "torch") or act._forward_hooks:
         return None
     own = type(module).forward
-    if len(inspect.signature(own).parameters) != 2:
+    if len(_parameters(own)) != 2:
         return None
     key = (type(module), joined, type(act), *_scalars(module), *_scalars(act))
 
@@ -217,7 +218,11 @@ def _attention_forward(module: nn.Module, copies: dict) -> Callable | None:
     if function not in copies:
         rotary = function.__globals__.get(_ROTARY)
         stock = isinstance(rotary, types.FunctionType) and rotary.__module__.startswith("transformers.models.")
-        if not stock or _ROTARY not in function.__code__.co_names or not _takes(rotary, "q", "k", "cos", "sin"):
+        if (
+            not stock
+            or _ROTARY not in function.__code__.co_names
+            or _parameters(rotary)[:4] != ("q", "k", "cos", "sin")
+        ):
             copies[function] = None
         else:
             space = {**function.__globals__, _ROTARY: _fused_rotary(rotary)}
@@ -230,8 +235,10 @@ def _attention_forward(module: nn.Module, copies: dict) -> Callable | None:
     return None if copy is None else types.MethodType(copy, module)
 
 
-def _takes(function: types.FunctionType, *names: str) -> bool:
-    return tuple(inspect.signature(function).parameters)[: len(names)] == names
+@functools.cache
+def _parameters(function: types.FunctionType) -> tuple[str, ...]:
+    """Names, looked up once a function: there is one for thousands of modules."""
+    return tuple(inspect.signature(function).parameters)
 
 
 def _fused_rotary(own: types.FunctionType) -> Callable:

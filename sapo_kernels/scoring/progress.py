@@ -85,6 +85,9 @@ class Progress:
         self.bar.update(cells_done - self.bar.n)
 
     def __enter__(self) -> Progress:
+        if self.told is not None:
+            # So that whoever counts over the rounds of a race knows where one begins.
+            self.told(0, 0)
         return self
 
     def __exit__(self, *exc) -> None:

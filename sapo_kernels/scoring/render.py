@@ -214,13 +214,18 @@ def special_tokens(tokenizer, added: bool = False) -> list[str]:
 
 def with_end_token(tokenizer, model):
     """`tokenizer`; if it has no end token, a copy with the first one of the model's generation configuration."""
-    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    end = ends[0] if isinstance(ends, (list, tuple)) and ends else ends
-    if getattr(tokenizer, "eos_token", "") is not None or not isinstance(end, int):
+    ends = generation_ends(model)
+    if getattr(tokenizer, "eos_token", "") is not None or not ends:
         return tokenizer
     tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0])
     return tokenizer
+
+
+def generation_ends(model) -> list[int]:
+    """The end tokens that the model's generation configuration names, one or several."""
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return [end for end in (ends if isinstance(ends, (list, tuple)) else [ends]) if isinstance(end, int)]
 
 
 def reads_clock(tokenizer) -> bool:

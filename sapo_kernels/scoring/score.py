@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -20,6 +21,8 @@ from .verified_paths import Measured, Settled, VerifiedPaths
 IMPLS = ("auto", "tree", "padded", "alone", "triton", "sdpa", "reference")
 # New tokens in one forward. A CPU wants activations that stay in its caches, a GPU enough work to fill it.
 DEFAULT_MAX_TOKENS = {"cpu": 1024, "cuda": 16384}
+# How a cell is laid out if nobody says otherwise.
+_USUAL = {name: one.default for name, one in inspect.signature(ResponseCache.build).parameters.items()}
 
 
 def score_prompts(
@@ -88,14 +91,6 @@ def score_prompts(
     race scores the same cells in other passes, so within the same bound of a call without one, not bitwise.
     Source: SAPO, arXiv 2606.01967.
     """
-    usual = {
-        "template": None,
-        "suffix": "",
-        "text_word": "Text",
-        "max_source": 1536,
-        "max_target": 128,
-        "instruction_role": "user",
-    }
     given = {"template": template, "suffix": suffix, "text_word": text_word, "max_source": max_source,
              "max_target": max_target, "instruction_role": instruction_role, "skip_empty": skip_empty}  # fmt: skip
     check_choices(impl, max_tokens, race, fuse)
@@ -103,7 +98,7 @@ def score_prompts(
     if skip_empty and not isinstance(prompts, ResponseCache):
         examples, kept = without_empty_targets([] if examples is None else examples)
         given["skip_empty"] = False
-    layout = {name: value for name, value in given.items() if value != usual.get(name, False)}
+    layout = {name: value for name, value in given.items() if value != _USUAL.get(name, False)}
     cache = cache_of(prompts, examples, tokenizer, layout, model)
     scores = ScoringJob(model, cache, impl, max_tokens, progress, fuse).score(race)
     return scores if kept is None else scores.spread(kept)

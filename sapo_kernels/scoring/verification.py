@@ -15,16 +15,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
 
+from ..widened import LOW, in_float32
 from . import model_support
 from .response_cache import ResponseCache
 
 if TYPE_CHECKING:
     from .head import HeadReader
 
-LOW = (torch.bfloat16, torch.float16)
 # Nats in float32 or better: of a predicted token; and how an entry of a logit row may grow with its size.
 TOLERANCE = 1e-4
 RELATIVE = 1e-5
@@ -124,26 +122,13 @@ def _distances(got: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
     return torch.stack([excess, distance.square().mean(-1).sqrt().amax(), distance.amax()])
 
 
-class _InFloat32(TorchDispatchMode):
-    """Every operation on low-precision tensors, and every cast to them, happens in float32 instead."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        return func(*tree_map(_widened, args), **tree_map(_widened, kwargs or {}))
-
-
-def _widened(value):
-    if isinstance(value, torch.Tensor) and value.dtype in LOW:
-        return value.float()
-    return torch.float32 if isinstance(value, torch.dtype) and value in LOW else value
-
-
 @contextlib.contextmanager
 def exact_products():
     """Every operation in float32, and products in full precision."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        with _InFloat32():
+        with in_float32():
             yield
     finally:
         torch.set_float32_matmul_precision(before)

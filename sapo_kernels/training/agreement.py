@@ -13,7 +13,8 @@ from ..scoring.attention import NotTreeable, own_attention
 from ..scoring.fingerprint import configurations
 from ..scoring.foreign_code import foreign_code
 from ..scoring.model_state import evaluation_mode, is_out_of_memory, rope_kept
-from ..scoring.verification import LOW, exact_products
+from ..scoring.verification import exact_products
+from ..widened import LOW
 from .trie_batch import TrieBatch, padded_rows
 
 # Difference of all gradients together, relative to their norm, and of the loss: float32; and in low precision at most.

@@ -56,6 +56,16 @@ def test_the_bar_counts_cells_and_tokens(capsys):
         assert "saved" not in bar.bar.postfix, "not known ahead"
 
 
+def test_a_function_is_told_each_round_from_its_beginning(tiny_model):
+    told = []
+    scores = sk.score_prompts(tiny_model, job(3), progress=lambda cells, tokens: told.append((cells, tokens)))
+    assert told[0] == (0, 0) and told[-1] == (9, scores.stats["trie_tokens"])
+    told.clear()
+    scores = sk.score_prompts(tiny_model, job(3), race=sk.Race(), progress=lambda cells, tokens: told.append(cells))
+    rounds = [i for i, cells in enumerate(told) if cells == 0] + [len(told)]
+    assert sum(told[stop - 1] for stop in rounds[1:]) == scores.race.cells
+
+
 class Paused:
     """A thread that scores and stops inside the model's forward until it is let go.
 

@@ -15,6 +15,7 @@ import torch
 
 import sapo_kernels as sk
 from sapo_kernels.scoring import fingerprint, foreign_code, paths, score, verification, verified_paths
+from sapo_kernels.widened import Widened
 from tests.families import TOLERANCE, build, cells, per_token_error, plain_nll
 from tests.scoring.test_zoo import many
 
@@ -309,7 +310,7 @@ def test_the_error_of_low_precision_is_measured_as_a_float32_copy_would(name, ca
         square, largest = plain._noise(cache, 3)
         assert 0.0 < square < largest < 3.0
         # Kernels that know low precision only have a fixed bound.
-        monkeypatch.setattr(verification._InFloat32, "__torch_dispatch__", lambda *a, **k: 1 / 0)
+        monkeypatch.setattr(Widened, "__torch_dispatch__", lambda *a, **k: 1 / 0)
         assert plain._noise(cache, 3) == verification.UNMEASURED
 
 

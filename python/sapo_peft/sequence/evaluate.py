@@ -20,7 +20,7 @@ from sapo_kernels.scoring.model_support import (
     tree_refusal,
     unwrap,
 )
-from sapo_kernels.scoring.render import PROBE, Renderer, special_tokens
+from sapo_kernels.scoring.render import PROBE, Renderer, generation_ends, special_tokens
 
 from .config import SequenceConfig
 from .metrics import SCORES, best
@@ -123,8 +123,7 @@ class Evaluator:
 
 def end_tokens(model: Any, tokenizer: Any) -> set[int]:
     """The end tokens of the tokenizer and of the model's generation configuration."""
-    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    return {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+    return {tokenizer.eos_token_id, *generation_ends(model)} - {None}
 
 
 def closing(renderer: Renderer, prompt: str, example: Mapping[str, Any], ends: set[int]) -> tuple[list[int], list[str]]:
