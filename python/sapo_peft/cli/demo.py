@@ -31,7 +31,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     """Declare the options of `sapo demo`."""
     parser = subparsers.add_parser(
         "demo", help="prompts raced and a sequence of three tasks, on a pretrained model", description=__doc__,
-        epilog="No GPU; under five minutes on two CPU cores. The same command goes on where it was stopped.",
+        epilog="No GPU; about six minutes on two CPU cores. The same command goes on where it was stopped.",
         allow_abbrev=False,
     )  # fmt: skip
     parser.add_argument(
