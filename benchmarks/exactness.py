@@ -11,9 +11,7 @@ response token; of ``trainer`` over prompts. The file is written again after eve
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib.util
-import io
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -29,6 +27,7 @@ from tests.oracles import alone_nll
 
 from .peers.loops import trainer_loop
 from .real_matrices import load
+from .rows import csv_text
 
 TASKS = ("task04_active_to_passive", "task01_product_note_polarity")
 PROMPTS, EXAMPLES = 3, 3
@@ -110,11 +109,8 @@ def main() -> None:
         for row in rows[-8:]:
             print(f"{row.model:12s} {row.layout:6s} {row.against:8s} {row.path} {row.cells} cells: {row.largest:.1e}")
         if args.csv:
-            text = io.StringIO()
-            writer = csv.DictWriter(text, [field.name for field in fields(Difference)], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows({**asdict(row), "largest": f"{row.largest:.2e}"} for row in rows)
-            atomic_write(args.csv, text.getvalue())
+            records = [{**asdict(row), "largest": f"{row.largest:.2e}"} for row in rows]
+            atomic_write(args.csv, csv_text(records, [field.name for field in fields(Difference)]))
 
 
 if __name__ == "__main__":

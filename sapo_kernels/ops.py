@@ -101,7 +101,10 @@ def resolve_impl(op: str, impl: str, device: torch.device, dtype: torch.dtype = 
 
 
 def _backend(op: str, impl: str, example: torch.Tensor, backward: bool = False):
-    name = resolve_impl(op, impl, example.device, example.dtype)
+    return _function_of(op, resolve_impl(op, impl, example.device, example.dtype), backward)
+
+
+def _function_of(op: str, name: str, backward: bool = False):
     function = f"{op}_backward_{name}" if backward else f"{op}_{name}"
     return getattr(importlib.import_module(f"{__package__}.{op}.{name}"), function)
 
@@ -117,12 +120,13 @@ def _tree_attention(q, k, v, position, subtree_end, block_start, span_ptr, span,
                     pieces=None):  # fmt: skip
     if q.shape[0] == 0:
         return _tree_attention_fake(q, k, v, *[None] * 11, with_lse)
+    name = resolve_impl("tree_attention", impl, q.device, q.dtype)
     walk = (tiles, tile_tokens, past_k, past_v)
-    if resolve_impl("tree_attention", impl, q.device, q.dtype) != "triton":
+    if name != "triton":
         walk = ()
         if past_k is not None:
             k, v = torch.cat([past_k, k]), torch.cat([past_v, v])
-    run = _backend("tree_attention", impl, q)
+    run = _function_of("tree_attention", name)
     return run(q, k, v, position, subtree_end, block_start, span_ptr, span, sinks, scale, window, softcap, block_tokens,
                with_lse, *walk)  # fmt: skip
 
@@ -139,8 +143,9 @@ def _tree_attention_backward(grad, q, k, v, out, lse, position, subtree_end, blo
                              window, softcap, block_tokens, impl, tiles=None, tile_tokens=0, pieces=None):  # fmt: skip
     if q.shape[0] == 0:
         return tuple(t.zero_() for t in _tree_attention_backward_fake(grad, q, k, v, *[None] * 7, sinks))
-    walk = (tiles, tile_tokens, pieces) if resolve_impl("tree_attention", impl, q.device, q.dtype) == "triton" else ()
-    run = _backend("tree_attention", impl, q, backward=True)
+    name = resolve_impl("tree_attention", impl, q.device, q.dtype)
+    run = _function_of("tree_attention", name, backward=True)
+    walk = (tiles, tile_tokens, pieces) if name == "triton" else ()
     # An expanded or transposed gradient is read row by row.
     *found, dsinks = run(grad.contiguous(), q, k, v, out, lse, position, subtree_end, block_start, span_ptr, span,
                          sinks, scale, window, softcap, block_tokens, *walk)  # fmt: skip

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -224,8 +225,8 @@ class Warm:
             rise = {other: after[other] - self.before[other] for other in after}
             row = {
                 "task": name, "seed": self.seed, "prompt": k, "pre": seen[place][f"pre_token_{design.PROBES[-1]}"],
-                "last_train": last, "own": own, "forgetting": mean(rise[other] for other in design.EARLIER),
-                "others": mean(rise[other] for other in design.TRAINED if other != name),
+                "last_train": last, "own": own, "forgetting": fmean(rise[other] for other in design.EARLIER),
+                "others": fmean(rise[other] for other in design.TRAINED if other != name),
                 **{f"rise_{other.partition('_')[0]}": value for other, value in rise.items() if other != name},
                 **seen[place], f"pre_cold_{design.PROBES[0]}": cold[place],
                 "near": likeness(prompts[0], prompts[place]), "seconds": seconds,
@@ -237,11 +238,6 @@ class Warm:
                 flush=True,
             )
             yield k, row
-
-
-def mean(values: Any) -> float:
-    values = list(values)
-    return math.fsum(values) / len(values)
 
 
 def likeness(one: str, other: str) -> float:

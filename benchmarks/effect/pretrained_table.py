@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -17,23 +18,21 @@ from ..racing import Matrix, read_matrices
 from . import pretrained_design as design
 from . import rows
 from .policies import CANDIDATES
-from .statistics import Interval, group_means, spearman, student_mean
+from .statistics import Interval, bold, correlations, group_means, spearman, student_mean
 
 Rows = list[dict[str, Any]]
 Groups = dict[tuple[str, int], Rows]
 SIDES = (("forgetting", "forgetting"), ("others", "loss of tasks not learned yet"), ("own", "own loss afterwards"))
 RIVALS: dict[str, Callable[[list[float]], float]] = {
     "the original": lambda values: values[0],
-    "a random paraphrase": lambda values: mean(values[1:]),
+    "a random paraphrase": lambda values: fmean(values[1:]),
 }
 ORDERS = 50
 
 
 def complete(found: Rows) -> Groups:
     """{(task, seed): its rows by prompt} of those that are there in full."""
-    groups: Groups = {}
-    for row in sorted(found, key=lambda row: (row["task"], row["seed"], row["prompt"])):
-        groups.setdefault((row["task"], row["seed"]), []).append(row)
+    groups = rows.by_task_and_seed(found)
     return {key: group for key, group in groups.items() if [r["prompt"] for r in group] == design.prompts_of(key[0])}
 
 
@@ -41,15 +40,6 @@ def of_tasks(values: dict[tuple[str, int], float]) -> Interval:
     """The mean with the task as the unit: seeds of a task are averaged first; no interval of a single task."""
     means = group_means(values, 0)
     return student_mean(means) if len(means) > 1 else Interval(means[0], math.nan, math.nan)
-
-
-def cell(interval: Interval, digits: int = 3) -> str:
-    """``+0.012 [-0.003, +0.030]``, bold where the interval leaves zero out."""
-    text = f"{interval.mean:+.{digits}f}"
-    if math.isnan(interval.low):
-        return text
-    text += f" [{interval.low:+.{digits}f}, {interval.high:+.{digits}f}]"
-    return f"**{text}**" if interval.low > 0 or interval.high < 0 else text
 
 
 def differ_table(groups: Groups) -> list[str]:
@@ -67,7 +57,7 @@ def by_task_table(groups: Groups) -> list[str]:
     kinds: dict[str, Callable[[Rows], float]] = {
         "lowest loss (SAPO)": lambda group: CANDIDATES["lowest loss (SAPO)"](group)["forgetting"],
         "the original": lambda group: group[0]["forgetting"],
-        "mean of the paraphrases": lambda group: mean(row["forgetting"] for row in group[1:]),
+        "mean of the paraphrases": lambda group: fmean(row["forgetting"] for row in group[1:]),
         "best": lambda group: min(row["forgetting"] for row in group),
         "worst": lambda group: max(row["forgetting"] for row in group),
     }
@@ -77,16 +67,11 @@ def by_task_table(groups: Groups) -> list[str]:
     ]
     for task in dict.fromkeys(task for task, _ in groups):
         own = [group for (name, _), group in groups.items() if name == task]
-        cells = [f"{mean(map(kind, own)):+.3f}" for kind in kinds.values()]
+        cells = [f"{fmean(map(kind, own)):+.3f}" for kind in kinds.values()]
         pairs = [spearman(*([row["forgetting"] for row in group] for group in pair)) for pair in combinations(own, 2)]
-        cells.append(f"{mean(pairs):+.2f}" if pairs else "")
+        cells.append(f"{fmean(pairs):+.2f}" if pairs else "")
         lines.append(f"| {task.partition('_')[0]} | {' | '.join(cells)} |")
     return lines
-
-
-def mean(values: Iterable[float]) -> float:
-    values = list(values)
-    return math.fsum(values) / len(values)
 
 
 def _span(values: list[float]) -> str:
@@ -96,15 +81,11 @@ def _span(values: list[float]) -> str:
 def correlation_table(groups: Groups) -> list[str]:
     """Spearman of a prompt's loss before learning with what learning with it does."""
     lines = [f"| task | seed | {' | '.join(text for _, text in SIDES)} |", "|---|---|---|---|---|"]
-    columns = []
-    for side, _ in SIDES:
-        columns.append({
-            key: spearman([row["pre"] for row in group], [row[side] for row in group]) for key, group in groups.items()
-        })  # fmt: skip
+    columns = [correlations(groups, side) for side, _ in SIDES]
     for key in groups:
         shown = " | ".join(f"{column[key]:+.2f}" for column in columns)
         lines.append(f"| {key[0].partition('_')[0]} | {key[1]} | {shown} |")
-    lines.append(f"| mean over tasks | | {' | '.join(cell(of_tasks(column), 2) for column in columns)} |")
+    lines.append(f"| mean over tasks | | {' | '.join(bold(of_tasks(column), 2) for column in columns)} |")
     return lines
 
 
@@ -123,7 +104,7 @@ def choice_table(groups: Groups) -> list[str]:
     lines = [f"| prompt | less | {' | '.join(text for _, text in SIDES)} |", "|---|---|---|---|---|"]
     for name, rule in names.items():
         for rival, value in RIVALS.items():
-            cells = [cell(gain(groups, rule(side), side, value)) for side, _ in SIDES]
+            cells = [bold(gain(groups, rule(side), side, value), 3) for side, _ in SIDES]
             lines.append(f"| {name} | {rival} | {' | '.join(cells)} |")
     return lines
 
@@ -145,7 +126,7 @@ def policy_table(groups: Groups) -> list[str]:
         CANDIDATES, key=lambda name: gain(parts[0], CANDIDATES[name], "forgetting", RIVALS["the original"]).mean
     )
     for name, rule in CANDIDATES.items():
-        cells = [cell(gain(part, rule, "forgetting", rival)) for part in parts for rival in RIVALS.values()]
+        cells = [bold(gain(part, rule, "forgetting", rival), 3) for part in parts for rival in RIVALS.values()]
         lines.append(f"| {name}{' (taken)' if name == taken else ''} | {' | '.join(cells)} |")
     return lines
 

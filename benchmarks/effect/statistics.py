@@ -75,3 +75,21 @@ def group_means(values: dict, place: int) -> list[float]:
     for key in sorted(values):
         groups.setdefault(key[place], []).append(values[key])
     return [math.fsum(groups[name]) / len(groups[name]) for name in sorted(groups)]
+
+
+def correlations(groups: dict[tuple[str, int], list[dict]], side: str) -> dict[tuple[str, int], float]:
+    """Spearman of the loss before learning with one thing afterwards, a value a group."""
+    return {key: spearman([row["pre"] for row in group], [row[side] for row in group]) for key, group in groups.items()}
+
+
+def signed(interval: Interval, digits: int) -> str:
+    """``+0.012 [-0.003, +0.030]``; the mean alone where there is no interval."""
+    if math.isnan(interval.low):
+        return f"{interval.mean:+.{digits}f}"
+    return f"{interval.mean:+.{digits}f} [{interval.low:+.{digits}f}, {interval.high:+.{digits}f}]"
+
+
+def bold(interval: Interval, digits: int) -> str:
+    """The same, bold where the interval leaves zero out."""
+    text = signed(interval, digits)
+    return f"**{text}**" if interval.low > 0 or interval.high < 0 else text

@@ -14,7 +14,17 @@ from tools.tiny_base.presets import PRESETS
 
 from .. import documents
 from . import again, design, pretrained_table, rows
-from .statistics import Interval, bootstrap_mean, differences, group_means, paired_difference, spearman, student_mean
+from .statistics import (
+    Interval,
+    bold,
+    bootstrap_mean,
+    correlations,
+    differences,
+    group_means,
+    paired_difference,
+    signed,
+    student_mean,
+)
 
 Rows = list[dict[str, Any]]
 MEASURES = ("AP", "BWT", "FWT")
@@ -79,22 +89,9 @@ LABELS = {"rougeL": "ROUGE-L", "exact_match": "exact match", "loss": "loss (nats
 SIDES = (("forgetting", "forgetting"), ("others", "loss of the other tasks"), ("own", "own loss afterwards"))
 
 
-def by_task_and_seed(found: Rows) -> dict[tuple[str, int], Rows]:
-    """The single-task rows in groups, in order."""
-    groups: dict[tuple[str, int], Rows] = {}
-    for row in sorted(found, key=lambda row: (row["task"], row["seed"], row["prompt"])):
-        groups.setdefault((row["task"], row["seed"]), []).append(row)
-    return groups
-
-
-def correlations(groups: dict[tuple[str, int], Rows], side: str) -> dict[tuple[str, int], float]:
-    """Spearman of the loss before learning with one thing afterwards, a value a group."""
-    return {key: spearman([row["pre"] for row in group], [row[side] for row in group]) for key, group in groups.items()}
-
-
 def correlation_table(found: Rows) -> list[str]:
     """Spearman of a prompt's loss before learning with what learning with it does, by task and seed."""
-    groups = by_task_and_seed(found)
+    groups = rows.by_task_and_seed(found)
     known = known_wordings(PRESETS["default"].seed)
     unmet = {key: [row for row in group if row["prompt"] not in known[key[0]]] for key, group in groups.items()}
     names = " | ".join(f"rank correlation with {text}" for _, text in SIDES)
@@ -119,7 +116,7 @@ def correlation_table(found: Rows) -> list[str]:
 
 def single_choice_table(found: Rows) -> list[str]:
     """What training on the prompt of the lowest loss did, less what the others did, nats per token."""
-    groups = by_task_and_seed(found)
+    groups = rows.by_task_and_seed(found)
     lines = [f"| lowest loss before learning, less | {' | '.join(text for _, text in SIDES)} |", "|---|---|---|---|"]
     rivals: tuple[tuple[str, Callable[[list[float]], float]], ...] = (
         ("the original prompt", lambda values: values[0]),
@@ -179,15 +176,6 @@ def cost_table(found: Rows) -> list[str]:
 def short(task: str) -> str:
     """``task01_product_note_polarity`` -> ``product note polarity``."""
     return task.partition("_")[2].replace("_", " ")
-
-
-def signed(interval: Interval, digits: int) -> str:
-    return f"{interval.mean:+.{digits}f} [{interval.low:+.{digits}f}, {interval.high:+.{digits}f}]"
-
-
-def bold(interval: Interval, digits: int) -> str:
-    text = signed(interval, digits)
-    return f"**{text}**" if interval.low > 0 or interval.high < 0 else text
 
 
 def _sequences(make: Callable[[Rows], list[str]]) -> Callable[[Path], list[str]]:
