@@ -15,11 +15,11 @@ import pytest
 import torch
 
 import sapo_kernels as sk
-from benchmarks import aot, documents, plots, tables
+from benchmarks import aot, documents, exactness, plots, racing, tables, train_step
 from benchmarks.ops import end_to_end
 from benchmarks.peers import PEERS
 from benchmarks.registry import OPS, Op, Setting, gradients
-from benchmarks.rows import COLUMNS, RESULTS, Environment, Row, append_rows, from_csv, read_rows, to_csv
+from benchmarks.rows import RESULTS, Environment, Row, append_rows, csv_text, read_csv, read_rows
 from benchmarks.timing import Case, Disagreement, Provider, Turns, quantiles, run_case
 from benchmarks.workload import Cells
 from sapo_kernels.files import DataError
@@ -66,7 +66,7 @@ def test_a_row_that_says_nonsense_cannot_be_made(changed):
         row(**changed)
 
 
-GOOD = to_csv([row(), row(case="two")])
+GOOD = csv_text([row(), row(case="two")])
 
 
 @pytest.mark.parametrize(
@@ -90,16 +90,16 @@ def test_a_damaged_file_is_named_and_left_alone(text, tmp_path):
 
 
 def test_committed_rows_are_whole_and_no_toys():
-    for path in RESULTS.glob("*.csv"):
-        if path.name == "aot.csv":
-            uses = aot.read_uses(path)
-            assert not [use for use in uses if use.role == "in use" and (use.complaint or use.spills)]
-            assert {use.target for use in uses} >= {"sm_80", "sm_90", "sm_100"}
-            continue
-        if path.read_text(encoding="utf-8").splitlines()[0] != ",".join(COLUMNS):
-            continue  # another benchmark's own columns
-        rows = from_csv(path.read_text(encoding="utf-8"), path.name)
-        assert rows and not [r for r in rows if r.case.startswith("toy")]
+    kinds = {"aot": aot.Use, "exactness": exactness.Difference, "racing": racing.Replays, "train_step": train_step.Step}
+    for path in (*RESULTS.glob("*.csv"), *RESULTS.glob("gpu/*.csv")):
+        if kind := kinds.get(path.stem):
+            assert [kind(**row) for row in read_csv(path.read_text(encoding="utf-8"), path.name, kind)]
+        else:
+            rows = read_rows(path)
+            assert rows and not [r for r in rows if r.case.startswith("toy")]
+    uses = aot.read_uses()
+    assert not [use for use in uses if use.role == "in use" and (use.complaint or use.spills)]
+    assert {use.target for use in uses} >= {"sm_80", "sm_90", "sm_100"}
 
 
 def test_times_follow_agreement_and_turns_rotate():

@@ -133,12 +133,13 @@ def test_candidates_begin_with_what_is_in_use_and_put_it_back():
     from sapo_kernels.tree_attention import triton_backward as backward
 
     own = attention.config
-    for made, config, first in (
-        (candidates.attention(128, torch.bfloat16, 90), attention.config, (128, torch.bfloat16, 90)),
-        (candidates.queries(128, torch.bfloat16, 90), backward.queries_config, (128, torch.bfloat16, 90)),
-        (candidates.keys(128, torch.bfloat16, 90), backward.keys_config, (128, torch.bfloat16, 90)),
-        (candidates.logprob(4096, torch.bfloat16, 90), heads.config, (4096, torch.bfloat16, 90, True)),
+    for kernel, config, first in (
+        ("tree_attention", attention.config, (128, torch.bfloat16, 90)),
+        ("tree_attention queries", backward.queries_config, (128, torch.bfloat16, 90)),
+        ("tree_attention keys", backward.keys_config, (128, torch.bfloat16, 90)),
+        ("linear_logprob", heads.config, (4096, torch.bfloat16, 90, True)),
     ):
+        made = candidates.candidates(kernel, *first[:3])
         assert made[0] == config(*first) and len(made) > 4
         assert len({candidates.label(options) for options in made}) == len(made)
     with pytest.raises(ZeroDivisionError), candidates.in_use("tree_attention", {"BLOCK_M": 1}):

@@ -1,4 +1,4 @@
-"""The tiny base: what it is trained on, the cache, and that the shipped one is what the script makes."""
+"""The tiny base: what it is trained on, and that the shipped one is whole and what the script makes."""
 
 import hashlib
 import json
@@ -10,24 +10,26 @@ import torch
 
 import sapo_kernels as sk
 from sapo_kernels.files import DataError, read_json
+from sapo_peft import assets
 from sapo_peft.assets import BUNDLED_DIR
 from sapo_peft.loading import load
 from sapo_peft.tiny_base import TASTE_ROWS, load_tiny_base
-from tools.tiny_base import PRESETS, store
-from tools.tiny_base.corpus import SEQUENCE, Corpus, bundled, known_wordings
+from tools.tiny_base.corpus import SEQUENCE, Corpus, bundled, known_wordings, texts_digest
+from tools.tiny_base.presets import PRESETS
 from tools.tiny_base.skills import SKILLS
-from tools.tiny_base.training import train, train_tokenizer
+from tools.tiny_base.training import make_base, train, train_tokenizer
 
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
-    """(root, folder) of a trained toy base."""
-    root = tmp_path_factory.mktemp("bases")
-    return root, store.tiny_base_folder("toy", root)
+    """The folder of a trained toy base."""
+    folder = tmp_path_factory.mktemp("toy")
+    make_base(PRESETS["toy"], folder)
+    return folder
 
 
 def test_toy_base_is_a_whole_checkpoint(toy):
-    model, tokenizer = load(str(toy[1]), None, "float32", "cpu")
+    model, tokenizer = load(str(toy), None, "float32", "cpu")
     assert model.config.vocab_size == PRESETS["toy"].vocabulary == len(tokenizer)
     scores = sk.score_prompts(
         model, ["Say it.", "Repeat the word."], [{"input": "a", "target": "b"}], tokenizer=tokenizer, impl="tree"
@@ -37,60 +39,31 @@ def test_toy_base_is_a_whole_checkpoint(toy):
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
-def test_second_call_trains_nothing(toy):
-    def never(preset, folder):
-        raise AssertionError("trained again")
-
-    root, folder = toy
-    assert store.tiny_base_folder("toy", root, make=never) == folder
-    assert [path.name for path in root.iterdir()] == [folder.name]
-
-
 @pytest.mark.parametrize("harm", ["cut", "missing", "manifest", "flipped", "foreign"])
-def test_a_torn_cache_is_made_again(toy, tmp_path, harm):
-    folder = tmp_path / toy[1].name
-    shutil.copytree(toy[1], folder)
+def test_a_damaged_base_is_refused(toy, tmp_path, harm, monkeypatch):
+    folder = shutil.copytree(toy, tmp_path / "base")
+    assert assets.faults(folder) == []
     weights = folder / "model.safetensors"
     data = bytearray(weights.read_bytes())
     if harm == "missing":
         weights.unlink()
     elif harm == "manifest":
-        (folder / store.MANIFEST).write_text('{"version": 1, "files"')
+        (folder / assets.MANIFEST).write_text('{"version": 1, "files"')
     elif harm == "foreign":
         # A manifest names files of its own folder only.
-        manifest = read_json(folder / store.MANIFEST)
+        manifest = read_json(folder / assets.MANIFEST)
         manifest["files"]["../secret"] = hashlib.sha256(b"x").hexdigest()
-        (folder / store.MANIFEST).write_text(json.dumps(manifest))
+        (folder / assets.MANIFEST).write_text(json.dumps(manifest))
         (tmp_path / "secret").write_bytes(b"x")
     else:
         data[-1] ^= 1
         weights.write_bytes(data[:-100] if harm == "cut" else data)
-    assert store.faults(folder)
-    (tmp_path / "secret").unlink(missing_ok=True)
-
-    def copy(preset, staging):
-        shutil.copytree(toy[1], staging, dirs_exist_ok=True)
-
-    assert store.tiny_base_folder("toy", tmp_path, make=copy) == folder
-    assert not store.faults(folder) and [path.name for path in tmp_path.iterdir()] == [folder.name]
+    monkeypatch.setattr(assets, "TINY_BASE_DIR", folder)
+    with pytest.raises(DataError, match="damaged"):
+        assets.tiny_base_folder()
 
 
-def test_a_killed_training_publishes_nothing(tmp_path):
-    def killed(preset, staging):
-        (staging / "config.json").write_text("{}")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        store.tiny_base_folder("toy", tmp_path, make=killed)
-    assert list(tmp_path.iterdir()) == []
-    with pytest.raises(DataError, match="preset"):
-        store.tiny_base_folder("huge", tmp_path)
-
-
-def test_training_is_deterministic_and_the_hash_knows_the_preset():
-    one = store.content_hash(PRESETS["toy"])
-    for field, value in (("steps", 7), ("seed", 1), ("learning_rate", 1e-3), ("taste", 0.25)):
-        assert store.content_hash(replace(PRESETS["toy"], **{field: value})) != one
+def test_training_is_deterministic():
     preset = replace(PRESETS["toy"], steps=2)
     tokenizer = train_tokenizer(Corpus(0).vocabulary_texts(), preset.vocabulary)
     state = torch.get_rng_state()
@@ -135,16 +108,16 @@ def test_the_taste_uses_reserved_rows_and_known_wordings():
 
 
 def test_shipped_base_is_whole_and_of_these_texts():
-    assert store.faults(store.SHIPPED) == []
-    made_by = read_json(store.SHIPPED / store.MANIFEST)
+    assert assets.faults(assets.TINY_BASE_DIR) == []
+    made_by = read_json(assets.TINY_BASE_DIR / assets.MANIFEST)
     preset = PRESETS["default"]
     assert made_by["preset"] == {name: getattr(preset, name) for name in made_by["preset"]}
     # Made of the same texts: the tokenizer comes out byte for byte, and so do the training texts.
     tokenizer = train_tokenizer(Corpus(preset.seed).vocabulary_texts(), preset.vocabulary)
-    stored = json.loads((store.SHIPPED / "tokenizer.json").read_text(encoding="utf-8"))
+    stored = json.loads((assets.TINY_BASE_DIR / "tokenizer.json").read_text(encoding="utf-8"))
     assert json.loads(tokenizer.backend_tokenizer.to_str())["model"] == stored["model"]
-    assert made_by["texts"] == store.texts_digest(preset)
-    assert sum(path.stat().st_size for path in store.SHIPPED.iterdir()) < 4 * 2**20
+    assert made_by["texts"] == texts_digest(preset.seed)
+    assert sum(path.stat().st_size for path in assets.TINY_BASE_DIR.iterdir()) < 4 * 2**20
 
 
 def test_shipped_base_follows_instructions_and_prefers_wordings():
@@ -163,7 +136,7 @@ def test_shipped_base_follows_instructions_and_prefers_wordings():
 @pytest.mark.slow
 def test_the_script_makes_such_a_base(tmp_path):
     """Trained anew, the base has the losses of the shipped one, up to what other rounding does to a training."""
-    store.make_base(PRESETS["default"], tmp_path, print)
+    make_base(PRESETS["default"], tmp_path, print)
     bases = load(str(tmp_path), None, "float32", "cpu"), load_tiny_base()
     for name in SEQUENCE:
         task = bundled(name)

@@ -299,12 +299,12 @@ def test_check_notices_changes(tmp_path, capsys):
     assert make_tasks.main(["--out", str(tmp_path), "--check"]) == 0
     path = tmp_path / "SUPERNI" / TASKS[0] / "dev.json"
     path.write_bytes(path.read_bytes() + b"\n")
-    (tmp_path / "paraphrases.json").unlink()
-    (tmp_path / "SUPERNI" / "extra.json").write_text("[]")
+    (tmp_path / "SUPERNI" / TASKS[1] / "test.json").unlink()
+    (tmp_path / "CL_configs" / "order" / "extra.json").write_text("[]")
     capsys.readouterr()
     assert make_tasks.main(["--out", str(tmp_path), "--check"]) == 1
     assert sorted(capsys.readouterr().out.splitlines()) == [
         f"differs: SUPERNI/{TASKS[0]}/dev.json",
-        "missing: paraphrases.json",
-        "not generated: SUPERNI/extra.json",
+        f"missing: SUPERNI/{TASKS[1]}/test.json",
+        "not generated: CL_configs/order/extra.json",
     ]
