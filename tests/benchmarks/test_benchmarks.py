@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 from xml.etree import ElementTree
@@ -16,6 +14,7 @@ import torch
 
 import sapo_kernels as sk
 from benchmarks import aot, documents, exactness, plots, racing, tables, train_step
+from benchmarks.__main__ import main as run_benchmarks
 from benchmarks.ops import end_to_end
 from benchmarks.peers import PEERS
 from benchmarks.registry import OPS, Op, Setting, gradients
@@ -204,6 +203,13 @@ def test_peers_agree_with_ours_and_leave_the_model_alone(name, last, jobs):
     assert "forward" not in vars(model) and model.config._attn_implementation == "sdpa" and not model.training
 
 
+def test_a_prefix_cache_of_equal_contexts_leaves_a_token_to_predict_from(jobs):
+    model, _ = jobs
+    cache = sk.ResponseCache.from_token_ids([[[1, 2, 3]] * 2, [[1, 2, 4]] * 2], [[5, 6], [7]])
+    got = PEERS["prefix_cache"].run(model, cache)
+    assert float((got - sk.score_prompts(model, cache).nll.flatten()).abs().max()) < 1e-4
+
+
 @pytest.mark.parametrize("name", ["tuned_plain", "packed", "prefix_cache"])
 def test_tuned_peers_without_masks_in_logits_to_keep(name, jobs, monkeypatch):
     """As in transformers 5.17."""
@@ -306,13 +312,15 @@ def test_occupancy_bounds(target, registers, shared, threads, wanted):
 
 
 def test_the_command_runs_an_operation_and_writes_its_rows(tmp_path):
-    command = [sys.executable, "-m", "benchmarks", "--size", "toy", "--only", "planner", "--minutes", "1"]
-    done = subprocess.run([*command, "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and "all parts passed" in done.stdout, done.stdout + done.stderr
+    assert run_benchmarks(["--size", "toy", "--only", "planner", "--minutes", "1", "--out", str(tmp_path)]) == 0
     rows = read_rows(tmp_path / "planner.csv")
     assert {r.provider for r in rows} >= {"numpy"} and all(r.case.startswith("toy ") for r in rows)
-    refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert refused.returncode == 2 and "do not belong among the results" in refused.stderr
+
+
+def test_toy_figures_do_not_get_among_the_results(capsys):
+    with pytest.raises(SystemExit):
+        run_benchmarks(["--size", "toy", "--only", "planner"])
+    assert "do not belong among the results" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("op", [op for op in OPS if op not in ("end_to_end", "tasks", "race")])

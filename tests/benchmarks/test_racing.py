@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -45,3 +47,13 @@ def test_rows_say_what_happened():
     first = racing.replay(scores, Race()).report()
     assert race.saved_p10 <= first.saved <= race.saved_p90 and race.worst_regret < 0.5
     assert len(racing.summary(rows).splitlines()) == 3
+
+
+def test_a_wrong_choice_counts(monkeypatch):
+    scores = plausible(1, [0.0, 0.002, 0.5], noise=0.01)
+    worst = int(scores.loss.argmax())
+    ended = SimpleNamespace(report=lambda: SimpleNamespace(winner=worst, saved=0.5, rounds=[1, 2]))
+    monkeypatch.setattr(racing, "replay", lambda full, race: ended)
+    row = replays(Matrix("a/tuning", "a task", "base", scores), "race", 2)
+    assert row.wrong == row.over_half_percent == 1.0
+    assert row.worst_regret == pytest.approx(100 * float(scores.loss.max() / scores.loss.min() - 1))
