@@ -60,14 +60,11 @@ class OptionParser(Parser, HfArgumentParser):
             for option in action.option_strings
             if option.startswith("--") and action.dest not in ("config", "help")
         }
-        words, seen = [], set()
+        words = []
         for key, value in _mapping(path).items():
             if (name := str(key).replace("-", "_")) not in known:
                 raise DataError(f"{path}: expected one of the options of {self.prog} --help, got {excerpt(key)}")
             option, action = known[name]
-            if action.dest in seen:
-                raise DataError(f"{path}: expected each option once, got {excerpt(key)} again")
-            seen.add(action.dest)
             if value is None:
                 raise DataError(f"{path}: {key}: expected a value, got none; leave the option out")
             if action.nargs == 0:
@@ -86,21 +83,11 @@ def _word(value: Any) -> str:
 
 
 def _mapping(path: str) -> dict[str, Any]:
-    """A YAML file with options by name, each once; nothing in it is executed."""
+    """A YAML file with options by name; nothing in it is executed."""
     try:
-        text = read_text(path, max_bytes=MAX_CONFIG_BYTES)
-        root, document = yaml.compose(text, yaml.SafeLoader), yaml.safe_load(text)
-        # A list that holds itself has no words.
-        json.dumps(document, default=str)
-    except (yaml.YAMLError, RecursionError, TypeError, ValueError) as error:
-        if isinstance(error, DataError):
-            raise
+        document = yaml.safe_load(read_text(path, max_bytes=MAX_CONFIG_BYTES))
+    except (yaml.YAMLError, RecursionError) as error:
         raise DataError(f"{path}: expected YAML, got {excerpt(' '.join(str(error).split()), 200)}") from None
     if not isinstance(document, dict):
         raise DataError(f"{path}: expected options by name, got {excerpt(document)}")
-    # The loader keeps the last of two equal keys in silence.
-    keys = [node.value for node, _ in root.value]
-    for index, key in enumerate(keys):
-        if key in keys[:index]:
-            raise DataError(f"{path}: expected each option once, got {excerpt(key)} again")
     return document

@@ -47,7 +47,6 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, metavar="N", help="of a local model's sampling")
     add("--key-variable", metavar="NAME", help="environment variable with the key (default OPENAI_API_KEY)")
     add("--marker", action="append", default=[], metavar="TEXT", help="text that every prompt must hold; repeatable")
-    add("--tokenizer", metavar="DIR_OR_ID", help="refuse the special tokens of this tokenizer in prompts")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     add("--quiet", action="store_true", help="no notes, the result only")
@@ -63,11 +62,7 @@ def run(args: argparse.Namespace) -> int:
 
     _check(args)
     pool = PromptPool.read(args.prompts, args.task)
-    if args.tokenizer:
-        from ..loading import _load_tokenizer
-
-        pool = pool.checked(_load_tokenizer(args.tokenizer), markers=args.marker)
-    elif args.marker:
+    if args.marker:
         pool = pool.checked(markers=args.marker)
     count = args.count
     if count is None:
@@ -116,8 +111,8 @@ def _source(args: argparse.Namespace) -> ParaphraseSource:
         return EndpointSource(args.paraphrase_with, args.model, key, args.concurrency, request_seconds=seconds)
     from ..loading import load
 
-    model, tokenizer = load(args.paraphrase_with, None, args.dtype, args.device, None)
-    return LocalModelSource(model, tokenizer, seed=args.seed)
+    pair = load(args.paraphrase_with, None, args.dtype, args.device, option="--paraphrase-with")
+    return LocalModelSource(*pair, seed=args.seed)
 
 
 def _print(pool: PromptPool, out: str) -> None:

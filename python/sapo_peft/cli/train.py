@@ -167,10 +167,10 @@ def _paraphrased(pool, options: dict[str, Any], output: Path, resumed: str | Non
     else:
         from ..loading import load
 
-        source = LocalModelSource(*load(where, None, options["dtype"], options["device"]), seed=options["seed"])
+        pair = load(where, None, options["dtype"], options["device"], option="--paraphrase-with")
+        source = LocalModelSource(*pair, seed=options["seed"])
     pool = gather(pool, source, options["paraphrases"], store=output / STORE)
-    # Its remarks are in the log.
-    say_notes(note for note in pool.notes() if note not in known and note not in pool.remarks)
+    say_notes(note for note in pool.notes() if note not in known)
     return pool
 
 
@@ -269,26 +269,17 @@ def _arguments(options: dict[str, Any], evaluated: bool):
 
 
 def _say_lines(trainer, callback) -> None:
-    """Off a terminal: how far scoring, training and evaluation are, a line every half minute."""
+    """Off a terminal: how far scoring and training are, a line every half minute."""
     from transformers import TrainerCallback
 
     from sapo_kernels.scoring.progress import Lines
 
     class Said(TrainerCallback):
-        training = evaluation = None
+        lines = None
 
         def on_step_end(self, args, state, control, **kwargs):
-            self.training = self.training or Lines("training", "step", state.max_steps, state.global_step - 1)
-            self.training.update(state.global_step)
-
-        def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
-            if self.evaluation is None:
-                self.evaluation, self.batches = Lines("evaluation", "step", len(eval_dataloader)), 0
-            self.batches += 1
-            self.evaluation.update(self.batches)
-
-        def on_evaluate(self, args, state, control, **kwargs):
-            self.evaluation = None
+            self.lines = self.lines or Lines("training", "step", state.max_steps, state.global_step - 1)
+            self.lines.update(state.global_step)
 
     trainer.add_callback(Said())
     if callback.rescorer is not None:

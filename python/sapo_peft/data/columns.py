@@ -16,7 +16,9 @@ MAX_FIELD_CHARS = 131_072  # also the limit of Python's csv module
 PAIRS = (("input", "target"), ("sentence", "label"), ("input", "output"))
 INPUTS = ("input", "sentence", "text", "question", "prompt")
 TARGETS = ("target", "label", "output", "answer", "answerKey", "completion", "response")
-MESSAGES = "messages"
+# Columns of conversations; those of ShareGPT have turns of "from" and "value".
+MESSAGES, SHAREGPT = "messages", "conversations"
+_ROLES = {"human": "user", "gpt": "assistant"}
 CHOICES = ("choices", "options")
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -53,8 +55,11 @@ class Columns:
         """A row of messages as an example with the turns before its input; None for a row of texts."""
         if not isinstance(row, Mapping) or not isinstance(row.get(self.input), list):
             return None
+        talk = {name: row.get(name) for name in self.used}
+        if self.input == SHAREGPT:
+            talk = {MESSAGES: [_turn(turn) for turn in row[SHAREGPT]]}
         try:
-            made = example_of({name: row.get(name) for name in self.used})
+            made = example_of(talk)
         except ValueError as error:
             raise DataError(f"{place}: {error}") from None
         for text in (made["input"], made["target"], *(turn["content"] for turn in made["history"])) if made else ():
@@ -113,8 +118,9 @@ def _pair(names: list[str], chosen: tuple[str | None, str | None], place: str) -
     for pair in PAIRS:
         if chosen == (None, None) and set(pair) <= set(names):
             return pair
-    if MESSAGES in names and chosen in ((None, None), (MESSAGES, None)):
-        return MESSAGES, MESSAGES
+    for talk in (MESSAGES, SHAREGPT):
+        if talk in names and chosen in ((None, None), (talk, None)):
+            return talk, talk
     result = []
     for what, column, known in zip(("input", "target"), chosen, (INPUTS, TARGETS), strict=True):
         found = [name for name in ([column] if column else known) if name in names and (column or name not in chosen)]
@@ -127,6 +133,13 @@ def _pair(names: list[str], chosen: tuple[str | None, str | None], place: str) -
     if result[0] == result[1]:
         raise DataError(f"{place}: expected two different columns, got {excerpt(result[0])} for both")
     return result[0], result[1]
+
+
+def _turn(turn: Any) -> Any:
+    """A turn of ShareGPT as that of a message; any other as it is."""
+    if not isinstance(turn, Mapping) or "from" not in turn:
+        return turn
+    return {"role": _ROLES.get(str(turn["from"]), turn["from"]), "content": turn.get("value")}
 
 
 def _choices(value: Any, place: str) -> tuple[list[str], list[str]]:

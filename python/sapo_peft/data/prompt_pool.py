@@ -7,7 +7,6 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -94,7 +93,7 @@ class PromptPool(BaseModel):
     labels: label names; those in the original stand in every prompt. markers: texts that stand in every prompt.
     text_word: the word that heads the input. rejected, merged: what was not taken (the first `MAX_REJECTED` of
     each are kept). max_characters, max_tokens: bounds on one prompt, the second with a tokenizer only.
-    Neither the tokenizer nor remarks (sentences of whoever filled the pool) are saved or compared.
+    The tokenizer is neither saved nor compared.
     """
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", populate_by_name=True)
@@ -113,7 +112,6 @@ class PromptPool(BaseModel):
     rejected: tuple[RejectedPrompt, ...] = Field(max_length=MAX_REJECTED)
     merged: tuple[MergedPrompt, ...] = Field(max_length=MAX_REJECTED)
     _tokenizer: Any = None
-    _remarks: tuple[str, ...] = ()
 
     @classmethod
     def build(
@@ -218,12 +216,12 @@ class PromptPool(BaseModel):
                 raise DataError(f"'merged' {index}: expected the index of a prompt, got {item.into}")
         return self
 
-    @cached_property
+    @property
     def prompts(self) -> tuple[str, ...]:
         """The texts, the original first."""
         return tuple(prompt.text for prompt in self.entries)
 
-    @cached_property
+    @property
     def provenance(self) -> tuple[str, ...]:
         """Where each prompt is from."""
         return tuple(prompt.source for prompt in self.entries)
@@ -235,13 +233,6 @@ class PromptPool(BaseModel):
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, PromptPool) and self.model_dump() == other.model_dump()
-
-    def _with(self, **changes: Any) -> PromptPool:
-        """A copy, not checked again."""
-        copy = self.model_copy(update=changes)
-        for name in ("prompts", "provenance"):
-            copy.__dict__.pop(name, None)
-        return copy
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the pool as JSON, all or nothing.
@@ -281,22 +272,19 @@ class PromptPool(BaseModel):
             for kept in (rejected, merged):
                 if len(kept) > MAX_REJECTED:
                     kept.popitem()
-        return self._with(entries=tuple(entries), rejected=tuple(rejected), merged=tuple(merged))
+        return self.model_copy(update={"entries": tuple(entries), "rejected": tuple(rejected), "merged": tuple(merged)})
 
-    def checked(
-        self, tokenizer: Any = None, *, markers: Sequence[str] = (), max_tokens: int | None = None
-    ) -> PromptPool:
+    def checked(self, tokenizer: Any = None, *, markers: Sequence[str] = ()) -> PromptPool:
         """This pool by the rules of `tokenizer` and with more `markers`: paraphrases that fail are moved to `rejected`.
 
         Prompts behind one that fails move up. Raises: `DataError` if the original or the suffix fails.
         """
-        names = ("task", "suffix", "labels", "text_word", "max_characters")
+        names = ("task", "suffix", "labels", "text_word", "max_characters", "max_tokens")
+        kept, markers = {name: getattr(self, name) for name in names}, (*self.markers, *markers)
         pool = PromptPool.build(
-            original=self.prompts[0], paraphrases=self.entries[1:], tokenizer=tokenizer,
-            markers=(*self.markers, *markers), max_tokens=max_tokens or self.max_tokens,
-            **{name: getattr(self, name) for name in names},
-        )  # fmt: skip
-        return pool.with_history(self).with_remarks(*self._remarks)
+            original=self.prompts[0], paraphrases=self.entries[1:], tokenizer=tokenizer, markers=markers, **kept
+        )
+        return pool.with_history(self)
 
     def with_history(self, other: PromptPool) -> PromptPool:
         """This pool with the rejected and merged prompts of `other` in front of its own.
@@ -307,13 +295,8 @@ class PromptPool(BaseModel):
         found = [(m, places.get(checks.normalised(m.text))) for m in (*other.merged, *self.merged)]
         merged = dict.fromkeys(MergedPrompt(m.text, m.source, place) for m, place in found if place is not None)
         rejected = dict.fromkeys([*other.rejected, *self.rejected])
-        return self._with(merged=tuple(merged)[:MAX_REJECTED], rejected=tuple(rejected)[:MAX_REJECTED])
-
-    def with_remarks(self, *remarks: str) -> PromptPool:
-        """This pool with more sentences for `notes`; they are not saved."""
-        pool = self._with()
-        pool._remarks = (*self._remarks, *remarks)
-        return pool
+        kept = {"merged": tuple(merged)[:MAX_REJECTED], "rejected": tuple(rejected)[:MAX_REJECTED]}
+        return self.model_copy(update=kept)
 
     def fault(self, text: str, rules: dict[str, Any] | None = None) -> str | None:
         """Why `text` cannot be a prompt of this pool ("expected ..., got ..."), or None. Repetition is no fault."""
@@ -325,36 +308,28 @@ class PromptPool(BaseModel):
         return problem
 
     def _rules(self) -> dict[str, Any]:
-        return {
-            "required": self.required,
-            "markers": self.markers,
-            "specials": _specials(self._tokenizer),
-            "max_characters": self.max_characters,
-        }
+        specials = []
+        if self._tokenizer is not None:
+            # Here, so that pools can be read without torch being loaded for it.
+            from sapo_kernels.scoring.render import special_tokens
 
-    @property
-    def remarks(self) -> tuple[str, ...]:
-        """What `with_remarks` added."""
-        return self._remarks
+            specials = special_tokens(self._tokenizer)
+        found = {"required": self.required, "markers": self.markers, "specials": specials}
+        return {**found, "max_characters": self.max_characters}
 
     def notes(self) -> list[str]:
         """What a reader of the results should know about this pool, one sentence a kind."""
         repeats = Counter((m.source, m.into) for m in self.merged)
-        notes = [f"{_count(n)} from {source} repeat{'s' * (n == 1)} prompt {into} and {'was' if n == 1 else 'were'} "
-                 "merged into it" for (source, into), n in repeats.items()]  # fmt: skip
+        notes = [f"{count} of the paraphrases from {source} merged into prompt {into}, which they repeat"
+                 for (source, into), count in repeats.items()]  # fmt: skip
         lost: dict[tuple[str, str], list[str]] = {}
-        for r in self.rejected:
-            lost.setdefault((r.source, r.reason), []).append(r.text)
-        notes += [f"{_count(len(texts))} from {source} {'was' if len(texts) == 1 else 'were'} rejected: {reason}: "
-                  f"{excerpt(texts[0])}" for (source, reason), texts in lost.items()]  # fmt: skip
-        return [*notes, *self._remarks]
+        for one in self.rejected:
+            lost.setdefault((one.source, one.reason), []).append(one.text)
+        return notes + [f"{len(texts)} of the paraphrases from {source} rejected: {reason}: {excerpt(texts[0])}"
+                        for (source, reason), texts in lost.items()]  # fmt: skip
 
 
 read_prompts = PromptPool.read
-
-
-def _count(number: int) -> str:
-    return "a paraphrase" if number == 1 else f"{number} paraphrases"
 
 
 def file_source(path: Path) -> str:
@@ -373,12 +348,3 @@ def _pool_document(path: str | os.PathLike) -> dict[str, Any] | None:
         return None
     document = read_json(path, max_bytes=MAX_POOL_BYTES)
     return document if isinstance(document, dict) and isinstance(document.get("schema"), str) else None
-
-
-def _specials(tokenizer: Any) -> list[str]:
-    if tokenizer is None:
-        return []
-    # Here, so that pools can be read without torch being loaded for it.
-    from sapo_kernels.scoring.render import special_tokens
-
-    return special_tokens(tokenizer)
