@@ -10,19 +10,16 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from typing import Any
 
 from ..terminal import plain
 from .faults import describe
 
+HELP = "check the environment, end to end on a tiny model"
 TOLERANCE = 1e-4
 
 
-def add_parser(subparsers: Any) -> argparse.ArgumentParser:
-    """Declare the options of `sapo doctor`."""
-    return subparsers.add_parser(
-        "doctor", help="check the environment, end to end on a tiny model", description=__doc__, allow_abbrev=False
-    )
+def options(add: Callable) -> None:
+    """`sapo doctor` has none."""
 
 
 def run(args: argparse.Namespace) -> int:

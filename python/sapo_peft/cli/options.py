@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
-from collections.abc import Sequence
-from typing import Any, NoReturn
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import MISSING, field, fields, make_dataclass
+from typing import Any, NoReturn, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
@@ -76,6 +79,27 @@ class OptionParser(Parser, HfArgumentParser):
             else:
                 words.append(f"{option}={_word(value)}")
         return words
+
+
+def options_of(
+    config: type, group: str, skip: Collection[str] = (), types: Mapping[str, Any] | None = None, **told: str
+) -> type:
+    """The fields of a dataclass as options, with the help of its docstring or their own; `told`: other help by name."""
+    text = re.split(r"Attributes:|Args:", inspect.getdoc(config) or "")[-1].partition("Raises:")[0]
+    texts = {}
+    for names, words in re.findall(r"^ {4}(\w+(?:, \w+)*): (.*(?:\n {5}.*)*)", text, re.MULTILINE):
+        texts.update(dict.fromkeys(names.split(", "), " ".join(words.replace("``", "").replace("%", "%%").split())))
+    texts, hints, found = {**texts, **told}, {**get_type_hints(config), **(types or {})}, []
+    for entry in fields(config):
+        if entry.name in skip or not entry.init:
+            continue
+        shown = f" (default {entry.default})" if entry.default not in (None, False, MISSING) else ""
+        aliases = ["--lr"] if entry.name == "learning_rate" else []
+        metadata = entry.metadata or {"help": f"{texts.get(entry.name, '')}{shown}".strip(), "aliases": aliases}
+        default = False if hints[entry.name] is bool and entry.default is None else entry.default
+        made = {"default": default} if default is not MISSING else {"default_factory": entry.default_factory}
+        found.append((entry.name, hints[entry.name], field(metadata=metadata, **made)))
+    return make_dataclass(config.__name__, found, namespace={"_argument_group_name": group})
 
 
 def _word(value: Any) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from ..terminal import log_on_stderr, plain, table, terminal_width
 
@@ -13,25 +14,18 @@ if TYPE_CHECKING:
     from ..data.prompt_pool import PromptPool
     from ..paraphrase import ParaphraseSource
 
+HELP = "get paraphrases of an instruction and check them"
 COUNT = 20
 _SHOWN_REJECTED = 20
-_EPILOG = """\
+EPILOG = """\
 The pool is written to --out as the answers arrive. Run the same command again after an interruption or an
 outage: it goes on from there and asks only for what is missing. The key of an endpoint is taken from the
 environment (OPENAI_API_KEY, or the variable that --key-variable names) and is written nowhere.
 """
 
 
-def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+def options(add: Callable) -> None:
     """Declare the options of `sapo paraphrase`."""
-    parser = subparsers.add_parser(
-        "paraphrase",
-        help="get paraphrases of an instruction and check them",
-        description=__doc__,
-        epilog=_EPILOG,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
     add("--prompts", required=True, metavar="FILE", help="the instruction, as for `sapo score` (the first one)")
     add("--task", metavar="NAME", help="task, where the file holds several")
     add("--paraphrase-with", metavar="URL_OR_DIR", help="OpenAI-compatible endpoint, or folder or hub name of a model")
@@ -50,7 +44,6 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     add("--quiet", action="store_true", help="no notes, the result only")
-    return parser
 
 
 def run(args: argparse.Namespace) -> int:

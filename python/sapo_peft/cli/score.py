@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ..terminal import MODEL_HELP, log_on_stderr, plain, say_notes, terminal_width
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from ..data.prompt_pool import PromptPool
     from .parts import Parts
 
+HELP = "rank prompts by their loss under a model"
 MAX_TEMPLATE_BYTES = 2**20
 PLAIN_BATCH = 8
 EXAMPLES = 250
@@ -27,7 +29,7 @@ TOLERANCE = 1e-4
 IMPLS = ("auto", "tree", "padded", "alone", "triton", "sdpa", "reference")
 # How a file of scores begins.
 OURS = b'"sapo_kernels.PromptScores/'
-_EPILOG = """\
+EPILOG = """\
 Without --prompts and --data a bundled task is scored; with --model tiny (the default) nothing is
 downloaded. The loss is the sum of the negative log-likelihoods of the response tokens over their number, in
 nats. Its difference to the best prompt comes with a standard error that is paired over the examples: the loss
@@ -36,13 +38,8 @@ With --out, what is scored is kept in FILE.part until all is done: after Ctrl-C 
 """
 
 
-def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+def options(add: Callable) -> None:
     """Declare the options of `sapo score`."""
-    parser = subparsers.add_parser(
-        "score", help="rank prompts by their loss under a model", description=__doc__, epilog=_EPILOG,
-        allow_abbrev=False,
-    )  # fmt: skip
-    add = parser.add_argument
     add("--model", default="tiny", metavar="DIR_OR_ID", help=MODEL_HELP)
     add("--adapter", metavar="DIR_OR_ID", help="PEFT adapter to score with")
     add("--tokenizer", metavar="DIR_OR_ID", help="tokenizer, if it does not lie beside the model")
@@ -72,7 +69,6 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     add("--overwrite", action="store_true", help="replace what is at --out, whatever it is")
     add("--full", action="store_true", help="the full text of every prompt")
     add("--quiet", action="store_true", help="no progress and no notes, the result only")
-    return parser
 
 
 def run(args: argparse.Namespace) -> int:

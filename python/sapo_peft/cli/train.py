@@ -15,8 +15,8 @@ from typing import Any
 
 from ..locks import alone
 from ..terminal import log_on_stderr, plain, say_notes
-from .faults import late_parser
 
+HELP = "fine-tune a LoRA adapter on the chosen prompt"
 # The pool with its paraphrases, in the output folder.
 STORE = "sapo_pool.json"
 _EPILOG = """\
@@ -38,11 +38,6 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "lora_dropout": ("a number of at least 0 and below 1", lambda value: 0 <= value < 1),
     "eval_fraction": ("a number of at least 0 and below 1", lambda value: 0 <= value < 1),
 }  # fmt: skip
-
-
-def add_parser(subparsers: Any) -> argparse.ArgumentParser:
-    """Declare `sapo train`; its options are read in `run`."""
-    return late_parser(subparsers, "train", "fine-tune a LoRA adapter on the chosen prompt")
 
 
 def run(args: argparse.Namespace) -> int:

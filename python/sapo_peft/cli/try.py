@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ..terminal import log_on_stderr, plain, say_notes
 
+HELP = "answer with an adapter and its prompt"
 MOST_SOURCE, MOST_ANSWER = 1536, 128
-_EPILOG = """\
+EPILOG = """\
 The answer alone goes to the standard output; what the model reads is shown on stderr. It is decoded greedily, as
 `sapo sequence` evaluates.
 """
 
 
-def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+def options(add: Callable) -> None:
     """Declare the options of `sapo try`."""
-    parser = subparsers.add_parser(
-        "try", help="answer with an adapter and its prompt", description=__doc__, epilog=_EPILOG, allow_abbrev=False
-    )
-    add = parser.add_argument
     add("adapter", metavar="ADAPTER", help="folder with an adapter and sapo_prompts.json")
     add("--input", metavar="TEXT", help="the input (default: the standard input)")
     add("--task", metavar="NAME", help="task whose prompt is used, where the adapter has several")
@@ -32,7 +30,6 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     add("--quiet", action="store_true", help="the answer only")
-    return parser
 
 
 def run(args: argparse.Namespace) -> int:

@@ -11,7 +11,6 @@ from sapo_kernels.scoring.turns import example_of
 
 from .tables import Table, keys_of, shown
 
-MAX_FIELD_CHARS = 131_072  # also the limit of Python's csv module
 # Taken as they are where both are there; else exactly one of each list.
 PAIRS = (("input", "target"), ("sentence", "label"), ("input", "output"))
 INPUTS = ("input", "sentence", "text", "question", "prompt")
@@ -59,12 +58,9 @@ class Columns:
         if self.input == SHAREGPT:
             talk = {MESSAGES: [_turn(turn) for turn in row[SHAREGPT]]}
         try:
-            made = example_of(talk)
+            return example_of(talk)
         except ValueError as error:
             raise DataError(f"{place}: {error}") from None
-        for text in (made["input"], made["target"], *(turn["content"] for turn in made["history"])) if made else ():
-            check_text(text, place)
-        return made
 
     def read(self, row: Any, place: str) -> tuple[str, list[str]]:
         """Input text and the target texts (several only where an ``output`` list holds several) of one row."""
@@ -88,7 +84,7 @@ class Columns:
         if not targets:
             raise DataError(f"{place}: expected a label in {excerpt(self.target)}, got an empty list")
         where = f"{place}: {excerpt(self.target)}"
-        return check_text(text, place), [self._label(one, letters, where) for one in targets]
+        return text, [self._label(one, letters, where) for one in targets]
 
     def _label(self, value: Any, letters: list[str], place: str) -> str:
         if not isinstance(value, int) or isinstance(value, bool):
@@ -158,9 +154,7 @@ def _choices(value: Any, place: str) -> tuple[list[str], list[str]]:
 
 
 def check_text(value: Any, place: str) -> str:
-    """`value` if it is a text of bounded length."""
+    """`value` if it is a text."""
     if not isinstance(value, str):
         raise DataError(f"{place}: expected text, got {type(value).__name__} {excerpt(value)}")
-    if len(value) > MAX_FIELD_CHARS:
-        raise DataError(f"{place}: expected at most {MAX_FIELD_CHARS} characters, got {len(value)}")
     return value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -17,13 +16,14 @@ from sapo_kernels.files import DataError, excerpt, read_json, write_json
 from ..terminal import plain
 from . import prompt_checks as checks
 from .names import TaskNameError
-from .prompt_files import MAX_PROMPT_BYTES, MAX_PROMPTS, read_prompt_file
+from .prompt_files import MAX_PROMPTS, read_prompt_file
 from .schema import first_fault, validated
 
 SCHEMA, VERSION = "sapo_prompt_pool", 1
 MAX_CHARACTERS = 16_384
 MAX_TOKENS = 1024
-MAX_POOL_BYTES = 4 * MAX_PROMPT_BYTES
+# More than the longest prompts take, so that what was saved can be read.
+MAX_POOL_BYTES = 2**30
 # What is kept of a rejected prompt, and of how many: enough to see what went wrong, whatever a source sends.
 MAX_REJECTED_CHARACTERS = 2000
 MAX_REJECTED = 1000
@@ -235,15 +235,8 @@ class PromptPool(BaseModel):
         return isinstance(other, PromptPool) and self.model_dump() == other.model_dump()
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the pool as JSON, all or nothing.
-
-        Raises: `DataError` for a pool too large to be read again; `OSError` from writing.
-        """
-        document = self.model_dump(mode="json", by_alias=True)
-        size = len(json.dumps(document, ensure_ascii=False, indent=1).encode())
-        if size > MAX_POOL_BYTES:  # `read` would refuse it
-            raise DataError(f"{os.fspath(path)}: expected a pool of at most {MAX_POOL_BYTES} bytes, got {size}")
-        write_json(path, document)
+        """Write the pool as JSON, all or nothing. Raises: `OSError` from writing."""
+        write_json(path, self.model_dump(mode="json", by_alias=True))
 
     def extended(self, paraphrases: Iterable[PoolPrompt | str]) -> PromptPool:
         """This pool with the `paraphrases` that pass behind its own; the prompts it has keep their places."""
@@ -268,11 +261,11 @@ class PromptPool(BaseModel):
             else:
                 places[checks.normalised(item.text)] = len(entries)
                 entries.append(item)
-            # A source without end does not fill the memory.
-            for kept in (rejected, merged):
-                if len(kept) > MAX_REJECTED:
-                    kept.popitem()
-        return self.model_copy(update={"entries": tuple(entries), "rejected": tuple(rejected), "merged": tuple(merged)})
+        return self._grown(entries, rejected, merged)
+
+    def _grown(self, entries: Iterable[PoolPrompt], rejected: Iterable, merged: Iterable) -> PromptPool:
+        lost = {"rejected": tuple(rejected)[:MAX_REJECTED], "merged": tuple(merged)[:MAX_REJECTED]}
+        return self.model_copy(update={"entries": tuple(entries), **lost})
 
     def checked(self, tokenizer: Any = None, *, markers: Sequence[str] = ()) -> PromptPool:
         """This pool by the rules of `tokenizer` and with more `markers`: paraphrases that fail are moved to `rejected`.
@@ -295,8 +288,7 @@ class PromptPool(BaseModel):
         found = [(m, places.get(checks.normalised(m.text))) for m in (*other.merged, *self.merged)]
         merged = dict.fromkeys(MergedPrompt(m.text, m.source, place) for m, place in found if place is not None)
         rejected = dict.fromkeys([*other.rejected, *self.rejected])
-        kept = {"merged": tuple(merged)[:MAX_REJECTED], "rejected": tuple(rejected)[:MAX_REJECTED]}
-        return self.model_copy(update=kept)
+        return self._grown(self.entries, rejected, merged)
 
     def fault(self, text: str, rules: dict[str, Any] | None = None) -> str | None:
         """Why `text` cannot be a prompt of this pool ("expected ..., got ..."), or None. Repetition is no fault."""
