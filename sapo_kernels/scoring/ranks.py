@@ -21,6 +21,8 @@ from .model_state import Unrecoverable
 
 # Seconds between two signs of a rank that waits, and at least between those of one that works.
 BEAT = 0.2
+# Seconds between two looks for what others write.
+LONGEST_PAUSE = 0.02
 # Seconds more for ranks that wait for a lost one in a collective, which began to wait a little later.
 GRACE = 2.0
 # Bytes of one value in a store; torch's takes 8 MiB.
@@ -118,11 +120,15 @@ class Ranks:
     def _wait(self, key_of: dict[int, str], timeout: float) -> None:
         """Until each rank has written its key; the first one that has given no sign for `timeout` seconds is lost."""
         heard: dict[int, tuple[bytes | None, float]] = {}
-        while True:
-            with contextlib.suppress(dist.DistStoreError):  # not all of them in so short a time
-                self._store.wait(list(key_of.values()), datetime.timedelta(seconds=min(BEAT, timeout)))
-                return
+        pause, looked = 0.001, time.monotonic()
+        # The store's own wait writes to stderr whenever its time is over.
+        while not self._store.check(list(key_of.values())):
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
             self.beat()
+            if time.monotonic() - looked < BEAT:
+                continue
+            looked = time.monotonic()
             for rank, key in key_of.items():
                 if self._store.check([key]):
                     continue
