@@ -107,13 +107,15 @@ ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 
 
 def gated(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
-    """``activation(gate) * up``, both [..., F] of one dtype with dense rows."""
+    """``activation(gate) * up``, both [..., F] of one dtype."""
     width = gate.shape[-1]
     out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    # Views wherever rows are dense and evenly spaced: halves of one matrix stay where they are.
+    gate, up = (t if t.stride(-1) == 1 else t.contiguous() for t in (gate.flatten(0, -2), up.flatten(0, -2)))
     block = min(GATED_BLOCK, triton.next_power_of_2(width))
     with on_device(gate):
-        _gated_kernel[(gate.numel() // width, triton.cdiv(width, block))](
-            gate, up, out, width, gate.stride(-2), up.stride(-2), activation, block, num_warps=4
+        _gated_kernel[(len(gate), triton.cdiv(width, block))](
+            gate, up, out, width, gate.stride(0), up.stride(0), activation, block, num_warps=4
         )
     return out
 
