@@ -107,7 +107,7 @@ REFUSED = [
     ("--epochs", "nan", "--num-train-epochs: expected a number above 0, got nan"),
     ("--lr", "inf", "--learning-rate: expected a number of at least 0, got inf"),
     ("--seed", "-1", "--seed: expected a whole number from 0 to 2**32 - 1, got -1"),
-    ("--every-steps", "0", "every_steps: "),
+    ("--every-steps", "0", "'every_steps': "),
     ("--eval-fraction", "1", "--eval-fraction: expected a number of at least 0 and below 1"),
     ("--early-stopping-patience", "2", "--early-stopping-patience: expected --eval-data or --eval-fraction too"),
     ("--paraphrase-with", "http://127.0.0.1:1/v1", "--paraphrase-model: expected"),
