@@ -21,7 +21,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,7 +30,6 @@ PACKAGE = SOURCES.parent / "sapo_kernels"
 TORCH_TARGET = "0x020a000000000000"
 # sm_80 code runs on 8.x, sm_90 code on 9.x; later ones compile the PTX when they load it.
 DEFAULT_ARCHS = "80;90+PTX"
-LOCK_SECONDS = 900.0
 
 
 class BuildError(RuntimeError):
@@ -135,7 +133,7 @@ def install(source: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def _locked(folder: Path):
-    """One build in `folder` at a time; yields the lock's descriptor.
+    """One build in `folder` at a time, after that of another process; yields the lock's descriptor.
 
     The kernel drops the lock with the last process that has it, however that ends: compilers that outlive a killed
     builder still hold it.
@@ -143,15 +141,7 @@ def _locked(folder: Path):
     import fcntl
 
     with open(folder / ".lock", "w") as handle:
-        deadline = time.monotonic() + LOCK_SECONDS
-        while True:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise BuildError(f"{folder}: another build has been at work for {LOCK_SECONDS:.0f} s") from None
-                time.sleep(0.2)
+        fcntl.flock(handle, fcntl.LOCK_EX)
         yield handle.fileno()
 
 
