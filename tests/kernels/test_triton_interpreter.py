@@ -36,17 +36,17 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize(
-    ("strides", "dtype", "window", "softcap", "sinks"),
-    [("rows", torch.float32, 9, 3.0, True), ("heads", torch.bfloat16, None, None, False)],
+    ("strides", "group", "dtype", "window", "softcap", "sinks"),
+    [("rows", 37, torch.float32, 9, 3.0, True), ("heads", 3, torch.bfloat16, None, None, False)],
     ids=["rows", "heads"],
 )
-def test_attention_of_views_in_nan(strides, dtype, window, softcap, sinks):
+def test_attention_of_views_in_nan(strides, group, dtype, window, softcap, sinks):
     """Views into buffers of NaN, a group of heads larger than a tile, forward and backward, twice the same bits."""
-    (part,) = branches(prompts=2, examples=2).passes(block_tokens=16)
+    (part,) = branches(prompts=1, examples=2).passes(block_tokens=16)
     generator = torch.Generator().manual_seed(0)
-    shapes = (len(part.input_ids), 37, 24), (len(part.position), 1, 24), (len(part.position), 1, 16)
+    shapes = (len(part.input_ids), group, 24), (len(part.position), 1, 24), (len(part.position), 1, 16)
     q, k, v = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
-    sinks = 2 * torch.randn(37, generator=generator) if sinks else None
+    sinks = 2 * torch.randn(group, generator=generator) if sinks else None
     rest = (*layout(part), sinks, 0.3, window, softcap, part.block_tokens)
     views = [poisoned(t, strides) for t in (q, k, v)]
     out, lse = tree_attention_triton(*views, *rest, True)
