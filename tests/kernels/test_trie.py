@@ -254,6 +254,19 @@ def test_bad_budgets_are_named(arguments):
         trie.passes(**arguments)
 
 
+def large_job():
+    """21 prompts x 250 examples, 1.0 M dense tokens, instruction first."""
+    rng = np.random.default_rng(0)
+    texts = [rng.integers(0, 50_000, rng.integers(60, 220)) for _ in range(250)]
+    answers = [rng.integers(0, 50_000, rng.integers(1, 6)) for _ in range(250)]
+    sequences, contexts = [], []
+    for _ in range(21):
+        prompt = np.concatenate([np.arange(5), rng.integers(0, 50_000, rng.integers(30, 90))])
+        sequences += [np.concatenate([prompt, t, a]) for t, a in zip(texts, answers, strict=True)]
+        contexts += [len(prompt) + len(t) for t in texts]
+    return np.concatenate(sequences), np.cumsum([0, *map(len, sequences)]), np.asarray(contexts)
+
+
 def test_rows_must_be_computed():
     trie = plan_trie(*flatten(random_cells(0)))
     held = np.zeros(len(trie), dtype=bool)
