@@ -105,7 +105,7 @@ def test_one_context_many_responses(tiny_model):
 
 
 def test_scoring_again_tokenises_and_plans_nothing(tiny_model, chat_tokenizer, monkeypatch):
-    calls = {"tokenizer": 0, "plan_trie": 0, "make_pass": 0}
+    calls = {"tokenizer": 0, "plan_trie": 0, "passes": 0}
 
     def count(name, function):
         def counted(*args, **kwargs):
@@ -117,7 +117,7 @@ def test_scoring_again_tokenises_and_plans_nothing(tiny_model, chat_tokenizer, m
     kind = type(chat_tokenizer)
     monkeypatch.setattr(kind, "__call__", count("tokenizer", kind.__call__))
     monkeypatch.setattr("sapo_kernels.scoring.response_cache.plan_trie", count("plan_trie", sk.plan_trie))
-    monkeypatch.setattr(sk.TokenTrie, "make_pass", count("make_pass", sk.TokenTrie.make_pass))
+    monkeypatch.setattr(sk.TokenTrie, "passes", count("passes", sk.TokenTrie.passes))
     cache = sk.ResponseCache.build(chat_tokenizer, PROMPTS, EXAMPLES)
     first = sk.score_prompts(tiny_model, cache, max_tokens=64)
     assert all(calls.values())
@@ -126,7 +126,7 @@ def test_scoring_again_tokenises_and_plans_nothing(tiny_model, chat_tokenizer, m
     with torch.no_grad():
         tiny_model.lm_head.weight.mul_(0.5)
     changed = sk.score_prompts(tiny_model, cache, max_tokens=64)
-    assert calls == {"tokenizer": 0, "plan_trie": 0, "make_pass": 0}
+    assert calls == {"tokenizer": 0, "plan_trie": 0, "passes": 0}
     assert torch.equal(first.nll, again.nll)
     assert_right(tiny_model, cache, changed)
     assert (changed.nll - first.nll).abs().min() > 1e-3
