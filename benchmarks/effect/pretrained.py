@@ -1,6 +1,7 @@
 """Runs of the effect experiment on a pretrained model, see pretrained_design.py.
 
-The weights are kept in bfloat16 and adapters in float32, as on a GPU; training and scoring go over tries.
+Single-task runs keep the weights in bfloat16 and adapters in float32, as on a GPU, and go over tries. Sequences are run
+as `run_sequence` is by its users, in float32, where it finds the trie to be exact and takes it.
 """
 
 from __future__ import annotations
@@ -255,7 +256,7 @@ def run_sequences(setting: Setting, work: Path, until: float) -> int:
             left += 1
             continue
         pair = pair or setting.load()
-        model, tokenizer = pair[0].bfloat16(), pair[1]
+        model, tokenizer = pair
         tasks = list(setting.tasks(design.ORDER, run.seed, tokenizer).values())
         config = SequenceConfig(**run._asdict(), **design.SEQUENCE_OPTIONS)
         result = run_sequence((model, tokenizer), tasks, None, config, name=setting.base, progress=False)
