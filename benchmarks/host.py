@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -181,9 +182,10 @@ def main() -> None:
     taken = {name: defaultdict(list) for name in checkouts}
     for _ in range(options.rounds):
         for name, checkout in checkouts.items():
+            path = os.pathsep.join((str(checkout), str(checkout / "python")))
             made = subprocess.run(
                 [sys.executable, "-", "--measure"], input=Path(__file__).read_bytes(), cwd=checkout,
-                stdout=subprocess.PIPE, check=True,
+                stdout=subprocess.PIPE, check=True, env={**os.environ, "PYTHONPATH": path},
             )  # fmt: skip
             for part, value in json.loads(made.stdout.splitlines()[-1]).items():
                 taken[name][part].append(value)
