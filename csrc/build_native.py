@@ -187,7 +187,7 @@ def _ninja_file(options: Options, wanted: list[str]) -> str:
         import pybind11
 
         include = [f"-isystem{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
-        target("_planner", ["bindings.cpp", "trie.cpp"], include, [])
+        target("_planner", ["bindings.cpp", "passes.cpp", "trie.cpp"], include, [])
     if {"_C", "_C_cuda"} & set(wanted):
         stable, torch_libraries = _torch()
     if "_C" in wanted:

@@ -71,6 +71,8 @@ def _import_planner():
         return None, _refused("_planner", str(error), "numpy")
     if module.ABI != ABI:
         return None, f"built for interface {module.ABI}, expected {ABI}: build it again"
+    if not hasattr(module, "tiles"):
+        return None, "built from earlier sources: build it again"
     return module, "loaded"
 
 
