@@ -52,6 +52,19 @@ def independent_collator(pool):
     return collate
 
 
+def test_one_prompt_and_no_scoring_is_the_plain_trainer_bit_for_bit(tmp_path):
+    pool = pool_of(1)
+    plain = plain_trainer(tmp_path, data_collator=independent_collator(pool), gradient_accumulation_steps=2)
+    plain.train()
+    trainer, callback = sapo_trainer(
+        tmp_path, pool, SapoConfig(at_start=False, packing="padded"), gradient_accumulation_steps=2
+    )
+    trainer.train()
+    assert callback.history == [] and len(curve(plain)) == 6
+    assert curve(trainer) == curve(plain)
+    assert adapter_digest(trainer.model) == adapter_digest(plain.model)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_scoring_changes_nothing_but_the_prompt(tmp_path, workers):
     """LoRA dropout, accumulation and shuffling all draw random numbers; one that scoring used would show."""

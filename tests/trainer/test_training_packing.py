@@ -47,6 +47,13 @@ def test_losses_norms_and_weights_are_those_of_padded_rows(tmp_path, variant, to
     assert (got_weights - weights).norm() < 1e-3 * weights.norm()
 
 
+def test_fifty_steps_end_within_a_ten_thousandth(tmp_path):
+    options = dict(max_steps=50, learning_rate=1e-3)
+    losses, got = (run(tmp_path / packing, packing, **options)[1][:, 0] for packing in ("padded", "trie"))
+    assert (losses[0] - losses[-1]) > 0.1, "something was learnt"
+    assert abs(float(got[-1] / losses[-1]) - 1) < 1e-4
+
+
 def test_low_precision_and_the_same_bits_again(tmp_path):
     first, again = (run(tmp_path / name, "trie", bf16=True) for name in ("a", "b"))
     assert torch.equal(first[1], again[1]) and torch.equal(first[3], again[3])
