@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..triton_tools import on_device
+from ..triton_tools import DTYPES, on_device  # noqa: F401 (the first for swap.py)
 
 # Elements of one program's tile.
 TILE = 4096
