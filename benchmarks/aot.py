@@ -79,9 +79,9 @@ def read_uses(path: Path = PATH) -> list[Use]:
 
 
 def _options_of(job) -> dict:
-    from tests.native.aot import BUILDERS
+    from tests.native.aot import KERNELS
 
-    return BUILDERS[job.kernel](job.shape, int(job.target[3:]))[3]
+    return KERNELS[job.kernel][0](job.shape, job.capability)[3]
 
 
 def _describe(options: dict) -> str:
@@ -120,7 +120,7 @@ def work_list(with_candidates: bool, target: str = "sm_90") -> list[tuple]:
 
     from .candidates import candidates
 
-    listed = [(job, None) for job in jobs(short=False) if job.target in PARTS]
+    listed = [(job, None) for job in jobs() if job.target in PARTS]
     if with_candidates:
         capability = int(target[3:])
         for shape in (("bf16", 128, 128, 4, ""), ("bf16", 64, 64, 2, "")):

@@ -8,7 +8,7 @@ Rules: `race` (the defaults) and `strict` (no tolerance). Regret is the loss of 
 percent of the lowest.
 
 Sets: ``smollm2`` and ``gemma3-270m`` are pretrained models, each as it comes and after 30 LoRA steps on another task;
-all claims are judged on these (`benchmarks/real_matrices.py` of commit aa0c360 made them). ``tiny-base`` is the base
+all claims are judged on these (`benchmarks.real_matrices` makes them). ``tiny-base`` is the base
 that ships with the package, ``tiny-early`` an early one, each at three or four steps of a LoRA. Tasks are halved by the
 SHA-256 of their names: the rule was chosen on the tuning half alone.
 """

@@ -28,6 +28,9 @@ from .rows import csv_text, read_csv
 from .workload import data_folder, load_tasks, load_tokenizer, qwen3_shaped
 
 PROVIDERS = ("padded", "padding-free", "trie")
+# How far two ways of computing a gradient may be apart, of its norm. Gemma's are each up to 6.7e-4 from the exact ones
+# in float32 (`benchmarks.gradient_error --model gemma3-270m`), padded rows and trie alike.
+BOUND, BOUNDS = 1e-3, {"gemma3-270m": 2e-3}
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ def measure(model, name: str, task: str, number: int, rows, rounds: int) -> Step
     own = found["padded"]
     errors = [abs(float(found[provider][1] / own[1]) - 1) for provider in PROVIDERS[1:]]
     gradients = [distance(found[provider][2], own[2]) for provider in PROVIDERS[1:]]
-    if max(errors) > 1e-5 or max(gradients) > 1e-3:
+    if max(errors) > 1e-5 or max(gradients) > BOUNDS.get(name, BOUND):
         raise SystemExit(f"losses differ by {errors}, gradients by {gradients} of their norm: nothing is reported")
     tokens = [inputs[provider]["input_ids"].numel() for provider in PROVIDERS[:2]]
     tokens.append(TrieBatch.pack(*zip(*rows, strict=True)).num_tokens)

@@ -334,28 +334,20 @@ def plain_nll(model, cache: sk.ResponseCache, forward=None) -> torch.Tensor:
     return torch.stack(rows)
 
 
-def print_table(title: str, rows: list[tuple[str, str, float]]) -> None:
-    """(name, what, number) rows, one line for each name."""
-    print(f"\n{title}")
-    for name in dict.fromkeys(name for name, _, _ in rows):
-        print(f"  {name:32s}" + "".join(f"{what} {number:<9.1e}" for n, what, number in rows if n == name))
-
-
 def per_token_error(scores: sk.PromptScores, plain: torch.Tensor) -> float:
     """Largest difference in nats per response token; NaN if any cell is NaN."""
     return float(((scores.nll - plain).abs() / scores.tokens).max())
 
 
-def check(model, cache, what: str, table, *paths: tuple[str, int, str], plain=None) -> torch.Tensor:
+def check(model, cache, *paths: tuple[str, int, str], plain=None) -> torch.Tensor:
     """Score on each (impl, max_tokens, expected path) and compare every cell with `plain`, which is returned.
 
-    plain: by default the plain forward of the model as it is. table: gets a row (what, where, error) a path.
+    plain: by default the plain forward of the model as it is.
     """
     plain = plain_nll(model, cache) if plain is None else plain
     for impl, max_tokens, path in paths:
         scores = sk.score_prompts(model, cache, impl=impl, max_tokens=max_tokens)
         assert scores.stats["path"] == path, scores.stats["reason"]
         error = per_token_error(scores, plain)
-        table.append((what, f"{impl}@{max_tokens}", error))
-        assert error < TOLERANCE, f"{what}, impl={impl}, max_tokens={max_tokens}: {error:.3g} nats per token"
+        assert error < TOLERANCE, f"impl={impl}, max_tokens={max_tokens}: {error:.3g} nats per token"
     return plain

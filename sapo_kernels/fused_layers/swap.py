@@ -2,7 +2,7 @@
 
 Modules of transformers' own families only, and only those that nobody patched: a forward on the instance (accelerate,
 Liger, a user) or another class stays as it is. A counterpart is used where it computes what the module's own forward
-does (agreement.py), for the dtypes and shapes at hand. Linear layers are called as modules, so adapters take part.
+does (`agrees`), for the dtypes and shapes at hand. Linear layers are called as modules, so adapters take part.
 """
 
 from __future__ import annotations
@@ -16,13 +16,18 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
+from ..widened import in_float64
 from . import triton as kernels
-from .agreement import agrees, numbers
 
 # What was decided, by everything that it may depend on; the number of model classes in a process bounds it.
 _decided: dict[tuple, Any] = {}
 _ROTARY = "apply_rotary_pos_emb"
+# The error against float64 may be that of the own forward, up to what another order of a sum makes of it.
+SLACK = 1.1
+# How often an element may be off by a rounding more: the largest of few errors is a matter of luck.
+LARGEST = 2.0
 
 
 @contextlib.contextmanager
@@ -179,7 +184,8 @@ def _gated_forward(module: nn.Module, copies: dict) -> Callable | None:
             gate, up = module.gate_up_proj(x).chunk(2, dim=-1)
         else:
             gate, up = module.gate_proj(x), module.up_proj(x)
-        fits = _rows(gate) and _rows(up) and gate.shape == up.shape and gate.dtype == up.dtype == dtype
+        fits = all(type(t) is torch.Tensor and t.dtype == dtype for t in (gate, up)) and gate.dim() > 1
+        fits = fits and gate.shape == up.shape and gate.numel() > 0
         return module.down_proj(kernels.gated(gate, up, choice) if fits else act(gate) * up)
 
     return forward
@@ -192,24 +198,6 @@ def _scalars(module: nn.Module) -> list[tuple]:
          if isinstance(value, kinds) and name != "training"),
         key=lambda item: item[0],
     )  # fmt: skip
-
-
-def _rows(x: torch.Tensor) -> bool:
-    """Whether x is [..., F] in rows that are dense and evenly spaced."""
-    if (
-        type(x) is not torch.Tensor
-        or x.dtype not in kernels.DTYPES
-        or x.dim() < 2
-        or not x.numel()
-        or x.stride(-1) != 1
-    ):
-        return False
-    stride = x.stride(-2) * x.shape[-2]
-    for size, own in zip(x.shape[-3::-1], x.stride()[-3::-1], strict=True):
-        if size != 1 and own != stride:
-            return False
-        stride *= size
-    return True
 
 
 def _attention_forward(module: nn.Module, copies: dict) -> Callable | None:
@@ -264,3 +252,31 @@ def _fused_rotary(own: types.FunctionType) -> Callable:
         return own(q, k, cos, sin) if dtype is None else kernels.rotary(q, k, cos, sin, dtype)
 
     return rotary
+
+
+def agrees(fused: Callable, own: Callable, *inputs: torch.Tensor) -> bool:
+    """Whether `fused` gives tensors of the shapes and dtypes of `own`, as close to float64 as `own`'s are."""
+    try:
+        plain, found = tree_leaves(own(*inputs)), tree_leaves(fused(*inputs))
+        with torch.autocast(inputs[0].device.type, enabled=False), in_float64():
+            exact = tree_leaves(own(*inputs))
+    except Exception:  # what a compiler or a stand-in refuses is not fused
+        return False
+    return len(found) == len(plain) and all(map(_as_close, found, plain, exact))
+
+
+def _as_close(found: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor) -> bool:
+    if (found.shape, found.dtype) != (plain.shape, plain.dtype):
+        return False
+    scale = exact.square().mean(-1, keepdim=True).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
+    error, usual = (((t.double() - exact) / scale).abs() for t in (found, plain))
+    # A module that errs by nothing leaves room for the last bits.
+    ground = torch.finfo(found.dtype).eps / 8
+    close = error.square().mean().sqrt() <= SLACK * usual.square().mean().sqrt() + ground
+    return bool(close & (error.max() <= LARGEST * usual.max() + ground))
+
+
+def numbers(*shape: int, like: torch.Tensor, seed: int) -> torch.Tensor:
+    """Normal numbers of like's dtype and device, the same each time; torch's own generators are not touched."""
+    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return drawn.to(like.device, like.dtype)

@@ -9,9 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..tree_attention.triton_common import on_device
+from ..triton_tools import on_device
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Elements of one program's tile.
 TILE = 4096
 LARGEST_ROW = 16384
@@ -107,13 +106,15 @@ ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 
 
 def gated(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
-    """``activation(gate) * up``, both [..., F] of one dtype with dense rows."""
+    """``activation(gate) * up``, both [..., F] of one dtype."""
     width = gate.shape[-1]
     out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    # Views wherever rows are dense and evenly spaced: halves of one matrix stay where they are.
+    gate, up = (t if t.stride(-1) == 1 else t.contiguous() for t in (gate.flatten(0, -2), up.flatten(0, -2)))
     block = min(GATED_BLOCK, triton.next_power_of_2(width))
     with on_device(gate):
-        _gated_kernel[(gate.numel() // width, triton.cdiv(width, block))](
-            gate, up, out, width, gate.stride(-2), up.stride(-2), activation, block, num_warps=4
+        _gated_kernel[(len(gate), triton.cdiv(width, block))](
+            gate, up, out, width, gate.stride(0), up.stride(0), activation, block, num_warps=4
         )
     return out
 

@@ -43,15 +43,14 @@ class TreeRunner:
         carrier = torch.zeros(1, 1, len(plan.input_ids), 2, dtype=torch.int32, device=self.device)
         running.state = state
         try:
-            logprob = self.reader.read(
-                lambda: self.model(
+            with self.reader.reading(Batch.of_pass(plan, checks)):
+                made = self.model(
                     input_ids=plan.input_ids[None],
                     position_ids=plan.position[None, plan.carried :].long(),
                     attention_mask=carrier,
                     **self.options,
-                ),
-                Batch.of_pass(plan, checks),
-            )
+                )
+                logprob = self.reader.logprob_of(made.logits)
         finally:
             running.state = None
         if not state.calls:
@@ -64,8 +63,6 @@ class TreeRunner:
 
 def run_padded(model: nn.Module, reader: HeadReader, batch: Batch, device: torch.device) -> torch.Tensor:
     """Log-probability [P] of the targets of a right-padded batch, by the model's own attention."""
-    mask = batch.attention_mask.to(device)
-    return reader.read(
-        lambda: model(input_ids=batch.input_ids.to(device), attention_mask=mask, **reader.options),
-        batch,
-    )
+    ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
+    with reader.reading(batch):
+        return reader.logprob_of(model(input_ids=ids, attention_mask=mask, **reader.options).logits)

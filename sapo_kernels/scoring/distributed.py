@@ -25,22 +25,18 @@ from .model_state import Unrecoverable, compilation_off, is_out_of_memory, scori
 from .paths import ALONE, Paths
 from .prompt_scores import PromptScores
 from .race import Race
-from .ranks import IDLE, WORKING, RankError, Ranks, is_of_a_collective, patience, ranks_of
+from .ranks import GRACE, RankError, Ranks, collective_timeout, is_of_a_collective, ranks_of
 from .response_cache import ResponseCache
 from .score import ScoringJob, cache_of, check_choices
 from .verification import Check, Disagreement, PlainModel
 
-# What all ranks must have alike, by the order of its digests in the first round.
+# What all ranks must have alike, in the order of its digests.
 ALIKE = ("prompts and examples", "options", "model", "weights")
 DEFAULT_TIMEOUT = 60.0
 # Numbers of shards to choose from: common numbers of ranks divide them.
 COUNTS = (1, 2, 4, 8, 12, 24)
-# Forwards that ranks with whole models may be ahead of each other.
-LEAD = 4
 # Values of each weight that are compared.
 SAMPLE = 16
-# int64 of text: why a rank finds that a path is not to be taken.
-PROBLEM = 32
 
 # By cache and number of shards: each one's cells and cache.
 _cuts: weakref.WeakKeyDictionary[ResponseCache, dict[int, list]] = weakref.WeakKeyDictionary()
@@ -57,6 +53,7 @@ def score_prompts_sharded(
     max_tokens: int | None = None,
     impl: str = "auto",
     race: Race | None = None,
+    fuse: str | bool = "auto",
     **layout,
 ) -> PromptScores:
     """`score_prompts` by all ranks of a process group together: each scores its share, all get the whole matrix.
@@ -71,11 +68,11 @@ def score_prompts_sharded(
         model: as for `score_prompts`; the same on every rank, plain, in DDP, or sharded by FSDP2.
         prompts, examples, layout: as for `score_prompts` (tokenizer, template, suffix, text_word, max_source,
             max_target).
-        group: a process group of any backend; None: all ranks. The ranks talk over gloo beside it.
+        group: a process group of any backend; None: all ranks. The ranks talk through its store.
         timeout: seconds without a sign of a rank (each of its forwards is one) after which the others give it up.
         shards: into how many shards the job is cut; default: 1 to 24, so that each has two passes or more. A multiple
             of the number of ranks keeps all of them busy; the bits depend on it.
-        max_tokens, impl, race: as for `score_prompts`. Each round of a race is shared out.
+        max_tokens, impl, race, fuse: as for `score_prompts`. Each round of a race is shared out.
 
     Returns:
         `PromptScores`, bitwise the same on every rank. stats also holds "shards" and "world"; "trie_tokens" counts
@@ -91,14 +88,13 @@ def score_prompts_sharded(
     `score_prompts`, not bitwise, of `score_prompts` itself, which rounds as one job.
     """
     ranks = ranks_of(group, timeout)
-    with contextlib.nullcontext() if ranks is None else ranks.together():
-        check_choices(impl, max_tokens, race)
+    with ranks.together():
+        check_choices(impl, max_tokens, race, fuse)
         if shards is not None and (type(shards) is not int or shards < 1):
             raise ValueError(f"shards: expected a whole number of at least 1, got {shards!r}")
         cache = cache_of(prompts, examples, layout.pop("tokenizer", None), layout, model)
-        job = ShardedJob(model, cache, impl, max_tokens, ranks, shards)
-        if ranks:
-            job.check_alike(race)
+        job = ShardedJob(model, cache, impl, max_tokens, ranks, shards, fuse)
+        job.check_alike(race)
         scores = job.score(race)
         scores.stats.update(shards=len(job.shards), world=job.world)
         return scores
@@ -133,18 +129,17 @@ def cut(trie: TokenTrie, count: int) -> list[np.ndarray]:
 class ShardedJob(ScoringJob):
     """A scoring job whose cells are shared out: one call of `score_prompts_sharded`, or a round of its race."""
 
-    def __init__(self, model, cache: ResponseCache, impl: str, max_tokens, ranks: Ranks | None, shards: int | None):
-        super().__init__(model, cache, impl, max_tokens, False)
+    def __init__(self, model, cache: ResponseCache, impl: str, max_tokens, ranks: Ranks, shards: int | None, fuse):
+        super().__init__(model, cache, impl, max_tokens, False, fuse)
         self.ranks, self.count = ranks, shards
         reason = unshareable(self.model)
         if reason:
             raise ValueError(
-                f"model: {reason}; wanted one that each rank holds whole, or one sharded by FSDP2 alone; score_prompts "
-                "runs all cells on every rank"
+                f"model: {reason}; expected one that each rank holds whole, or one sharded by FSDP2 alone; "
+                "score_prompts runs all cells on every rank"
             )
         self.gathers = gathers_in_forward(self.model)
-        self.world = len(ranks.members) if ranks else 1
-        self.own = ranks.members.index(ranks.rank) if ranks else 0
+        self.world, self.own = len(ranks.members), ranks.members.index(ranks.rank)
         self.shards = _shards(cache, shards, self.max_tokens)
         self.quiet = self.own > 0
 
@@ -153,125 +148,94 @@ class ShardedJob(ScoringJob):
         return None
 
     def part(self, cells: np.ndarray) -> ShardedJob:
-        return ShardedJob(self.model, self.cache.select(cells), self.impl, self.max_tokens, self.ranks, self.count)
+        part = self.cache.select(cells)
+        return ShardedJob(self.model, part, self.impl, self.max_tokens, self.ranks, self.count, self.fuse)
 
     def _checks(self, checks, cells, before, plain) -> list[Check]:
-        # On every rank, for all must take the same path; forwards that gather weights are in step.
-        with self._gathering():
+        # On every rank, for all must take the same path.
+        with self._with_the_others():
             return super()._checks(checks, cells, before, plain)
 
     def attempt(self, path: str, checks: Sequence[Check], plain: PlainModel) -> tuple[np.ndarray, int]:
-        # In turn: shards are about as large as each other.
-        dealt = [self.shards[place :: self.world] for place in range(self.world)]
-        found, problem = [], ""
-        with self._beating() if self.ranks else contextlib.nullcontext():
-            for cells, cache in dealt[self.own]:
-                if not problem:
-                    one, problem = self._shard(path, cells, cache, checks, plain)
-                found.append(one or (np.full(len(cells), np.nan), 0))
-        # What a rank sends of a shard: the bits of its cells' float64 sums, and computed tokens; then what went wrong.
-        own = []
-        for nll, computed in found:
-            own += [torch.from_numpy(nll).view(torch.int64), torch.tensor([computed])]
-        text = problem.encode()[: 8 * PROBLEM].ljust(8 * PROBLEM, b"\0")
-        own = torch.cat([*own, torch.from_numpy(np.frombuffer(text, np.int64).copy())])
-        sizes = [[*(len(cells) + 1 for cells, _ in part), PROBLEM] for part in dealt]
-        cached = self.ranks.exchange(own, list(map(sum, sizes))) if self.ranks else [own]
-        nll, computed = torch.full((len(self.cache.lengths),), torch.nan, dtype=torch.float64), 0
-        problems = []
-        for part, size, values in zip(dealt, sizes, cached, strict=True):
-            *shards, text = values.split(size)
-            problems.append(text.contiguous().numpy().tobytes().rstrip(b"\0").decode("utf-8", "replace"))
-            for (cells, _), sent in zip(part, shards, strict=True):
-                nll[cells] = sent[:-1].clone().view(torch.float64)
-                computed += int(sent[-1])
-        if any(problems):
-            raise Disagreement(next(filter(None, problems)))
-        return nll.numpy(), computed
+        problem, own = "", []
+        with self._with_the_others():
+            # In turn: shards are about as large as each other.
+            for cells, cache in self.shards[self.own :: self.world]:
+                if problem := self._shard(path, cells, cache, checks, plain, own):
+                    break
+        found = self.ranks.exchange((problem, own))
+        for problem, _ in found:
+            if problem:
+                raise Disagreement(problem)
+        nll, total = np.full(len(self.cache.lengths), np.nan), 0
+        for place, (_, made) in enumerate(found):
+            for (cells, _), (sums, computed) in zip(self.shards[place :: self.world], made, strict=True):
+                nll[cells], total = sums, total + computed
+        return nll, total
 
-    def _shard(self, path, cells, cache, checks, plain) -> tuple[tuple[np.ndarray, int] | None, str]:
-        """(what one shard gave, nothing), or (None, why no rank may take this path)."""
-        job = Paths(self.model, cache, self.op_impl, self.max_tokens, False)
+    def _shard(self, path, cells, cache, checks, plain, found: list) -> str:
+        """Append what one shard gave to `found`; or say why no rank may take this path."""
+        job = Paths(self.model, cache, self.op_impl, self.max_tokens, False, self.fuse)
         job.through_model, job.put_rope_back = self.through_model, self.put_rope_back
         places = {int(cell): place for place, cell in enumerate(cells)}
         mine = {check.cell: replace(check, cell=places[check.cell]) for check in checks if check.cell in places}
         try:
-            found = job.run(path, list(mine.values()), plain)
+            found.append(job.run(path, list(mine.values()), plain))
         except Exception as error:
-            # Weights that could not be gathered are no fault of the path: `_gathering` says which rank is lost.
+            # Weights that could not be gathered are no fault of the path: `_with_the_others` says which rank is lost.
             lost = self.gathers and is_of_a_collective(error)
             if isinstance(error, Unrecoverable) or is_out_of_memory(error) or path == ALONE or lost:
                 raise
-            return None, str(error) if isinstance(error, (Disagreement, NotTreeable)) else f"it failed: {error!r}"
+            return str(error) if isinstance(error, (Disagreement, NotTreeable)) else f"it failed: {error!r}"
         for check in checks:
             if check.cell in mine:
                 check.worst = mine[check.cell].worst
-        return found, ""
+        return ""
 
     @contextlib.contextmanager
-    def _beating(self):
-        """Every forward in the block begins with a sign to the others; the block ends when all ranks are through.
+    def _with_the_others(self):
+        """Every forward in the block begins with a sign to the other ranks.
 
-        A model that gathers its weights in each forward needs all ranks in each: one that is through goes on with
-        forwards of one token, and nobody is ahead. Ranks with whole models may be `LEAD` forwards apart.
+        A model that gathers its weights in each forward needs all ranks in each: they run in step, and one that is
+        through goes on with forwards of one token until all are. Gathering with a rank that is gone or stopped fails,
+        and does not say with which. All have begun it together, so whoever is alive comes to an exchange in time.
         """
-        ranks, lead = self.ranks, 0 if self.gathers else LEAD
 
         def sign(module, args):
-            ranks.post(WORKING)
-            while ranks.posted > lead:
-                ranks.take()
+            if self.gathers:
+                self.ranks.exchange(True)
+            else:
+                self.ranks.beat()
 
-        with self._gathering():
+        with collective_timeout(gathering_groups(self.model), self.ranks.timeout):
             # In front of FSDP's own hook, which gathers.
             handle = self.model.register_forward_pre_hook(sign, prepend=True)
             try:
                 yield
-            finally:
                 handle.remove()
-            while True:
-                ranks.post(IDLE)
-                while ranks.posted:
-                    statuses = ranks.take()[:, 0]
-                if not (statuses == WORKING).any():
-                    return
-                if self.gathers:
+                while self.gathers and any(self.ranks.exchange(False)):
                     ids = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
                     with scoring_mode(self.model), compilation_off():
                         self.model(input_ids=ids, use_cache=False)
-
-    @contextlib.contextmanager
-    def _gathering(self):
-        """Forwards that gather weights wait for a rank no longer than the ranks' own messages do, and name it.
-
-        Gathering with a rank that is gone or stopped fails in the forward, and does not say with which.
-        """
-        if not self.gathers:
-            yield
-            return
-        with patience(gathering_groups(self.model), self.ranks.timeout):
-            try:
-                yield
             except RuntimeError as error:
-                if not isinstance(error, RankError):
-                    self.ranks.name_lost(error)
+                if self.gathers and is_of_a_collective(error) and not isinstance(error, RankError):
+                    self.ranks.exchange(False, max(GRACE, self.ranks.timeout + GRACE - self.ranks.since_exchange()))
                 raise
+            finally:
+                handle.remove()
 
     def check_alike(self, race: Race | None) -> None:
-        """The first round: every rank must hold the same job."""
+        """The first exchange: every rank must hold the same job."""
         cells = (
             np.ascontiguousarray(a, np.int64) for a in (self.cache.ids, self.cache.offsets, self.cache.context_lengths)
         )
-        options = (self.impl, self.max_tokens, len(self.shards), self.count, *autocast_of(self.device))
+        options = (self.impl, self.fuse, self.max_tokens, len(self.shards), self.count, *autocast_of(self.device))
         digests = (
             _digest(str(self.cache.num_examples), *self.cache.prompts, *(a.view(np.uint8).data for a in cells)),
             _digest(repr(options), repr(race)),
             *_model_digests(self.model),
         )
-        self.ranks.post(WORKING, torch.from_numpy(np.frombuffer(b"".join(d[:16] for d in digests), np.int64).copy()))
-        found = self.ranks.take()[:, 1 : 1 + 2 * len(ALIKE)].view(self.world, len(ALIKE), 2).tolist()
-        for place, what in enumerate(ALIKE):
-            column = [row[place] for row in found]
+        for what, column in zip(ALIKE, zip(*self.ranks.exchange(digests), strict=True), strict=True):
             usual = max(column, key=column.count)
             for rank, value in zip(self.ranks.members, column, strict=True):
                 if value != usual:
@@ -281,13 +245,13 @@ class ShardedJob(ScoringJob):
                     )
 
 
-def _shards(cache: ResponseCache, count: int | None, max_tokens: int) -> list[tuple[torch.Tensor, ResponseCache]]:
+def _shards(cache: ResponseCache, count: int | None, max_tokens: int) -> list[tuple[np.ndarray, ResponseCache]]:
     """The shards of a cache, cut once for each number of them."""
     if count is None:
         count = max(n for n in COUNTS if n <= max(1, len(cache.trie) // (2 * max_tokens)))
     made = _cuts.setdefault(cache, {})
     if count not in made:
-        made[count] = [(torch.from_numpy(cells), cache.select(cells)) for cells in cut(cache.trie, count)]
+        made[count] = [(cells, cache.select(cells)) for cells in cut(cache.trie, count)]
     return made[count]
 
 

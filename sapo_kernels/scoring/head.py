@@ -77,14 +77,6 @@ def padded_batch(cache: ResponseCache, cells: list[int], checks: Sequence[Check]
     return Batch(input_ids, torch.cat(rows), torch.arange(len(targets) + 1, device="cpu"), targets, mask, checks=found)
 
 
-@dataclass
-class Observed:
-    """logits: [n, V] that a reader makes of a plain forward's hidden states. dtype: what they are computed in."""
-
-    logits: torch.Tensor
-    dtype: torch.dtype
-
-
 class HeadReader:
     """Reads the log-probabilities of one job; install it around the job's forwards.
 
@@ -114,33 +106,33 @@ class HeadReader:
         finally:
             handle.remove()
 
-    def read(self, call, batch: Batch) -> torch.Tensor:
-        """Run ``call()``, a forward over `batch`; return the log-probabilities that are ready, in order of targets.
-
-        After a forward whose batch is the last one, all of them are.
-        """
-        return self.read_with_rest(call, batch)[0]
-
-    def read_with_rest(self, call, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same, and the logits [1, n, V] of the forward, n = 0 or 1 unless `through_model`."""
+    @contextlib.contextmanager
+    def reading(self, batch: Batch):
+        """Around one forward over `batch` and the `logprob_of` what it returns."""
         self._batch, self._logprob = batch, None
         waiting = list(self._waiting)
         try:
-            logits = call().logits
-            if self._logprob is None:
-                raise RuntimeError("model: its forward does not go through its output embeddings; it cannot be scored")
-            if self.through_model:
-                rows = logits.reshape(-1, logits.shape[-1])
-                for check, at, own in batch.checks:
-                    check.compare(own, rows[at.to(rows.device)])
-                targets, pointer = batch.targets.to(rows.device), batch.target_ptr.to(rows.device)
-                return logprob_of_logits(rows, targets, pointer)[0], logits
-            return self._logprob, logits
+            yield
         except BaseException:
             self._waiting = waiting
             raise
         finally:
             self._batch = self._logprob = None
+
+    def logprob_of(self, logits: torch.Tensor) -> torch.Tensor:
+        """The log-probabilities that are ready after a forward, in order of targets; after the last batch, all.
+
+        logits: what the model returned, [1, n, V] with n = 0 or 1 unless `through_model`.
+        """
+        batch = self._batch
+        if self._logprob is None:
+            raise RuntimeError("model: its forward does not go through its output embeddings; it cannot be scored")
+        if not self.through_model:
+            return self._logprob
+        rows = logits.reshape(-1, logits.shape[-1])
+        for check, at, own in batch.checks:
+            check.compare(own, rows[at.to(rows.device)])
+        return logprob_of_logits(rows, batch.targets.to(rows.device), batch.target_ptr.to(rows.device))[0]
 
     def _hook(self, module, args):
         if threading.get_ident() != self._thread:
@@ -172,15 +164,8 @@ class HeadReader:
         """rows [R, D], targets [P], counts [R] (targets of each row) -> logprob [P], lse [R]."""
         pointer = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
         if not support.plain_head(self.head, rows, own_hooks=1):
-            self._own_call = True
-            try:
-                return self._through_module(rows, targets, pointer)
-            finally:
-                self._own_call = False
-        weight, bias = self.head.weight, self.head.bias
-        dtype = self._head_dtype(rows)
-        rows, weight = rows.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+            return self._through_module(rows, targets, pointer)
+        rows, weight, bias = self._in_head_dtype(rows)
         # The operator itself: the public function would wait for the device to check ids that were checked on the host.
         return torch.ops.sapo_kernels.linear_logprob(
             rows.contiguous(), weight if weight.stride(-1) == 1 else weight.contiguous(), targets, pointer,
@@ -193,7 +178,7 @@ class HeadReader:
         edges = [*range(0, len(rows), step), len(rows)]
         cuts, parts = pointer[torch.tensor(edges, device=pointer.device)].tolist(), []
         for i, (first, stop) in enumerate(zip(edges, edges[1:])):  # noqa: B905 (pairs of neighbours)
-            logits = self.head(rows[None, first:stop])[0]
+            logits = self._own_logits(rows[first:stop])
             mine, begin = targets[cuts[i] : cuts[i + 1]], pointer[first : stop + 1] - cuts[i]
             parts.append(logprob_of_logits(logits, mine, begin, self.scale, self.softcap))
         return torch.cat([p for p, _ in parts]), torch.cat([lse for _, lse in parts])
@@ -213,19 +198,26 @@ class HeadReader:
 
     def logits(self, rows: torch.Tensor) -> torch.Tensor:
         """rows [R, D] -> [R, V], as the loss of these rows is computed from them; for a few rows, inside a forward."""
-        if not support.plain_head(self.head, rows, own_hooks=1):
-            self._own_call = True
-            try:
-                found = self.head(rows[None])[0]
-            finally:
-                self._own_call = False
+        if support.plain_head(self.head, rows, own_hooks=1):
+            found = torch.nn.functional.linear(*self._in_head_dtype(rows))
         else:
-            bias, dtype = self.head.bias, self._head_dtype(rows)
-            bias = None if bias is None else bias.to(dtype)
-            found = torch.nn.functional.linear(rows.to(dtype), self.head.weight.to(dtype), bias)
+            found = self._own_logits(rows)
         found = found if found.dtype == torch.float64 else found.float()
         found = found * self.scale
         return found if self.softcap is None else torch.tanh(found / self.softcap) * self.softcap
+
+    def _own_logits(self, rows: torch.Tensor) -> torch.Tensor:
+        """What the head itself, which may be more than a matrix, makes of rows [R, D]."""
+        self._own_call = True
+        try:
+            return self.head(rows[None])[0]
+        finally:
+            self._own_call = False
+
+    def _in_head_dtype(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Rows, weight and bias of a head that is a matrix, as it multiplies them."""
+        bias, dtype = self.head.bias, self._head_dtype(rows)
+        return rows.to(dtype), self.head.weight.to(dtype), None if bias is None else bias.to(dtype)
 
     def _head_dtype(self, rows: torch.Tensor) -> torch.dtype:
         if torch.is_autocast_enabled(rows.device.type):
@@ -237,14 +229,14 @@ class HeadReader:
     def observed(self, count: int):
         """Watch a plain forward of one sequence: yields a list that gets what this reader makes of its response rows.
 
-        Those are the last `count` rows but one.
+        Those are the last `count` rows but one: ([count, V] logits, the dtype that they are computed in).
         """
-        seen: list[Observed] = []
+        seen: list[tuple[torch.Tensor, torch.dtype]] = []
 
         def see(module, args):
             if args and not self._own_call:
                 flat = args[0].reshape(-1, args[0].shape[-1])
-                seen.append(Observed(self.logits(flat[-count - 1 : -1]), self._head_dtype(flat)))
+                seen.append((self.logits(flat[-count - 1 : -1]), self._head_dtype(flat)))
 
         handle = self.head.register_forward_pre_hook(see)
         try:

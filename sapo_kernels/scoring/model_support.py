@@ -1,4 +1,4 @@
-"""What a model allows: which path it can take, and how its head turns hidden states into logits.
+"""What a class of model allows: which paths it can take, and how its head turns hidden states into logits.
 
 Nothing here is trusted alone: every call compares some of its own cells with the plain model (verification.py).
 """
@@ -81,6 +81,17 @@ def vocabulary_size(inner: nn.Module) -> int:
     tables = [module for module in embedding.modules() if isinstance(module, nn.Embedding)]
     rows = tables[0].num_embeddings if tables else int(embedding.weight.shape[0])
     return min(rows, int(getattr(inner.get_output_embeddings(), "out_features", rows)))
+
+
+def fastest_path(model: nn.Module, inner: nn.Module, longest: int) -> tuple[str, str | None]:
+    """(the fastest path, see paths.py, that sequences of up to `longest` tokens may take; why not a faster one)."""
+    if reason := length_dependent(inner, longest):
+        return "equal", reason
+    if padding_matters(inner):
+        return "equal", f"{type(inner).__name__} chooses its keys by the batch's length"
+    if reason := adapter_by_row(model) or tree_refusal(inner):
+        return "padded", reason
+    return "tree", None
 
 
 def rope_sets(config) -> list[dict]:

@@ -272,8 +272,11 @@ def check_prompts(prompts: Sequence[str], specials: Sequence[str] = ()) -> list[
     return list(prompts)
 
 
-def check_examples(examples: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
-    """The examples as {"input", "target"}, or one error that names the first bad one."""
+def check_examples(examples: Sequence[Mapping[str, str]], *, empty_targets: bool = False) -> list[dict[str, Any]]:
+    """The examples as {"input", "target"}, or one error that names the first bad one.
+
+    empty_targets: let targets be empty.
+    """
     listed = hasattr(examples, "__len__") and hasattr(examples, "__getitem__")  # datasets.Dataset is no Sequence
     if isinstance(examples, (str, Mapping)) or not listed:
         raise TypeError(f"examples: expected a list of mappings, got {type(examples).__name__}")
@@ -302,27 +305,10 @@ def check_examples(examples: Sequence[Mapping[str, str]]) -> list[dict[str, str]
                 raise TypeError(f"example {m}: {found!r}: expected a string, got {type(example[found]).__name__}")
             _check_characters(example[found], f"example {m}: {found!r}")
             row[key] = example[found]
-        if not row["target"].strip():
+        if not empty_targets and not row["target"].strip():
             raise ValueError(f"example {m}: expected a target, got an empty string")
         checked.append(row)
     return checked
-
-
-def without_empty_targets(examples: Sequence[Mapping[str, str]]) -> tuple[list, list[bool]]:
-    """(the examples whose target is not empty, for all M whether it is); what else is wrong is found where all are."""
-    targets = [_target(example) for example in examples]
-    kept = [not isinstance(target, str) or bool(target.strip()) for target in targets]
-    return [example for example, keep in zip(examples, kept, strict=True) if keep], kept
-
-
-def _target(example: Any) -> Any:
-    if not isinstance(example, Mapping):
-        return None
-    try:
-        example = example_of(example) or example
-    except ValueError:
-        return None
-    return example.get("target", example.get("label"))
 
 
 def _check_characters(text: str, name: str) -> None:

@@ -169,27 +169,19 @@ class ResponseCache:
         Raises:
             ValueError, TypeError: naming the cell that is missing, empty, ragged or not made of ids.
         """
-        if not _size(contexts, "contexts") or not _size(contexts[0], "contexts[0]"):
-            raise ValueError("contexts: expected at least one prompt and one example, got none")
+        contexts, responses = _rows(contexts, "contexts"), _rows(responses, "responses")
+        if np.ndim(responses[0][0]) == 0:  # shared by all prompts
+            responses = [responses] * len(contexts)
         num_examples = len(contexts[0])
-        for k, row in enumerate(contexts):
-            if _size(row, f"contexts[{k}]") != num_examples:
-                raise ValueError(f"contexts[{k}]: expected {num_examples} examples as in contexts[0], got {len(row)}")
-        if not _size(responses, "responses") or not _size(responses[0], "responses[0]"):
-            raise ValueError("responses: expected at least one, got none or an empty first response")
-        shared = not _has_length(responses[0][0])
-        if len(responses) != (num_examples if shared else len(contexts)):
-            raise ValueError(
-                f"responses: expected {num_examples} (one per example) or {len(contexts)} lists (one per prompt), got "
-                f"{len(responses)}"
-            )
-        cells = []
-        for k, row in enumerate(contexts):
-            answers = responses if shared else responses[k]
-            if _size(answers, f"responses[{k}]") != num_examples:
-                raise ValueError(f"responses[{k}]: expected {num_examples} examples, got {len(answers)}")
-            for m, context in enumerate(row):
-                cells.append((_ids(context, f"contexts[{k}][{m}]"), _ids(answers[m], f"response of cell ({k}, {m})")))
+        for name, rows in (("contexts", contexts), ("responses", responses)):
+            sizes = [len(row) for row in rows]
+            if sizes != [num_examples] * len(contexts):
+                raise ValueError(f"{name}: expected {len(contexts)} lists of {num_examples} each, got lists of {sizes}")
+        cells = [
+            (_ids(context, f"contexts[{k}][{m}]"), _ids(response, f"response of cell ({k}, {m})"))
+            for k, pairs in enumerate(map(zip, contexts, responses))
+            for m, (context, response) in enumerate(pairs)
+        ]
         names = [f"prompt {k}" for k in range(len(contexts))] if prompts is None else list(prompts)
         if isinstance(prompts, str) or not all(isinstance(name, str) for name in names):
             raise TypeError("prompts: expected a list of strings")
@@ -343,19 +335,15 @@ def _token_ends(tokenizer, text: str) -> list[int]:
     return list(range(1, len(text) + 1))
 
 
-def _size(values, name: str) -> int:
-    """``len(values)`` of something that is indexed by position."""
-    if isinstance(values, (str, bytes, Mapping)) or not _has_length(values):
-        raise TypeError(f"{name}: expected a list, got {type(values).__name__}")
-    return len(values)
-
-
-def _has_length(value) -> bool:
+def _rows(values, name: str) -> list[list]:
+    """Lists or arrays of lists or arrays, the first of them not empty."""
     try:
-        len(value)
-    except TypeError:  # arrays without dimensions have the method and raise
-        return False
-    return True
+        rows = list(map(list, values))
+    except TypeError:
+        raise TypeError(f"{name}: expected a list of lists, got {str(values)[:80]}") from None
+    if not rows or not rows[0]:
+        raise ValueError(f"{name}: expected at least one, got none")
+    return rows
 
 
 def _ids(values, name: str) -> np.ndarray:

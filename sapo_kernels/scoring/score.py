@@ -14,9 +14,9 @@ from .paths import TREE
 from .prefix_cache import PrefixCache
 from .prompt_scores import PromptScores
 from .race import Race, RaceState
-from .render import Template, with_end_token, without_empty_targets
+from .render import Template, check_examples, with_end_token
 from .response_cache import ResponseCache
-from .verified_paths import Measured, Settled, VerifiedPaths
+from .verified_paths import Measured, VerifiedPaths
 
 IMPLS = ("auto", "tree", "padded", "alone", "triton", "sdpa", "reference")
 # New tokens in one forward. A CPU wants activations that stay in its caches, a GPU enough work to fill it.
@@ -96,7 +96,9 @@ def score_prompts(
     check_choices(impl, max_tokens, race, fuse)
     kept = None
     if skip_empty and not isinstance(prompts, ResponseCache):
-        examples, kept = without_empty_targets([] if examples is None else examples)
+        rows = check_examples([] if examples is None else examples, empty_targets=True)
+        kept = [bool(row["target"].strip()) for row in rows]
+        examples = [row for row, keep in zip(rows, kept, strict=True) if keep]
         given["skip_empty"] = False
     layout = {name: value for name, value in given.items() if value != _USUAL.get(name, False)}
     cache = cache_of(prompts, examples, tokenizer, layout, model)
@@ -129,10 +131,6 @@ def cache_of(prompts, examples, tokenizer, layout: Mapping, model) -> ResponseCa
     return ResponseCache.build(tokenizer, prompts, [] if examples is None else examples, **layout)
 
 
-class PathChanged(Exception):
-    """A later round of a race found that the path of the earlier ones is not the plain model's."""
-
-
 class ScoringJob(VerifiedPaths):
     """The cells of one cache and how to score them on one model: one call of `score_prompts`."""
 
@@ -150,25 +148,26 @@ class ScoringJob(VerifiedPaths):
 
     def score(self, race: Race | None = None) -> PromptScores:
         started = time.perf_counter()
-        shape = (self.cache.num_prompts, self.cache.num_examples)
-        tokens, report = self.cache.response_lengths.reshape(shape), None
+        tokens, report = self.cache.response_lengths.reshape(self.cache.num_prompts, -1), None
         if race is None:
-            found = self.measure()
+            rounds = [self.measure()]
+            nll = rounds[0].nll.reshape(tokens.shape)
         else:
-            state, found = self._race(race, tokens)
-            tokens, report = np.where(state.scored, tokens, 0), state.report()
+            state, rounds = self._race(race, tokens)
+            nll, tokens, report = state.nll, np.where(state.scored, tokens, 0), state.report()
+        settled, verified = rounds[-1].settled, [pair for found in rounds for pair in found.verified.items()]
         scores = PromptScores(
-            nll=torch.from_numpy(found.nll).view(shape),
+            nll=torch.from_numpy(nll),
             tokens=torch.from_numpy(tokens).clone(),
             prompts=list(self.cache.prompts),
             stats={
-                "path": found.name,
+                "path": settled.name,
                 "impl": self.impl,
-                "reason": found.reason,
-                "verified": found.verified,
-                "difference": found.difference,
+                "reason": settled.reason,
+                "verified": [cell for cell, _ in verified],
+                "difference": max((difference for _, difference in verified), default=0.0),
                 "dense_tokens": int(self.cache.lengths.sum()),
-                "trie_tokens": found.computed,
+                "trie_tokens": sum(found.computed for found in rounds),
                 "seconds": time.perf_counter() - started,
                 **self.cache.stats,
             },
@@ -182,33 +181,30 @@ class ScoringJob(VerifiedPaths):
         # The oracle of the attention reads the trie as a whole.
         return None if self.impl in ("padded", "alone", "reference") else PrefixCache(self.cache)
 
+    def _state(self, race: Race, tokens: np.ndarray) -> RaceState:
+        if self.device.type == "cpu":  # where half the tokens take half the time
+            return RaceState(race, tokens)
+        cost = self.cache.lengths.reshape(tokens.shape) - self.cache.prefix_lengths()[:, None]
+        return RaceState(race, tokens, cost, self.max_tokens // 2)
+
     def part(self, cells: np.ndarray) -> ScoringJob:
         """A job of some of this one's cells."""
         return ScoringJob(self.model, self.cache.select(cells), self.impl, self.max_tokens, self.progress, self.fuse)
 
-    def _race(self, race: Race, tokens: np.ndarray) -> tuple[RaceState, Measured]:
-        """Score what a race asks for, round by round; from the beginning if the path changes on the way."""
-        settled = None
-        while True:
-            state = RaceState(race, tokens)
-            self.prefixes = self._prefix_cache() if settled is None or settled.path == TREE else None
-            try:
-                return state, self._rounds(state, settled)
-            except PathChanged as change:
-                (settled,) = change.args
-
-    def _rounds(self, state: RaceState, settled: Settled | None) -> Measured:
-        total, verified, difference = 0, [], 0.0
+    def _race(self, race: Race, tokens: np.ndarray) -> tuple[RaceState, list[Measured]]:
+        """Score what a race asks for, round by round; from the beginning if a round needs another path."""
+        state, rounds, settled, prefixes = self._state(race, tokens), [], None, self._prefix_cache()
         while (cells := state.wanted()) is not None:
-            part = self.part(cells)
-            part.prefixes, part.settled, part.quiet = self.prefixes, settled, self.quiet
-            found = part.measure()
-            state.add(cells, found.nll)
-            total, verified = total + found.computed, verified + found.verified
-            difference = max(difference, found.difference)
-            if settled is not None and part.settled.path != settled.path:
-                raise PathChanged(part.settled)
-            settled = part.settled
-            if settled.path != TREE:
-                self.prefixes = None
-        return Measured(state.nll, total, settled.path, settled.reason, verified, difference)
+            job = self.part(cells)
+            job.prefixes, job.settled, job.quiet = prefixes, settled, self.quiet
+            found = job.measure()
+            changed = settled is not None and found.settled.path != settled.path
+            settled = found.settled
+            if changed:
+                # The rounds before went by a path that is not the plain model's any more.
+                state, rounds, prefixes = self._state(race, tokens), [], self._prefix_cache()
+            else:
+                state.add(cells, found.nll)
+                rounds.append(found)
+            prefixes = prefixes if settled.path == TREE else None
+        return state, rounds

@@ -169,10 +169,10 @@ class PlainModel:
         count = int(cache.response_lengths[cell])
         with reader.observed(count) as seen:
             own, nll = self.score(cache, cell)
-        low = not self.precise or own.dtype in LOW or any(one.dtype in LOW for one in seen)
+        low = not self.precise or own.dtype in LOW or any(dtype in LOW for _, dtype in seen)
         if low and noise is None:
             noise = self._noise(cache, cell)
-        head = agree(seen[-1].logits, own, low) if seen else None
+        head = agree(seen[-1][0], own, low) if seen else None
         return Check(cell, own, head, nll, noise if low else None)
 
     def _noise(self, cache: ResponseCache, cell: int) -> tuple[float, float]:

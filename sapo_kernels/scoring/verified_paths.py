@@ -1,4 +1,14 @@
-"""Which path scores a job: the fastest whose log-probabilities are the plain model's on some of the job's own cells."""
+"""Which path scores a job: the fastest whose log-probabilities are the plain model's on some of the job's own cells.
+
+1. Where to begin. Code of the user's own in the forward (foreign_code.py): alone. What the class of model rules out
+   (`model_support.fastest_path`), or the caller's `impl`: that path. A path that the same model, used in the same way
+   (fingerprint.py), was found to need before: that one.
+2. One or two cells go through the plain model (verification.py). If no loss is finite, nothing can be compared, and no
+   sequence is packed or padded.
+3. The path scores the job (paths.py); while it does, its logits for these cells are compared. If they differ, or the
+   path fails, the next slower one is tried, with its own cells. Alone is last: it fails only where a model does not
+   give the same twice.
+"""
 
 from __future__ import annotations
 
@@ -35,27 +45,9 @@ VERIFIED_PASSES = 4
 # Of one model: it may be used in a few ways in turn (under autocast, with another adapter).
 REMEMBERED = 16
 _FAILED = "it failed"
+# The first path of each `impl`; of the others the tree.
+_ASKED = {"padded": PADDED, "alone": EQUAL}
 _SPOKEN = {PADDED: "by the padded path", EQUAL: "each sequence without padding", ALONE: "each sequence alone"}
-
-
-@dataclass
-class Measured:
-    """What a job found: [cells] nll in nats, computed tokens, and by which path, why that one, verified how far off.
-
-    verified: names of the cells that were compared with the plain model. difference: the largest seen, nats.
-    """
-
-    nll: np.ndarray
-    computed: int
-    path: str
-    reason: str | None
-    verified: list[str]
-    difference: float
-
-    @property
-    def name(self) -> str:
-        """The path as people know it."""
-        return ALONE if self.path == EQUAL else self.path
 
 
 @dataclass
@@ -72,6 +64,24 @@ class Settled:
     key: int = 0
     length: int = 0
 
+    @property
+    def name(self) -> str:
+        """The path as people know it."""
+        return ALONE if self.path == EQUAL else self.path
+
+
+@dataclass
+class Measured:
+    """What a job found: [cells] nll in nats, computed tokens, by which path.
+
+    verified: how far each cell that was compared with the plain model is from it, nats, by its name.
+    """
+
+    nll: np.ndarray
+    computed: int
+    settled: Settled
+    verified: dict[str, float]
+
 
 _known: weakref.WeakKeyDictionary[nn.Module, dict[int, Settled]] = weakref.WeakKeyDictionary()
 
@@ -87,6 +97,11 @@ class VerifiedPaths(Paths):
     quiet = False
     settled: Settled | None = None
 
+    @property
+    def insists(self) -> bool:
+        """Whether the caller wants the tree and no other path."""
+        return self.impl not in ("auto", "padded", "alone")
+
     def measure(self) -> Measured:
         """Score all cells, by the first path that agrees with the plain model."""
         with (
@@ -96,21 +111,27 @@ class VerifiedPaths(Paths):
             rope_kept(self.inner) as self.put_rope_back,
         ):
             configs = configurations(self.model)
-            foreign = foreign_code(self.model, configs)
             key = fingerprint(self.model, self.device, configs, f"{self.impl}, fuse={self.fuse}")
+            foreign = None if self._verified(key) else foreign_code(self.model, configs)
             with only_this_thread(self.inner):
                 return self._measure(_known.setdefault(self.inner, {}), key, foreign)
 
+    def _verified(self, key: int) -> bool:
+        """Whether an earlier round of the race has verified what this one does.
+
+        Batches of other rounds have other company: only the tree is taken at its word for shorter sequences.
+        """
+        one = self.settled
+        return one is not None and one.key == key and one.path == TREE and self.longest <= one.length
+
     def _measure(self, known: dict[int, Settled], key: int, foreign: str | None) -> Measured:
         plain = PlainModel(self.model, self.inner, self.device, keep_rows=foreign is None)
-        known_here = self.settled is not None and self.settled.key == key and self.settled.path == TREE
-        # Batches of other rounds have other company: only the tree is taken at its word for shorter sequences.
-        if known_here and self.longest <= self.settled.length:
+        if self._verified(key):
             self.through_model = self.settled.through_model
-            nll, computed = self.attempt(self.settled.path, [], plain)
-            return Measured(nll, computed, self.settled.path, self.settled.reason, [], 0.0)
+            return Measured(*self.attempt(TREE, [], plain), self.settled, {})
         before = known.get(key) if self.settled is None or self.settled.key != key else self.settled
         found, lasting = self._first_that_agrees(before, foreign, plain)
+        self.settled = found.settled
         self.settled.key = key
         if lasting:
             while len(known) >= REMEMBERED:
@@ -121,7 +142,7 @@ class VerifiedPaths(Paths):
     def _first_that_agrees(
         self, before: Settled | None, foreign: str | None, plain: PlainModel
     ) -> tuple[Measured, bool]:
-        """(what was found, whether its path may be remembered); `settled` has the path."""
+        """(what was found, whether its path may be remembered)."""
         start, reason = self._start(foreign)
         if before is not None and PATHS.index(before.path) > PATHS.index(start):
             start, reason = self._allowed(before.path, before.reason)
@@ -138,9 +159,9 @@ class VerifiedPaths(Paths):
             self._say(path, reason)
             found, problem = self._try(path, checks, plain)
             if found is not None:
-                self.settled = Settled(path, reason, self.through_model, checks[0].noise, length=self.longest)
-                names = [self.cache.cell_name(check.cell) for check in checks]
-                return Measured(*found, path, reason, names, max(check.worst for check in checks)), lasting
+                settled = Settled(path, reason, self.through_model, checks[0].noise, length=self.longest)
+                verified = {self.cache.cell_name(check.cell): check.worst for check in checks}
+                return Measured(*found, settled, verified), lasting
             # What failed may have been a passing fault.
             lasting = lasting and not problem.startswith(_FAILED)
             if before is not None:
@@ -168,27 +189,21 @@ class VerifiedPaths(Paths):
 
     def _say(self, path: str, reason: str | None) -> None:
         """A line in the log for a path that is slower than the one asked for, once a job."""
-        asked = {"padded": PADDED, "alone": EQUAL}.get(self.impl, TREE)
+        asked = _ASKED.get(self.impl, TREE)
         told = self.quiet or (self.settled is not None and self.settled.path == path)
         if PATHS.index(path) > PATHS.index(asked) and reason is not None and not told:
             logger.warning("scoring %s: %s", _SPOKEN[path], reason)
 
     def _start(self, foreign: str | None) -> tuple[str, str | None]:
         """(the first path to try, why not a faster one), before anything is computed."""
-        if foreign is not None and self.impl in ("auto", "padded", "alone"):
+        if foreign is not None and not self.insists:
             return ALONE, f"{foreign} is no library's code and may look at other sequences of its batch"
-        reason = model_support.length_dependent(self.inner, self.longest)
-        if reason or model_support.padding_matters(self.inner):
-            return self._allowed(EQUAL, reason or f"{type(self.inner).__name__} chooses its keys by the batch's length")
-        if reason := model_support.adapter_by_row(self.model) or model_support.tree_refusal(self.inner):
-            return self._allowed(PADDED, reason)
-        if self.impl in ("padded", "alone"):
-            return (PADDED if self.impl == "padded" else EQUAL), None
-        return TREE, None
+        path, reason = model_support.fastest_path(self.model, self.inner, self.longest)
+        return (_ASKED.get(self.impl, TREE), None) if reason is None else self._allowed(path, reason)
 
     def _allowed(self, path: str, reason: str) -> tuple[str, str]:
         """`path` and `reason`; raises if the caller insists on a faster path."""
-        if self.impl not in ("auto", "padded", "alone"):
+        if self.insists:
             raise RuntimeError(f"impl={self.impl!r}: {reason}")
         return (EQUAL if self.impl == "alone" and path == PADDED else path), reason
 
@@ -206,7 +221,7 @@ class VerifiedPaths(Paths):
             cells = [longest, last if last != longest else shortest]
         else:
             cells = [longest]
-        if foreign is None or self.impl in ("auto", "padded", "alone"):
+        if foreign is None or not self.insists:
             return cells
         plan = self.cache.plan(self._budget())
         passes = [*plan.passes[: VERIFIED_PASSES // 2], *plan.passes[-VERIFIED_PASSES // 2 :]]

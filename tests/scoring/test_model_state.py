@@ -18,16 +18,14 @@ pytest.importorskip("transformers")
 
 @pytest.mark.parametrize(
     ("name", "impl"),
-    [("qwen3", "tree"), ("qwen3", "padded"), ("lora", "tree"), ("gemma2", "tree"), ("gpt2", "tree"),
-     ("mixtral", "tree"), ("gemma3", "tree"), ("dbrx", "tree"), ("mamba2", "auto"), ("bloom", "auto"),
-     ("falcon_h1", "auto")],
+    [("qwen3", "tree"), ("qwen3", "padded"), ("lora", "tree"), ("mixtral", "tree"), ("gemma3", "tree"),
+     ("dbrx", "tree"), ("mamba2", "auto"), ("bloom", "auto")],
 )  # fmt: skip
-@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
-def test_left_as_it_was(name, impl, grad, cache):
+def test_left_as_it_was(name, impl, cache):
     model = in_training(name)
     plain = plain_nll(model, cache)
-    with torch.set_grad_enabled(grad):
-        for _ in range(2):  # verified for the first time, and again
+    for grad in (True, False):  # verified for the first time, and again
+        with torch.set_grad_enabled(grad):
             before = snapshot(model)
             scores = sk.score_prompts(model, cache, impl=impl, max_tokens=200)
             assert_unchanged(before, model)
@@ -53,8 +51,7 @@ def interrupt(where: str, error, at: int, model, monkeypatch):
 
 
 @pytest.mark.parametrize("where", ["hook", "attention", "batch"])
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError("broken"), SystemExit], ids=repr)
-@pytest.mark.parametrize("at", [1, 3])
+@pytest.mark.parametrize(("error", "at"), [(KeyboardInterrupt, 3), (RuntimeError("broken"), 1)], ids=repr)
 def test_an_exception_restores_everything(error, at, where, cache, monkeypatch):
     model = in_training("qwen3")
     plain, before = plain_nll(model, cache), snapshot(model)
@@ -87,10 +84,10 @@ def exact_copy(model):
 def assert_no_worse(name: str, paths, dtype=torch.float32, autocast=contextlib.nullcontext):
     """Mean error per token against float64: at most 1.5 times the plain forward's own, plus 1e-3 nats.
 
-    Over three models: one expert routed otherwise after rounding moves the mean of a single one by half.
+    Over two models: one expert routed otherwise after rounding moves the mean of a single one by half.
     """
     own, errors = [], {path: [] for path in paths}
-    for seed in range(3):
+    for seed in range(2):
         model, cache = build(name, seed=seed, dtype=dtype), cells(seed)
         exact, tokens = plain_nll(exact_copy(model), cache), torch.from_numpy(cache.response_lengths)
         with autocast():
@@ -102,19 +99,16 @@ def assert_no_worse(name: str, paths, dtype=torch.float32, autocast=contextlib.n
                 errors[impl, max_tokens, path].append(error)
     plain = sum(own) / len(own)
     means = {f"{impl}@{size}": sum(e) / len(e) for (impl, size, _), e in errors.items()}
-    text = ", ".join(f"{what} {error:.1e}" for what, error in {"plain": plain, **means}.items())
-    print(f"\n  {name:14s} {text}", end="")
-    assert max(means.values()) <= 1.5 * plain + 1e-3, text
+    assert max(means.values()) <= 1.5 * plain + 1e-3, (plain, means)
 
 
 TREE_PATHS = (("auto", 4096, "tree"), ("tree", 24, "tree"), ("padded", 200, "padded"))
-LOW = ["llama-tied", "qwen3", "gemma2", "gemma3_text", "gpt_oss", "deepseek_v3", "gpt2", "phi"]
 LOW_CASES = [
-    *((name, "bfloat16", TREE_PATHS) for name in LOW),
+    *((name, "bfloat16", TREE_PATHS) for name in ("llama-tied", "gemma2", "gpt_oss", "deepseek_v3", "gpt2", "phi")),
     # As the trainer runs fp32 weights: rotary embeddings leave q and k in fp32 there, v is bf16.
-    *((name, "autocast", TREE_PATHS) for name in LOW),
-    *((name, "float16", TREE_PATHS) for name in ("qwen3", "gemma2", "gpt_oss", "gpt2")),
-    *((name, "bfloat16", (("auto", 200, "padded"),)) for name in ("mamba2", "bloom")),
+    *((name, "autocast", TREE_PATHS) for name in ("qwen3", "gemma3_text", "deepseek_v3")),
+    *((name, "float16", TREE_PATHS) for name in ("qwen3", "gpt_oss")),
+    ("mamba2", "bfloat16", (("auto", 200, "padded"),)),
 ]
 
 
@@ -126,8 +120,7 @@ def test_low_precision_is_as_good_as_the_plain_forward(name, dtype, paths):
         assert_no_worse(name, paths, getattr(torch, dtype))
 
 
-@pytest.mark.parametrize("name", ["qwen3", "gpt2", "granite_swa", "mimo_v2_flash"])
-@pytest.mark.parametrize("scored", [True, False], ids=["scored before", "not scored before"])
+@pytest.mark.parametrize(("name", "scored"), [("qwen3", True), ("gpt2", False), ("granite_swa", False)])
 def test_forward_that_a_trainer_wrapped_in_autocast(name, scored, cache):
     """Accelerate replaces ``model.forward``: autocast is on inside, off outside, and the logits come out in fp32."""
     accelerate = pytest.importorskip("accelerate")
@@ -170,7 +163,7 @@ def test_wrapped_models(wrapper, cache):
         assert per_token_error(sk.score_prompts(model, cache, impl=impl), plain) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["qwen3", "gemma2", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss"])
 def test_float64(name, cache):
     model = exact_copy(build(name))
     plain = plain_nll(model, cache)

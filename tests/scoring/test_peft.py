@@ -40,15 +40,10 @@ def lora(targets=None, **options):
     return peft.LoraConfig(**{**settings, **options})
 
 
-def check(model, cache, table, what: str, base=None, *, path: str = "tree"):
+def check(model, cache, base=None, *, path: str = "tree"):
     """Tree path with small and large passes and padded path; the adapter moves what `base` gives."""
-    plain = families.check(
-        model, cache, what, table, ("auto", 4096, path), ("auto", 24, path), ("padded", 200, "padded")
-    )
-    if base is not None:
-        moved = float((plain - base).abs().max())
-        table.append((what, "moved", moved))
-        assert moved > 0.05, f"{what}: the adapter changes nothing, so this tests nothing"
+    plain = families.check(model, cache, ("auto", 4096, path), ("auto", 24, path), ("padded", 200, "padded"))
+    assert base is None or (plain - base).abs().max() > 0.05, "the adapter changes nothing, so this tests nothing"
     return plain
 
 
@@ -84,28 +79,19 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("what", CONFIGS)
-def test_active_adapter(what, cache, table):
-    name, config = CONFIGS[what]
-    base = build(name)
-    base_nll = plain_nll(base, cache)
-    check(adapted(base, config()), cache, table, what, base_nll)
-
-
-@pytest.mark.parametrize("what", ["attention and mlp", "lm_head", "lm_head, tied", "head and embedding saved whole"])
-def test_disabled_adapter_gives_the_base_model(what, cache, table):
+def test_an_adapter_on_and_off(what, cache):
     name, config = CONFIGS[what]
     base = build(name)
     base_nll = plain_nll(base, cache)
     model = adapted(base, config())
-    with_adapter = check(model, cache, table, f"{what}, enabled", base_nll)
-    with model.disable_adapter():
-        check(model, cache, table, f"{what}, disabled")
-        disabled = sk.score_prompts(model, cache)
-    assert per_token_error(disabled, base_nll) < TOLERANCE
-    assert per_token_error(sk.score_prompts(model, cache), with_adapter) < TOLERANCE
+    check(model, cache, base_nll)
+    if "saved whole" in what or what.startswith("lm_head"):
+        with model.disable_adapter():
+            disabled = sk.score_prompts(model, cache)
+        assert per_token_error(disabled, base_nll) < TOLERANCE
 
 
-def test_two_adapters_and_switching_between_them(cache, table):
+def test_two_adapters_and_switching_between_them(cache):
     base = build("qwen3")
     base_nll = plain_nll(base, cache)
     model = adapted(base, lora(ATTENTION + MLP), "first")
@@ -114,7 +100,7 @@ def test_two_adapters_and_switching_between_them(cache, table):
     seen = {}
     for active in (["first"], ["second"], ["second", "first"], ["first"]):
         model.base_model.set_adapter(active)
-        nll = check(model, cache, table, "+".join(active), base_nll)
+        nll = check(model, cache, base_nll)
         again = seen.setdefault(tuple(active), nll)
         assert torch.allclose(nll, again)
     values = list(seen.values())
@@ -122,13 +108,13 @@ def test_two_adapters_and_switching_between_them(cache, table):
     assert model.base_model.active_adapters == ["first"]
 
 
-def test_an_adapter_added_after_the_model_was_scored(cache, table):
+def test_an_adapter_added_after_the_model_was_scored(cache):
     """The verdict on the base model must not be used for the adapted one: its head is another module now."""
     base = build("qwen3")
     base_nll = plain_nll(base, cache)
     assert per_token_error(sk.score_prompts(base, cache), base_nll) < TOLERANCE
     model = adapted(base, lora(["q_proj", "lm_head"]))
-    check(model, cache, table, "added later", base_nll)
+    check(model, cache, base_nll)
     # The caller's own reference to the base sees PEFT's modules, and so must its scores.
     assert per_token_error(sk.score_prompts(base, cache), plain_nll(base, cache)) < TOLERANCE
     restored = model.unload()
@@ -136,28 +122,28 @@ def test_an_adapter_added_after_the_model_was_scored(cache, table):
 
 
 @pytest.mark.parametrize("what", ["attention and mlp", "lm_head", "dora"])
-def test_merged(what, cache, table):
+def test_merged(what, cache):
     name, config = CONFIGS[what]
     base = build(name)
     base_nll = plain_nll(base, cache)
     model = adapted(base, config())
-    unmerged = check(model, cache, table, f"{what}, not merged", base_nll)
+    unmerged = check(model, cache, base_nll)
     model.merge_adapter()
     assert per_token_error(sk.score_prompts(model, cache), unmerged) < TOLERANCE
-    check(model, cache, table, f"{what}, merged", base_nll)
+    check(model, cache, base_nll)
     model.unmerge_adapter()
     stir(model, "default")
-    unmerged = check(model, cache, table, f"{what}, with other weights", unmerged)
+    unmerged = check(model, cache, unmerged)
     whole = model.merge_and_unload()
-    check(whole, cache, table, f"{what}, merged and unloaded", base_nll)
+    check(whole, cache, base_nll)
     assert per_token_error(sk.score_prompts(whole, cache), unmerged) < TOLERANCE
 
 
-def test_refused_family_with_an_adapter(cache, table):
+def test_refused_family_with_an_adapter(cache):
     base = build("mamba")
     base_nll = plain_nll(base, cache)
     model = adapted(base, lora(["in_proj", "x_proj"]))
-    check(model, cache, table, "mamba", base_nll, path="padded")
+    check(model, cache, base_nll, path="padded")
 
 
 @pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig", "PromptEncoderConfig"])
@@ -186,7 +172,7 @@ def test_activated_lora_takes_the_padded_path():
 
 
 @pytest.mark.parametrize("kind", ["mixed", "bare"])
-def test_adapters_without_the_usual_wrapper(kind, cache, table):
+def test_adapters_without_the_usual_wrapper(kind, cache):
     config = lora(["q_proj"], init_lora_weights=False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -195,4 +181,4 @@ def test_adapters_without_the_usual_wrapper(kind, cache, table):
             model = peft.get_peft_model(base, config, mixed=True)
         else:
             model = peft.LoraModel(base, config, "a")
-    check(model, cache, table, kind)
+    check(model, cache)

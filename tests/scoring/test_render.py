@@ -160,14 +160,11 @@ def test_a_template_that_reads_the_clock_reads_one_moment():
     assert render.reads_clock(tokenizer) and not render.reads_clock(byte_tokenizer(chat_template=CHATML))
 
 
-@pytest.mark.parametrize("shown", ["%d %b %Y", "%-d. %B %y, %A %j %H:%M:%S", "%Y-%m-%d %I%p 100%% %F %T"])
-@pytest.mark.parametrize(
-    "around",
-    ["{{{{ strftime_now({!r}) }}}}", "\n  {{% if strftime_now is defined %}}\n  {{% macro day(form) %}}\n"
-     "{{{{ 'on ' + strftime_now(form) }}}}{{% endmacro %}}{{{{ day({!r}) }}}}\n{{% endif %}}"],
-)  # fmt: skip
-def test_a_moment_looks_as_the_library_shows_it(monkeypatch, around, shown):
+@pytest.mark.parametrize("shown", ["%-d. %B %y, %A %j %H:%M:%S", "%Y-%m-%d %I%p 100%% %F %T"])
+def test_a_moment_looks_as_the_library_shows_it(monkeypatch, shown):
     now = datetime(2026, 1, 5, 7, 8, 9)
+    around = ("\n  {{% if strftime_now is defined %}}\n  {{% macro day(form) %}}\n"
+              "{{{{ 'on ' + strftime_now(form) }}}}{{% endmacro %}}{{{{ day({!r}) }}}}\n{{% endif %}}")  # fmt: skip
     tokenizer = byte_tokenizer(chat_template=around.format(shown) + CHATML)
     cell = Renderer(tokenizer, "{prompt}{input}", now=now).render("Add.", EXAMPLE)
     monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", mock.Mock(now=lambda: now))
@@ -197,12 +194,6 @@ def test_a_chat_template_that_reads_a_list_of_parts_and_one_that_shows_nothing()
     nothing = byte_tokenizer(chat_template="{% for m in messages %}[{{ m.role }}]<|im_end|>{% endfor %}")
     with pytest.raises(ValueError, match="shows the user turn"):
         Renderer(nothing).render("Say it.", EXAMPLE)
-
-
-def test_bos_stands_in_front_only_without_a_chat_template(tokenizer, chat_tokenizer):
-    assert Renderer(byte_tokenizer(bos=True)).leading_ids() == [256]
-    assert Renderer(byte_tokenizer(bos=True, chat_template=CHATML)).leading_ids() == []
-    assert Renderer(tokenizer).leading_ids() == Renderer(chat_tokenizer).leading_ids() == []
 
 
 @pytest.mark.parametrize(("around", "leading", "closing"), [
@@ -245,12 +236,6 @@ def test_a_tokenizer_that_reads_no_special_tokens_in_a_text_is_refused(tiny_mode
             sk.ResponseCache.build(made, ["Add."], [EXAMPLE])
         with pytest.raises(ValueError, match=match):
             PromptPool.build("t", "Add.").checked(made)
-
-
-def test_a_tokenizer_without_end_of_sequence():
-    made = byte_tokenizer()
-    made.eos_token = None
-    assert Renderer(made).render("Add.", EXAMPLE).response == " 4"
 
 
 def test_prompts_are_checked():

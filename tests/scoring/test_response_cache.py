@@ -83,7 +83,7 @@ def test_a_tokenizer_that_joins_across_the_boundary(caplog):
     assert cache.contexts == [[[80, 58]], [[81, 33]]] and cache.responses == [[[*b" 4"]], [[*b" 4"]]]
 
 
-@pytest.mark.parametrize("max_source", [40, 39, 30, 25])
+@pytest.mark.parametrize("max_source", [40, 30, 25])
 def test_truncation_cuts_the_end_of_the_input_only(chat_tokenizer, max_source, caplog):
     frame = len(chat_tokenizer(TURN.format("Do.", "") + "\n\nEND", add_special_tokens=False)["input_ids"])
     examples = [{"input": "abcdefghijklmnopqrstuvwxyz", "target": "t"}, {"input": "a", "target": "t"}]
@@ -144,10 +144,8 @@ def test_special_tokens_in_data_are_counted_and_named(tokenizer, caplog):
 @pytest.mark.parametrize(
     "arguments, error, message",
     [
-        ({"prompts": ["P", " "]}, ValueError, "prompt 1: expected text"),
         ({"prompts": ["P", "a\ud800"]}, ValueError, "prompt 1: .*lone surrogate at character 1"),
         ({"prompts": ["a\0b"]}, ValueError, "prompt 0: .*NUL"),
-        ({"examples": [{"input": "i", "target": " "}]}, ValueError, "example 0: expected a target"),
         ({"examples": [{"input": "\udc00", "target": "t"}]}, ValueError, "example 0: 'input': .*lone surrogate"),
         ({"examples": [{"sentence": "s", "label": "\ud800"}]}, ValueError, "example 0: 'label': .*lone surrogate"),
         ({"max_source": 0}, ValueError, "max_source: expected a whole number of at least 1, got 0"),
@@ -192,20 +190,20 @@ def test_ids_from_outside():
 @pytest.mark.parametrize(
     "contexts, responses, error, message",
     [
-        ([], [[1]], ValueError, "contexts: expected at least one prompt and one example"),
-        (5, [[1]], TypeError, "contexts: expected a list, got int"),
-        ([[[1], [2]], [[3]]], [[1], [2]], ValueError, r"contexts\[1\]: expected 2 examples as in contexts\[0\], got 1"),
+        ([], [[1]], ValueError, "contexts: expected at least one, got none"),
+        (5, [[1]], TypeError, "contexts: expected a list of lists, got 5"),
+        ([[[1], [2]], [[3]]], [[1], [2]], ValueError, r"contexts: expected 2 lists of 2 each, got lists of \[2, 1\]"),
         ([[1, 2]], [[1], [2]], TypeError, r"contexts\[0\]\[0\]: expected a flat list of token ids"),
         ([[[1.0]]], [[1]], TypeError, r"contexts\[0\]\[0\]: expected a flat list of token ids, got float64"),
         ([[[[1], [2, 3]]]], [[1]], TypeError, r"contexts\[0\]\[0\]: .*got nested lists"),
         ([[[1], []]], [[1], [2]], ValueError, r"contexts\[0\]\[1\]: expected at least one token id, got none"),
         ([[[1], [2, -3]]], [[1], [2]], ValueError, r"contexts\[0\]\[1\]: .*not be negative, got -3"),
         ([[[2**63]]], [[1]], ValueError, r"contexts\[0\]\[0\]: .*below 2\*\*63, got 9223372036854775808"),
-        ([[[1]]], [[]], ValueError, "responses: expected at least one, got none or an empty first response"),
-        ([[[1]]], [[1], [2]], ValueError, r"responses: expected 1 \(one per example\) or 1 lists.*got 2"),
-        ([[[1], [2]]], [[[1]]], ValueError, r"responses\[0\]: expected 2 examples, got 1"),
+        ([[[1]]], [[]], ValueError, "responses: expected at least one, got none"),
+        ([[[1]]], [[1], [2]], ValueError, r"responses: expected 1 lists of 1 each, got lists of \[2\]"),
+        ([[[1], [2]]], [[[1]]], ValueError, r"responses: expected 1 lists of 2 each, got lists of \[1\]"),
         ([[[1]], [[2]]], [[[1]], [[-1]]], ValueError, r"response of cell \(1, 0\): .*negative, got -1"),
-        ([[[1]], [[2]]], [[[1]], 7], TypeError, r"responses\[1\]: expected a list, got int"),
+        ([[[1]], [[2]]], [[[1]], 7], TypeError, r"responses: expected a list of lists"),
     ],
 )  # fmt: skip
 def test_bad_ids_are_named(contexts, responses, error, message):

@@ -48,8 +48,10 @@ def cache(chat_tokenizer):
     return sk.ResponseCache.build(chat_tokenizer, PROMPTS, EXAMPLES)
 
 
-@pytest.mark.parametrize("max_tokens", [1, 7, 64, None])
-@pytest.mark.parametrize("impl", ["auto", "tree", "sdpa", "reference", "padded"])
+@pytest.mark.parametrize(("impl", "max_tokens"), [
+    ("auto", 1), ("auto", 7), ("auto", None), ("tree", 64), ("sdpa", 7), ("reference", 64), ("reference", None),
+    ("padded", 1), ("padded", 64), ("padded", None),
+])  # fmt: skip
 def test_equals_the_plain_loop(tiny_model, cache, impl, max_tokens):
     if max_tokens == 1:  # one forward for each token, or each cell: a smaller job
         cache = sk.ResponseCache.from_token_ids([[[5, 6, 7]], [[5, 8]]], [[9, 10, 11]])
@@ -72,15 +74,7 @@ def test_prompts_and_examples_in_one_call(tiny_model, tokenizer):
     assert scores.best == int(scores.loss.argmin())
 
 
-@pytest.mark.parametrize("impl", ["auto", "padded"])
-@pytest.mark.parametrize("prompts, examples", [(1, 4), (3, 1), (1, 1)])
-def test_one_prompt_or_one_example(tiny_model, chat_tokenizer, prompts, examples, impl):
-    cache = sk.ResponseCache.build(chat_tokenizer, PROMPTS[:prompts], EXAMPLES[:examples])
-    assert_right(tiny_model, cache, sk.score_prompts(tiny_model, cache, impl=impl))
-
-
-@pytest.mark.parametrize("max_tokens", [64, 300, None])
-@pytest.mark.parametrize("impl", ["auto", "padded"])
+@pytest.mark.parametrize(("impl", "max_tokens"), [("auto", 64), ("auto", None), ("padded", 300)])
 def test_equal_prompts_get_equal_bits(tokenizer, impl, max_tokens):
     """Whatever batch they would fall into: a matrix product of another shape rounds in another way."""
     model = small_qwen3(hidden_size=128, head_dim=32)
@@ -104,36 +98,19 @@ def test_one_context_many_responses(tiny_model):
     assert torch.equal(scores.nll[:, 0], scores.nll[:, 5])
 
 
-def test_scoring_again_tokenises_and_plans_nothing(tiny_model, chat_tokenizer, monkeypatch):
-    calls = {"tokenizer": 0, "plan_trie": 0, "make_pass": 0}
-
-    def count(name, function):
-        def counted(*args, **kwargs):
-            calls[name] += 1
-            return function(*args, **kwargs)
-
-        return counted
-
-    kind = type(chat_tokenizer)
-    monkeypatch.setattr(kind, "__call__", count("tokenizer", kind.__call__))
-    monkeypatch.setattr("sapo_kernels.scoring.response_cache.plan_trie", count("plan_trie", sk.plan_trie))
-    monkeypatch.setattr(sk.TokenTrie, "make_pass", count("make_pass", sk.TokenTrie.make_pass))
-    cache = sk.ResponseCache.build(chat_tokenizer, PROMPTS, EXAMPLES)
+def test_scoring_again_plans_nothing(tiny_model, cache, monkeypatch):
     first = sk.score_prompts(tiny_model, cache, max_tokens=64)
-    assert all(calls.values())
-    calls.update(dict.fromkeys(calls, 0))
-    again = sk.score_prompts(tiny_model, cache, max_tokens=64)
+    monkeypatch.setattr("sapo_kernels.scoring.response_cache.plan_trie", None)
+    monkeypatch.setattr(sk.TokenTrie, "passes", None)
+    assert torch.equal(first.nll, sk.score_prompts(tiny_model, cache, max_tokens=64).nll)
     with torch.no_grad():
         tiny_model.lm_head.weight.mul_(0.5)
     changed = sk.score_prompts(tiny_model, cache, max_tokens=64)
-    assert calls == {"tokenizer": 0, "plan_trie": 0, "make_pass": 0}
-    assert torch.equal(first.nll, again.nll)
     assert_right(tiny_model, cache, changed)
     assert (changed.nll - first.nll).abs().min() > 1e-3
 
 
-@pytest.mark.parametrize("impl", ["auto", "reference", "padded"])
-@pytest.mark.parametrize("letter", ["J", "O"])
+@pytest.mark.parametrize(("impl", "letter"), [("auto", "J"), ("reference", "O"), ("padded", "J")])
 def test_nan_stays_with_the_prompt_that_has_it(tiny_model, tokenizer, letter, impl, caplog):
     """One row of the embedding is NaN and one prompt uses it; so is id 0, with which batches are filled up."""
     prompts = ["Say yes or no.", f"{letter}udge: yes or no?", "Yes or no?"]
@@ -178,7 +155,7 @@ def out_of_memory_above(limit: int, plain, size):
     return limited
 
 
-@pytest.mark.parametrize("limit", [200, 33, 8])
+@pytest.mark.parametrize("limit", [200, 8])
 def test_a_pass_that_does_not_fit_is_halved(tiny_model, cache, limit, monkeypatch, caplog):
     expected = sk.score_prompts(tiny_model, cache)
     assert expected.stats["trie_tokens"] > 256
@@ -240,7 +217,7 @@ def test_another_error_closes_the_path_for_this_call_only(tiny_model, cache, mon
     assert sk.score_prompts(tiny_model, cache).stats["path"] == "tree"
 
 
-@pytest.mark.parametrize("rows", [1, 3, 10])
+@pytest.mark.parametrize("rows", [1, 10])
 def test_rows_of_several_passes_wait_for_each_other(tiny_model, cache, rows, monkeypatch):
     """However many rows the head reads at once, and also where it runs out of memory on the way."""
     project, calls = head.HeadReader._project, []
@@ -312,14 +289,6 @@ def test_learned_positions_that_do_not_suffice_name_the_cell():
     long = sk.ResponseCache.from_token_ids([[[1]], [list(range(14))]], [[7, 8, 9]])
     with pytest.raises(ValueError, match=r"cell \(prompt 1, example 0\): GPT2LMHeadModel has 16 .* needs 17"):
         sk.score_prompts(model, long)
-
-
-def test_larger_vocabulary_and_a_wide_response(tokenizer):
-    """A response longer than a block, a vocabulary that is no multiple of anything."""
-    model = small_qwen3(vocabulary=1013, seed=3)
-    examples = [{"input": "x", "target": "y" * 90}, {"input": "x", "target": "y" * 89 + "z"}]
-    cache = sk.ResponseCache.build(tokenizer, ["A", "B"], examples)
-    assert_right(model, cache, sk.score_prompts(model, cache, max_tokens=50))
 
 
 def test_log_probabilities_that_come_twice_are_refused():

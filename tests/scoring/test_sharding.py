@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import torch
 
 import sapo_kernels as sk
 from sapo_kernels.scoring.distributed import cut
+from sapo_kernels.scoring.ranks import GRACE, Ranks
 from tests.conftest import ROOT
 from tests.oracles import flatten, random_cells, small_qwen3
 from tests.scoring.ranks_child import BEGIN, cache_of, tiny
@@ -25,8 +27,8 @@ needs_gloo = pytest.mark.skipif(
 )
 # All worlds start in one fixture, which may take its time on a busy machine.
 pytestmark = pytest.mark.timeout(1200)
-TIMEOUT = 4.0
-KINDS, PHASES = ("kill", "stop", "raise", "late"), ("first", "start", "forward", "idle", "results")
+TIMEOUT = 3.0
+KINDS, PHASES = ("kill", "stop", "raise", "late"), ("first", "start", "forward", "results")
 
 
 def lost(kind: str, phase: str, world: int, culprit: int, **more) -> dict:
@@ -36,10 +38,9 @@ def lost(kind: str, phase: str, world: int, culprit: int, **more) -> dict:
 
 
 FEW = [
-    lost("kill", "forward", 3, 0), lost("kill", "results", 3, 2), lost("kill", "forward", 2, 1, fsdp=True),
-    lost("stop", "forward", 3, 1, fsdp=True),
-    lost("raise", "forward", 3, 0), lost("raise", "start", 2, 1, fsdp=True),
-    lost("interrupt", "forward", 2, 1), lost("late", "first", 2, 1),
+    lost("kill", "forward", 3, 0), lost("stop", "results", 3, 2), lost("late", "first", 2, 1),
+    lost("kill", "forward", 2, 1, fsdp=True), lost("stop", "forward", 3, 1, fsdp=True),
+    lost("raise", "forward", 3, 0), lost("raise", "start", 2, 1, fsdp=True), lost("interrupt", "forward", 2, 1),
 ]  # fmt: skip
 MANY = [
     lost(kind, phase, world, (i * 7) % world)
@@ -72,12 +73,10 @@ def worlds(folder, cases: list[dict], deadline: float) -> dict[str, list[dict]]:
 def few(tmp_path_factory):
     """Every world that is not slow, from one start of Python."""
     cases = [
-        {"name": "random", "scene": "random", "world": 4, "seeds": [0, 40], "deadline": 600},
+        {"name": "random", "scene": "random", "world": 4, "seeds": [13, 37]},
         {"name": "alike", "scene": "alike", "world": 3},
         {"name": "wrapped", "scene": "wrapped", "world": 2},
-        {"name": "trained", "scene": "trained", "world": 2},
-        {"name": "fsdp2", "scene": "sharded", "world": 2},
-        {"name": "fsdp3", "scene": "sharded", "world": 3},
+        {"name": "fsdp", "scene": "sharded", "world": 3},
         *FEW,
     ]
     return worlds(tmp_path_factory.mktemp("ranks"), cases, deadline=900)
@@ -90,30 +89,26 @@ def results(ranks: list[dict]) -> list[dict]:
 
 
 def check_random(ranks: list[dict], jobs: int) -> None:
-    found = [result["found"] for result in results(ranks)]
+    found = results(ranks)
     assert [len(entries) for entries in found] == [jobs] * 4
-    apart, races, broken, empty, shards = [], 0, 0, 0, set()
     for row in zip(*found, strict=True):
-        digests = {value for entry in row for value in entry["bits"].values()}
-        bests = {value for entry in row for value in entry["best"].values()}
-        first = row[0]
-        assert set(first["bits"]) == {"1", "2", "3", "4"}
-        assert len(digests) == 1 and len(bests) == 1 and first["shapes"] == 1, first
-        races, broken, empty = races + first["race"], broken + (not first["finite"]), empty + first["empty"]
-        shards.add(first["shards"])
-        if not first["race"]:
-            assert first["same_finite"]
-            # Against scoring as one job: within rounding, and another choice only between equals.
-            apart.append(first["apart"])
-            assert first["plain_best"] in bests or abs(first["gap"]) <= TOLERANCES["mean loss"].atol
-    assert 0 < max(apart) <= TOLERANCES["token nll"].atol
-    # The random jobs reach what they are for.
-    assert races > jobs / 10 and broken >= jobs / 50 and empty > jobs / 5 and {1, 2, 3, 5} <= shards
+        # Rank 0 is in all four groups, rank 3 in one.
+        assert [len(entry["bits"]) for entry in row] == [4, 3, 2, 1]
+        assert len({value for entry in row for value in entry["bits"]}) == 1, row
+        assert len({value for entry in row for value in entry["best"]}) == 1, row
+    # Against scoring as one job: within rounding, and another choice only between equals.
+    plain = [entry for entry in found[0] if not entry["race"]]
+    assert all(entry["same_finite"] for entry in plain)
+    assert 0 < max(entry["apart"] for entry in plain) <= TOLERANCES["token nll"].atol
+    assert all(entry["same_choice"] or abs(entry["gap"]) <= TOLERANCES["mean loss"].atol for entry in plain)
+    # The random jobs reach what they are for: races, cells that are not finite, ranks without a shard.
+    assert len(plain) < 0.9 * jobs and sum(not entry["finite"] for entry in found[0]) >= jobs / 50
+    assert {1, 2, 3, 5} <= {entry["shards"] for entry in found[0]}
 
 
 @needs_gloo
 def test_any_number_of_ranks_gives_the_same_bits_and_the_same_choice(few):
-    check_random(few["random"], 40)
+    check_random(few["random"], 24)
 
 
 @needs_gloo
@@ -146,44 +141,34 @@ def test_wrapped_models_are_scored_as_the_plain_one(few):
 
 
 @needs_gloo
-@pytest.mark.parametrize("name", ["fsdp2", "fsdp3"])
-def test_a_model_sharded_by_fsdp2_gives_the_bits_of_the_whole_one(few, name):
-    ranks = results(few[name])
+def test_a_model_sharded_by_fsdp2_gives_the_bits_of_the_whole_one(few):
+    ranks = results(few["fsdp"])
     for result in ranks:
-        assert "DTensor" in result["kinds"] and not result["training"]
+        assert result["kinds"] == ["DTensor"]
         assert result["timeout"] == BEGIN.total_seconds(), "the group's own again"
         assert result["sharded"] == result["whole"] == ranks[0]["whole"]
         assert "spread over ranks" in result["refused"] and "up_proj.weight" in result["refused"]
-
-
-@needs_gloo
-def test_a_model_sharded_by_fsdp2_is_scored_as_the_whole_one_while_it_is_trained(few):
-    ranks = results(few["trained"])
-    for found in ranks:
-        assert found["kinds"] == ["DTensor"], "nothing was sharded"
-        for (path, whole), (other, sharded) in zip(found["whole"], found["sharded"], strict=True):
-            assert path == other == "tree"
-            assert torch.allclose(torch.tensor(whole), torch.tensor(sharded), rtol=0, atol=1e-5)
-        assert found["whole"][0][1] != found["whole"][1][1], "the step changed nothing"
-    assert ranks[0]["sharded"] == ranks[1]["sharded"]
+        # One rank scores as one job, before a step and after.
+        whole, sharded = result["trained"]["whole"], result["trained"]["sharded"]
+        assert {path for path, _ in whole + sharded} == {"tree"} and whole[0][1] != whole[1][1]
+        for (_, own), (_, other) in zip(whole, sharded, strict=True):
+            assert torch.allclose(torch.tensor(own), torch.tensor(other), rtol=0, atol=1e-5)
 
 
 def check_lost(case: dict, ranks: list[dict]) -> None:
     culprit, kind, phase = case["culprit"], case["kind"], case["phase"]
+    reason = {"raise": "failed: ValueError: boom: ? {0.__class__}", "interrupt": "failed: KeyboardInterrupt"}
     for rank, found in enumerate(ranks):
         if rank == culprit:
             own = {"kill": -9, "stop": "hung", "late": "hung"}
             assert found["exit"] == own.get(kind, 1) and "result" not in found, ranks
             continue
         assert found["exit"] == 1 and found["kind"] == "RankError" and found["rank"] == culprit, (rank, found)
-        assert found["error"].startswith(f"rank {culprit} ")
-        if kind in ("raise", "interrupt") and phase not in ("first", "start"):
-            assert ("KeyboardInterrupt" if kind == "interrupt" else "ValueError: boom: ? {0.__class__}") in found[
-                "error"
-            ]
-        at_once = phase != "first" and kind in ("kill", "raise", "interrupt")
-        # Beyond the deadline there is the grace in which the others are told, and a busy machine.
-        assert found["after"] <= (2.0 if at_once else TIMEOUT + 3.0), (rank, found)
+        # Outside a call of the scoring nobody hears why.
+        told = kind in reason and phase not in ("first", "start")
+        assert found["error"].startswith(f"rank {culprit} {reason[kind] if told else ''}")
+        # Beyond that there is a busy machine.
+        assert found["after"] <= (3.0 if told else TIMEOUT + GRACE + 2.0), (rank, found)
 
 
 @needs_gloo
@@ -195,19 +180,18 @@ def test_a_lost_rank_is_named_by_the_others(few, case):
 @needs_gloo
 @pytest.mark.slow
 @pytest.mark.timeout(4000)
-@pytest.mark.parametrize(("cases", "count"), [(MANY, 60), (GATHERING, 27)], ids=["sixty", "while_weights_are_gathered"])
-def test_ways_to_lose_a_rank(cases, count, tmp_path):
-    found = worlds(tmp_path, cases, deadline=3600)
-    assert len(found) == count
-    for case in cases:
+def test_ways_to_lose_a_rank(tmp_path):
+    found = worlds(tmp_path, [*MANY, *GATHERING], deadline=3600)
+    assert len(found) == 48 + 27
+    for case in (*MANY, *GATHERING):
         check_lost(case, found[case["name"]])
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(6))
 def test_a_cut_has_every_cell_once_and_costs_at_most_a_path(seed):
     cells = random_cells(seed, prompts=1 + seed % 5, examples=1 + seed % 7)
     trie = sk.plan_trie(*flatten(cells))
-    for count in (1, 2, 3, 8, len(cells), 1000):
+    for count in (1, 3, 8, 1000):
         parts = cut(trie, count)
         assert 1 <= len(parts) <= count and all(len(part) for part in parts)
         assert sorted(np.concatenate(parts).tolist()) == list(range(len(cells)))
@@ -269,3 +253,24 @@ def test_a_model_spread_in_another_way_is_refused():
     model.model.layers[0].mlp.up_proj.weight.ds_id = 1
     with pytest.raises(ValueError, match=r"'model\.layers\.0\.mlp\.up_proj\.weight' is spread over ranks"):
         sk.score_prompts_sharded(model, cache_of(1))
+
+
+def test_a_value_of_many_pieces_is_read_whole_and_old_ones_are_deleted(monkeypatch):
+    """Two ranks of one process, in threads."""
+    monkeypatch.setattr("sapo_kernels.scoring.ranks.PIECE", 64)
+    store = torch.distributed.HashStore()
+    values = [list(range(300)), "b" * 1000, None]
+    found = {}
+
+    def rank_of(rank):
+        ranks = Ranks((0, 1), rank, store, 20.0)
+        found[rank] = [ranks.exchange((rank, value)) for value in values]
+
+    threads = [threading.Thread(target=rank_of, args=(rank,)) for rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert found[0] == found[1] == [[(0, value), (1, value)] for value in values]
+    # Two attempts, two signs at most, and the last exchange.
+    assert store.num_keys() < 10

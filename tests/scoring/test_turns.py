@@ -31,9 +31,9 @@ def shown(turns) -> str:
     ("system", TALK[3:], [("system", "Add."), ("user", "2 + 2\n\nA number.")]),
     ("system", TALK[1:], [("system", "Add."), ("user", "hello"), ("assistant", "hi"), ("user", "2 + 2\n\nA number.")]),
 ])  # fmt: skip
-@pytest.mark.parametrize("trl", [False, True])
-def test_the_instruction_is_in_the_turn_that_is_asked_for(role, messages, turns, trl):
-    row = {"prompt": messages[:-1], "completion": messages[-1:]} if trl else {"messages": messages}
+def test_the_instruction_is_in_the_turn_that_is_asked_for(role, messages, turns):
+    row = {"messages": messages}
+    assert example_of({"prompt": messages[:-1], "completion": messages[-1:]}) == example_of(row), "as TRL has it"
     tokenizer = byte_tokenizer(chat_template=CHATML)
     cell = Renderer(tokenizer, suffix="A number.", instruction_role=role).render("Add.", example_of(row))
     assert (cell.context, cell.response, cell.exact) == (shown(turns), "4<|im_end|>\n", True)

@@ -16,7 +16,7 @@ from tests.scoring.zoo import ZOO
 pytest.importorskip("transformers")
 
 # Whatever does not give the same twice has no score.
-NO_SCORE = {"noise that never repeats", "a counter"}
+NO_SCORE = "hook: noise that never repeats"
 
 
 def drawing(seed: int):
@@ -40,20 +40,19 @@ def sorted_cells():
     return sk.ResponseCache.from_token_ids([[prompt + given for given in inputs] for prompt in prompts], answers)
 
 
-@pytest.mark.parametrize("before", [False, True], ids=["new", "scored before"])
 @pytest.mark.parametrize("name", ZOO)
-def test_whatever_a_model_computes_is_what_is_scored(name, before, cache, sorted_cells, caplog):
-    # Before and after differ in their cells too: in the one order or the other a difference shows less.
+def test_whatever_a_model_computes_is_what_is_scored(name, cache, sorted_cells, caplog):
+    """Of a model that is new, and in every other way of one that was scored before, on cells of another order."""
+    before = list(ZOO).index(name) % 2
     cache = sorted_cells if before else cache
     family, config, change = ZOO[name]
     model = build(family, **config)
-    usual = plain_nll(model, cache)
     if before:
-        assert per_token_error(sk.score_prompts(model, cache, max_tokens=64), usual) < TOLERANCE
+        sk.score_prompts(model, cache, max_tokens=64)
     undo = change(model) or (lambda: None)
     try:
         with caplog.at_level(logging.WARNING, logger="sapo_kernels"):
-            if name in NO_SCORE:
+            if name == NO_SCORE:
                 with pytest.raises(RuntimeError, match="expected the same log-probabilities each time"):
                     sk.score_prompts(model, cache, max_tokens=64)
                 return
@@ -65,7 +64,6 @@ def test_whatever_a_model_computes_is_what_is_scored(name, before, cache, sorted
                 assert per_token_error(scores, plain) < TOLERANCE, (name, scores.stats["path"])
             # One line says which path and why; nothing is said of the usual one.
             assert bool(caplog.text) == (scores.stats["path"] != "tree") == (scores.stats["reason"] is not None)
-            print(f"\n  {name}: {scores.stats['path']}, {scores.stats['reason']}", end="")
             for impl in ("tree", "padded", "alone"):
                 try:
                     scores = sk.score_prompts(model, cache, impl=impl, max_tokens=64)
@@ -80,8 +78,7 @@ def test_whatever_a_model_computes_is_what_is_scored(name, before, cache, sorted
 WRAPPERS = {"compiled": lambda model: torch.compile(model, backend="eager"), "parallel": torch.nn.DataParallel}
 
 
-@pytest.mark.parametrize("wrapper", WRAPPERS)
-@pytest.mark.parametrize("how", ["hook", "forward"])
+@pytest.mark.parametrize(("wrapper", "how"), [("compiled", "hook"), ("parallel", "forward")])
 def test_code_around_a_wrapper_is_not_peeled_off(wrapper, how, cache):
     model = WRAPPERS[wrapper](build("qwen3").eval())
     plain = plain_nll(model, cache)
@@ -98,15 +95,12 @@ def test_code_around_a_wrapper_is_not_peeled_off(wrapper, how, cache):
         model.forward = lambda *args, **kwargs: cooler(model, args, forward(*args, **kwargs))
     moved = plain_nll(model, cache)
     assert (moved - plain).abs().max() > 0.5
-    for impl in ("auto", "padded", "alone"):
-        scores = sk.score_prompts(model, cache, impl=impl)
-        assert per_token_error(scores, moved) < TOLERANCE and scores.stats["path"] == "alone"
-    assert sk.verify(model, cache, cells=2).path == "alone"
+    scores = sk.score_prompts(model, cache)
+    assert per_token_error(scores, moved) < TOLERANCE and scores.stats["path"] == "alone"
 
 
-@pytest.mark.parametrize("impl", ["auto", "padded", "alone"])
 @pytest.mark.parametrize("layer", ["Lily", "pooling"])
-def test_a_layer_that_shows_with_company_only_is_found(layer, impl):
+def test_a_layer_that_shows_with_company_only_is_found(layer):
     """PEFT's Lily routes by the mean over the batch; a pooling looks into the padding, which a middle cell has."""
     ids = drawing(0)
     job = sk.ResponseCache.from_token_ids([[ids(n) for n in (70, 50, 46, 20)]], [ids(3) for _ in range(4)])
@@ -122,9 +116,10 @@ def test_a_layer_that_shows_with_company_only_is_found(layer, impl):
     else:
         pool = torch.nn.AvgPool2d((9, 1), stride=1, padding=(4, 0))
         model.model.layers[1].mlp = torch.nn.Sequential(model.model.layers[1].mlp, pool)
-    for max_tokens in (120, 4096):
+    plain = plain_nll(model, job)
+    for impl, max_tokens in (("auto", 120), ("padded", 120), ("padded", 4096), ("alone", 4096)):
         scores = sk.score_prompts(model, job, impl=impl, max_tokens=max_tokens)
-        assert per_token_error(scores, plain_nll(model, job)) < TOLERANCE
+        assert per_token_error(scores, plain) < TOLERANCE
 
 
 def many() -> sk.ResponseCache:

@@ -9,17 +9,13 @@ import types
 import torch
 from torch import nn
 
+# Name -> (family, settings over its row, change).
 ZOO: dict[str, tuple[str, dict, object]] = {}
 
 
 def way(name: str, family: str = "qwen3", **config):
     """Add ``change(model)`` to the zoo; it may return a function that undoes what it did outside the model."""
-
-    def add(change):
-        ZOO[name] = (family, config, change)
-        return change
-
-    return add
+    return lambda change: ZOO.update({name: (family, config, change)})
 
 
 def layer(model, i=1):
@@ -73,65 +69,58 @@ def function_of(**how):
     return function
 
 
+def attention(model, name="zoo_attention", **how):
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    table = ALL_ATTENTION_FUNCTIONS._global_mapping
+    before = dict(table)
+    table[name] = function_of(**how)
+    model.set_attn_implementation(name)
+    return lambda: (table.clear(), table.update(before))
+
+
 for name, how in {
     "the last 12 and the first 2": {"visible": lambda i, j: (i - j < 12) | (j < 2)},
     "a bias by distance": {"bias": lambda i, j: -0.1 * (i - j)},
     "plain, by another name": {},
-    "blocks of 32": {"visible": lambda i, j: i // 32 == j // 32},
+    "a window where sdpa was": {"name": "sdpa", "visible": window},
 }.items():
+    way(f"attention function: {name}")(functools.partial(attention, **how))
 
-    @way(f"attention function: {name}")
-    def _(model, how=how):
-        from transformers import AttentionInterface
-
-        AttentionInterface.register("zoo_attention", function_of(**how))
-        model.set_attn_implementation("zoo_attention")
-        return lambda: AttentionInterface._global_mapping.pop("zoo_attention", None)
-
-
-@way("attention function: a window where sdpa was")
-def _(model):
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    before = ALL_ATTENTION_FUNCTIONS._global_mapping["sdpa"]
-    ALL_ATTENTION_FUNCTIONS._global_mapping["sdpa"] = function_of(visible=window)
-    return lambda: ALL_ATTENTION_FUNCTIONS._global_mapping.update(sdpa=before)
-
-
-# Hooks on every kind of module: name -> (where, what the output becomes).
+# Hooks on every kind of module: name -> (where, what the output, or the input, becomes).
 HOOKS = {
     "a layer, less the mean of the sequence": (layer, centred),
     "a layer, the last position steered": (layer, last),
-    "a layer, the first position cleared": (layer, lambda h: torch.cat([0 * h[:, :1], h[:, 1:]], 1)),
     "a layer, less the mean of the batch": (layer, lambda h: h - h.mean(0, keepdim=True)),
     "a layer, by the length": (layer, lambda h: h * (1 + h.shape[1] / 100)),
     "a layer, position 17": (layer, lambda h: torch.cat([h[:, :17], 2 * h[:, 17:18], h[:, 18:]], 1)),
-    "the output of attention, the last": (lambda m: layer(m).self_attn.o_proj, last),
     "keys, shifted": (lambda m: layer(m).self_attn.k_proj, shift),
-    "the embedding, shifted": (lambda m: m.model.embed_tokens, shift),
     "the head, the mean of the rows": (lambda m: m.lm_head, centred),
     "rotary angles": (lambda m: m.model.rotary_emb, lambda cos: cos.roll(1, 1)),
     "before a layer, shifted": (layer, shift),
     "before the head, the last position": (lambda m: m.lm_head, last),
     "a router, by capacity": (lambda m: layer(m).mlp.gate, lambda x: x * torch.linspace(2, 0, len(x))[:, None]),
+    "noise that never repeats": (lambda m: layer(m).mlp, lambda h: h + 0.1 * torch.randn_like(h)),
 }
-for name, (where, change_of) in HOOKS.items():
 
-    @way(f"hook: {name}", "mixtral" if "router" in name else "qwen3")
-    def _(model, name=name, where=where, change_of=change_of):
-        if name.startswith("before"):
-            where(model).register_forward_pre_hook(lambda m, args: (change_of(args[0]), *args[1:]))
-        else:
-            where(model).register_forward_hook(
-                lambda m, args, out: change_of(out) if torch.is_tensor(out) else (change_of(out[0]), *out[1:])
-            )
+
+def hook(model, before, where, change):
+    if before:
+        where(model).register_forward_pre_hook(lambda m, args: (change(args[0]), *args[1:]))
+    else:
+        where(model).register_forward_hook(
+            lambda m, args, out: change(out) if torch.is_tensor(out) else (change(out[0]), *out[1:])
+        )
+
+
+for name, (where, change) in HOOKS.items():
+    change_of = functools.partial(hook, before=name.startswith("before"), where=where, change=change)
+    way(f"hook: {name}", "mixtral" if "router" in name else "qwen3")(change_of)
 
 
 @way("hook: of all modules")
 def _(model):
-    from torch.nn.modules.module import register_module_forward_hook
-
-    return register_module_forward_hook(
+    return nn.modules.module.register_module_forward_hook(
         lambda module, args, out: centred(out) if type(module).__name__ == "Qwen3MLP" else None
     ).remove
 
@@ -151,25 +140,25 @@ def repeated(logits, ids):
     return torch.where(seen, logits * 0.8, logits)
 
 
-for name, logits_of, signature in (
-    ("one logit lowered by 20", lowered, False),
-    ("one logit lowered by 20, signature kept", lowered, True),
-    ("a penalty for repetition", repeated, True),
-    ("a temperature", lambda x, ids: x / 0.7, False),
-    ("the mean of the rows taken off", lambda x, ids: centred(x), True),
-    ("the least likely at -inf", lambda x, ids: x.masked_fill(x < x.topk(298).values[..., -1:], -torch.inf), False),
-):
+def wrapped(model, logits_of):
+    forward = model.forward
 
-    @way(f"wrapped forward: {name}")
-    def _(model, logits_of=logits_of, signature=signature):
-        forward = model.forward
+    @functools.wraps(forward)
+    def replaced(*args, **kwargs):
+        out = forward(*args, **kwargs)
+        out.logits = logits_of(out.logits, kwargs.get("input_ids", args[0] if args else None))
+        return out
 
-        def replaced(*args, **kwargs):
-            out = forward(*args, **kwargs)
-            out.logits = logits_of(out.logits, kwargs.get("input_ids", args[0] if args else None))
-            return out
+    model.forward = replaced
 
-        model.forward = functools.wraps(forward)(replaced) if signature else replaced
+
+for name, logits_of in {
+    "one logit lowered by 20": lowered,
+    "a penalty for repetition": repeated,
+    "the mean of the rows taken off": lambda x, ids: centred(x),
+    "the least likely at -inf": lambda x, ids: x.masked_fill(x < x.topk(298).values[..., -1:], -torch.inf),
+}.items():
+    way(f"wrapped forward: {name}")(functools.partial(wrapped, logits_of=logits_of))
 
 
 @way("patched forward of a module, as a method")
@@ -229,26 +218,18 @@ class Leak(nn.Module):
         return self.inner(hidden) + self.mix(hidden)
 
 
-for name, mix in {
-    "a running mean": lambda h: h.cumsum(1) / torch.arange(1, h.shape[1] + 1)[:, None],
-    "the mean of the batch": lambda h: h.mean(0, keepdim=True).expand_as(h),
-    "the last token": lambda h: h[:, -1:].expand_as(h),
-}.items():
-
-    @way(f"module: {name}")
-    def _(model, mix=mix):
-        layer(model).mlp = Leak(layer(model).mlp, mix)
+def behind_mlp(model, wrap):
+    layer(model).mlp = wrap(layer(model).mlp)
 
 
-for name, modules in {
-    "a pooling": lambda: [nn.AvgPool2d((3, 1), stride=1, padding=(1, 0))],
-    "layers that look back": lambda: [nn.ZeroPad2d((0, 0, 2, 0)), nn.AvgPool2d((3, 1), stride=1)],
-    "a convolution": lambda: [nn.Unflatten(1, (1, -1)), nn.Conv2d(1, 1, (3, 1), padding=(1, 0)), nn.Flatten(1, 2)],
-}.items():
-
-    @way(f"module: {name} of torch's own, nothing foreign")
-    def _(model, modules=modules):
-        layer(model).mlp = nn.Sequential(layer(model).mlp, *modules())
+for name, wrap in {
+    "a running mean": lambda mlp: Leak(mlp, lambda h: h.cumsum(1) / torch.arange(1, h.shape[1] + 1)[:, None]),
+    "the mean of the batch": lambda mlp: Leak(mlp, lambda h: h.mean(0, keepdim=True).expand_as(h)),
+    "a pooling of torch's own": lambda mlp: nn.Sequential(mlp, nn.AvgPool2d((3, 1), stride=1, padding=(1, 0))),
+    "a convolution of torch's own": lambda mlp: nn.Sequential(
+        mlp, nn.Unflatten(1, (1, -1)), nn.Conv2d(1, 1, (3, 1), padding=(1, 0)), nn.Flatten(1, 2)),
+}.items():  # fmt: skip
+    way(f"module: {name}")(functools.partial(behind_mlp, wrap=wrap))
 
 
 @way("a layer twice")
@@ -256,7 +237,9 @@ def _(model):
     model.model.layers.append(model.model.layers[0])
 
 
-# Configurations and attributes that change after loading: name -> (family, its options, change).
+# Configurations and attributes that change after loading.
+
+
 def other_experts(model):
     model.config.num_experts_per_tok = 1
     for one in model.model.layers:
@@ -275,31 +258,21 @@ def not_causal(model):
         one.self_attn.is_causal = False
 
 
-SETTINGS = {
-    "a window after loading": ("mistral", {"sliding_window": None}, lambda m: setattr(m.config, "sliding_window", 16)),
-    "no window after loading": ("mistral", {"sliding_window": 16}, lambda m: setattr(m.config, "sliding_window", None)),
-    "another softcap": ("gemma2", {}, lambda m: setattr(m.config, "final_logit_softcapping", 1.0)),
-    "other experts": ("mixtral", {}, other_experts),
-    "eager attention": ("qwen3", {}, lambda m: setattr(m.config, "_attn_implementation", "eager")),
-    "not causal": ("qwen3", {}, not_causal),
-    "a window of one layer": (
-        "mistral", {"sliding_window": None}, lambda m: setattr(layer(m).self_attn, "sliding_window", 16)),
-    "another scaling": ("qwen3", {}, lambda m: setattr(layer(m).self_attn, "scaling", 2 * layer(m).self_attn.scaling)),
-    "other frequencies": ("qwen3", {}, lambda m: m.model.rotary_emb.inv_freq.mul_(0.5)),
-    "a rope that grows": ("qwen3", {}, growing_rope),
-}  # fmt: skip
-for name, (family, config, change) in SETTINGS.items():
-    way(f"setting: {name}", family, **config)(lambda model, change=change: (change(model), None)[1])
-
-
-@way("compiled in place")
-def _(model):
-    model.compile(backend=lambda graph, inputs: graph.forward)
-
-
-@way("int8 activations")
-def _(model):
-    torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, inplace=True)
+NO_WINDOW = {"sliding_window": None}
+for name, family, config, change in (
+    ("a window", "mistral", NO_WINDOW, lambda m: setattr(m.config, "sliding_window", 16)),
+    ("no window", "mistral", {"sliding_window": 16}, lambda m: setattr(m.config, "sliding_window", None)),
+    ("another softcap", "gemma2", {}, lambda m: setattr(m.config, "final_logit_softcapping", 1.0)),
+    ("other experts", "mixtral", {}, other_experts),
+    ("eager attention", "qwen3", {}, lambda m: setattr(m.config, "_attn_implementation", "eager")),
+    ("not causal", "qwen3", {}, not_causal),
+    ("a window of one layer", "mistral", NO_WINDOW, lambda m: setattr(layer(m).self_attn, "sliding_window", 16)),
+    ("another scaling", "qwen3", {}, lambda m: setattr(layer(m).self_attn, "scaling", 0.7)),
+    ("a rope that grows", "qwen3", {}, growing_rope),
+    ("compiled in place", "qwen3", {}, lambda m: m.compile(backend=lambda graph, inputs: graph.forward)),
+    ("int8 activations", "qwen3", {}, lambda m: torch.ao.quantization.quantize_dynamic(m, {nn.Linear}, inplace=True)),
+):
+    way(f"setting after loading: {name}", family, **config)(lambda model, change=change: (change(model), None)[1])
 
 
 def entered(mode):
@@ -327,17 +300,6 @@ def _(model):
             return shift(out) if func is torch.ops.aten.silu.default and out.dim() == 3 else out
 
     return entered(Mode())
-
-
-@way("noise that never repeats")
-def _(model):
-    layer(model).mlp.register_forward_hook(lambda m, args, out: out + 0.1 * torch.randn_like(out))
-
-
-@way("a counter")
-def _(model):
-    count = []
-    layer(model).mlp.register_forward_hook(lambda m, args, out: (count.append(1), out * (1 + len(count) % 3))[1])
 
 
 # Behind what looks harmless.

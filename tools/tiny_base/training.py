@@ -6,6 +6,7 @@ preset, what the weights were made by and the SHA-256 of every other file.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterable
@@ -15,14 +16,15 @@ from typing import Any
 
 import torch
 
-from sapo_kernels.files import write_json
+from sapo_kernels.files import read_bytes, write_json
 from sapo_kernels.scoring.render import Renderer
-from sapo_peft.assets import MANIFEST, file_digest
 from sapo_peft.tiny_random import SPECIAL_TOKENS
 from tools.tiny_base.corpus import Corpus, Text, texts_digest
 from tools.tiny_base.presets import Preset
 
 logger = logging.getLogger("sapo_peft")
+
+MANIFEST = "made_by.json"
 
 # Every eighth token of a context is predicted too: enough to learn the words, and the responses keep the weight.
 CONTEXT_STRIDE = 8
@@ -55,6 +57,11 @@ def make_base(preset: Preset, folder: Path, say: Callable[[str], None] = logger.
         "files": {path.name: file_digest(path) for path in sorted(folder.iterdir())},
     }
     write_json(folder / MANIFEST, made_by)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 (hex) of a file."""
+    return hashlib.sha256(read_bytes(path, max_bytes=2**31)).hexdigest()
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Any:
