@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 import torch
@@ -17,6 +18,23 @@ import sys
 from pathlib import Path
 
 import pytest
+
+# The interpreter puts its functions into the place of Triton's again at each call of a function inside a kernel, which
+# takes a third of the time of such tests: once a launch is enough.
+if os.environ.get("TRITON_INTERPRET") == "1":
+    with contextlib.suppress(ImportError):
+        import triton.language as tl
+        from triton.runtime import interpreter
+
+        own_patch = interpreter._patch_lang
+
+        def patch_once(function):
+            languages = [value for value in function.__globals__.values() if value is tl or value is tl.core]
+            if languages and not any(tl.core.is_builtin(language.load) for language in languages):
+                return interpreter._LangPatchScope()
+            return own_patch(function)
+
+        interpreter._patch_lang = patch_once
 
 # The tensors here are small: a second thread gains nothing and waits for the first on a busy machine.
 torch.set_num_threads(1)
