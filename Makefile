@@ -25,6 +25,7 @@ docs: $(READY)
 	$(PIP) install -q -c .ci/constraints.txt pdoc
 	$(VENV)/bin/python -m tools.api_docs --html build/api
 
+# What the table of compilations, tests/native/aot.csv, does not know.
 aot: $(READY)
 	$(VENV)/bin/python -m tests.native.aot
 

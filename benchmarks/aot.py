@@ -16,7 +16,7 @@ import multiprocessing
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from sapo_kernels.files import atomic_write, read_text
@@ -79,9 +79,9 @@ def read_uses(path: Path = PATH) -> list[Use]:
 
 
 def _options_of(job) -> dict:
-    from tests.native.aot import BUILDERS
+    from tests.native.aot import KERNELS
 
-    return BUILDERS[job.kernel](job.shape, int(job.target[3:]))[3]
+    return KERNELS[job.kernel][0](job.shape, job.capability)[3]
 
 
 def _describe(options: dict) -> str:
@@ -118,20 +118,16 @@ def work_list(with_candidates: bool, target: str = "sm_90") -> list[tuple]:
 
     from tests.native.aot import Job, jobs
 
-    from . import candidates
+    from .candidates import candidates
 
-    listed = [(job, None) for job in jobs(short=False) if job.target in PARTS]
+    listed = [(job, None) for job in jobs() if job.target in PARTS]
     if with_candidates:
         capability = int(target[3:])
         for shape in (("bf16", 128, 128, 4, ""), ("bf16", 64, 64, 2, "")):
-            for kernel, found in (
-                ("", candidates.attention),
-                (" queries", candidates.queries),
-                (" keys", candidates.keys),
-            ):
-                for options in found(shape[1], torch.bfloat16, capability)[1:]:
-                    listed.append((Job(f"tree_attention{kernel}", shape, target), options))
-        for options in candidates.logprob(4096, torch.bfloat16, capability)[1:]:
+            for kernel in ("tree_attention", "tree_attention queries", "tree_attention keys"):
+                for options in candidates(kernel, shape[1], torch.bfloat16, capability)[1:]:
+                    listed.append((Job(kernel, shape, target), options))
+        for options in candidates("linear_logprob", 4096, torch.bfloat16, capability)[1:]:
             listed.append((Job("linear_logprob", ("bf16", 4096, "d"), target), options))
     return listed
 
@@ -162,7 +158,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"not the committed row: {use}")
         return 1 if differing or bad else 0
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(options.out, csv_text([asdict(use) for use in uses], [field.name for field in fields(Use)]))
+    atomic_write(options.out, csv_text(uses))
     print(f"{options.out}: {len(uses)} rows, {len(bad)} unfit")
     return 1 if bad else 0
 

@@ -1,4 +1,4 @@
-"""Tables inside Markdown documents, made of rows: what stands between two markers is replaced.
+"""Markdown tables, and those inside documents: what stands between two markers is replaced.
 
 ``<!-- KIND: NAME -->`` begins a table and ``<!-- end of table -->`` or ``<!-- /KIND -->`` ends it. Every page of the
 checkout is looked at, so that a table may move.
@@ -19,6 +19,24 @@ MARKED = re.compile(
     r"(?:(?!<!-- (?:table|effect): ).)*?(?P<end><!-- (?:end of table|/effect) -->)",
     re.DOTALL,
 )
+
+
+def table(header: list[str], rows: list[list[str]]) -> list[str]:
+    """Markdown lines; the first column is text, the others numbers."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "|".join(["---"] + ["---:"] * (len(header) - 1)) + "|"]
+    return lines + ["| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in rows]
+
+
+def seconds(value: float) -> str:
+    """With its unit and three digits."""
+    for unit, scale in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
+        if value * scale >= 1 or unit == "us":
+            return f"{value * scale:.3g} {unit}"
+    raise AssertionError("the last unit takes everything")
+
+
+def size(count: int) -> str:
+    return "-" if count < 0 else f"{count / 2**20:.1f} MiB"
 
 
 def filled(text: str, kind: str, make: Callable[[str], list[str]]) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,8 +26,8 @@ from sapo_peft.sequence import read_tasks
 from tests.oracles import alone_nll
 
 from .peers.loops import trainer_loop
-from .real_matrices import load
 from .rows import csv_text
+from .workload import load_pretrained
 
 TASKS = ("task04_active_to_passive", "task01_product_note_polarity")
 PROMPTS, EXAMPLES = 3, 3
@@ -76,7 +76,7 @@ def harness(model, tokenizer, texts: list[tuple[str, str]]) -> torch.Tensor:
 
 def compared(name: str) -> list[Difference]:
     """Every comparison of one model, in every layout that it has."""
-    model, tokenizer = load(name)
+    model, tokenizer = load_pretrained(name)
     found = []
     for layout in ("chat", "plain") if tokenizer.chat_template else ("plain",):
         template = None if layout == "chat" else plain_layout(tokenizer)
@@ -109,8 +109,7 @@ def main() -> None:
         for row in rows[-8:]:
             print(f"{row.model:12s} {row.layout:6s} {row.against:8s} {row.path} {row.cells} cells: {row.largest:.1e}")
         if args.csv:
-            records = [{**asdict(row), "largest": f"{row.largest:.2e}"} for row in rows]
-            atomic_write(args.csv, csv_text(records, [field.name for field in fields(Difference)]))
+            atomic_write(args.csv, csv_text(rows))
 
 
 if __name__ == "__main__":

@@ -23,9 +23,10 @@ from pathlib import Path
 from sapo_kernels.files import atomic_write, read_text
 
 from .apart import run_apart, shared_out
+from .documents import table
 from .gpu_parts import NO_TIME, PARTS, Job, run_part
-from .rows import ROOT, Row, read_rows, to_csv
-from .suite_summary import summary
+from .rows import ROOT, csv_text, read_rows
+from .tables import against_ceilings, ceilings, newest
 
 # Between a part's own deadline and its end by force, and what is kept for writing at the end.
 GRACE_SECONDS = 15.0
@@ -73,19 +74,21 @@ def run_part_apart(name: str, options, seconds: float, limit: float) -> str:
     return read_text(said) if said.exists() else f"failed (it ended without a status; logs/{name}.log)"
 
 
-def collected(out: Path) -> list[Row]:
-    """The rows of all parts so far, in the parts' order."""
-    return [row for name in PARTS for row in read_rows(out / "rows" / f"{name}.csv")]
-
-
 def write_results(out: Path, outcomes: list[Outcome], started: float) -> None:
-    rows = collected(out)
-    notes = {}
+    """rows.csv and summary.md, of all parts so far and in the parts' order."""
+    rows = [row for name in PARTS for row in read_rows(out / "rows" / f"{name}.csv")]
+    if rows:
+        atomic_write(out / "rows.csv", csv_text(rows))
+    lines = ["# GPU suite", "", f"{time.monotonic() - started:.0f} s.", ""]
+    lines += table(["part", "how it ended", "s"], [[o.name, o.status, f"{o.seconds:.0f}"] for o in outcomes])
+    lines += ["", *(f"- ceiling: {value / 1e12:.4g} T{unit}/s" for unit, value in ceilings(rows).items()), ""]
+    if measured := {key: found for key, found in newest(rows).items() if key[0] != "ceiling"}:
+        lines += against_ceilings(measured, rows)
     for name in PARTS:
-        path = out / "notes" / f"{name}.txt"
-        notes[name] = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    atomic_write(out / "rows.csv", to_csv(rows))
-    atomic_write(out / "summary.md", summary(rows, outcomes, notes, time.monotonic() - started))
+        notes = out / "notes" / f"{name}.txt"
+        if notes.exists():
+            lines += ["", f"## Notes: {name}", "", "```", *notes.read_text(encoding="utf-8").splitlines(), "```"]
+    atomic_write(out / "summary.md", "\n".join(lines) + "\n")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -15,7 +15,6 @@ Scores are made in bfloat16 by default, as on a GPU: on a CPU with bfloat16 inst
 from __future__ import annotations
 
 import argparse
-import hashlib
 import time
 from pathlib import Path
 
@@ -30,11 +29,6 @@ from .workload import Task, load_tasks
 STATES = ("base", "tuned")
 STEPS, BATCH, RATE, RANK = 30, 8, 1e-3, 16
 INPUT_TOKENS, MAX_EXAMPLES, MIN_EXAMPLES = 64, 250, 100
-
-
-def half(task: str) -> str:
-    """The half that a task belongs to, fixed before anything was scored: rules are chosen on `tuning` alone."""
-    return "tuning" if hashlib.sha256(task.encode()).hexdigest()[0] < "8" else "held-out"
 
 
 def cut(task: Task, tokenizer, limit: int) -> list[dict[str, str]]:

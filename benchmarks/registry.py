@@ -35,7 +35,7 @@ class Setting:
     """Where and how large to measure.
 
     toy: sizes that take seconds; their times mean nothing. data: folder of tasks. scale: times as many examples as
-    usual. impl: of our operators. base: a real model for the races (`real_matrices.load`).
+    usual. impl: of our operators. base: a real model for the races (`workload.load_pretrained`).
     """
 
     device: str = "cpu"

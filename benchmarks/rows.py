@@ -91,19 +91,26 @@ class Row:
         return self.op, self.case, self.provider
 
 
-COLUMNS = [f.name for f in fields(Row) if f.name != "environment"] + [f.name for f in fields(Environment)]
 _KINDS = {"int": int, "float": float, "str": str}
 
 
-def csv_text(records: list[dict], columns: list[str], header: bool = True) -> str:
-    """Rows as CSV text; floats keep 6 significant digits, line ends inside a text become blanks."""
+def csv_text(rows: list, header: bool = True) -> str:
+    """Dataclasses of one kind as CSV text; floats keep 6 significant digits, line ends inside a text become blanks."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    records = [_flat(row) for row in rows]
+    writer = csv.DictWriter(text, list(records[0]), lineterminator="\n")
     if header:
         writer.writeheader()
     for row in records:
         writer.writerow({n: f"{v:.6g}" if isinstance(v, float) else " ".join(str(v).split()) for n, v in row.items()})
     return text.getvalue()
+
+
+def _flat(row) -> dict:
+    """The fields of a dataclass; those of its environment after its own."""
+    found = asdict(row)
+    where = found.pop("environment", {})
+    return {**found, **where}
 
 
 def read_csv(text: str, name: str, *kinds: type) -> list[dict]:
@@ -132,12 +139,6 @@ def _value(column: str, kind: type, cell: str, place: str):
         raise DataError(f"{place}, {column}: expected {kind.__name__}, got {excerpt(cell)}") from None
 
 
-def to_csv(rows: list[Row], header: bool = True) -> str:
-    """The rows as CSV text."""
-    flat = [{**asdict(row), **asdict(row.environment)} for row in rows]
-    return csv_text([{name: row[name] for name in COLUMNS} for row in flat], COLUMNS, header)
-
-
 def from_csv(text: str, name: str) -> list[Row]:
     """The rows of CSV text; `DataError` names file, line and column of whatever does not fit."""
     where = [f.name for f in fields(Environment)]
@@ -163,10 +164,8 @@ def append_rows(path: str | os.PathLike, rows: list[Row]) -> None:
     path = Path(path)
     old = read_text(path) if path.exists() else ""
     from_csv(old, os.fspath(path))
-    new = to_csv(rows, header=not old)
-    from_csv(new if not old else to_csv(rows), f"{path} (not written)")
     path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, old + new)
+    atomic_write(path, old + csv_text(rows, header=not old))
 
 
 def version(package: str) -> str:

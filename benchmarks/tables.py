@@ -20,11 +20,10 @@ from pathlib import Path
 from sapo_kernels.files import DataError, atomic_write
 
 from . import aot, ops, plots  # noqa: F401
-from .documents import outdated
+from .documents import outdated, seconds, size, table
 from .peers import PEERS
 from .registry import OPS
 from .rows import RESULTS, ROOT, Row, read_rows
-from .suite_summary import ceilings, seconds, size, table
 
 PLOTS = ROOT / "docs" / "plots"
 ABSENT = "No rows yet: `{}` writes them."
@@ -166,14 +165,15 @@ def operators(results: Path) -> list[str]:
     return table(["case", "shape", "ours, p50", "rate", "others, of ours"], body) if body else []
 
 
-def gpu(results: Path) -> list[str]:
-    """The operators and models of the GPU suite's newest rows, with what the ceilings of the same run allow."""
-    rows = [row for path in sorted(results.glob("gpu/*.csv")) for row in read_rows(path)]
-    shown = {key: found for key, found in newest(rows).items() if key[0] in OPS}
-    if not shown:
-        return []
+def ceilings(rows: list[Row]) -> dict[str, float]:
+    """Bytes and operations a second of the ceilings' best quantile, by unit."""
+    return {row.work_unit: row.work / row.p20_s for row in rows if row.op == "ceiling"}
+
+
+def against_ceilings(cases: dict[tuple[str, str], list[Row]], rows: list[Row]) -> list[str]:
+    """Every provider of some cases, with what the ceilings of the same commit among `rows` allow."""
     body = []
-    for (op, case), found in shown.items():
+    for (op, case), found in cases.items():
         ours = ours_of(found)
         reached = ceilings([row for row in rows if row.environment.commit == found[0].environment.commit])
         for row in found:
@@ -181,7 +181,14 @@ def gpu(results: Path) -> list[str]:
             times = f"{row.p50_s / ours.p50_s:.2f}x" if ours else "-"
             body.append([f"{op}: {case}", row.provider, seconds(row.p50_s), times, share, size(row.peak_bytes)])
     header = ["case", "provider", "p50", "of ours", "of ceiling", "peak memory"]
-    return [*table(header, body), "", where([row for found in shown.values() for row in found])]
+    return [*table(header, body), "", where([row for found in cases.values() for row in found])]
+
+
+def gpu(results: Path) -> list[str]:
+    """The operators and models of the GPU suite's newest rows."""
+    rows = [row for path in sorted(results.glob("gpu/*.csv")) for row in read_rows(path)]
+    shown = {key: found for key, found in newest(rows).items() if key[0] in OPS}
+    return against_ceilings(shown, rows) if shown else []
 
 
 def ahead_of_time(results: Path) -> list[str]:

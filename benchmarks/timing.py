@@ -90,6 +90,8 @@ class Turns:
 
     def turn(self, deadline: float | None = None) -> None:
         """Every provider once, timed and checked; past the deadline none begins any more, but for the very first."""
+        if not self.count:
+            gc.collect()  # once, for it takes longer than a small case: memory is read in the first turn
         names = list(self.case.providers)
         first = self.count % len(names)
         for name in names[first:] + names[:first]:
@@ -181,7 +183,6 @@ class _Memory:
 def _peak_memory(device: str):
     """Gives an object whose `bytes` is the peak above what was held before, once the block is left; -1 if unknown."""
     memory = _Memory()
-    gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

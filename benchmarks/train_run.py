@@ -23,33 +23,23 @@ from .train_step import load
 from .workload import data_folder, load_tasks
 
 
-def run(
-    name: str,
-    size: tuple[int, int],
-    data: Path,
-    task,
-    examples: int,
-    prompts: list[str],
-    packing: str,
-    race: bool,
-    scores: bool,
-):
-    """(processor seconds, loss of the last tenth of the steps, callback)."""
+def run(name: str, data: Path, task, prompts: list[str], packing: str, scores: bool):
+    """(processor seconds, loss of the last tenth of the steps, callback). scores: race the prompts before training."""
     from transformers import Trainer, TrainingArguments, set_seed
 
     from sapo_peft import PromptPool, SapoConfig, attach_sapo
 
     set_seed(0)
-    model, tokenizer = load(name, data, *size)
+    model, tokenizer = load(name, data, 256, 4)
     pool = PromptPool.build(task.name, prompts[0], prompts[1:], suffix=task.suffix)
-    config = SapoConfig(at_start=scores, probe_examples=250, race=sk.Race() if race else None, packing=packing)
+    config = SapoConfig(at_start=scores, probe_examples=250, race=sk.Race(), packing=packing)
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(
             folder, num_train_epochs=1, per_device_train_batch_size=16, learning_rate=1e-4, logging_steps=1, seed=0,
             save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True,
         )  # fmt: skip
         begin = time.process_time()
-        trainer = Trainer(model, args, train_dataset=task.examples[:examples], processing_class=tokenizer)
+        trainer = Trainer(model, args, train_dataset=task.examples[:1000], processing_class=tokenizer)
         callback = attach_sapo(trainer, pool, config=config)
         trainer.train()
         seconds = time.process_time() - begin
@@ -63,17 +53,13 @@ def main() -> None:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--tasks", nargs="*")
     parser.add_argument("--model", default="qwen3", help="as benchmarks.train_step has it")
-    parser.add_argument("--hidden", type=int, default=256, help="of qwen3")
-    parser.add_argument("--layers", type=int, default=4, help="of qwen3")
-    parser.add_argument("--examples", type=int, default=1000)
     args = parser.parse_args()
     torch.set_num_threads(1)
     data = data_folder(args.data)
     for task in load_tasks(data, args.tasks):
-        common = (args.model, (args.hidden, args.layers), data, task, args.examples)
-        plain, loss, _ = run(*common, task.prompts[:1], "padded", race=False, scores=False)
-        ours, own_loss, callback = run(*common, task.prompts, "trie", race=True, scores=True)
-        same, same_loss, _ = run(*common, task.prompts[:1], "trie", race=False, scores=False)
+        plain, loss, _ = run(args.model, data, task, task.prompts[:1], "padded", scores=False)
+        ours, own_loss, callback = run(args.model, data, task, task.prompts, "trie", scores=True)
+        same, same_loss, _ = run(args.model, data, task, task.prompts[:1], "trie", scores=False)
         scored = callback.history[0]
         print(
             f"{task.name.split('_')[0]:9s} plain {plain:6.0f} s, with SAPO {ours:6.0f} s ({ours / plain:.2f}; of it "

@@ -12,25 +12,42 @@ the tasks that its file lacks.
 from __future__ import annotations
 
 import argparse
-import csv
-import io
-import math
 import statistics
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from sapo_kernels import ResponseCache, TrieBatch, tree_logprobs
-from sapo_kernels.files import atomic_write
+from sapo_kernels.files import atomic_write, read_text
 from sapo_kernels.training.trie_batch import padded_rows
 
-from .rows import csv_text
+from .documents import table
+from .rows import csv_text, read_csv
 from .workload import data_folder, load_tasks, load_tokenizer, qwen3_shaped
 
 PROVIDERS = ("padded", "padding-free", "trie")
-COLUMNS = ("model", "task", "batch", "padded_tokens", "free_tokens", "trie_tokens", "padded_s", "free_s", "trie_s",
-           "loss_error", "gradient_error")  # fmt: skip
+# How far two ways of computing a gradient may be apart, of its norm. Gemma's are each up to 6.7e-4 from the exact ones
+# in float32 (`benchmarks.gradient_error --model gemma3-270m`), padded rows and trie alike.
+BOUND, BOUNDS = 1e-3, {"gemma3-270m": 2e-3}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One batch: tokens and processor seconds of each provider; errors of the trie, relative, against padded rows."""
+
+    model: str
+    task: str
+    batch: int
+    padded_tokens: int
+    free_tokens: int
+    trie_tokens: int
+    padded_s: float
+    free_s: float
+    trie_s: float
+    loss_error: float
+    gradient_error: float
 
 
 def load(name: str, data: Path, hidden: int = 512, layers: int = 8):
@@ -81,51 +98,44 @@ def distance(one, other) -> float:
     return max(float((a - b).norm() / b.norm().clamp(min=1e-12)) for a, b in zip(one, other, strict=True))
 
 
-def measure(model, rows, rounds: int) -> dict[str, float]:
+def measure(model, name: str, task: str, number: int, rows, rounds: int) -> Step:
     inputs = {"padded": padded_rows(rows), "padding-free": flattened(rows), "trie": rows}
-    found = {name: [step(model, name, inputs[name]) for name in (name,)][0] for name in PROVIDERS}
-    times = {name: [found[name][0]] for name in PROVIDERS}
+    found = {provider: step(model, provider, inputs[provider]) for provider in PROVIDERS}
+    times = {provider: [seconds] for provider, (seconds, _, _) in found.items()}
     for _ in range(rounds - 1):
-        for name in PROVIDERS:
-            times[name].append(step(model, name, inputs[name])[0])
+        for provider in PROVIDERS:
+            times[provider].append(step(model, provider, inputs[provider])[0])
     own = found["padded"]
-    errors = [abs(float(found[n][1] / own[1]) - 1) for n in PROVIDERS[1:]]
-    gradients = [distance(found[n][2], own[2]) for n in PROVIDERS[1:]]
-    if max(errors) > 1e-5 or max(gradients) > 1e-3:
+    errors = [abs(float(found[provider][1] / own[1]) - 1) for provider in PROVIDERS[1:]]
+    gradients = [distance(found[provider][2], own[2]) for provider in PROVIDERS[1:]]
+    if max(errors) > 1e-5 or max(gradients) > BOUNDS.get(name, BOUND):
         raise SystemExit(f"losses differ by {errors}, gradients by {gradients} of their norm: nothing is reported")
-    return {
-        "padded_tokens": inputs["padded"]["input_ids"].numel(),
-        "free_tokens": inputs["padding-free"]["input_ids"].numel(),
-        "trie_tokens": TrieBatch.pack(*zip(*rows, strict=True)).num_tokens,
-        "padded_s": min(times["padded"]),
-        "free_s": min(times["padding-free"]),
-        "trie_s": min(times["trie"]),
-        "loss_error": errors[1],
-        "gradient_error": gradients[1],
-    }
+    tokens = [inputs[provider]["input_ids"].numel() for provider in PROVIDERS[:2]]
+    tokens.append(TrieBatch.pack(*zip(*rows, strict=True)).num_tokens)
+    return Step(name, task, number, *tokens, *(min(times[p]) for p in PROVIDERS), errors[1], gradients[1])
 
 
-def summary(rows: list[dict]) -> str:
-    """One line a task, and the geometric means."""
-    lines = [
-        f"{'model':9s} {'task':9s} {'padded/trie':>12s} {'time':>6s} {'free/trie':>10s} {'time':>6s} {'realised':>9s}"
-    ]
-    ratios: dict[str, list[tuple[float, ...]]] = {}
-    for model, task in dict.fromkeys((row["model"], row["task"]) for row in rows):
-        own = [row for row in rows if (row["model"], row["task"]) == (model, task)]
-        total = {name: sum(float(row[name]) for row in own) for name in COLUMNS[3:9]}
-        tokens, seconds = total["padded_tokens"] / total["trie_tokens"], total["padded_s"] / total["trie_s"]
-        free, free_s = total["free_tokens"] / total["trie_tokens"], total["free_s"] / total["trie_s"]
-        ratios.setdefault(model, []).append((tokens, seconds, free, free_s, seconds / tokens))
-        lines.append(
-            f"{model:9s} {task:9s} {tokens:12.2f} {seconds:6.2f} {free:10.2f} {free_s:6.2f} {seconds / tokens:9.0%}"
+def summary(rows: list[Step]) -> str:
+    """A line a task, and geometric means: tokens and times of padded and padding-free rows over those of the trie."""
+    body: list[list[str]] = []
+    for model in dict.fromkeys(row.model for row in rows):
+        ratios = []
+        for task in dict.fromkeys(row.task for row in rows if row.model == model):
+            own = [row for row in rows if (row.model, row.task) == (model, task)]
+            tokens, free = (sum(getattr(r, n) for r in own) / sum(r.trie_tokens for r in own)
+                            for n in ("padded_tokens", "free_tokens"))  # fmt: skip
+            time_, free_time = (sum(getattr(r, n) for r in own) / sum(r.trie_s for r in own)
+                                for n in ("padded_s", "free_s"))  # fmt: skip
+            ratios.append((tokens, time_, free, free_time, time_ / tokens))
+            body.append([model, task, *_shown(ratios[-1])])
+        body.append(
+            [model, "mean", *_shown([statistics.geometric_mean(column) for column in zip(*ratios, strict=True)])]
         )
-    for model, found in ratios.items():
-        means = [math.exp(statistics.fmean(map(math.log, column))) for column in zip(*found, strict=True)]
-        lines.append(
-            f"{model:9s} {'mean':9s} {means[0]:12.2f} {means[1]:6.2f} {means[2]:10.2f} {means[3]:6.2f} {means[4]:9.0%}"
-        )
-    return "\n".join(lines)
+    return "\n".join(table(["model", "task", "padded/trie", "time", "free/trie", "time", "realised"], body))
+
+
+def _shown(ratios) -> list[str]:
+    return [*(f"{ratio:.2f}" for ratio in ratios[:4]), f"{ratios[4]:.0%}"]
 
 
 def main() -> None:
@@ -141,21 +151,18 @@ def main() -> None:
     torch.set_num_threads(1)
     data, rows = data_folder(args.data), []
     if args.out and args.out.exists():
-        rows = list(csv.DictReader(io.StringIO(args.out.read_text(encoding="utf-8"))))
+        rows = [Step(**row) for row in read_csv(read_text(args.out), str(args.out), Step)]
     for name in args.model:
         model, tokenizer = load(name, data)
         for task in load_tasks(data, args.tasks):
             short = task.name.split("_")[0]
-            if any(row["model"] == name and row["task"] == short for row in rows):
+            if any((row.model, row.task) == (name, short) for row in rows):
                 continue
-            batches = batches_of(task, tokenizer, args.batch, args.batches)
-            rows += [
-                {"model": name, "task": short, "batch": i, **measure(model, batch, args.rounds)}
-                for i, batch in enumerate(batches)
-            ]
+            for number, batch in enumerate(batches_of(task, tokenizer, args.batch, args.batches)):
+                rows.append(measure(model, name, short, number, batch, args.rounds))
+                print(rows[-1], flush=True)
             if args.out:
-                atomic_write(args.out, csv_text(rows, list(COLUMNS)))
-            print(summary(rows[-args.batches :]).splitlines()[1], flush=True)
+                atomic_write(args.out, csv_text(rows))
     print(summary(rows))
 
 

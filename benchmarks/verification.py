@@ -19,7 +19,10 @@ import sapo_kernels as sk
 from sapo_kernels.scoring import score, verified_paths
 from sapo_kernels.scoring.model_state import compilation_off, scoring_mode
 
+from .documents import table
 from .workload import build_cache, data_folder, load_tasks, load_tokenizer, qwen3_shaped
+
+ROUNDS = 5
 
 
 def without(model, cache) -> None:
@@ -46,40 +49,30 @@ def expected(cache, number: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path)
-    parser.add_argument("--tasks", nargs="*")
-    parser.add_argument("--cells", type=int, default=1000)
     parser.add_argument("--vocab", type=int, default=50257)
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     torch.set_num_threads(1)
     data = data_folder(args.data)
     tokenizer = load_tokenizer(data / "gpt2tokenizer")
-    model, kinds = qwen3_shaped(args.vocab, args.hidden, args.layers), (without, first, again)
-    print(
-        f"{'task':20s} {'cells':>6s} {'seconds':>8s} {'first':>7s} {'again':>7s} {'tokens: first':>14s} {'again':>7s}"
-    )
-    shares: dict[str, list[float]] = {"first": [], "again": []}
-    for task in load_tasks(data, args.tasks):
-        cache = build_cache(task, tokenizer, -(-args.cells // len(task.prompts)))
+    model, kinds = qwen3_shaped(args.vocab, 256, 4), (without, first, again)
+    body = []
+    for task in load_tasks(data):
+        cache = build_cache(task, tokenizer, -(-1000 // len(task.prompts)))
         times: dict[str, list[float]] = {kind.__name__: [] for kind in kinds}
         without(model, cache)  # plans
-        for _ in range(args.rounds):
+        for _ in range(ROUNDS):
             for kind in kinds:
                 begin = time.process_time()
                 kind(model, cache)
                 times[kind.__name__].append(time.process_time() - begin)
-        base = statistics.median(times["without"])
-        for name, found in shares.items():
-            ratios = (a / b - 1 for a, b in zip(times[name], times["without"], strict=True))
-            found.append(statistics.median(ratios))
-        print(
-            f"{task.name[:20]:20s} {len(cache.lengths):6d} {base:8.2f} {shares['first'][-1]:7.1%} "
-            f"{shares['again'][-1]:7.1%} {expected(cache, 2):14.2%} {expected(cache, 1):7.2%}",
-            flush=True,
-        )
-    print(f"{'mean':20s} {'':6s} {'':8s} " + " ".join(f"{statistics.mean(v):7.1%}" for v in shares.values()))
+        shares = [
+            statistics.median(a / b - 1 for a, b in zip(times[name], times["without"], strict=True))
+            for name in ("first", "again")
+        ]
+        row = [*shares, expected(cache, 2), expected(cache, 1)]
+        body.append([task.name[:20], str(len(cache.lengths)), *(f"{share:.2%}" for share in row)])
+        print(*body[-1], flush=True)
+    print("\n".join(table(["task", "cells", "first", "again", "tokens: first", "again"], body)))
 
 
 if __name__ == "__main__":

@@ -57,6 +57,18 @@ def load_tokenizer(path: Path | None):
     return PreTrainedTokenizerFast(tokenizer_file=str(path / "tokenizer.json"), eos_token="<|endoftext|>")
 
 
+def load_pretrained(name: str):
+    """(model in float32, tokenizer) of weights that are installed or a GGUF file."""
+    from sapo_peft.gguf import load_gguf, resolve
+    from sapo_peft.loading import quiet_libraries
+
+    quiet_libraries()
+    folder, file = resolve(name)
+    if file is None:
+        raise SystemExit(f"{name}: its package is not installed; see sapo_peft/gguf.py")
+    return load_gguf(folder, file)
+
+
 def qwen3_shaped(vocabulary: int, hidden: int = 512, layers: int = 8):
     """A random Qwen3-shaped model: head_dim 64, two query heads for each kv head, MLP three times as wide."""
     return _qwen3(
@@ -102,6 +114,16 @@ def qwen3_published(name: str, dtype=torch.bfloat16, device: str = "cuda"):
 def build_cache(task: Task, tokenizer, examples: int) -> ResponseCache:
     """The cache of a task's first `examples` examples."""
     return ResponseCache.build(tokenizer, task.prompts, task.examples[:examples], suffix=task.suffix)
+
+
+def cut(task: Task, tokenizer, limit: int, count: int) -> list[dict[str, str]]:
+    """The task's first `count` examples with at most `limit` tokens of their inputs."""
+    texts = [row["input"] for row in task.examples[:count]]
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"][:limit] for text in texts]
+    return [
+        {"input": tokenizer.decode(row), "target": example["target"]}
+        for row, example in zip(ids, task.examples, strict=False)
+    ]
 
 
 @dataclass(frozen=True)

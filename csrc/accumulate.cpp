@@ -1,7 +1,5 @@
 #include "accumulate_args.h"
 
-#include <limits>
-
 #include "check.h"
 
 namespace sapo {
@@ -26,26 +24,21 @@ void check_cell(const Accumulate<Real>& a, int64_t cell) {
 }  // namespace
 
 template <typename Real>
-void accumulate_cpu(const Accumulate<Real>& a) {
+void run_cpu(const Accumulate<Real>& a) {
   for (int64_t cell = 0; cell < a.cells; ++cell) check_cell(a, cell);
-  // Everything fits now. Another thread may still write to the lists, so each number is read once and looked at again:
-  // whatever it does, nothing is read out of range, and the cell that it spoiled is NaN.
   for (int64_t cell = 0; cell < a.cells; ++cell) {
-    const int64_t begin = a.cell_ptr[cell], end = a.cell_ptr[cell + 1], done = a.tokens[cell];
-    const bool fits = 0 <= begin && begin <= end && end <= a.entries && 0 <= done && done <= end - begin;
-    double sum = fits ? a.nll[cell] : std::numeric_limits<double>::quiet_NaN();
-    int64_t e = fits ? begin + done : end;
-    for (; e < end; ++e) {
-      const int64_t target = a.cell_target[e];
-      if (target < a.start || target - a.start >= a.count) break;
-      sum -= static_cast<double>(a.logprob[target - a.start]);
+    const int64_t begin = a.cell_ptr[cell], end = a.cell_ptr[cell + 1];
+    double sum = a.nll[cell];
+    int64_t e = begin + a.tokens[cell];
+    for (; e < end && a.cell_target[e] - a.start < a.count; ++e) {
+      sum -= static_cast<double>(a.logprob[a.cell_target[e] - a.start]);
     }
     a.nll[cell] = sum;
-    if (fits) a.tokens[cell] = e - begin;
+    a.tokens[cell] = e - begin;
   }
 }
 
-template void accumulate_cpu<float>(const Accumulate<float>&);
-template void accumulate_cpu<double>(const Accumulate<double>&);
+template void run_cpu(const Accumulate<float>&);
+template void run_cpu(const Accumulate<double>&);
 
 }  // namespace sapo

@@ -21,9 +21,9 @@ struct Accumulate {
 };
 
 template <typename Real>
-void accumulate_cpu(const Accumulate<Real>& a);
+void run_cpu(const Accumulate<Real>& a);
 // Enqueues one kernel on `stream` (a cudaStream_t) of the current device.
 template <typename Real>
-void accumulate_cuda(const Accumulate<Real>& a, void* stream);
+void run_cuda(const Accumulate<Real>& a, void* stream);
 
 }  // namespace sapo

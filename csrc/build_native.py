@@ -1,6 +1,6 @@
 """Compile the native modules with ninja; `setup.py` calls this, and so does whoever wants another build of them.
 
-    python csrc/build_native.py --out DIR [--sanitize] [--cuda auto|on|off] [--archs "80;90+PTX"]
+    python csrc/build_native.py DIR     # SAPO_BUILD_CUDA and SAPO_CUDA_ARCHS say what, as in setup.py
 
 ``_C`` (CPU) and ``_C_cuda`` use LibTorch's stable ABI only: one binary for every torch from 2.10 on and every
 Python. They are no Python modules; `sapo_kernels/native.py` loads them. ``_planner`` is a pybind11 module without
@@ -21,7 +21,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,7 +30,6 @@ PACKAGE = SOURCES.parent / "sapo_kernels"
 TORCH_TARGET = "0x020a000000000000"
 # sm_80 code runs on 8.x, sm_90 code on 9.x; later ones compile the PTX when they load it.
 DEFAULT_ARCHS = "80;90+PTX"
-LOCK_SECONDS = 900.0
 
 
 class BuildError(RuntimeError):
@@ -98,7 +96,7 @@ def gencode(archs: str) -> list[str]:
 def build(folder: Path, options: Options | None = None, wanted: list[str] | None = None) -> dict[str, Path]:
     """Build `wanted` modules (default: all that `options` ask for) in `folder`; returns where each stands."""
     options = options or Options()
-    wanted = wanted if wanted is not None else modules(options)
+    wanted = modules(options) if wanted is None else wanted
     folder = Path(folder).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder) as lock:
@@ -135,7 +133,7 @@ def install(source: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def _locked(folder: Path):
-    """One build in `folder` at a time; yields the lock's descriptor.
+    """One build in `folder` at a time, after that of another process; yields the lock's descriptor.
 
     The kernel drops the lock with the last process that has it, however that ends: compilers that outlive a killed
     builder still hold it.
@@ -143,15 +141,7 @@ def _locked(folder: Path):
     import fcntl
 
     with open(folder / ".lock", "w") as handle:
-        deadline = time.monotonic() + LOCK_SECONDS
-        while True:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise BuildError(f"{folder}: another build has been at work for {LOCK_SECONDS:.0f} s") from None
-                time.sleep(0.2)
+        fcntl.flock(handle, fcntl.LOCK_EX)
         yield handle.fileno()
 
 
@@ -164,22 +154,15 @@ def _ninja() -> str:
 
 
 def _ninja_file(options: Options, wanted: list[str]) -> str:
-    cxx = shlex.join([*_launcher(), *shlex.split(os.environ.get("CXX", "g++"))])
+    cxx = os.environ.get("CXX", "g++")
     # No fused multiply-add: what overflows or cancels does so as in plain torch. __FILE__ must not name this machine.
-    common = [
-        "-std=c++17",
-        "-O3",
-        "-g0",
-        "-ffp-contract=off",
-        "-fPIC",
-        "-fvisibility=hidden",
-        "-Wall",
-        "-Wextra",
-    ]
+    common = ["-std=c++17", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
     common += [f"-DSAPO_ABI={abi()}", f"-ffile-prefix-map={SOURCES}=csrc"]
     if options.sanitize:
         checks = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
-        common = [*(flag for flag in common if flag not in ("-O3", "-g0")), "-O1", "-g", *checks]
+        common += ["-O1", "-g", *checks]
+    else:
+        common += ["-O3", "-g0"]
     rules = [
         f"cxx = {cxx}",
         f"common = {shlex.join(common)}",
@@ -204,7 +187,7 @@ def _ninja_file(options: Options, wanted: list[str]) -> str:
         import pybind11
 
         include = [f"-isystem{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
-        target("_planner", ["bindings.cpp", "trie.cpp"], include, [])
+        target("_planner", ["bindings.cpp", "passes.cpp", "trie.cpp"], include, [])
     if {"_C", "_C_cuda"} & set(wanted):
         stable, torch_libraries = _torch()
     if "_C" in wanted:
@@ -219,7 +202,7 @@ def _ninja_file(options: Options, wanted: list[str]) -> str:
             "-Xcompiler=-fPIC,-fvisibility=hidden",
             *gencode(options.archs),
         ]
-        rules.append(f"nvcc = {shlex.join([*_launcher(), compiler])}")
+        rules.append(f"nvcc = {shlex.quote(compiler)}")
         rules.append(
             f"rule nvcc\n  command = $nvcc {shlex.join(device)} -MD -MF $out.d -c $in -o $out\n"
             "  depfile = $out.d\n  deps = gcc"
@@ -252,25 +235,15 @@ def _torch() -> tuple[list[str], list[str]]:
     return flags, libraries
 
 
-def _launcher() -> list[str]:
-    found = shutil.which("ccache")
-    return [found] if found else []
-
-
 def _escaped(path: Path) -> str:
     return re.sub(r"([$ :])", r"$\1", str(path))
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for objects and modules")
-    parser.add_argument("--sanitize", action="store_true", help="ASan and UBSan, without the CUDA module")
-    parser.add_argument("--cuda", choices=("auto", "on", "off"), help="default: SAPO_BUILD_CUDA, else auto")
-    parser.add_argument("--archs", help=f"default: SAPO_CUDA_ARCHS, else {DEFAULT_ARCHS}")
-    given = vars(parser.parse_args(arguments))
-    folder = given.pop("out")
+    parser.add_argument("folder", type=Path, help="for objects and modules")
     try:
-        for path in build(folder, Options(**{k: v for k, v in given.items() if v is not None})).values():
+        for path in build(parser.parse_args().folder).values():
             print(path)
     except BuildError as error:
         sys.exit(f"csrc/build_native.py: {error}")

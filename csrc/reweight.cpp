@@ -2,7 +2,7 @@
 
 namespace sapo {
 
-void reweight_cpu(const Reweight& a) {
+void run_cpu(const Reweight& a) {
   for (int64_t pool = 0; pool < a.pools; ++pool) {
     const int64_t begin = pool * a.prompts, end = begin + a.prompts;
     int64_t best = -1;

@@ -6,13 +6,11 @@
 
 namespace sapo {
 
-inline Reweight reweight_arguments(int32_t device_type, int32_t* device_index, const Tensor& mean, const Tensor& weight,
-                                   const Tensor& probs, const Tensor& best, const Tensor& effective, const Tensor& live,
-                                   const Tensor& nll, const Tensor& tokens, double decay, double temperature,
-                                   double floor) {
+inline Reweight reweight_arguments(Arguments& check, const Tensor& mean, const Tensor& weight, const Tensor& probs,
+                                   const Tensor& best, const Tensor& effective, const Tensor& live, const Tensor& nll,
+                                   const Tensor& tokens, double decay, double temperature, double floor) {
   SAPO_CHECK(mean.dim() == 2, "reweight_: mean: expected [pools, prompts], got ", mean.dim(), " dimensions");
   const int64_t pools = mean.size(0), prompts = mean.size(1);
-  Arguments check("reweight_", device_type);
   check.tensor("mean", mean, ScalarType::Double, {pools, prompts}, true);
   check.tensor("weight", weight, ScalarType::Double, {pools, prompts}, true);
   check.tensor("probs", probs, ScalarType::Double, {pools, prompts}, true);
@@ -24,7 +22,6 @@ inline Reweight reweight_arguments(int32_t device_type, int32_t* device_index, c
   check.number("decay", decay, 0.0, 1.0);
   check.number("temperature", temperature, 0.0, DBL_MAX);
   check.number("floor", floor, 0.0, 1.0);
-  *device_index = check.device_index();
   // The inverse of the smallest temperatures overflows, and that of the largest may be flushed to 0, which means
   // argmin.
   const double inverse = temperature == 0 ? 0.0 : std::fmax(std::fmin(1.0 / temperature, DBL_MAX), DBL_MIN);

@@ -58,8 +58,8 @@ SAPO_HOST_DEVICE double soft(const Reweight& a, int64_t k, int64_t best, double 
   return usable(a, k) ? exp((low - a.mean[k]) * a.inverse_temperature) : 0.0;
 }
 
-void reweight_cpu(const Reweight& a);
+void run_cpu(const Reweight& a);
 // Enqueues one kernel on `stream` (a cudaStream_t) of the current device.
-void reweight_cuda(const Reweight& a, void* stream);
+void run_cuda(const Reweight& a, void* stream);
 
 }  // namespace sapo

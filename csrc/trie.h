@@ -1,6 +1,6 @@
 // The token-trie planner: plain C++17 without torch or Python, so that sanitizers and fuzzers can drive it.
 //
-// The same plan, bit for bit, as `sapo_kernels/planner.py`, which says what each array means.
+// The same plan, bit for bit, as `sapo_kernels/trie/numpy_planner.py`, which says what each array means.
 #pragma once
 
 #include <cstdint>

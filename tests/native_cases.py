@@ -1,12 +1,9 @@
-"""What the tests and the fuzzer of accumulate_ and reweight_ share: implementations, inputs, ways to compare."""
+"""What the tests of accumulate_ and reweight_ share: implementations, inputs, ways to compare."""
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,17 +13,7 @@ from sapo_kernels import native
 from sapo_kernels.accumulate.torch import accumulate_torch
 from sapo_kernels.reweight.torch import reweight_torch
 
-ROOT = Path(__file__).resolve().parents[1]
 MODULES = {"cpu": "_C", "cuda": "_C_cuda"}
-OPERATORS = ("accumulate_", "reweight_")
-# Set by tests/sanitize.py, where everything takes about ten times as long.
-QUICK = os.environ.get("SAPO_TESTS_QUICK") == "1"
-# Set in the fresh process in which no compiled module is found.
-WITHOUT_COMPILED = os.environ.get("SAPO_TESTS_WITHOUT_COMPILED") == "1"
-
-
-def rounds(count: int) -> int:
-    return max(1, count // 4) if QUICK else count
 
 
 @dataclass(frozen=True)
@@ -39,7 +26,7 @@ class Implementation:
     @staticmethod
     def available(name: str) -> bool:
         """On the CPU."""
-        return name == "plain" or (not WITHOUT_COMPILED and native.load("_C") == "loaded")
+        return name == "plain" or native.load("_C") == "loaded"
 
     def accumulate_(self, *arguments) -> None:
         run = torch.ops.sapo_kernels.accumulate_ if self.name == "compiled" else accumulate_torch
@@ -121,47 +108,6 @@ def strided(values: torch.Tensor) -> torch.Tensor:
     return torch.stack([values, values], -1)[..., 0]
 
 
-def on_device(values, device: str) -> list:
-    """Copies on `device` that share memory where the given ones do."""
-    places: dict[int, torch.Tensor] = {}
-    moved = []
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            storage = value.untyped_storage()
-            if storage.data_ptr() not in places:
-                places[storage.data_ptr()] = torch.empty(0, dtype=torch.uint8).set_(storage).to(device)
-            whole = places[storage.data_ptr()].untyped_storage()
-            fresh = torch.empty(0, dtype=value.dtype, device=device)
-            value = fresh.set_(whole, value.storage_offset(), value.shape, value.stride())
-        moved.append(value)
-    return moved
-
-
-def run_without_compiled(file: str) -> None:
-    """The ``test_operator_*`` of a test file in a fresh process that finds no compiled module."""
-    hide = (
-        "import sys, types; stub = types.ModuleType('sapo_kernels.native'); stub.ABI = 0; "
-        "stub.load = lambda name: 'not built'; stub.planner = lambda: None; "
-        "stub.status = lambda: dict.fromkeys(['_C', '_C_cuda', '_planner'], 'not built'); "
-        "sys.modules['sapo_kernels.native'] = stub; import pytest; sys.exit(pytest.main(sys.argv[1:]))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", hide, "-p", "no:cacheprovider", "-k", "test_operator_", file],
-        cwd=ROOT, env={**os.environ, "SAPO_TESTS_WITHOUT_COMPILED": "1"},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-5000:]
-
-
-def check_who_serves_the_operators() -> None:
-    """The dispatcher has a CPU kernel of its own exactly if the module is loaded, and the plain one in any case."""
-    compiled = not WITHOUT_COMPILED and native.load("_C") == "loaded"
-    for op in OPERATORS:
-        has = torch._C._dispatch_has_kernel_for_dispatch_key
-        assert has(f"sapo_kernels::{op}", "CPU") == compiled
-        assert has(f"sapo_kernels::{op}", "CompositeExplicitAutograd")
-
-
 class Job:
     """Targets with log-probabilities and cells made of them, for accumulate_."""
 
@@ -241,7 +187,7 @@ def losses(rng, pools: int, prompts: int, bad: float = 0.03):
     return torch.from_numpy(live), torch.from_numpy(nll), torch.from_numpy(tokens)
 
 
-# Sequences of updates: what the values, the threads and the GPU tests of reweight_ all run.
+# Sequences of updates: what the values and the GPU tests of reweight_ run.
 LARGEST, SMALLEST = sys.float_info.max, 5e-324
 SIZES = (1, 2, 5, 31, 32, 33, 64, 65, 20, 97)
 TEMPERATURES = (0.0, 1.0, 0.05, 1e-4, SMALLEST, 1e-300, 1e300, LARGEST, 0.3, 10.0)

@@ -45,7 +45,6 @@ TOLERANCES = {
     "linear_logprob low": Tolerance(
         1e-3, 0.0, 2.0, "twice the error of log_softmax over PyTorch's logits in that dtype"
     ),
-    "logprob gradient fp64": Tolerance(1e-11, 1e-12, 0.0, "two products and one softmax in double"),
     "logprob gradient fp32": Tolerance(
         2e-5, 2e-5, 0.0, "probabilities err by fp32 rounding of logits up to 20; gradients are of order 1 to 10"
     ),

@@ -1,14 +1,13 @@
 """``python -m benchmarks.effect``: does training on the prompt that SAPO chooses help?
 
-    python -m benchmarks.effect run single --work DIR                  # single-task runs under every prompt
-    python -m benchmarks.effect run sequences --work DIR               # sequences under every policy
-    python -m benchmarks.effect run sequences --work DIR --backwards   # a second process, from the other end
-    python -m benchmarks.effect run single --base smollm2 --data DIR --work DIR       # a pretrained model
+    python -m benchmarks.effect run single --base smollm2 --data DIR --work DIR       # single-task runs, every prompt
+    python -m benchmarks.effect run sequences --base smollm2 --data DIR --work DIR    # sequences under every policy
     python -m benchmarks.effect run single --base gemma3-270m --data DIR --work DIR --device cuda --minutes 9 --part 0/4
     python -m benchmarks.effect table            # write the tables of docs/effect.md from the rows
     python -m benchmarks.effect table --check    # exit status 1 if they are not up to date
 
-`run` goes on where it was, and writes benchmarks/effect/results/ from all rows that are there when it ends.
+`run` goes on where it was, and writes benchmarks/effect/results/ from all rows that are there when it ends. The runs on
+the tiny base are done: commit aa0c360 has their code.
 """
 
 from __future__ import annotations
@@ -16,35 +15,25 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 
-from . import pretrained_design, rows, table
+from . import rows, table
 from .pretrained_design import BASES
-
-RUNS = ("single", "sequences")
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.effect", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="run what is missing")
-    run.add_argument("kind", choices=RUNS)
+    run.add_argument("kind", choices=("single", "sequences"))
+    run.add_argument("--base", choices=BASES, required=True)
+    run.add_argument("--data", type=Path, required=True, help="folder with SUPERNI/ and paraphrases.json")
     run.add_argument("--work", type=Path, required=True, help="folder with one file a finished run")
-    run.add_argument("--backwards", action="store_true", help="begin with the last run")
     run.add_argument("--minutes", type=float, default=24 * 60.0, help="begin no run after so long")
-    run.add_argument("--base", choices=("tiny-base", *BASES), default="tiny-base")
-    run.add_argument("--data", type=Path, help="for a pretrained base: SUPERNI/, paraphrases.json")
-    run.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of a pretrained base")
-    run.add_argument(
-        "--part", type=part, default=(0, 1), help="of a pretrained base, I/N: for N processes side by side"
-    )
-    run.add_argument(
-        "--search", action="store_true", help="single runs on the seeds of the search; nothing is collected"
-    )
+    run.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    run.add_argument("--part", type=part, default=(0, 1), help="I/N: for N processes side by side")
     run.add_argument("--threads", type=int, default=1)
     tables = commands.add_parser("table", help="write the tables in the documents")
     tables.add_argument("--check", action="store_true")
@@ -54,16 +43,14 @@ def main(argv: list[str] | None = None) -> int:
         print("\n".join(f"{path}: {'not up to date' if args.check else 'written'}" for path in old) or "up to date")
         return int(args.check and bool(old))
 
-    torch.set_num_threads(args.threads)
-    until = time.time() + 60 * args.minutes
-    if args.base != "tiny-base":
-        return run_pretrained(args, until, run.error)
-    from . import runner
+    from . import pretrained
 
-    work = runner.run_singles if args.kind == "single" else runner.run_sequences
-    left = work(args.work, args.backwards, until)
-    count = rows.collect(args.work, args.kind, runner.made_by())
-    print(f"{count} rows of {args.kind} in {rows.RESULTS}; {left} runs left")
+    torch.set_num_threads(args.threads)
+    setting = pretrained.Setting(args.base, args.data, args.device, args.part)
+    work = pretrained.run_singles if args.kind == "single" else pretrained.run_sequences
+    left, kind = work(setting, args.work, time.time() + 60 * args.minutes), setting.kind(args.kind)
+    count = rows.collect(args.work, kind, setting.made_by())
+    print(f"{count} rows of {kind} in {rows.RESULTS}; {left} runs left")
     return 0
 
 
@@ -73,23 +60,6 @@ def part(text: str) -> tuple[int, int]:
     if not (first.isdigit() and count.isdigit() and int(first) < int(count)):
         raise argparse.ArgumentTypeError(f"expected I/N with I below N, got {text}")
     return int(first), int(count)
-
-
-def run_pretrained(args: argparse.Namespace, until: float, refuse: Callable[[str], NoReturn]) -> int:
-    """What is missing of the runs on a pretrained base."""
-    if args.data is None:
-        refuse("--base: expected --data too, a folder with SUPERNI/ and paraphrases.json")
-    from . import pretrained
-
-    setting = pretrained.Setting(args.base, args.data, args.device, args.part)
-    if args.search:
-        pretrained.run_singles(setting, args.work, until, pretrained_design.SEARCH_SEEDS)
-        return 0
-    work = pretrained.run_singles if args.kind == "single" else pretrained.run_sequences
-    left, kind = work(setting, args.work, until), setting.kind(args.kind)
-    count = rows.collect(args.work, kind, setting.made_by())
-    print(f"{count} rows of {kind} in {rows.RESULTS}; {left} runs left")
-    return 0
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ as `run_sequence` is by its users, in float32, where it finds the trie to be exa
 
 from __future__ import annotations
 
+import copy
 import difflib
 import gc
 import hashlib
@@ -29,7 +30,6 @@ from sapo_peft.sequence import SequenceConfig, SequenceTask, read_tasks, run_seq
 
 from . import pretrained_design as design
 from . import rows
-from .single import SingleConfig, trained
 
 REDUCTIONS = ("token", "example", "batch")
 
@@ -108,7 +108,43 @@ def rows_of(cache: sk.ResponseCache) -> list[tuple[list[int], list[int]]]:
     return list(zip(cache.contexts[0], cache.responses[0], strict=True))
 
 
-def warm_start(model: Any, tokenizer: Any, tasks: dict[str, SequenceTask], seed: int, config: SingleConfig) -> Any:
+def trained(base: Any, rows: list[tuple[list[int], list[int]]], seed: int, config: design.SingleConfig):
+    """(a copy of the base with a trained adapter, mean training loss of the last quarter of the steps).
+
+    rows: context and response in token ids, in the order of training, as often as needed.
+    """
+    from peft import LoraConfig, get_peft_model
+    from transformers import get_cosine_schedule_with_warmup
+
+    lora = LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=0.0,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        model = get_peft_model(copy.deepcopy(base), lora).train()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
+    schedule = get_cosine_schedule_with_warmup(optimizer, round(config.warmup * config.max_steps), config.max_steps)
+    losses = []
+    for start in range(0, config.max_steps * config.batch_size, config.batch_size):
+        loss = trie_loss(model, [rows[i % len(rows)] for i in range(start, start + config.batch_size)])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+    late = losses[-max(1, len(losses) // 4) :]
+    return model.eval(), math.fsum(late) / len(late)
+
+
+def warm_start(
+    model: Any, tokenizer: Any, tasks: dict[str, SequenceTask], seed: int, config: design.SingleConfig
+) -> Any:
     """`model` after it has learned the earlier tasks, a batch of each in turn; merged, in bfloat16."""
     streams, size = [], config.batch_size
     for name in design.EARLIER:
@@ -116,7 +152,7 @@ def warm_start(model: Any, tokenizer: Any, tasks: dict[str, SequenceTask], seed:
         streams.append(rows_of(cache_of(tokenizer, task, [task.pool.prompts[0]], task.train)))
     mixed = [row for step in range(design.WARM_STEPS) for stream in streams for row in stream[step * size :][:size]]
     steps = design.WARM_STEPS * len(streams)
-    model, _ = trained(model.bfloat16(), mixed, seed, replace(config, max_steps=steps), trie_loss)
+    model, _ = trained(model.bfloat16(), mixed, seed, replace(config, max_steps=steps))
     return model.float().merge_and_unload().bfloat16().eval()
 
 
@@ -166,10 +202,10 @@ def before_learning(model: Any, cache: sk.ResponseCache) -> list[dict[str, float
     return found
 
 
-def run_singles(setting: Setting, work: Path, until: float, seeds: tuple[int, ...] = design.SEEDS) -> int:
+def run_singles(setting: Setting, work: Path, until: float) -> int:
     """All single-task runs that are missing; returns how many still are when the time is up."""
     mark, kind, left, state = setting.made_by(), setting.kind("single"), 0, None
-    for at, (task, seed) in enumerate(design.single_runs(seeds)):
+    for at, (task, seed) in enumerate(design.single_runs()):
         names = {k: f"{task}_{seed}_{k:02d}" for k in design.prompts_of(task)}
         missing = [k for k, name in names.items() if not rows.done(work, kind, name, mark)]
         if at % setting.part[1] != setting.part[0] or not missing:
@@ -215,8 +251,8 @@ class Warm:
             if k not in wanted or time.time() > until:
                 continue
             started = time.perf_counter()
-            rows_of_prompt = rows_of(cache_of(self.tokenizer, task, [prompts[place]], steps))
-            model, last = trained(self.model, rows_of_prompt, self.seed, config, trie_loss)
+            given = rows_of(cache_of(self.tokenizer, task, [prompts[place]], steps))
+            model, last = trained(self.model, given, self.seed, config)
             seconds = time.perf_counter() - started
             # The adapter too: on a CPU half of the time of a forward would go into turning numbers to float32 and back.
             model = model.bfloat16()

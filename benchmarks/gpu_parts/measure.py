@@ -100,7 +100,7 @@ def configurations(job: Job) -> None:
         case = OPS[op].build(name, setting, only=("ours",), shape=shape)
         # Of the head's kernel the hidden size decides, of the attention's the size of a head.
         width = shape[-1][-1] if op == "tree_attention" else shape[-1]
-        options = candidates.CANDIDATES[op](width, setting.dtype, part, job.toy)
+        options = candidates.candidates(op, width, setting.dtype, part, job.toy)
         case.rounds = 1 if job.toy else 7
         case = with_candidates(case, options, calls=1 if job.toy else 5)
         wrong += settle(job, case, must=next(iter(case.providers)))

@@ -21,7 +21,7 @@ from tests.oracles import alone_nll
 from ..peers import PEERS
 from ..registry import DTYPE_NAMES, Op, Setting
 from ..timing import Case, Provider
-from ..workload import Cells, build_cache, load_tasks, load_tokenizer, qwen3_shaped
+from ..workload import Cells, build_cache, cut, load_pretrained, load_tasks, load_tokenizer, qwen3_shaped
 
 # Nats per token: the promise of the package in fp32.
 TOLERANCE = 1e-4
@@ -241,11 +241,9 @@ def race(setting: Setting, name: str):
     examples take hours on a CPU; for some tasks with fewer: ``python -m pytest benchmarks/bench_ops.py --bench-op race
     --bench-base smollm2 --bench-data DIR --bench-scale 0.1 --bench-out benchmarks/results -k "task141 or task195"``.
     """
-    from ..real_matrices import INPUT_TOKENS, cut, load
-
-    model, tokenizer = load(setting.base)
+    model, tokenizer = load_pretrained(setting.base)
     task = _tasks(setting)[name]
-    rows = cut(task, tokenizer, INPUT_TOKENS)[: 4 if setting.toy else round(250 * min(setting.scale, 1.0))]
+    rows = cut(task, tokenizer, 64, 4 if setting.toy else round(250 * min(setting.scale, 1.0)))
     cache = sk.ResponseCache.build(tokenizer, task.prompts, rows, suffix=task.suffix)
     sizes = {"trainer_loop": (), "tuned_plain": (32,), "prefix_cache": (32,), "lm_eval": (8,)}
     case = make_case("race", name, model, cache, list(sizes), rounds=1, sizes=sizes)

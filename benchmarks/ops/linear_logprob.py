@@ -61,7 +61,7 @@ def make(setting: Setting, name: str, rows: int, vocabulary: int, hidden: int):
 
 # Rows, vocabulary, hidden. On a CPU as many rows as wait for each other, and few.
 linear_logprob = Op(
-    "linear_logprob", make, toy=(8, 300, 16), share=0.06,
+    "linear_logprob", make, toy=(8, 100, 16), share=0.06,
     cpu={
         "V 32k": (512, 32000, 512), "V 50k": (512, 50257, 512), "V 152k": (256, 151936, 512),
         "V 256k": (256, 256000, 512), "few rows": (32, 50257, 512),
@@ -139,7 +139,7 @@ def make_backward(setting: Setting, name: str, rows: int, vocabulary: int, hidde
 
 
 linear_logprob_backward = Op(
-    "linear_logprob_backward", make_backward, toy=(8, 300, 16), share=0.03, cpu={"V 50k": (256, 50257, 512)},
+    "linear_logprob_backward", make_backward, toy=(8, 100, 16), share=0.03, cpu={"V 50k": (256, 50257, 512)},
     gpu={"0.6B 4k rows": (4096, 151936, 1024), "8B 4k rows": (4096, 151936, 4096)},
 )  # fmt: skip
 for provider, entry in linear_logprob.providers.items():

@@ -113,7 +113,7 @@ def make(setting: Setting, name: str, cells: Cells, heads: tuple[int, int, int])
 
 
 tree_attention = Op(
-    "tree_attention", make, toy=(Cells(2, 3, 6, 10, 2), (4, 2, 16)), share=0.04,
+    "tree_attention", make, toy=(Cells(2, 2, 4, 6, 2), (2, 1, 16)), share=0.04,
     cpu={
         "4x8 prompts first": (Cells(4, 8, 60, 80), (8, 4, 64)),
         "4x8 prompts last": (Cells(4, 8, 60, 80, last=True), (8, 4, 64)),

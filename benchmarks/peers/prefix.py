@@ -1,8 +1,8 @@
 """Tuned transformers with a prefix cache: what the cells of a prompt (or of an example) share is computed once.
 
 The keys and values of a group's longest common prefix come from one forward; batches of what is left attend to copies
-of them. Grouping by prompt suits an instruction that comes first, by example one that comes last; "best" takes
-whichever leaves fewer tokens.
+of them. Grouping by prompt suits an instruction that comes first, by example one that comes last; whichever leaves
+fewer tokens is taken.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from .plain import cells_of, logits_of_rows, longest_first, padded, row_logprob,
 
 
 @torch.no_grad()
-def prefix_cache(model, cache, batch_size: int = 8, by: str = "best") -> torch.Tensor:
+def prefix_cache(model, cache, batch_size: int = 8) -> torch.Tensor:
     """Groups one after the other, suffixes longest first, logits of the response rows only."""
     cells = cells_of(cache)
     out = torch.empty(len(cells), dtype=torch.float64)
-    for group, shared in _groups(cells, cache.num_prompts, cache.num_examples, by):
+    for group, shared in _groups(cells, cache.num_prompts, cache.num_examples):
         past = None
         if shared:
             ids = torch.tensor([cells[group[0]][0][:shared]], device=model.device)
@@ -45,16 +45,14 @@ def _score(model, past, shared: int, part) -> torch.Tensor:
     return sums(row_logprob(logits, targets_of(part, ids.device)), part)
 
 
-def _groups(cells, prompts: int, examples: int, by: str) -> list[tuple[list[int], int]]:
+def _groups(cells, prompts: int, examples: int) -> list[tuple[list[int], int]]:
     """(cells, tokens of their common prefix) of every group; the last context token is never in the prefix."""
-    if by not in ("prompt", "example", "best"):
-        raise ValueError(f"by: expected prompt, example or best, got {by!r}")
     number = np.arange(prompts * examples).reshape(prompts, examples)
-    found = {}
-    for name, groups in (("prompt", number.tolist()), ("example", number.T.tolist())):
-        if by in (name, "best"):
-            found[name] = [(group, _common([cells[c][0] for c in group])) for group in groups]
-    return min(found.values(), key=lambda groups: -sum(shared * (len(group) - 1) for group, shared in groups))
+    ways = [
+        [(group, _common([cells[c][0] for c in group])) for group in way]
+        for way in (number.tolist(), number.T.tolist())
+    ]
+    return max(ways, key=lambda groups: sum(shared * (len(group) - 1) for group, shared in groups))
 
 
 def _common(contexts: list[list[int]]) -> int:

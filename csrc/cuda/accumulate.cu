@@ -41,14 +41,14 @@ __global__ void __launch_bounds__(kThreads) accumulate_kernel(Accumulate<Real> a
 }  // namespace
 
 template <typename Real>
-void accumulate_cuda(const Accumulate<Real>& a, void* stream) {
+void run_cuda(const Accumulate<Real>& a, void* stream) {
   if (a.cells == 0) {
     return;
   }
   launch(accumulate_kernel<Real>, (a.cells + kThreads - 1) / kThreads, kThreads, stream, a, "accumulate_");
 }
 
-template void accumulate_cuda<float>(const Accumulate<float>&, void*);
-template void accumulate_cuda<double>(const Accumulate<double>&, void*);
+template void run_cuda(const Accumulate<float>&, void*);
+template void run_cuda(const Accumulate<double>&, void*);
 
 }  // namespace sapo

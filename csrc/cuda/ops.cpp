@@ -1,4 +1,4 @@
-// The CUDA kernels of torch.ops.sapo_kernels.*: the list of csrc/ops.cpp for the other device. Loads without CUDA too:
+// The CUDA kernels of torch.ops.sapo_kernels.*. Loads without CUDA too:
 // the current stream is looked up in torch's CUDA library by name, when it is needed. Nothing is registered by loading
 // it: sapo_kernels/native.py asks first whether driver and devices can run what is in here.
 #include <dlfcn.h>
@@ -6,13 +6,10 @@
 
 #include <string>
 
-#include "../accumulate.h"
-#include "../reweight.h"
+#include "../ops.h"
 #include "device.h"
 
 namespace {
-
-using sapo::Tensor;
 
 // torch's current stream on `device`, a cudaStream_t.
 void* current_stream(int32_t device) {
@@ -28,37 +25,14 @@ void* current_stream(int32_t device) {
   return stream;
 }
 
-template <typename Real>
-void accumulate(const Tensor& nll, const Tensor& tokens, const Tensor& logprob, const Tensor& cell_target,
-                const Tensor& cell_ptr, int64_t start) {
-  int32_t device = 0;
-  const auto a = sapo::accumulate_arguments<Real>(aoti_torch_device_type_cuda(), &device, nll, tokens, logprob,
-                                                  cell_target, cell_ptr, start);
-  const torch::stable::accelerator::DeviceGuard guard(device);
-  sapo::accumulate_cuda(a, current_stream(device));
-}
-
-void accumulate_(Tensor nll, Tensor tokens, Tensor logprob, Tensor cell_target, Tensor cell_ptr, int64_t start) {
-  if (logprob.scalar_type() == sapo::ScalarType::Double) {
-    accumulate<double>(nll, tokens, logprob, cell_target, cell_ptr, start);
-  } else {
-    accumulate<float>(nll, tokens, logprob, cell_target, cell_ptr, start);
+struct Cuda {
+  static int32_t type() { return aoti_torch_device_type_cuda(); }
+  template <typename Call>
+  static void run(const Call& a, int32_t device) {
+    const torch::stable::accelerator::DeviceGuard guard(device);
+    sapo::run_cuda(a, current_stream(device));
   }
-}
-
-void reweight_(Tensor mean, Tensor weight, Tensor probs, Tensor best, Tensor effective, Tensor live, Tensor nll,
-               Tensor tokens, double decay, double temperature, double floor) {
-  int32_t device = 0;
-  const auto a = sapo::reweight_arguments(aoti_torch_device_type_cuda(), &device, mean, weight, probs, best, effective,
-                                          live, nll, tokens, decay, temperature, floor);
-  const torch::stable::accelerator::DeviceGuard guard(device);
-  sapo::reweight_cuda(a, current_stream(device));
-}
-
-void register_kernels(torch::stable::detail::StableLibrary& m) {
-  m.impl("accumulate_", TORCH_BOX(&accumulate_));
-  m.impl("reweight_", TORCH_BOX(&reweight_));
-}
+};
 
 }  // namespace
 
@@ -71,8 +45,8 @@ __attribute__((visibility("default"))) const char* sapo_kernels_register_cuda() 
     if (!reason.empty()) return reason;
     try {
       using torch::stable::detail::StableLibrary;
-      static const torch::stable::detail::StableTorchLibraryInit library(StableLibrary::Kind::IMPL, &register_kernels,
-                                                                         "sapo_kernels", "CUDA", __FILE__, __LINE__);
+      static const torch::stable::detail::StableTorchLibraryInit library(
+          StableLibrary::Kind::IMPL, &sapo::register_kernels<Cuda>, "sapo_kernels", "CUDA", __FILE__, __LINE__);
     } catch (const std::exception& refused) {
       return refused.what();
     }

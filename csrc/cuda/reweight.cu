@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kWarps* kLanes) reweight_kernel(Reweight a) {
 
 }  // namespace
 
-void reweight_cuda(const Reweight& a, void* stream) {
+void run_cuda(const Reweight& a, void* stream) {
   if (a.pools == 0) {
     return;
   }

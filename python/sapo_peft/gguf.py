@@ -61,15 +61,15 @@ def resolve(name: str) -> tuple[str, str | None]:
             return weights.hub_id, None
         path = parts[0] if len(parts) == 1 else _assembled(weights, parts)
         if (got := _digest(path)) != weights.sha256:
-            raise DataError(f"--model {name}: {path}: expected SHA-256 {weights.sha256}, got {got}")
+            raise DataError(f"{name}: {path}: expected SHA-256 {weights.sha256}, got {got}")
         return str(path.parent), path.name
     path = Path(name).expanduser()
     if path.suffix.lower() != ".gguf" or not path.is_file():
         known = ", ".join(MODELS)
-        raise DataError(f"--model {excerpt(name, 200)}: expected a .gguf file or one of {known}, got no such file")
+        raise DataError(f"{excerpt(name, 200)}: expected a .gguf file or one of {known}, got no such file")
     with path.open("rb") as file:
         if (magic := file.read(4)) != b"GGUF":
-            raise DataError(f"--model {excerpt(name, 200)}: expected a file that begins with GGUF, got {magic!r}")
+            raise DataError(f"{excerpt(name, 200)}: expected a file that begins with GGUF, got {magic!r}")
     return str(path.parent), path.name
 
 
@@ -93,7 +93,7 @@ def load_gguf(folder: str, gguf_file: str, dtype: torch.dtype = torch.float32) -
             model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file, dtype=dtype)
     except Exception as error:
         text = excerpt(str(error), 300)
-        raise DataError(f"--model {Path(folder, gguf_file)}: cannot be loaded as GGUF: {text}") from error
+        raise DataError(f"{Path(folder, gguf_file)}: cannot be loaded as GGUF: {text}") from error
     # The weights are plain tensors by now; what says otherwise would keep the model from being saved.
     model.is_quantized = False
     for owner, mark in ((model, "hf_quantizer"), (model.config, "quantization_config")):

@@ -56,13 +56,15 @@ def spare_threads(name: str) -> None:
         torch.set_num_threads(1)
 
 
-def load(name: str, adapter: str | None, dtype: str, device: str, tokenizer: str | None = None) -> tuple[Any, Any]:
+def load(
+    name: str, adapter: str | None, dtype: str, device: str, tokenizer: str | None = None, option: str = "--model"
+) -> tuple[Any, Any]:
     """(model in eval mode on its device, tokenizer).
 
     name: a folder, a hub name, a GGUF file, ``tiny``, ``tiny-base``, ``smollm2`` or ``gemma3-270m`` (see gguf.py).
     adapter: a folder or hub name of a PEFT adapter. dtype:
     ``auto`` keeps the checkpoint's on a GPU and takes float32 on the CPU. tokenizer: a folder or hub name if it does
-    not lie beside the model.
+    not lie beside the model. option: that of the command line which named the model, for messages.
 
     Raises: `DataError` naming the option, what was expected and what was got.
     """
@@ -82,7 +84,7 @@ def load(name: str, adapter: str | None, dtype: str, device: str, tokenizer: str
         elif name in MODELS or name.lower().endswith(".gguf"):
             name, file = resolve(name)
         if file is None:
-            model = _load_model(name, kind)
+            model = _load_model(name, kind, option)
         else:
             model, own = load_gguf(name, file, torch.float32 if kind == "auto" else kind)
     if own is None or tokenizer is not None:
@@ -122,15 +124,14 @@ def _source(option: str, name: str, *needed: str) -> tuple[str, bool]:
     return name, False
 
 
-def _load_model(name: str, dtype: Any) -> Any:
+def _load_model(name: str, dtype: Any, option: str) -> Any:
     from transformers import AutoModelForCausalLM
 
-    source, local = _source("--model", name, "config.json")
+    source, local = _source(option, name, "config.json")
     if local:
         read_json(Path(source, "config.json"))  # one clear message if it is damaged
-        _check_index(Path(source, "model.safetensors.index.json"))
         if not list(Path(source).glob("*.safetensors")):
-            raise DataError(f"--model {name}: expected weights as .safetensors in this folder, got none")
+            raise DataError(f"{option} {name}: expected weights as .safetensors in this folder, got none")
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             source,
@@ -141,7 +142,7 @@ def _load_model(name: str, dtype: Any) -> Any:
             output_loading_info=True,
         )
     except Exception as error:
-        raise DataError(_why("--model", name, local, error)) from error
+        raise DataError(_why(option, name, local, error)) from error
     # Left over are parts of more layers than the configuration has; heads and towers that are not used are no fault.
     shapes = {_LAYER.sub(".#.", name) for name in model.state_dict()}
     left_over = [key for key in info["unexpected_keys"] if _LAYER.sub(".#.", key) in shapes]
@@ -150,21 +151,8 @@ def _load_model(name: str, dtype: Any) -> Any:
         if keys:
             first = sorted(str(key[0] if isinstance(key, tuple) else key) for key in keys)[0]
             expected = f"all weights of {type(model).__name__}"
-            raise DataError(f"--model {name}: expected {expected}, got {len(keys)} {what} ({first}, ...)")
+            raise DataError(f"{option} {name}: expected {expected}, got {len(keys)} {what} ({first}, ...)")
     return model
-
-
-def _check_index(file: Path) -> None:
-    """An index may name files of its own folder only, and no pickles."""
-    if not file.exists():
-        return
-    index = read_json(file)
-    names = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(names, dict):
-        raise DataError(f"{file}: expected an object with 'weight_map', got {excerpt(index)}")
-    for key, name in names.items():
-        if not isinstance(name, str) or not name.endswith(".safetensors") or Path(name).name != name:
-            raise DataError(f"{file}: {excerpt(key)}: expected a .safetensors file in this folder, got {excerpt(name)}")
 
 
 def _load_tokenizer(name: str) -> Any:

@@ -143,10 +143,6 @@ def log_on_stderr(name: str, quiet: bool, level: int | None = None) -> Iterator[
 
 
 def say_notes(notes: Iterable[str], quiet: bool = False) -> None:
-    """Notes on stderr, a line for each kind with the first of them; nothing if `quiet`."""
-    found: dict[str, list[str]] = {}
-    for note in [] if quiet else notes:
-        found.setdefault(_kind(note), []).append(note)
-    for first, *others in found.values():
-        more = f" (and {len(others)} more of this kind)" if others else ""
-        print(f"sapo: note: {plain(first)}{more}", file=sys.stderr)
+    """Notes on stderr, a line each; nothing if `quiet`."""
+    for note in () if quiet else notes:
+        print(f"sapo: note: {plain(note)}", file=sys.stderr)

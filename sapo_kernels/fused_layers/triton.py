@@ -9,9 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..tree_attention.triton_common import on_device
+from ..triton_tools import on_device
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Elements of one program's tile.
 TILE = 4096
 LARGEST_ROW = 16384

@@ -9,21 +9,15 @@ their number or on the GPU's size.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-try:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError:
-    TensorDescriptor = None
-
+from ..triton_tools import DTYPES, INTERPRET, capability, on_device
 from .triton_backward import linear_logprob_backward_triton, mean_weight  # noqa: F401 (the first for ops.py)
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @triton.jit
@@ -200,8 +194,6 @@ def _merge_kernel(
         i_target += 1
 
 
-INTERPRET = not isinstance(_linear_logprob_kernel, triton.JITFunction)
-
 # Chunks of a vocabulary at most: two for each SM of the largest GPUs, so that even one tile of rows fills one.
 MAX_CHUNKS = 264
 # Rows of one launch; more rows go in slabs that share the scratch memory.
@@ -213,7 +205,7 @@ MERGE_BLOCKS = {"BLOCK_R": 16, "BLOCK_C": 64}
 
 def describes(hidden: torch.Tensor, weight: torch.Tensor, capability: int) -> bool:
     """Whether the operands go through tensor descriptors (TMA): where the hardware has them and can take these."""
-    known = 90 <= capability < 120 and hidden.dtype != torch.float32 and TensorDescriptor is not None
+    known = 90 <= capability < 120 and hidden.dtype != torch.float32
     return known and all(
         t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0 and t.stride(0) >= t.shape[1] > 0
         for t in (hidden, weight)
@@ -232,7 +224,6 @@ def config(hidden: int, dtype: torch.dtype, capability: int, described: bool = F
         described: the operands go through descriptors.
     """
     if INTERPRET:
-        # Small tiles, so that small test shapes cross tile borders.
         tile, warps, stages = (16, 32, 32), 1, 1
     elif dtype == torch.float32:
         # IEEE products run on the plain FMA units with both operands in registers, so the tile must be small.
@@ -257,7 +248,6 @@ def config(hidden: int, dtype: torch.dtype, capability: int, described: bool = F
 
 def specialise(hidden: int, bias, softcap) -> dict[str, object]:
     """The kernel's compile-time arguments that follow from shapes and options."""
-    # The interpreter computes garbage on bfloat16 without an error; a cast right after the load is exact.
     return {
         "HIDDEN": hidden,
         "HAS_BIAS": bias is not None,
@@ -269,11 +259,6 @@ def specialise(hidden: int, bias, softcap) -> dict[str, object]:
 def chunk_columns(vocab: int, block_v: int) -> int:
     """Columns of one chunk, whole tiles: a function of the vocabulary alone, so that it cannot move a row's bits."""
     return block_v * triton.cdiv(triton.cdiv(vocab, block_v), MAX_CHUNKS)
-
-
-def scratch_bytes(rows: int, vocab: int, block_v: int = 128) -> int:
-    """Device memory that a call needs beside its inputs and outputs: the float32 (max, sum) of each row and chunk."""
-    return 2 * 4 * min(rows, SLAB_ROWS) * triton.cdiv(vocab, chunk_columns(vocab, block_v))
 
 
 @functools.lru_cache(maxsize=256)
@@ -294,15 +279,6 @@ def chunks_per_split(row_tiles: int, chunks: int, tile_bytes: int, processors: i
     return min(range(max(1, most // 2), most + 1), key=cost)
 
 
-def _device(device: torch.device) -> tuple[int, int]:
-    """(compute capability as in `config`, number of processors)."""
-    if device.type != "cuda":
-        return 0, 4
-    properties = torch.cuda.get_device_properties(device)
-    capability = 0 if torch.version.hip is not None else 10 * properties.major + properties.minor
-    return capability, properties.multi_processor_count
-
-
 def linear_logprob_triton(hidden, weight, targets, target_ptr, bias, scale, softcap, with_mean=False):
     """Same arguments and result as the reference; float32, bfloat16 or float16.
 
@@ -320,9 +296,10 @@ def linear_logprob_triton(hidden, weight, targets, target_ptr, bias, scale, soft
     if rows == 0:
         return logprob, lse, hidden.new_empty(0, width)
 
-    capability, processors = _device(hidden.device)
-    described = describes(hidden, weight, capability)
-    options = config(width, hidden.dtype, capability, described)
+    part = capability(hidden.device)
+    processors = torch.cuda.get_device_properties(hidden.device).multi_processor_count if hidden.is_cuda else 4
+    described = describes(hidden, weight, part)
+    options = config(width, hidden.dtype, part, described)
     block_m = options["BLOCK_M"]
     chunk = chunk_columns(vocab, options["BLOCK_V"])
     chunks = triton.cdiv(vocab, chunk)
@@ -330,7 +307,7 @@ def linear_logprob_triton(hidden, weight, targets, target_ptr, bias, scale, soft
     scratch = torch.empty(2, chunks * slab, dtype=torch.float32, device=hidden.device)
     each = chunks_per_split(triton.cdiv(slab, block_m), chunks, block_m * width * hidden.element_size(), processors)
     splits = triton.cdiv(chunks, each)
-    with torch.cuda.device(hidden.device) if hidden.is_cuda else contextlib.nullcontext():
+    with on_device(hidden):
         for start in range(0, rows, slab):
             count = min(slab, rows - start)
             ptr = target_ptr[start : start + count + 1]

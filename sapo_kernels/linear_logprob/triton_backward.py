@@ -4,12 +4,11 @@ that turns them into the gradient of that product, and the library's products ag
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
 
+from ..triton_tools import INTERPRET, on_device
 from . import gradient
 
 
@@ -55,7 +54,6 @@ def _coefficients_kernel(
     tl.store(d_ptr + i_row * vocab + o_v, (d * d_scale).to(d_ptr.dtype.element_ty), mask=m_v)
 
 
-INTERPRET = not isinstance(_coefficients_kernel, triton.JITFunction)
 # 4 columns a thread: 8 spill a register on sm_90.
 COEFFICIENTS = {"BLOCK_V": 64 if INTERPRET else 1024, "num_warps": 1 if INTERPRET else 8}
 # Where a mean is computed in float16, probabilities of 1 / V would be subnormal. A power of two: nothing else changes.
@@ -78,7 +76,7 @@ def coefficients(weight, bias, scale: float, softcap: float | None, d_scale: flo
         logits = _product(rows, weight)
         d = logits if rows.dtype == torch.float32 else torch.empty_like(logits, dtype=rows.dtype)
         grid = (len(rows), triton.cdiv(len(weight), COEFFICIENTS["BLOCK_V"]))
-        with torch.cuda.device(rows.device) if rows.is_cuda else contextlib.nullcontext():
+        with on_device(rows):
             _coefficients_kernel[grid](
                 logits,
                 bias,

@@ -137,17 +137,16 @@ class PromptState:
             if value.shape != own.shape:
                 raise ValueError(f"state: {name}: expected {list(own.shape)}, got {list(value.shape)}")
         weight, probs, best = state["weight"], state["probs"], state["best"]
-        if not bool((weight.isfinite() & (weight >= 0)).all()):
-            raise ValueError("state: weight: expected finite numbers of at least 0, got others")
-        if not bool((probs.isfinite() & (probs >= 0) & (probs <= 1)).all()):
-            raise ValueError("state: probs: expected numbers from 0 to 1, got others")
         total = probs.sum(1)
-        if not bool((((total - 1).abs() < 1e-6) | (total == 0)).all()):
-            raise ValueError("state: probs: expected a sum of 1 (0 for a pool without prompts), got others")
-        if not bool(((best >= -1) & (best < self.num_prompts)).all()):
-            raise ValueError(f"state: best: expected from -1 to {self.num_prompts - 1}, got {best.tolist()[:20]}")
-        if not bool(state["effective"].isfinite().all()):
-            raise ValueError("state: effective: expected finite numbers, got others")
+        for name, fits, what in (
+            ("weight", weight.isfinite() & (weight >= 0), "finite numbers of at least 0"),
+            ("probs", probs.isfinite() & (probs >= 0) & (probs <= 1), "numbers from 0 to 1"),
+            ("probs", ((total - 1).abs() < 1e-6) | (total == 0), "a sum of 1 (0 for a pool without prompts)"),
+            ("best", (best >= -1) & (best < self.num_prompts), f"numbers from -1 to {self.num_prompts - 1}"),
+            ("effective", state["effective"].isfinite(), "finite numbers"),
+        ):
+            if not bool(fits.all()):
+                raise ValueError(f"state: {name}: expected {what}, got others")
         # A state whose tensors cannot all be written must not be written by half.
         for name in DTYPES:
             own = getattr(self, name)

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from .. import native
+from ..trie.trie import copied
 
 # Where the sums are kept beside the log-probabilities; elsewhere these wait and are summed on the host.
 _COMPILED = {"cpu": "_C", "cuda": "_C_cuda"}
@@ -38,7 +39,8 @@ class CellSums:
             self._waiting = []
         if self._sums is None:
             return np.zeros(len(self._lists[1]) - 1)
-        nll, tokens, wanted = (values.cpu() for values in (*self._sums, self._lists[1].diff()))
+        nll, tokens = (values.cpu() for values in self._sums)
+        wanted = self._lists[1].diff()
         if not torch.equal(tokens, wanted):
             cell = int((tokens != wanted).nonzero()[0])
             raise RuntimeError(f"cell {cell}: expected {int(wanted[cell])} log-probabilities, got {int(tokens[cell])}")
@@ -50,10 +52,9 @@ class CellSums:
 
     def _accumulate(self, logprob: torch.Tensor) -> None:
         if self._sums is None:
-            self._lists = [values.to(logprob.device) for values in self._lists]
-            cells = len(self._lists[1]) - 1
+            self._there, cells = copied(self._lists, logprob.device), len(self._lists[1]) - 1
             self._sums = tuple(
                 torch.zeros(cells, dtype=dtype, device=logprob.device) for dtype in (torch.float64, torch.int64)
             )
-        torch.ops.sapo_kernels.accumulate_(*self._sums, logprob.contiguous(), *self._lists, self._start)
+        torch.ops.sapo_kernels.accumulate_(*self._sums, logprob.contiguous(), *self._there, self._start)
         self._start += len(logprob)

@@ -53,6 +53,7 @@ def score_prompts_sharded(
     max_tokens: int | None = None,
     impl: str = "auto",
     race: Race | None = None,
+    fuse: str | bool = "auto",
     **layout,
 ) -> PromptScores:
     """`score_prompts` by all ranks of a process group together: each scores its share, all get the whole matrix.
@@ -71,7 +72,7 @@ def score_prompts_sharded(
         timeout: seconds without a sign of a rank (each of its forwards is one) after which the others give it up.
         shards: into how many shards the job is cut; default: 1 to 24, so that each has two passes or more. A multiple
             of the number of ranks keeps all of them busy; the bits depend on it.
-        max_tokens, impl, race: as for `score_prompts`. Each round of a race is shared out.
+        max_tokens, impl, race, fuse: as for `score_prompts`. Each round of a race is shared out.
 
     Returns:
         `PromptScores`, bitwise the same on every rank. stats also holds "shards" and "world"; "trie_tokens" counts
@@ -88,11 +89,11 @@ def score_prompts_sharded(
     """
     ranks = ranks_of(group, timeout)
     with ranks.together():
-        check_choices(impl, max_tokens, race)
+        check_choices(impl, max_tokens, race, fuse)
         if shards is not None and (type(shards) is not int or shards < 1):
             raise ValueError(f"shards: expected a whole number of at least 1, got {shards!r}")
         cache = cache_of(prompts, examples, layout.pop("tokenizer", None), layout, model)
-        job = ShardedJob(model, cache, impl, max_tokens, ranks, shards)
+        job = ShardedJob(model, cache, impl, max_tokens, ranks, shards, fuse)
         job.check_alike(race)
         scores = job.score(race)
         scores.stats.update(shards=len(job.shards), world=job.world)
@@ -128,8 +129,8 @@ def cut(trie: TokenTrie, count: int) -> list[np.ndarray]:
 class ShardedJob(ScoringJob):
     """A scoring job whose cells are shared out: one call of `score_prompts_sharded`, or a round of its race."""
 
-    def __init__(self, model, cache: ResponseCache, impl: str, max_tokens, ranks: Ranks, shards: int | None):
-        super().__init__(model, cache, impl, max_tokens, False)
+    def __init__(self, model, cache: ResponseCache, impl: str, max_tokens, ranks: Ranks, shards: int | None, fuse):
+        super().__init__(model, cache, impl, max_tokens, False, fuse)
         self.ranks, self.count = ranks, shards
         reason = unshareable(self.model)
         if reason:
@@ -147,7 +148,8 @@ class ShardedJob(ScoringJob):
         return None
 
     def part(self, cells: np.ndarray) -> ShardedJob:
-        return ShardedJob(self.model, self.cache.select(cells), self.impl, self.max_tokens, self.ranks, self.count)
+        part = self.cache.select(cells)
+        return ShardedJob(self.model, part, self.impl, self.max_tokens, self.ranks, self.count, self.fuse)
 
     def _checks(self, checks, cells, before, plain) -> list[Check]:
         # On every rank, for all must take the same path.
@@ -173,7 +175,7 @@ class ShardedJob(ScoringJob):
 
     def _shard(self, path, cells, cache, checks, plain, found: list) -> str:
         """Append what one shard gave to `found`; or say why no rank may take this path."""
-        job = Paths(self.model, cache, self.op_impl, self.max_tokens, False)
+        job = Paths(self.model, cache, self.op_impl, self.max_tokens, False, self.fuse)
         job.through_model, job.put_rope_back = self.through_model, self.put_rope_back
         places = {int(cell): place for place, cell in enumerate(cells)}
         mine = {check.cell: replace(check, cell=places[check.cell]) for check in checks if check.cell in places}
@@ -227,7 +229,7 @@ class ShardedJob(ScoringJob):
         cells = (
             np.ascontiguousarray(a, np.int64) for a in (self.cache.ids, self.cache.offsets, self.cache.context_lengths)
         )
-        options = (self.impl, self.max_tokens, len(self.shards), self.count, *autocast_of(self.device))
+        options = (self.impl, self.fuse, self.max_tokens, len(self.shards), self.count, *autocast_of(self.device))
         digests = (
             _digest(str(self.cache.num_examples), *self.cache.prompts, *(a.view(np.uint8).data for a in cells)),
             _digest(repr(options), repr(race)),

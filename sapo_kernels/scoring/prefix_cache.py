@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from ..trie.trie import TriePass
+from ..trie.trie import TriePass, copied
 from .response_cache import ResponseCache, ScorePlan
 
 # Keys and values of all layers that are kept at most; twice that while a round replaces those of the one before.
@@ -94,10 +94,8 @@ class PrefixCache:
         before = np.cumsum(held) - held
         keys = np.where(held, step.carried - step.held + before, step.carried + tokens - step.start - before)
         space = self._space()
-        return PassPrefixes(
-            torch.from_numpy(slots[held]).to(device), self._kept, torch.from_numpy(keys[:space]).to(device),
-            tokens[:space],
-        )  # fmt: skip
+        slots, wanted = copied([torch.from_numpy(slots[held]), torch.from_numpy(keys[:space])], device)
+        return PassPrefixes(slots, self._kept, wanted, tokens[:space])
 
     def _space(self) -> int | None:
         """How many tokens more may be kept; None: that is not known yet."""

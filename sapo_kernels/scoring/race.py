@@ -43,7 +43,8 @@ class Race:
         relative: the same as a share of the leader's loss; the larger of the two counts. With both 0 near ties are
             decided too, for which most examples are needed.
         first: examples of the first round, at least 2. Fewer save more, and standard errors can be trusted less.
-        growth: each round ends at this multiple of the examples of the one before.
+        growth: each round ends at this multiple of the examples of the one before, or later: on a GPU, which takes as
+            long for a few tokens as for many, rounds are filled up to whole halves of a forward.
         seed: of the order of the examples. The same seed and losses give the same race.
 
     Raises:
@@ -89,6 +90,8 @@ class RaceState:
     Args:
         race: the options.
         tokens: [K, M] int64, response tokens of every cell, also of those never scored.
+        cost: [K, M] int64, tokens that the model computes for each cell, about; with `fill` only.
+        fill: rounds are filled up with examples to whole multiples of so many tokens; 0: they are not.
 
     Use::
 
@@ -97,8 +100,8 @@ class RaceState:
         state.report()
     """
 
-    def __init__(self, race: Race, tokens: np.ndarray):
-        self.race, self.tokens = race, tokens
+    def __init__(self, race: Race, tokens: np.ndarray, cost: np.ndarray | None = None, fill: int = 0):
+        self.race, self.tokens, self.cost, self.fill = race, tokens, cost, fill
         self.num_prompts, self.num_examples = tokens.shape
         self.order = np.asarray(race.order(self.num_examples))
         self.nll = np.full(tokens.shape, np.nan)
@@ -109,7 +112,7 @@ class RaceState:
         self.broken = np.zeros(self.num_prompts, dtype=bool)  # a cell that is not finite
         self.left = np.zeros(self.num_prompts, dtype=np.int64)
         self.close = np.zeros(self.num_prompts, dtype=bool)  # dropped within the tolerance
-        self.size, self.rounds = min(race.first, self.num_examples), []
+        self.size, self.rounds = self._filled(race.first), []
 
     def wanted(self) -> np.ndarray | None:
         """The cells of the next round, or None if the race is over."""
@@ -132,7 +135,16 @@ class RaceState:
                 return
         if self.active.any():
             self._judge()
-        self.size = min(self.num_examples, math.ceil(self.size * self.race.growth))
+        self.size = self._filled(math.ceil(self.size * self.race.growth))
+
+    def _filled(self, size: int) -> int:
+        """Examples of a round that has at least `size` of them, up to all."""
+        size = min(size, self.num_examples)
+        if self.fill:
+            new = self.active[:, None] & ~self.scored
+            total = (self.cost * new).sum(0)[self.order].cumsum()
+            size = max(size, int(total.searchsorted(-(-total[size - 1] // self.fill) * self.fill, "right")))
+        return size
 
     def _judge(self) -> None:
         """Drop the active prompts that are not worth going on with."""

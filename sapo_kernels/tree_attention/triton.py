@@ -12,16 +12,15 @@ import torch
 import triton
 import triton.language as tl
 
+from ..triton_tools import capability, on_device
 from .triton_backward import tree_attention_backward_triton
 from .triton_common import (
     LN2,
     LOG2E,
-    capability,
     check,
     entries_of,
     key_rows,
     load_rows,
-    on_device,
     rows_of,
     scalars,
     specialise,
@@ -163,8 +162,9 @@ def tree_attention_triton(
 
     group = q_heads // kv_heads
     walk, tokens = tiles_for(tiles, tokens, q, keys, group, subtree_end, block_start, span_ptr, span)
-    plain = config(max(head_k, head_v), q.dtype, capability(q.device))
-    careful = careful_config(max(head_k, head_v), q.dtype, capability(q.device), plain["BLOCK_M"])
+    shape = (max(head_k, head_v), q.dtype, capability(q.device))
+    plain = config(*shape)
+    careful = careful_config(*shape, plain["BLOCK_M"])
     rows, count = tokens * group, walk[1].shape[0]
     sick_parts = triton.cdiv(rows, plain["BLOCK_M"])
     sick = torch.empty(count * sick_parts * kv_heads, dtype=torch.int32, device=q.device)

@@ -12,14 +12,13 @@ import triton
 import triton.language as tl
 
 from ..trie.tiles import KEY_TILE, build_pieces
+from ..triton_tools import INTERPRET, capability, on_device
 from .triton_common import (
     LOG2E,
-    capability,
     check,
     entries_of,
     key_rows,
     load_rows,
-    on_device,
     rows_of,
     scalars,
     specialise,
@@ -27,7 +26,7 @@ from .triton_common import (
     stored_as,
     tiles_for,
 )
-from .triton_config import INTERPRET, keys_config, queries_config
+from .triton_config import keys_config, queries_config
 
 SUM = {"BLOCK": 4096 if INTERPRET else 1024, "num_warps": 4}
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
 
 from ..trie.tiles import CHUNK, build_tiles, split_tiles, tile_tokens
+from ..triton_tools import DTYPES, INTERPRET
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 MAX_HEAD = 512
@@ -110,9 +108,6 @@ def key_rows(
     return p_k, p_v, m_n, visible
 
 
-INTERPRET = not isinstance(load_rows, triton.JITFunction)
-
-
 def specialise(head_k: int, head_v: int, group: int, window, softcap) -> dict[str, object]:
     """The compile-time arguments that follow from shapes and options."""
     return {
@@ -124,7 +119,6 @@ def specialise(head_k: int, head_v: int, group: int, window, softcap) -> dict[st
         "HAS_SOFTCAP": softcap is not None,
         "BLOCK_K": max(16, triton.next_power_of_2(head_k)),
         "BLOCK_V": max(16, triton.next_power_of_2(head_v)),
-        # The interpreter computes garbage on bfloat16 without an error; a cast right after the load is exact.
         "UPCAST": INTERPRET,
     }
 
@@ -157,18 +151,6 @@ def check(q, k, v, *past) -> None:
     for name, t in zip(("q", "k", "v", "past k", "past v"), (q, k, v, *past)):  # noqa: B905 (there may be no past)
         if t is not None and t.stride(-1) != 1:
             raise ValueError(f"tree_attention: {name}: expected stride 1 in the last dimension, got {t.stride(-1)}")
-
-
-def capability(device: torch.device) -> int:
-    """10 * major + minor of an NVIDIA GPU, else 0."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return 0
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
-def on_device(t: torch.Tensor):
-    return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
 
 
 def stored_as(q: torch.Tensor) -> torch.dtype:

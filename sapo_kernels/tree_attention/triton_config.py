@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 import triton
 
-from .triton_common import INTERPRET
+from ..triton_tools import INTERPRET
 
 
 def config(head_dim: int, dtype: torch.dtype, capability: int) -> dict[str, int]:
@@ -21,7 +21,6 @@ def config(head_dim: int, dtype: torch.dtype, capability: int) -> dict[str, int]
     """
     wide = max(64, triton.next_power_of_2(head_dim))
     if INTERPRET:
-        # Small tiles, so that short test sequences cross tile borders.
         tile = (32, 16, 1, 1)
     elif dtype == torch.float32:
         # IEEE products run on the plain FMA units with both operands in registers, so the tile must be small.

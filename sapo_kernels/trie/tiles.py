@@ -1,4 +1,4 @@
-"""Tiles of the queries of a pass, and for each the keys that a kernel walks. On the host, in numpy.
+"""Tiles of the queries of a pass, and for each the keys that a kernel walks. On the host.
 
 Tiles are uniform pieces of the depth-first order. Their keys are the path to the first query, then the queries
 themselves. Subtrees end in the order of the path from its bottom up, so the ancestors that outlive the tile, which all
@@ -9,6 +9,8 @@ and a kernel loads them without indices and without a mask.
 from __future__ import annotations
 
 import numpy as np
+
+from .. import native
 
 # Rows (query, q head) that the queries of a tile have with the heads of one kv head; a multiple of every kernel's.
 TILE_ROWS = 64
@@ -36,6 +38,15 @@ def build_tiles(subtree_end, block_start, span_ptr, span, tokens: int) -> np.nda
       ``seen_from[j] <= i < subtree_end[j]``,
     * the entries, keys; those of one tile in the order of the path, chunks first.
     """
+    compiled = native.planner()
+    if not compiled:
+        return tiles_numpy(subtree_end, block_start, span_ptr, span, tokens)
+    layout = (np.ascontiguousarray(a, np.int32).ravel() for a in (subtree_end, block_start, span_ptr, span))
+    return compiled.tiles(*layout, tokens, CHUNK)
+
+
+def tiles_numpy(subtree_end, block_start, span_ptr, span, tokens: int) -> np.ndarray:
+    """`build_tiles` where nothing is compiled, and the oracle of the compiled one, bit for bit."""
     end, block_start, span_ptr = (np.asarray(a, np.int64) for a in (subtree_end, block_start, span_ptr))
     span = np.asarray(span, np.int64).reshape(-1, 2)
     keys, carried = len(end), int(block_start[0])

@@ -5,8 +5,8 @@ interval test ``j <= i < subtree_end[j]``. A *pass* is a contiguous piece of tha
 keys and values of the ancestors of its first token are carried over from the passes before, so no token is ever
 computed twice, however small the budget is, and memory is bounded by the budget plus the longest sequence.
 
-`plan_trie` is the one function behind it. It plans on the host with the compiled planner (``csrc/trie.cpp``), or
-without it in numpy (`planner.plan_numpy`), slower, with the same bits.
+`plan_trie` is the one function behind it. Planning and cutting are done on the host by the compiled planner
+(``csrc/trie.cpp``, ``csrc/passes.cpp``), or without it in numpy, slower, with the same bits.
 """
 
 from __future__ import annotations
@@ -22,6 +22,20 @@ from .numpy_planner import plan_numpy
 from .tiles import build_pieces, build_tiles
 
 DEFAULT_BLOCK_TOKENS = 64
+
+
+def copied(tensors: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    """int64 and int32 tensors on `device`; from the host to another device in one copy for which nobody waits."""
+    if device.type == "cpu" or tensors[0].device.type != "cpu" or torch.compiler.is_compiling():
+        return [one.to(device) for one in tensors]
+    # Those of 8 bytes first, so that each begins at a multiple of its own size.
+    order = sorted(range(len(tensors)), key=lambda i: -tensors[i].itemsize)
+    parts = [tensors[i].numpy().ravel().view(np.int32) for i in order]
+    packed = torch.empty(sum(map(len, parts)), dtype=torch.int32, pin_memory=device.type == "cuda")
+    np.concatenate(parts, out=packed.numpy())
+    there = packed.to(device, non_blocking=True).split([len(part) for part in parts])
+    found = {i: part.view(tensors[i].dtype).view(tensors[i].shape) for i, part in zip(order, there, strict=True)}
+    return [found[i] for i in range(len(tensors))]
 
 
 @dataclass(frozen=True)
@@ -76,7 +90,8 @@ class TriePass:
         if device == self.input_ids.device:
             return self
         if device not in self._on_device:
-            moved = {n: v.to(device) for n, v in vars(self).items() if isinstance(v, torch.Tensor)}
+            moved = {n: v for n, v in vars(self).items() if isinstance(v, torch.Tensor)}
+            moved = dict(zip(moved, copied(list(moved.values()), device), strict=True))
             kept = {n: v for n, v in vars(self).items() if n not in moved and not n.startswith("_")}
             # A twin, for a way back to this very object would keep both alive.
             back = {self.input_ids.device: replace(self, _on_device={})}
@@ -101,7 +116,7 @@ class TriePass:
                 layout = (self.subtree_end, self.block_start, self.span_ptr, self.span)
                 self._lists[build, size] = torch.from_numpy(build(*layout, size))
             else:
-                self._lists[build, size] = host._listed(build, size).to(self.input_ids.device)
+                (self._lists[build, size],) = copied([host._listed(build, size)], self.input_ids.device)
         return self._lists[build, size]
 
 
@@ -191,6 +206,14 @@ class TokenTrie:
             raise ValueError(f"block_tokens: expected at least 1, got {block_tokens}")
         if held is not None and held[self.row_token].any():
             raise ValueError("held: expected no token that predicts something, got some")
+        compiled = native.planner()
+        if compiled:
+            made = compiled.passes(
+                self.depth, self.node_start, self.node_stop, self.node_parent, self.node_end, self.row_token,
+                None if held is None else np.require(held, bool, "CA"),
+                max(1, min(len(self), max_tokens or len(self))), min(len(self) + 1, block_tokens),
+            )  # fmt: skip
+            return [self._pass(block_tokens, **one) for one in made]
         new = np.arange(len(self)) if held is None else np.flatnonzero(~held)
         total, start, done, result = len(self), 0, 0, []
         while start < total:
@@ -213,32 +236,33 @@ class TokenTrie:
         carry = np.zeros(0, np.int64)
         if stop < len(self):
             carry = np.concatenate([np.arange(a, b) for a, b in keys.of_path(self.path_spans(stop))] or [carry])
-        row_lo, row_hi = np.searchsorted(self.row_token, [start, stop])
-        target_lo, target_hi = int(self.target_ptr[row_lo]), int(self.target_ptr[row_hi])
+        first_row, last_row = np.searchsorted(self.row_token, [start, stop])
+        int32 = {
+            "position": self.depth[tokens],
+            "subtree_end": keys.first_new + keys.new_before(self.subtree_end[tokens]),
+            "block_start": block_start,
+            "span_ptr": span_ptr,
+            "span": [edge for span in spans for edge in span],
+        }
+        return self._pass(
+            block_tokens, start, stop, keys.first_new, len(keys.held), first_row, last_row,
+            keys.new if len(keys.held) else keys.held, carry_index=carry,
+            rows=keys.new_before(self.row_token[first_row:last_row]),
+            **{name: np.asarray(values, np.int32) for name, values in int32.items()},
+        )  # fmt: skip
 
-        def int32(values):
-            return torch.from_numpy(np.asarray(values, dtype=np.int32))
-
+    def _pass(self, block_tokens, start, stop, carried, held, first_row, last_row, new, span, **arrays) -> TriePass:
+        """The pass of which either planner made these arrays; `new`: the tokens it computes, empty if all of it."""
+        target_ptr = self.target_ptr[first_row : last_row + 1]
+        first, last = target_ptr[[0, -1]].tolist()
+        arrays["span"] = span.reshape(-1, 2)
+        arrays["input_ids"] = self.tokens[new] if len(new) else self.tokens[start:stop]
+        arrays["target_ptr"], arrays["targets"] = target_ptr - first, self.targets[first:last]
         return TriePass(
-            start=start,
-            stop=stop,
-            carried=keys.first_new,
-            held=len(keys.held),
-            block_tokens=block_tokens,
-            target_start=target_lo,
-            cells_done=int(np.searchsorted(self._leaf_sorted, stop)),
-            last=stop == len(self),
-            input_ids=torch.from_numpy(self.tokens[keys.new]),
-            position=int32(self.depth[tokens]),
-            subtree_end=int32(keys.first_new + keys.new_before(self.subtree_end[tokens])),
-            block_start=int32(block_start),
-            span_ptr=int32(span_ptr),
-            span=int32(np.asarray(spans, dtype=np.int32).reshape(-1, 2)),
-            carry_index=torch.from_numpy(carry),
-            rows=torch.from_numpy(keys.new_before(self.row_token[row_lo:row_hi])),
-            target_ptr=torch.from_numpy(self.target_ptr[row_lo : row_hi + 1] - target_lo),
-            targets=torch.from_numpy(self.targets[target_lo:target_hi].copy()),
-        )
+            start=start, stop=stop, carried=carried, held=held, block_tokens=block_tokens, target_start=first,
+            cells_done=int(self._leaf_sorted.searchsorted(stop)), last=stop == len(self),
+            **{name: torch.from_numpy(values) for name, values in arrays.items()},
+        )  # fmt: skip
 
     def _cut(self, after: int, limit: int) -> int:
         """The shallowest node start in ``(after, limit]``, the last one of equals; `limit` if there is none."""

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 from xml.etree import ElementTree
@@ -15,11 +13,12 @@ import pytest
 import torch
 
 import sapo_kernels as sk
-from benchmarks import aot, documents, plots, tables
+from benchmarks import aot, documents, exactness, plots, racing, tables, train_step
+from benchmarks.__main__ import main as run_benchmarks
 from benchmarks.ops import end_to_end
 from benchmarks.peers import PEERS
 from benchmarks.registry import OPS, Op, Setting, gradients
-from benchmarks.rows import COLUMNS, RESULTS, Environment, Row, append_rows, from_csv, read_rows, to_csv
+from benchmarks.rows import RESULTS, Environment, Row, append_rows, csv_text, read_csv, read_rows
 from benchmarks.timing import Case, Disagreement, Provider, Turns, quantiles, run_case
 from benchmarks.workload import Cells
 from sapo_kernels.files import DataError
@@ -66,7 +65,7 @@ def test_a_row_that_says_nonsense_cannot_be_made(changed):
         row(**changed)
 
 
-GOOD = to_csv([row(), row(case="two")])
+GOOD = csv_text([row(), row(case="two")])
 
 
 @pytest.mark.parametrize(
@@ -90,16 +89,16 @@ def test_a_damaged_file_is_named_and_left_alone(text, tmp_path):
 
 
 def test_committed_rows_are_whole_and_no_toys():
-    for path in RESULTS.glob("*.csv"):
-        if path.name == "aot.csv":
-            uses = aot.read_uses(path)
-            assert not [use for use in uses if use.role == "in use" and (use.complaint or use.spills)]
-            assert {use.target for use in uses} >= {"sm_80", "sm_90", "sm_100"}
-            continue
-        if path.read_text(encoding="utf-8").splitlines()[0] != ",".join(COLUMNS):
-            continue  # another benchmark's own columns
-        rows = from_csv(path.read_text(encoding="utf-8"), path.name)
-        assert rows and not [r for r in rows if r.case.startswith("toy")]
+    kinds = {"aot": aot.Use, "exactness": exactness.Difference, "racing": racing.Replays, "train_step": train_step.Step}
+    for path in (*RESULTS.glob("*.csv"), *RESULTS.glob("gpu/*.csv")):
+        if kind := kinds.get(path.stem):
+            assert [kind(**row) for row in read_csv(path.read_text(encoding="utf-8"), path.name, kind)]
+        else:
+            rows = read_rows(path)
+            assert rows and not [r for r in rows if r.case.startswith("toy")]
+    uses = aot.read_uses()
+    assert not [use for use in uses if use.role == "in use" and (use.complaint or use.spills)]
+    assert {use.target for use in uses} >= {"sm_80", "sm_90", "sm_100"}
 
 
 def test_times_follow_agreement_and_turns_rotate():
@@ -204,6 +203,13 @@ def test_peers_agree_with_ours_and_leave_the_model_alone(name, last, jobs):
     assert "forward" not in vars(model) and model.config._attn_implementation == "sdpa" and not model.training
 
 
+def test_a_prefix_cache_of_equal_contexts_leaves_a_token_to_predict_from(jobs):
+    model, _ = jobs
+    cache = sk.ResponseCache.from_token_ids([[[1, 2, 3]] * 2, [[1, 2, 4]] * 2], [[5, 6], [7]])
+    got = PEERS["prefix_cache"].run(model, cache)
+    assert float((got - sk.score_prompts(model, cache).nll.flatten()).abs().max()) < 1e-4
+
+
 @pytest.mark.parametrize("name", ["tuned_plain", "packed", "prefix_cache"])
 def test_tuned_peers_without_masks_in_logits_to_keep(name, jobs, monkeypatch):
     """As in transformers 5.17."""
@@ -306,13 +312,15 @@ def test_occupancy_bounds(target, registers, shared, threads, wanted):
 
 
 def test_the_command_runs_an_operation_and_writes_its_rows(tmp_path):
-    command = [sys.executable, "-m", "benchmarks", "--size", "toy", "--only", "planner", "--minutes", "1"]
-    done = subprocess.run([*command, "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and "all parts passed" in done.stdout, done.stdout + done.stderr
+    assert run_benchmarks(["--size", "toy", "--only", "planner", "--minutes", "1", "--out", str(tmp_path)]) == 0
     rows = read_rows(tmp_path / "planner.csv")
     assert {r.provider for r in rows} >= {"numpy"} and all(r.case.startswith("toy ") for r in rows)
-    refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert refused.returncode == 2 and "do not belong among the results" in refused.stderr
+
+
+def test_toy_figures_do_not_get_among_the_results(capsys):
+    with pytest.raises(SystemExit):
+        run_benchmarks(["--size", "toy", "--only", "planner"])
+    assert "do not belong among the results" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("op", [op for op in OPS if op not in ("end_to_end", "tasks", "race")])

@@ -37,13 +37,13 @@ def small(monkeypatch):
 
 
 def test_single_runs_go_on_where_they_were(small, tmp_path):
-    assert pretrained.run_singles(small, tmp_path, 0.0, (5,)) == 6, "no time: nothing is run"
-    assert pretrained.run_singles(small, tmp_path, time.time() + 600, (5,)) == 0
+    assert pretrained.run_singles(small, tmp_path, 0.0) == 6, "no time: nothing is run"
+    assert pretrained.run_singles(small, tmp_path, time.time() + 600) == 0
     mark, files = small.made_by(), sorted((tmp_path / "single_smollm2").iterdir())
     assert len(files) == 6
     whole = [path.read_bytes() for path in files]
     files[4].unlink()
-    assert pretrained.run_singles(small, tmp_path, time.time() + 600, (5,)) == 0
+    assert pretrained.run_singles(small, tmp_path, time.time() + 600) == 0
     assert rows.collect(tmp_path, "single_smollm2", mark, tmp_path) == 6
     again = [path.read_bytes() for path in files]
     assert again[:4] + again[5:] == whole[:4] + whole[5:]
@@ -86,7 +86,6 @@ def test_the_plan():
     runs = list(design.sequence_runs())
     assert len(runs) == len(set(runs)) == 24 and [run.policy for run in runs[:3]] == ["original", "sapo", "random"]
     assert set(design.CHOOSING) < set(design.TRAINED) and not set(design.EARLIER) & set(design.TRAINED)
-    assert not set(design.SEEDS) & set(design.SEARCH_SEEDS)
     assert all(len(design.prompts_of(task)) == 8 and design.prompts_of(task)[0] == 0 for task in design.TRAINED)
 
 
@@ -97,7 +96,7 @@ def test_every_planned_single_run_is_there_once_and_of_this_design():
     made_by = found["made_by"]
     assert made_by["base"] == MODELS["smollm2"].sha256
     given = {**asdict(design.SINGLE), "warm_steps": design.WARM_STEPS, "input_tokens": design.INPUT_TOKENS}
-    assert made_by["single"] == given
+    assert given.items() <= made_by["single"].items()
 
 
 def row(prompt, pre, forgetting=0.0, error=0.1, near=0.5, cold=1.0, task=design.TRAINED[0]):
@@ -133,8 +132,7 @@ def test_tables_by_hand(monkeypatch):
 
 
 def test_options(capsys):
-    for given in (["--part", "2/2"], ["--base", "smollm2"]):
-        with pytest.raises(SystemExit):
-            main(["run", "single", "--work", "nowhere", *given])
+    with pytest.raises(SystemExit):
+        main(["run", "single", "--base", "smollm2", "--data", "x", "--work", "x", "--part", "2/2"])
     assert "expected I/N" in capsys.readouterr().err
     assert set(pretrained_table.TABLES) < set(table.TABLES)

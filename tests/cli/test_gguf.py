@@ -37,7 +37,7 @@ def test_parts_are_assembled_once_and_verified(packages, tmp_path):
     assert gguf.resolve("a") == (folder, file) and path.stat().st_mtime_ns == made
     packages["a-part2"] = b" and TWO"
     path.unlink()
-    with pytest.raises(DataError, match=r"--model a: .*a\.gguf: expected SHA-256 [0-9a-f]{64}, got"):
+    with pytest.raises(DataError, match=r"^a: .*a\.gguf: expected SHA-256 [0-9a-f]{64}, got"):
         gguf.resolve("a")
 
 

@@ -1,6 +1,7 @@
 """The command line as a whole: help, faults on one line, terminals, and what a plain installation lacks."""
 
 import builtins
+import io
 import logging
 import subprocess
 import sys
@@ -88,14 +89,18 @@ def test_interrupt_and_broken_pipe(sapo, monkeypatch):
         assert sapo("score") == expected
 
 
-def test_process_ascii_terminal_and_closed_pipe(files):
-    """Two real processes: a stdout that cannot show the text, and one that nobody reads."""
+def test_a_terminal_that_cannot_show_a_character(files, monkeypatch):
     put(files / "p.json", ["\u4f60\u597d", "caf\u00e9"])
-    first, second = child(*SCORE, PYTHONIOENCODING="ascii"), child(*SCORE)
-    second.stdout.close()
-    out, err = first.communicate(timeout=120)
-    assert (first.returncode, err) == (0, b"") and b"caf\\xe9" in out
-    assert second.stderr.read() == b"" and second.wait(timeout=120) == 141
+    out = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "argv", ["sapo", *SCORE, "--quiet"])
+    monkeypatch.setattr(sys, "stdout", out)
+    assert cli.main() == 0 and b"caf\\xe9" in out.buffer.getvalue()
+
+
+def test_process_whose_output_nobody_reads():
+    process = child("--version")
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait(timeout=120) == 141
 
 
 @pytest.mark.parametrize(
@@ -118,10 +123,6 @@ def test_cut(text, width, shown):
 def test_notes_of_one_kind_are_one_line(capsys):
     empty = "of the rows read with an empty label left out"
     notes = [f"a.csv: 1 {empty}", f"task b: 12 {empty}", "p: 'x' is long", "p: 'y' is long", "p: 'y' is short"]
-    terminal.say_notes(notes)
-    lines = capsys.readouterr().err.splitlines()
-    assert lines == [f"sapo: note: {notes[0]} (and 1 more of this kind)", f"sapo: note: {notes[2]} (and 1 more of this "
-                     "kind)", f"sapo: note: {notes[4]}"]  # fmt: skip
     logger = logging.getLogger("sapo_peft.some")
     with terminal.log_on_stderr("sapo_peft", quiet=False):
         for note in notes:
@@ -133,7 +134,7 @@ def test_notes_of_one_kind_are_one_line(capsys):
 
 def test_doctor(sapo, monkeypatch):
     code, out, _ = sapo("doctor")
-    assert code == 0 and "native modules" in out and out.count("\n  ok ") == 4 and "FAILED" not in out
+    assert code == 0 and "native modules" in out and out.count("\n  ok ") == 2 and "FAILED" not in out
 
     def broken():
         raise RuntimeError("out of\nluck")

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 from datetime import datetime
 
 import pytest
@@ -11,10 +10,11 @@ import torch
 import sapo_kernels as sk
 from sapo_kernels.scoring import progress
 from sapo_peft import plain_loop, tiny_model, tiny_tokenizer
+from sapo_peft.assets import task_names
 from sapo_peft.cli import outputs, ranking
 from sapo_peft.cli import score as score_command
 from tests.cli import cli_helpers
-from tests.cli.cli_helpers import PROMPTS, ROWS, SCORE, child, one_line_error, put, ranks
+from tests.cli.cli_helpers import PROMPTS, ROWS, SCORE, one_line_error, put, ranks
 from tests.oracles import DATED
 
 files = cli_helpers.files
@@ -155,7 +155,7 @@ def test_columns_notes_and_quiet(files, sapo):
         and "2 prompts x 2 of 3 examples" in out
         and err
         == (
-            "sapo: note: 2 paraphrases from file:p.json repeat prompt 0 and were merged into it\n"
+            "sapo: note: 2 of the paraphrases from file:p.json merged into prompt 0, which they repeat\n"
             "sapo: note: d.csv: 1 of the rows read with an empty label left out\n"
         )
     )
@@ -163,17 +163,12 @@ def test_columns_notes_and_quiet(files, sapo):
     assert err == "" and "<|im_start|>" not in out
 
 
-def test_bundled_tasks(files, sapo, monkeypatch):
-    from sapo_peft import assets
-
-    names = assets.task_names()[:2]
-    monkeypatch.setattr(assets, "task_names", lambda: names)
+def test_a_bundled_task(files, sapo):
+    names = task_names()
     code, out, err = sapo("score", "--examples", "1")
-    assert code == 0 and out.startswith(f"{names[0]}: 21 prompts x 1 of ") and "bundled tasks" in err
-    assert out.count("Lowest loss: prompt") == 2 and "All 2 tasks together:" in out
+    assert code == 0 and out.startswith(f"{names[0]}: 21 prompts x 1 of ") and "a bundled task" in err
     assert sapo("score", "--task", names[1], "--examples", "1")[1].startswith(names[1])
     one_line_error(sapo("score", "--task", "nothing"), "expected a task that is there")
-    one_line_error(sapo("score", "--out", "x.json"), "--out", "--task")
 
 
 BAD_CALLS = {
@@ -182,22 +177,17 @@ BAD_CALLS = {
     "task that nobody has": ((*SCORE, "--task", "x"), ("task: expected none", "'x'")),
     "unknown impl": ((*SCORE, "--impl", "fast"), ("--impl", "tree", "'fast'")),
     "no examples": ((*SCORE, "--examples", "0"), ("--examples", "at least 1")),
-    "words for numbers": ((*SCORE, "--max-tokens", "many"), ("--max-tokens", "'many'")),
     "unknown option": ((*SCORE, "--exampels", "3"), ("unrecognized arguments: --exampels",)),
-    "abbreviation": ((*SCORE, "--exam", "3"), ("unrecognized arguments",)),
     "column that is not there": ((*SCORE, "--input-column", "zz"), ("'zz'", "'sentence'")),
     "missing model": ((*SCORE, "--model", "./none"), ("--model", "./none", "no such folder")),
-    "model is a file": ((*SCORE, "--model", "d.json"), ("--model", "got a file")),
     "model with a newline": ((*SCORE, "--model", "a\nb"), ("--model", "expected a folder or a hub name")),
     "missing adapter": ((*SCORE, "--adapter", "./none"), ("--adapter", "no such folder")),
     "missing tokenizer": ((*SCORE, "--tokenizer", "./none"), ("tokenizer ", "no such folder")),
     "resume without out": ((*SCORE, "--resume"), ("--resume", "--out")),
-    "context too short for the prompt": ((*SCORE, "--max-source", "3"), ("prompt 0, example 0", "3 tokens")),
     "out in a missing folder": ((*SCORE, "--out", "no/s.json"), ("--out no/s.json", "a folder that is there")),
     "out is a folder": ((*SCORE, "--out", "."), ("--out .: expected a file",)),
     "out cannot be written": ((*SCORE, "--out", "/proc/s.json"), ("--out /proc: expected a folder that can be",)),
     "out is the data": ((*SCORE, "--out", "d.json"), ("--out d.json: expected another file than the input d.json",)),
-    "out is the data, insisting": ((*SCORE, "--out", "./d.json", "--overwrite"), ("another file than the input",)),
     "out is the prompts": ((*SCORE, "--out", "../" + "{here}" + "/p.json"), ("another file than the input p.json",)),
     "out is not ours": ((*SCORE, "--out", "notes.txt"), ("--out notes.txt: expected a new file", "--overwrite")),
 }
@@ -222,18 +212,10 @@ def test_what_out_may_replace(files, sapo):
     one_line_error(sapo(*SCORE, "--out", "f.json"), "--out f.json: expected a new file")
 
 
-BAD_CONTENT = {
-    "not JSON": b"Is it good?",
-    "10 MB on one line": b'["' + b"a" * 10_000_000 + b'"]',
-    "empty prompt": b'[""]',
-    "special token": b'["a <|im_end|> b"]',
-}
-
-
-@pytest.mark.parametrize("name", BAD_CONTENT)
-def test_bad_prompt_files(files, sapo, name):
-    put(files / "p.json", BAD_CONTENT[name])
-    one_line_error(sapo(*SCORE, "--out", "s.json"), "rompt" if name == "special token" else "p.json")
+def test_bad_prompts(files, sapo):
+    for content, word in ((b"Is it good?", "p.json"), (b'["a <|im_end|> b"]', "rompt")):
+        put(files / "p.json", content)
+        one_line_error(sapo(*SCORE, "--out", "s.json"), word)
     assert sorted(os.listdir(files)) == ["d.json", "p.json"]
 
 
@@ -270,19 +252,15 @@ def test_a_full_disk_costs_neither_the_table_nor_the_old_scores(files, sapo, mon
 
 def test_writers_that_name_neither_file_nor_cause(tmp_path, monkeypatch):
     """Those of torch and safetensors: the system is asked."""
-    failed = pytest.raises(OSError, match=r"writing failed: \[enforce fail at inline_container.cc:672\]")
-    with failed as caught, outputs.naming(tmp_path / "a"):
-        raise RuntimeError("[enforce fail at inline_container.cc:672]")
-    assert caught.value.filename == str(tmp_path / "a")
+    with pytest.raises(OSError, match=f"Permission denied: '{tmp_path}/a'"), outputs.naming(tmp_path / "a"):
+        raise Exception("Permission denied (os error 13)")  # of tokenizers; that of safetensors says more
+    with pytest.raises(FileNotFoundError, match="theirs"), outputs.naming(tmp_path):
+        os.stat("theirs")
+    with pytest.raises(RuntimeError, match="other"), outputs.naming(tmp_path):
+        raise RuntimeError("other")
     monkeypatch.setattr(outputs, "_cause", lambda path: OSError(28, "No space left on device"))
     with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/a'"), outputs.naming(tmp_path / "a"):
         raise RuntimeError("basic_ios::clear: iostream error")
-    with pytest.raises(OSError, match=f"Permission denied: '{tmp_path}/a'"), outputs.naming(tmp_path / "a"):
-        raise Exception("Permission denied (os error 13)")  # of tokenizers; that of safetensors says more
-    with pytest.raises(RuntimeError, match="other"), outputs.naming(tmp_path):
-        raise RuntimeError("other")
-    with pytest.raises(FileNotFoundError, match="theirs"), outputs.naming(tmp_path):
-        os.stat("theirs")
 
 
 MANY = [{"sentence": f"text {i}", "label": f"label {i % 3}"} for i in range(100)]
@@ -373,13 +351,3 @@ def test_progress_without_a_terminal(files, sapo, monkeypatch):
         done = [int(line.removeprefix(head).partition(" of 300 cells, about 1 min left")[0]) for line in lines]
         assert len(done) >= least and done == sorted(done) and done[0] > 0 and done[-1] < 300, lines
         assert sapo(*words, "--quiet")[2] == ""
-
-
-def test_process_interrupted(files):
-    """Ctrl-C while it runs: one line and exit code 130."""
-    put(files / "d.json", ROWS * 60)
-    process = child(*SCORE, "--compare", "--quiet", PYTHONUNBUFFERED="1")
-    process.stdout.readline()  # the scoring is done, the plain loop comes next
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=120)
-    assert (process.returncode, err) == (130, b"\nsapo: interrupted\n")

@@ -1,8 +1,5 @@
 """The model and tokenizer that are made on the spot, and the plain loop that checks everything else."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -35,10 +32,6 @@ def test_model_depends_on_its_arguments_only(model):
     for one, two in zip(model.parameters(), again.parameters(), strict=True):
         assert torch.equal(one, two) and one.dtype == two.dtype == torch.float32
     assert not torch.equal(model.lm_head.weight, other.lm_head.weight) and large.lm_head.weight.shape == (300, 128)
-    code = "from sapo_peft import tiny_model; print(tiny_model().lm_head.weight.double().sum().item())"
-    command = [sys.executable, "-c", f"import sys; sys.path[:0] = {sys.path!r}; {code}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert float(done.stdout.split()[-1]) == model.lm_head.weight.double().sum().item(), done.stderr
 
 
 def test_both_survive_saving(model, tokenizer, tmp_path):

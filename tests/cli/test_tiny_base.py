@@ -1,102 +1,41 @@
 """The tiny base: what it is trained on, the cache, and that the shipped one is what the script makes."""
 
-import hashlib
 import json
-import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 
 import sapo_kernels as sk
-from sapo_kernels.files import DataError, read_json
-from sapo_peft.assets import BUNDLED_DIR
+from sapo_kernels.files import read_json
+from sapo_peft.assets import BUNDLED_DIR, TINY_BASE_DIR
 from sapo_peft.loading import load
 from sapo_peft.tiny_base import TASTE_ROWS, load_tiny_base
-from tools.tiny_base import PRESETS, store
-from tools.tiny_base.corpus import SEQUENCE, Corpus, bundled, known_wordings
+from tools.tiny_base.corpus import SEQUENCE, Corpus, bundled, known_wordings, texts_digest
+from tools.tiny_base.presets import PRESETS
 from tools.tiny_base.skills import SKILLS
-from tools.tiny_base.training import train, train_tokenizer
+from tools.tiny_base.training import MANIFEST, file_digest, make_base, train_tokenizer
 
 
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory):
-    """(root, folder) of a trained toy base."""
-    root = tmp_path_factory.mktemp("bases")
-    return root, store.tiny_base_folder("toy", root)
-
-
-def test_toy_base_is_a_whole_checkpoint(toy):
-    model, tokenizer = load(str(toy[1]), None, "float32", "cpu")
-    assert model.config.vocab_size == PRESETS["toy"].vocabulary == len(tokenizer)
-    scores = sk.score_prompts(
-        model, ["Say it.", "Repeat the word."], [{"input": "a", "target": "b"}], tokenizer=tokenizer, impl="tree"
-    )
-    assert scores.nll.isfinite().all()
-    text = "Grüße, 12 {x} 漢字\n\tend"
+def test_a_toy_base_is_a_whole_checkpoint(tmp_path):
+    preset = replace(PRESETS["toy"], steps=2)
+    state = torch.get_rng_state()
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        make_base(preset, tmp_path / name)
+    assert torch.equal(torch.get_rng_state(), state)
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two")]
+    assert weights[0] == weights[1] and named(tmp_path / "one")
+    model, tokenizer = load(str(tmp_path / "one"), None, "float32", "cpu")
+    assert model.config.vocab_size == preset.vocabulary == len(tokenizer)
+    text = "Gr\u00fc\u00dfe, 12 {x} \u6f22\u5b57\n\tend"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
-def test_second_call_trains_nothing(toy):
-    def never(preset, folder):
-        raise AssertionError("trained again")
-
-    root, folder = toy
-    assert store.tiny_base_folder("toy", root, make=never) == folder
-    assert [path.name for path in root.iterdir()] == [folder.name]
-
-
-@pytest.mark.parametrize("harm", ["cut", "missing", "manifest", "flipped", "foreign"])
-def test_a_torn_cache_is_made_again(toy, tmp_path, harm):
-    folder = tmp_path / toy[1].name
-    shutil.copytree(toy[1], folder)
-    weights = folder / "model.safetensors"
-    data = bytearray(weights.read_bytes())
-    if harm == "missing":
-        weights.unlink()
-    elif harm == "manifest":
-        (folder / store.MANIFEST).write_text('{"version": 1, "files"')
-    elif harm == "foreign":
-        # A manifest names files of its own folder only.
-        manifest = read_json(folder / store.MANIFEST)
-        manifest["files"]["../secret"] = hashlib.sha256(b"x").hexdigest()
-        (folder / store.MANIFEST).write_text(json.dumps(manifest))
-        (tmp_path / "secret").write_bytes(b"x")
-    else:
-        data[-1] ^= 1
-        weights.write_bytes(data[:-100] if harm == "cut" else data)
-    assert store.faults(folder)
-    (tmp_path / "secret").unlink(missing_ok=True)
-
-    def copy(preset, staging):
-        shutil.copytree(toy[1], staging, dirs_exist_ok=True)
-
-    assert store.tiny_base_folder("toy", tmp_path, make=copy) == folder
-    assert not store.faults(folder) and [path.name for path in tmp_path.iterdir()] == [folder.name]
-
-
-def test_a_killed_training_publishes_nothing(tmp_path):
-    def killed(preset, staging):
-        (staging / "config.json").write_text("{}")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        store.tiny_base_folder("toy", tmp_path, make=killed)
-    assert list(tmp_path.iterdir()) == []
-    with pytest.raises(DataError, match="preset"):
-        store.tiny_base_folder("huge", tmp_path)
-
-
-def test_training_is_deterministic_and_the_hash_knows_the_preset():
-    one = store.content_hash(PRESETS["toy"])
-    for field, value in (("steps", 7), ("seed", 1), ("learning_rate", 1e-3), ("taste", 0.25)):
-        assert store.content_hash(replace(PRESETS["toy"], **{field: value})) != one
-    preset = replace(PRESETS["toy"], steps=2)
-    tokenizer = train_tokenizer(Corpus(0).vocabulary_texts(), preset.vocabulary)
-    state = torch.get_rng_state()
-    one, two = (train(preset, Corpus(0), tokenizer)[0] for _ in range(2))
-    assert torch.equal(torch.get_rng_state(), state)
-    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+def named(folder):
+    """Whether the manifest names every other file of a base by its digest."""
+    files = {path.name: file_digest(path) for path in folder.iterdir() if path.name != MANIFEST}
+    return read_json(folder / MANIFEST)["files"] == files
 
 
 def test_every_answer_of_a_skill_can_be_told_from_its_text():
@@ -135,16 +74,16 @@ def test_the_taste_uses_reserved_rows_and_known_wordings():
 
 
 def test_shipped_base_is_whole_and_of_these_texts():
-    assert store.faults(store.SHIPPED) == []
-    made_by = read_json(store.SHIPPED / store.MANIFEST)
+    assert named(TINY_BASE_DIR)
+    made_by = read_json(TINY_BASE_DIR / MANIFEST)
     preset = PRESETS["default"]
     assert made_by["preset"] == {name: getattr(preset, name) for name in made_by["preset"]}
     # Made of the same texts: the tokenizer comes out byte for byte, and so do the training texts.
     tokenizer = train_tokenizer(Corpus(preset.seed).vocabulary_texts(), preset.vocabulary)
-    stored = json.loads((store.SHIPPED / "tokenizer.json").read_text(encoding="utf-8"))
+    stored = json.loads((TINY_BASE_DIR / "tokenizer.json").read_text(encoding="utf-8"))
     assert json.loads(tokenizer.backend_tokenizer.to_str())["model"] == stored["model"]
-    assert made_by["texts"] == store.texts_digest(preset)
-    assert sum(path.stat().st_size for path in store.SHIPPED.iterdir()) < 4 * 2**20
+    assert made_by["texts"] == texts_digest(preset.seed)
+    assert sum(path.stat().st_size for path in TINY_BASE_DIR.iterdir()) < 4 * 2**20
 
 
 def test_shipped_base_follows_instructions_and_prefers_wordings():
@@ -163,7 +102,7 @@ def test_shipped_base_follows_instructions_and_prefers_wordings():
 @pytest.mark.slow
 def test_the_script_makes_such_a_base(tmp_path):
     """Trained anew, the base has the losses of the shipped one, up to what other rounding does to a training."""
-    store.make_base(PRESETS["default"], tmp_path, print)
+    make_base(PRESETS["default"], tmp_path, print)
     bases = load(str(tmp_path), None, "float32", "cpu"), load_tiny_base()
     for name in SEQUENCE:
         task = bundled(name)

@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import json
 import re
-import signal
-import time
 from dataclasses import fields
 
 import pytest
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
-from sapo_peft import PromptPool, last_good_checkpoint
+from sapo_peft import last_good_checkpoint
 from sapo_peft.assets import BUNDLED_DIR
 from sapo_peft.cli import train
-from sapo_peft.cli.main import main
 from sapo_peft.data.prompt_pool import PoolPrompt
 from sapo_peft.locks import alone
 from tests.cli import cli_helpers
-from tests.cli.cli_helpers import child, one_line_error, put
+from tests.cli.cli_helpers import one_line_error, put
+from tests.oracles import small_qwen3
 
-sapo, files, model = cli_helpers.sapo, cli_helpers.files, cli_helpers.model
+sapo = cli_helpers.sapo
 
-# Seconds until a child process must have ended.
-DEADLINE = 300
 TASK = "task01_product_note_polarity"
 DATA = str(BUNDLED_DIR / "SUPERNI" / TASK)
 SMALL = """
@@ -37,14 +33,12 @@ logging-steps: 1
 save-steps: 2
 lora-r: 2
 """
-# The options of before transformers' own were there too.
-NAMES = """
-model tokenizer data prompts paraphrase-with paraphrase-model paraphrases output task examples mode temperature
-floor every-steps each-epoch drift race packing train-max-tokens
- probe-examples max-source max-target train-max-target max-tokens epochs
-max-steps batch-size gradient-accumulation lr lora-r lora-alpha lora-dropout target-modules logging-steps
-save-steps seed workers bf16 gradient-checkpointing dtype device report-to resume
-"""
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    """`tiny`, smaller still."""
+    monkeypatch.setattr("sapo_peft.tiny_random.tiny_model", lambda: small_qwen3(2816))
 
 
 @pytest.fixture
@@ -56,16 +50,10 @@ def words(tmp_path) -> list[str]:
     return ["train", *(str(word) for name, value in found.items() for word in (f"--{name}", value))]
 
 
-def test_every_option_of_the_trainer_is_there_and_every_old_name(words, sapo):
-    options = train._options(words[1:])
-    assert {entry.name for entry in fields(TrainingArguments) if entry.init} <= set(options)
-    text = sapo("train", "--help")[1]
-    assert all(f"--{name}" in text for name in NAMES.split())
-
-
 def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(tmp_path, words):
     more = "weight_decay: 0.1\nlr_scheduler_kwargs: {num_cycles: 2}\ninclude_for_metrics: [loss, inputs]\nbf16: false\n"
     put(tmp_path / "run.yaml", SMALL + more)
+    assert {entry.name for entry in fields(TrainingArguments) if entry.init} <= set(train._options(words[1:]))
     found = train._options([*words[1:], "--max-steps", "7", "--adam_beta2", "0.98", "--each-epoch"])
     assert (found["max_steps"], found["learning_rate"], found["every_steps"]) == (7, 1e-3, 2)
     assert (found["mode"], found["num_train_epochs"], found["each_epoch"], found["resume"]) == (
@@ -85,27 +73,17 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(tmp_
     ("text", "expected"),
     [
         ("steps: 3", "one of the options of sapo train --help, got 'steps'"),
-        ("config: x.yaml", "one of the options of sapo train --help, got 'config'"),
         ("max-steps: three", "invalid int value: 'three'"),
-        ("max-steps: true", "invalid int value: 'True'"),
         ("mode: loud", "--mode: invalid choice: 'loud'"),
         ("lr: [1, 2]", "lr: expected one value, got [1, 2]"),
         ("race: perhaps", "--race: Truthy value expected"),
-        ("- 1", "expected options by name"),
         ("a: b: c", "expected YAML"),
         ("x: !!python/object/apply:os.system ['echo hi']", "expected YAML"),
         ("", "expected options by name, got None"),
-        ("lr: 1e-3\nlr: 1e-2", "expected each option once, got 'lr' again"),
-        ("max-steps: 1\nmax_steps: 2", "expected each option once, got 'max_steps' again"),
-        ("lr: 1\nlearning_rate: 2", "expected each option once, got 'learning_rate' again"),
-        ("? [1]\n: 2", "expected"),
         ("max-steps: null", "max-steps: expected a value, got none"),
-        ("a: &a [*a]", "expected YAML"),
-        ("env: {HOME: /x}", "one of the options"),
         ("[" * 5000, "expected YAML"),
-        ("\t\x01\x02", "bad.yaml"),
     ],
-    ids=range(20),
+    ids=range(10),
 )
 def test_a_faulty_file_is_one_line(tmp_path, sapo, text, expected):
     path = put(tmp_path / "bad.yaml", text)
@@ -126,16 +104,10 @@ REFUSED = [
     ("--prompts", "{out}/none.json", "none.json"),
     ("--data", "{out}/none", "none"),
     ("--task", "task02_odd_one_out", "task: expected none"),
-    ("--max-steps", "0", "--max-steps: expected a whole number of at least 1, got 0"),
     ("--epochs", "nan", "--num-train-epochs: expected a number above 0, got nan"),
-    ("--batch-size", "0", "--per-device-train-batch-size: expected"),
     ("--lr", "inf", "--learning-rate: expected a number of at least 0, got inf"),
-    ("--lora-dropout", "1", "--lora-dropout: expected a number of at least 0 and below 1, got 1.0"),
     ("--seed", "-1", "--seed: expected a whole number from 0 to 2**32 - 1, got -1"),
-    ("--workers", "-1", "--dataloader-num-workers: expected"),
-    ("--examples", "0", "--examples: expected"),
-    ("--every-steps", "0", "every_steps: "),
-    ("--temperature", "-1", "temperature: "),
+    ("--every-steps", "0", "'every_steps': "),
     ("--eval-fraction", "1", "--eval-fraction: expected a number of at least 0 and below 1"),
     ("--early-stopping-patience", "2", "--early-stopping-patience: expected --eval-data or --eval-fraction too"),
     ("--paraphrase-with", "http://127.0.0.1:1/v1", "--paraphrase-model: expected"),
@@ -174,41 +146,32 @@ def test_a_run_and_its_resumption(tmp_path, words, sapo):
     broken.write_bytes(broken.read_bytes()[:-100])
     code, out, _ = sapo(*words, "--resume")
     assert code == 0 and "checkpoint-2" in out.split("Resuming from ")[1].splitlines()[0]
-    assert (folder / "adapter_model.safetensors").read_bytes() == before
+    weights = folder / "adapter_model.safetensors"
+    assert weights.read_bytes() == before
+    # What is learnt must be the same.
+    code, _, err = sapo(*words, "--resume", "--max-steps", "6", "--lora-alpha", "64")
+    assert code != 0 and "adapter 'default': lora_alpha: expected 32 as before, got 64" in err
+    code, _, err = sapo(*words, "--resume", "--max-steps", "6", "--lr", "3e-4")
+    assert code == 0 and "learning_rate 0.001 -> 0.0003" in err and "max_steps 4 -> 6" in err
+
+    # Later changes of the adapter are seen.
+    score = ("score", "--prompts", tmp_path / "prompts.json", "--data", DATA, "--examples", 2, "--adapter", folder)
+    assert sapo(*score)[0] == 0
+    weights.write_bytes(before)
+    one_line_error(sapo(*score), "adapter_model.safetensors: expected sha256")
 
 
 def test_evaluation_and_early_stopping(tmp_path, words, sapo):
     """A share of the examples is held out; without a better loss the run stops, with the best adapter."""
-    more = (
-        "--eval-fraction",
-        "0.25",
-        "--early-stopping-patience",
-        "1",
-        "--save-steps",
-        "1",
-        "--lr",
-        "0",
-        "--max-steps",
-        9,
-    )
-    code, out, _ = sapo(*words, *more)
+    stop = ("--eval-fraction", 0.25, "--early-stopping-patience", 1, "--save-steps", 1, "--lr", 0, "--max-steps", 9)
+    code, out, _ = sapo(*words, *stop)
     assert code == 0 and out.count("'eval_loss'") == 2, out
     state = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())
     assert state["global_step"] == 2 and state["best_global_step"] == 1 and state["num_train_epochs"] == 2
-    rows = [{"sentence": "a", "label": "positive"}, {"sentence": "b", "label": "negative"}]
-    other = str(tmp_path / "other")
-    data = (
-        "--eval-data",
-        put(tmp_path / "eval.json", rows),
-        "--output",
-        other,
-        "--max-steps",
-        1,
-        "--eval_strategy",
-        "epoch",
-    )
-    assert "'eval_loss'" in sapo(*words, *data, "--max-steps", 8)[1]
-    one_line_error(sapo(*words, *data, "--eval-fraction", 0.1), "--eval-data, --eval-fraction: expected one of them")
+    file = put(tmp_path / "eval.json", [{"sentence": "a", "label": "positive"}, {"sentence": "b", "label": "negative"}])
+    other = ("--eval-data", file, "--output", tmp_path / "other", "--eval_strategy", "epoch", "--max-steps", 8)
+    assert "'eval_loss'" in sapo(*words, *other)[1]
+    one_line_error(sapo(*words, *other, "--eval-fraction", 0.1), "--eval-data, --eval-fraction: expected one of them")
 
 
 def test_a_write_that_fails_names_the_folder_and_the_cause(tmp_path, words, sapo, monkeypatch):
@@ -223,21 +186,22 @@ def test_a_write_that_fails_names_the_folder_and_the_cause(tmp_path, words, sapo
     assert code == 2 and f"sapo: error: {tmp_path}/out: No space left on device" in err
 
 
-def test_ctrl_c_says_how_to_go_on(tmp_path, words):
+def test_ctrl_c_says_how_to_go_on(tmp_path, words, sapo, monkeypatch):
     """130, one line with the step, no traceback; then --resume continues."""
-    process = child(*words, "--max-steps", 100_000, "--batch-size", 1, "--probe-examples", 1)
-    try:
-        until = time.monotonic() + DEADLINE
-        while not list((tmp_path / "out").glob("checkpoint-*/trainer_state.json")) and time.monotonic() < until:
-            assert process.poll() is None, process.communicate()[1]
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        errors = process.communicate(timeout=DEADLINE)[1].decode()
-    finally:
-        process.kill()
-    assert process.returncode == 130, errors[-2000:]
-    assert "--resume continues from the last checkpoint" in errors and "sapo: interrupted" in errors
-    assert int(errors.split("stopped after step ")[1].split(";")[0]) >= 2 and "Traceback" not in errors
+    left, real = [None] * 3, Trainer.training_step
+
+    def step(*args, **options):
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+        return real(*args, **options)
+
+    monkeypatch.setattr(Trainer, "training_step", step)
+    code, _, err = sapo(*words)
+    assert code == 130 and err.endswith("sapo: interrupted\n") and "Traceback" not in err
+    assert "sapo: stopped after step 3; --resume continues from the last checkpoint" in err
+    monkeypatch.setattr(Trainer, "training_step", real)
+    assert "Resuming from" in sapo(*words, "--resume")[1]
 
 
 def test_paraphrases_from_a_local_model_are_kept(tmp_path, words, sapo, monkeypatch):
@@ -275,21 +239,11 @@ def test_a_resumed_run_keeps_the_paraphrases_it_began_with(tmp_path, words, sapo
     assert entry["prompts"] == 3 and (tmp_path / "out" / "checkpoint-6").is_dir()
 
 
-def test_a_saved_pool_can_be_scored_and_trained_on(tmp_path, words):
-    pool = PromptPool.build(TASK, "Is it positive, negative or mixed?", ["Say which: positive, negative, mixed."])
-    pool.save(tmp_path / "prompts.json")
-    assert main(["score", "--prompts", str(tmp_path / "prompts.json"), "--data", DATA, "--examples", "2"]) == 0
-    assert main([*words, "--max-steps", "1"]) == 0
-    assert json.loads((tmp_path / "out" / "sapo_prompts.json").read_text())["tasks"][TASK]["prompts"] == 2
-
-
 def test_lines_of_progress_and_no_bars_off_a_terminal(words, sapo, monkeypatch):
     monkeypatch.setattr("sapo_kernels.scoring.progress.LINE_SECONDS", 0.0)
-    more = ("--max-steps", 4, "--eval-fraction", 0.5, "--per-device-eval-batch-size", 1, "--probe-examples", 32)
-    code, out, err = sapo(*words, *more)
+    code, out, err = sapo(*words, "--max-steps", 4, "--probe-examples", 32)
     assert code == 0 and "%|" not in out + err and "Warning" not in err
-    for line in (r"scoring prompts: \d+ of \d+ cells", "training: 2 of 4 steps",
-                 r"evaluation: 1 of \d+ steps"):  # fmt: skip
+    for line in (r"scoring prompts: \d+ of \d+ cells", "training: 2 of 4 steps"):
         assert re.search(rf"^sapo: {line}, about 1 min left$", err, re.MULTILINE), (line, err)
 
 
@@ -304,15 +258,6 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path, words, sapo):
     with alone(tmp_path / "out" / ".lock", tmp_path):
         code, _, err = sapo(*words)
     assert code != 0 and "another process is at work here" in err
-    assert sapo(*words)[0] == 0
-
-
-def test_what_is_learnt_must_be_the_same_on_resumption(words, sapo):
-    assert sapo(*words)[0] == 0
-    code, _, err = sapo(*words, "--resume", "--max-steps", "6", "--lora-alpha", "64")
-    assert code != 0 and "adapter 'default': lora_alpha: expected 32 as before, got 64" in err
-    code, _, err = sapo(*words, "--resume", "--max-steps", "6", "--lr", "3e-4")
-    assert code == 0 and "learning_rate 0.001 -> 0.0003" in err and "max_steps 4 -> 6" in err
 
 
 def test_a_run_killed_while_it_wrote_its_first_checkpoint_begins_anew(tmp_path, words, sapo):
@@ -322,14 +267,3 @@ def test_a_run_killed_while_it_wrote_its_first_checkpoint_begins_anew(tmp_path, 
     code, out, err = sapo(*words, "--resume")
     assert code == 0 and "No checkpoint to resume from: a new run." in out and "is not whole" in err
     assert last_good_checkpoint(tmp_path / "out") == str(tmp_path / "out" / "checkpoint-4")
-
-
-def test_an_adapter_that_changed_is_not_loaded(tmp_path, words, sapo, files):
-    assert sapo(*words)[0] == 0
-    score = ("score", "--prompts", "p.json", "--data", "d.json", "--adapter", tmp_path / "out")
-    assert sapo(*score)[0] == 0
-    weights = tmp_path / "out" / "adapter_model.safetensors"
-    content = bytearray(weights.read_bytes())
-    content[-3] ^= 16
-    weights.write_bytes(content)
-    one_line_error(sapo(*score), "adapter_model.safetensors: expected sha256")

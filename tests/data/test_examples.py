@@ -1,7 +1,6 @@
 """Reading examples: every format, how columns become text, every way a row can be wrong, rows conserved."""
 
 import json
-import os
 import time
 
 import datasets
@@ -113,7 +112,11 @@ def test_messages(tmp_path):
     rows = [{"id": str(i), "messages": talk} for i, talk in enumerate(talks)]
     pairs = [{"prompt": talk[:-1], "completion": talk[-1:]} for talk in talks]
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "d.parquet")
-    sources = [rows, pairs, datasets.Dataset.from_list(rows), put(tmp_path / "d.json", rows),
+    names = {"system": "system", "user": "human", "assistant": "gpt"}
+    sharegpt = [
+        {"conversations": [{"from": names[turn["role"]], "value": turn["content"]} for turn in talk]} for talk in talks
+    ]
+    sources = [rows, pairs, sharegpt, datasets.Dataset.from_list(rows), put(tmp_path / "d.json", rows),
                put(tmp_path / "d.jsonl", lines(rows)), tmp_path / "d.parquet"]  # fmt: skip
     for source in sources:
         examples = read_examples(source)
@@ -122,6 +125,8 @@ def test_messages(tmp_path):
         assert (examples.duplicates, examples.conflicts, examples.total) == (1, 0, 4)
     with pytest.raises(DataError, match="rows: row 1: messages: expected a user's and then"):
         read_examples([rows[0], {"id": "1", "messages": talks[0][:1]}])
+    with pytest.raises(DataError, match="rows: row 1: message 0: expected one of the roles"):
+        read_examples([sharegpt[0], {"conversations": [{"from": "robot", "value": "x"}]}])
     # Beside two texts, messages are named as not used.
     both = read_examples([{**row, "input": "i", "target": "t"} for row in rows])
     assert both[0] == {"input": "i", "target": "t"} and "'messages'" in "".join(both.notes())
@@ -205,18 +210,12 @@ def test_counts_of_what_is_odd():
 
 BAD_ROWS = {
     "empty label": ({"sentence": "s", "label": ""}, "expected a label in 'label', got an empty one"),
-    "label of spaces": ({"sentence": "s", "label": " \n\t\u3000"}, "got an empty one"),
     "missing label": ({"sentence": "s"}, "expected the field 'label', got 'sentence'"),
     "empty row": ({}, "got an empty object"),
     "null label": ({"sentence": "s", "label": None}, "'label': expected text, got NoneType None"),
-    "float label": ({"sentence": "s", "label": 1.0}, "expected text, got float"),
-    "bool label": ({"sentence": "s", "label": True}, "expected text, got bool"),
-    "list label": ({"sentence": "s", "label": ["a"]}, "expected text, got list"),
     "int sentence": ({"sentence": 1, "label": "a"}, "'sentence': expected text"),
     "other case": ({"Sentence": "s", "Label": "a"}, "expected the field 'sentence'"),
-    "too long": ({"sentence": "x" * 131_073, "label": "a"}, "expected at most 131072 characters, got 131073"),
     "list row": (["s", "l"], "expected an object"),
-    "null row": (None, "expected an object"),
 }
 
 
@@ -252,28 +251,20 @@ def test_bad_outputs_and_choices_are_named(row, message):
 
 BAD_FILES = {
     "no rows": ("a.json", "[]", "expected a list of rows"),
-    "one row": ("a.json", '{"sentence": "s", "label": "l"}', "expected a list of rows"),
     "first row is text": ("a.json", '["x"]', "row 0: expected an object"),
     "JSON lines named .json": ("a.json", lines(SENTENCES), "name the file .jsonl"),
     "unknown columns": ("a.json", '[{"x": "a", "y": "b"}]', "expected the input column (exactly one of input, sent"),
     "two inputs": ("a.json", '[{"text": "a", "question": "c", "label": "b"}]', "exactly one of"),
     "two targets": ("a.json", '[{"text": "a", "answer": "c", "label": "b"}]', "the target column"),
-    "duplicate key": ("a.json", '[{"sentence": "a", "label": "b", "label": "c"}]', "each key once"),
-    "NaN": ("a.json", '[{"sentence": "a", "label": "b", "x": NaN}]', "finite number"),
-    "UTF-16": ("a.json", json.dumps(SENTENCES).encode("utf-16"), "UTF-16"),
     "empty jsonl": ("a.jsonl", "\n \n", "got an empty file"),
-    "array lines": ("a.jsonl", "[1]\n", "line 1: expected an object"),
     "second line broken": ("a.jsonl", lines(SENTENCES[:1]) + "{", "line 2: line 1 column 2: not valid JSON"),
     "empty csv": ("a.csv", "", "got an empty file"),
     "header only": ("a.csv", "text,label\n", "got 0 rows"),
-    "no header": ("a.csv", "some text,yes\nother,no\n", "expected the input column"),
     "header twice": ("a.csv", "text,label,text\na,b,c\n", "expected each column once"),
     "short row": ("a.csv", "text,label\na,b\nc\n", "line 3: expected 2 cells, got 1"),
     "long row": ("a.csv", "text,label\na,b,c\n", "line 2: expected 2 cells, got 3"),
     "open quote": ("a.csv", 'text,label\n"a,b\n', "not valid CSV"),
-    "huge field": ("a.csv", "text,label\n" + "x" * 131_073 + ",b\n", "not valid CSV: field larger"),
     "no ending": ("a", "[]", "expected a file name ending in"),
-    "compressed": ("a.json.gz", b"\x1f\x8b", "expected a file name ending in"),
 }
 
 
@@ -284,14 +275,3 @@ def test_bad_files(tmp_path, name):
     with pytest.raises(DataError) as caught:
         read_examples(path)
     assert message in str(caught.value) and str(path) in str(caught.value)
-
-
-def test_missing_fifo_and_link(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        read_examples(tmp_path / "none.json")
-    os.mkfifo(tmp_path / "f.json")
-    with pytest.raises(DataError, match="FIFO"):
-        read_examples(tmp_path / "f.json")
-    put(tmp_path / "real.json", SENTENCES)
-    (tmp_path / "link.json").symlink_to("real.json")
-    assert read_examples(tmp_path / "link.json") == PAIRS

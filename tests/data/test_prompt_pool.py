@@ -43,8 +43,8 @@ def test_repeated_prompts_are_merged_and_said():
     made = pool(a, *same, "\u200bsay positive or negative for <X>", ORIGINAL + " ", "new: positive, negative, <X>")
     assert made.prompts == (ORIGINAL, a, "new: positive, negative, <X>")
     assert [m.into for m in made.merged] == [1, 1, 1, 0] and [m.text for m in made.merged[:2]] == same
-    assert made.notes() == ["3 paraphrases from given repeat prompt 1 and were merged into it",
-                            "a paraphrase from given repeats prompt 0 and was merged into it"]  # fmt: skip
+    assert made.notes() == ["3 of the paraphrases from given merged into prompt 1, which they repeat",
+                            "1 of the paraphrases from given merged into prompt 0, which they repeat"]  # fmt: skip
     assert pool("Stra\u00dfe positive negative <X>", "STRASSE positive negative <X>").merged[0].into == 1
 
 
@@ -55,15 +55,12 @@ BAD = {
     "label in another case": ("Positive or NEGATIVE? positive <X>", "expected the label 'negative'"),
     "label inside a word": ("positive or negatively <X>", "expected the label 'negative'"),
     "label with an underscore": ("positive or negative_ <X>", "expected the label 'negative'"),
-    "label with an accent": ("positive or negative\u0301 <X>", "expected the label 'negative'"),
     "label in another alphabet": ("positive or neg\u0430tive <X>", "expected the label 'negative'"),
     "marker re-cased": ("positive or negative <x>", "expected the marker '<X>'"),
     "NUL": ("positive \0 negative <X>", "a NUL character at character 9"),
     "lone surrogate": ("positive negative \ud800 <X>", "a lone surrogate at character 18"),
     "escape": ("positive negative \x1b[31m <X>", "the control character U+001B"),
-    "C1 control": ("positive negative \x9b <X>", "the control character U+009B"),
     "reversed": ("positive negative \u202e <X>", "character U+202E"),
-    "isolate": ("positive negative \u2066 <X>", "character U+2066"),
     "invisible tag letters": ("positive negative \U000e0041 <X>", "character U+E0041"),
     "noncharacter": ("positive negative \uffff <X>", "character U+FFFF"),
     "too long": ("positive negative <X>" + "a" * MAX_CHARACTERS, f"expected at most {MAX_CHARACTERS} characters"),
@@ -119,10 +116,10 @@ def test_rules_of_a_tokenizer():
         with pytest.raises(DataError, match=what):
             pool(tokenizer=tokenizer, **options)
     # Later: what fails is moved, and the rules stay with the pool.
-    plain = pool(special, "b positive negative <X>", "B positive negative <X>", "no").with_remarks("Said.")
+    plain = pool(special, "b positive negative <X>", "B positive negative <X>", "no")
     again = plain.checked(tokenizer)
     assert again.prompts == (ORIGINAL, "b positive negative <X>") and again.merged[0].into == 1
-    assert [r.text[:2] for r in again.rejected] == ["no", "po"] and again.notes()[-1] == "Said."
+    assert [r.text[:2] for r in again.rejected] == ["no", "po"]
     assert again.extended([special + "c"]).prompts == again.prompts
     with pytest.raises(DataError, match="marker 'b'"):
         plain.checked(markers=["b"])
@@ -134,15 +131,11 @@ def test_rules_of_a_tokenizer():
     [
         ({"labels": [""]}, "'labels' 0: expected text"),
         ({"labels": ["a", 3]}, "'labels' 1: expected a valid string, got 3"),
-        ({"labels": "ab"}, "'labels': expected a valid tuple"),
         ({"markers": ["<Y>"]}, "the original prompt: expected the marker '<Y>'"),
         ({"markers": ["\ud800"]}, "'markers' 0: expected plain text, got a lone surrogate"),
         ({"suffix": "\x1b"}, "'suffix': expected plain text"),
-        ({"suffix": 3}, "'suffix': expected a valid string"),
-        ({"text_word": " "}, "'text_word': expected a text"),
         ({"text_word": "a\nb"}, "'text_word': expected a text on one line"),
         ({"max_characters": 0}, "'max_characters': expected greater than or equal to 1"),
-        ({"max_tokens": True}, "'max_tokens': expected a valid integer"),
         ({"original": None}, "the original prompt: expected text"),
     ],
 )
@@ -175,10 +168,6 @@ def test_save_and_read(tmp_path):
         PromptPool.read(tmp_path / "p.json", "u")
     with pytest.raises(TypeError, match="no options"):
         PromptPool.read(tmp_path / "p.json", suffix="x")
-    large = PromptPool.build("t", "x", [f"{i} " + "y" * 16_000 for i in range(2150)])
-    with pytest.raises(DataError, match="bytes"):
-        large.save(tmp_path / "large.json")
-    assert [p.name for p in tmp_path.iterdir()] == ["p.json"]
 
 
 # As version 0.1 of this package wrote it.
@@ -204,22 +193,16 @@ def damage(**changes):
 
 DAMAGED = {
     "later version": (damage(version=2, extra=1), "'version': expected less than or equal to 1, got 2"),
-    "version is true": (damage(version=True), "'version': expected a valid integer"),
     "other schema": (damage(schema="x"), "'schema': expected 'sapo_prompt_pool', got 'x'"),
     "unknown key": (damage(extra=1), "expected no key 'extra', got one"),
     "missing key": (lambda d: d.pop("labels"), "expected the key 'labels', got none"),
     "wrong type": (damage(suffix=None), "'suffix': expected a valid string, got None"),
-    "bool for a number": (damage(max_tokens=True), "'max_tokens': expected a valid integer"),
     "no prompts": (damage(prompts=[]), "'prompts': expected at least 1 entries, got 0"),
     "no original": (lambda d: d["prompts"].pop(0), "'prompts' 0: expected the original prompt"),
-    "prompt is a text": (lambda d: d["prompts"].append("x"), "'prompts' 2: expected an object, got 'x'"),
     "prompt with a key": (lambda d: d["prompts"][1].update(x=1), "'prompts' 1: expected no key 'x', got one"),
-    "prompt without source": (lambda d: d["prompts"][1].pop("source"), "'prompts' 1: expected the key 'source', got"),
     "prompt lost a label": (lambda d: d["prompts"][1].update(text="ye"), "'prompts' 1: expected the label 'yes'"),
     "prompt emptied": (lambda d: d["prompts"][1].update(text=" "), "'prompts' 1: expected text"),
-    "source emptied": (lambda d: d["prompts"][1].update(source=""), "'prompts' 1 'source': expected a text"),
     "prompt twice": (lambda d: d["prompts"].append(d["prompts"][1]), "expected each prompt once, got prompt 1"),
-    "original emptied": (lambda d: d["prompts"][0].update(text=""), "the original prompt: expected text"),
     "merged into nothing": (lambda d: d["merged"][0].update(into=2), "'merged' 0: expected the index of a prompt"),
     "rejected without reason": (lambda d: d["rejected"][0].pop("reason"), "'rejected' 0: expected the key 'reason'"),
 }
@@ -235,15 +218,6 @@ def test_damaged_pools_are_refused(tmp_path, name):
         PromptPool.read(path)
     text = str(caught.value)
     assert message in text and text.startswith(f"{path}: ") and len(text) < 400 + len(str(path))
-
-
-def test_truncated_pools_are_refused(tmp_path):
-    text = json.dumps(WRITTEN)
-    for size in range(0, len(text) - 2, 7):
-        with pytest.raises(DataError):
-            PromptPool.read(put(tmp_path / "p.json", text[:size]))
-    with pytest.raises(DataError, match="at most"):
-        PromptPool.read(put(tmp_path / "p.json", b" " * (33 * 2**20)))
 
 
 def test_plain_files(tmp_path):
@@ -288,24 +262,15 @@ def test_instructions_and_paraphrases_complete_each_other(data_folder):
 
 BAD_FILES = {
     "empty list": ("a.json", [], "'prompts': expected at least 1 entries, got 0"),
-    "empty object": ("a.json", {}, "expected a list or an object"),
-    "a text": ("a.json", '"x"', "expected a list or an object"),
     "empty prompt": ("a.json", [""], "the original prompt: expected text, got an empty prompt"),
     "null": ("a.json", ["a", None], "'prompts' 1: expected a valid string, got None"),
-    "object": ("a.json", [{"prompt": "a"}], "'prompts' 0: expected a valid string"),
     "too many": ("a.json", ["a"] * 10_001, "at most 10000 entries"),
-    "10 MB on one line": ("a.txt", "a" * 10_000_000, "at most 8388608 bytes"),
     "empty text file": ("a.txt", "\n\n", "at least 1 entries"),
     "unknown key": ("a.json", {"prompts": ["a"], "sufix": "x"}, "expected no key 'sufix'"),
     "suffix is no text": ("a.json", {"prompts": ["a"], "suffix": None}, "'suffix': expected a valid string"),
-    "labels are no list": ("a.json", {"prompts": ["a"], "labels": "yes"}, "'labels': expected a valid array"),
-    "empty word": ("a.json", {"prompts": ["a"], "text_word": " "}, "'text_word': expected a text"),
     "empty task": ("a.json", {"t": []}, "task 't': 'prompts': expected at least 1 entries, got 0"),
-    "task of a text": ("a.json", {"t": "x"}, "task 't': expected an object"),
     "no instruction": ("a.json", {"t": {"suffix": "x"}}, "expected the key 'instruction', got none"),
     "several tasks": ("a.json", {"t": ["a"], "u": ["b"]}, "expected the name of a task ('t', 'u'), got none"),
-    "duplicate task": ("a.json", '{"t": ["a"], "t": ["b"]}', "each key once"),
-    "UTF-16 text": ("a.txt", "one\ntwo".encode("utf-16"), "UTF-16"),
     "other ending": ("a.yaml", "- a", "expected a file name ending in .json, .txt"),
     "no prompts": ("folder/x", "", "paraphrases.json or instructions.json"),
 }

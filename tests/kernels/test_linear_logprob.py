@@ -16,24 +16,18 @@ LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # name: (rows, width, vocabulary, options); "owned" says how many targets the rows own, in turn.
 CASES = {
     "one row": (1, 16, 50, {}),
-    "15 rows": (15, 24, 65, {}),
-    "16 rows": (16, 16, 64, {}),
     "17 rows": (17, 16, 128, {}),
     "63 rows": (63, 80, 127, {}),
     "127 rows": (127, 16, 257, {}),
     "one word": (5, 16, 1, {}),
-    "two words": (5, 16, 2, {}),
-    "width 1": (3, 1, 33, {}),
     "width 200": (9, 200, 130, {}),
     "few rows, many words": (2, 32, 1301, {}),
     "bias": (17, 16, 129, {"bias": True}),
     "scale": (17, 16, 129, {"scale": 0.125}),
-    "negative scale": (5, 16, 40, {"scale": -2.0}),
     "softcap": (17, 16, 129, {"softcap": 3.0}),
     "everything": (33, 48, 300, {"bias": True, "scale": 2.5, "softcap": 4.0, "owned": (2, 0, 5, 1)}),
     "many targets a row": (7, 16, 60, {"owned": (60, 3)}),
     "rows without targets": (9, 16, 60, {"owned": (0, 1, 0, 0, 2)}),
-    "first and last row without": (4, 16, 60, {"owned": (0, 1, 1, 0)}),
     "no targets at all": (6, 16, 60, {"owned": (0,)}),
 }
 
@@ -90,7 +84,7 @@ def test_fp32(case, impl, device, poisoned_outputs):
     check("linear_logprob fp32", got, written_out(hidden, weight, targets, options))
 
 
-@pytest.mark.parametrize("case", ["17 rows", "width 200", "few rows, many words", "everything"])
+@pytest.mark.parametrize("case", ["width 200", "few rows, many words", "everything"])
 @pytest.mark.parametrize("dtype", LOW)
 def test_low_precision(case, dtype, impl, device, poisoned_outputs):
     hidden, weight, targets, options = inputs(case, LOW[dtype], device)
@@ -151,10 +145,7 @@ def test_extreme_logits(sign, impl, device, poisoned_outputs):
 @pytest.mark.parametrize(
     "case, bad",
     [
-        ("17 rows", float("nan")),
-        ("17 rows", float("inf")),
         ("everything", float("nan")),
-        ("few rows, many words", float("nan")),
         ("few rows, many words", float("inf")),
     ],
 )
@@ -178,7 +169,7 @@ def test_bad_rows_are_bad_and_no_others(bad, case, impl, device, poisoned_output
 def test_a_nan_word_spoils_every_row(impl, device):
     """NaN in one row of the weight is in every log-sum-exp, wherever the target is."""
     hidden, weight, targets, options = inputs("few rows, many words", torch.float32, device)
-    for word in (0, 650, 1300):
+    for word in (0, 1300):
         sick = weight.clone()
         sick[word] = float("nan")
         logprob, lse = sk.linear_logprob(hidden, sick, targets, impl=impl, **options)
@@ -199,18 +190,13 @@ def test_words_of_minus_infinity_have_no_probability(impl, device):
     assert_close("linear_logprob fp32", logprob[:, 65:], exact)
 
 
-def test_again_gives_the_same_bits(impl, device):
-    hidden, weight, targets, options = inputs("few rows, many words", torch.float32, device)
-    first, second = (sk.linear_logprob(hidden, weight, targets, impl=impl, **options) for _ in range(2))
-    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
-
-
-def test_inputs_are_left_alone(impl, device):
+def test_again_gives_the_same_bits_and_inputs_are_left_alone(impl, device):
     """The softmax is computed in place, but not in the caller's tensors."""
     given = inputs("everything", torch.float32, device)
     tensors = [*given[:3], given[3]["bias"], given[3]["target_ptr"]]
     before = [t.clone() for t in tensors]
-    sk.linear_logprob(*given[:3], impl=impl, **given[3])
+    first, second = (sk.linear_logprob(*given[:3], impl=impl, **given[3]) for _ in range(2))
+    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
     assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
 
 
@@ -246,7 +232,7 @@ def test_more_rows_than_a_chunk(monkeypatch):
 def bad_arguments():
     """name: (error, message, what to change in a call that works)."""
     hidden, weight, targets, _ = inputs("17 rows", torch.float32, "cpu")
-    pointer, nowhere = torch.arange(18), torch.zeros(128, device="meta")
+    pointer = torch.arange(18)
     value, kind = ValueError, TypeError
     return {
         "hidden 1-D": (value, r"hidden \[R, D\]", {"hidden": hidden[0], "targets": targets[:16]}),
@@ -254,28 +240,18 @@ def bad_arguments():
         "weight of another dtype": (kind, "weight: .*got torch.float16", {"weight": weight.half()}),
         "weight of another width": (value, r"got \[17, 16\] and \[128, 8\]", {"weight": weight[:, :8]}),
         "no words": (value, r"weight \[V, D\].*\[0, 16\]", {"weight": weight[:0]}),
-        "no width": (value, r"weight \[V, D\]", {"weight": weight[:, :0], "hidden": hidden[:, :0]}),
-        "weight elsewhere": (value, "weight: expected hidden's device", {"weight": weight.to("meta")}),
         "bias of another size": (value, r"bias: expected \[128\], got \[127\]", {"bias": weight[1:, 0]}),
         "bias of another dtype": (kind, "bias: .*float64", {"bias": weight[:, 0].double()}),
-        "bias elsewhere": (value, "bias: expected hidden's device", {"bias": nowhere}),
         "too few targets": (value, r"targets: expected \[17\].*got \[16\]", {"targets": targets[1:]}),
-        "targets int32": (value, "targets: expected int64.*int32", {"targets": targets.int()}),
-        "targets of floats": (value, "targets: expected int64", {"targets": targets.float()}),
         "targets elsewhere": (value, "targets: expected hidden's device", {"targets": targets.to("meta")}),
+        "targets int32": (value, "targets: expected int64.*int32", {"targets": targets.int()}),
         "target = V": (value, r"ids in \[0, 128\), got 128", {"targets": targets * 0 + 128}),
         "target -1": (value, "targets: expected ids .*got -1", {"targets": targets - 1}),
-        "target -100": (value, "targets: expected ids .*got -100", {"targets": targets * 0 - 100}),
-        "target 2**40": (value, "targets: expected ids", {"targets": targets + 2**40}),
         "pointer too short": (value, r"target_ptr: expected int64 \[18\]", {"target_ptr": pointer[:-1]}),
-        "pointer int32": (value, "target_ptr: .*int32", {"target_ptr": pointer.int()}),
         "pointer from 1": (value, "target_ptr: expected 0 to", {"target_ptr": pointer.clamp(min=1)}),
-        "pointer to 16": (value, "target_ptr: expected 0 to", {"target_ptr": pointer.clamp(max=16)}),
         "pointer back": (value, "step back", {"target_ptr": torch.tensor([0, 9, 8, *range(3, 18)])}),
         "scale nan": (value, "scale: expected a finite number, got nan", {"scale": float("nan")}),
-        "scale inf": (value, "scale: expected a finite number, got inf", {"scale": float("inf")}),
         "softcap 0": (value, "softcap: expected a positive number or None, got 0.0", {"softcap": 0.0}),
-        "softcap nan": (value, "softcap: .*got nan", {"softcap": float("nan")}),
         "unknown impl": (value, "impl: expected 'auto' or one of .*got 'sdpa'", {"impl": "sdpa"}),
     }
 

@@ -9,7 +9,7 @@ import torch
 
 import sapo_kernels as sk
 from sapo_kernels.reweight.prompt_state import DTYPES, PER_POOL
-from tests.native_cases import assert_same_bits, rounds, same_bits, storage_bytes
+from tests.native_cases import assert_same_bits, same_bits, storage_bytes
 
 devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 
@@ -31,7 +31,7 @@ def scored(seed=0, counts=(7, 33, 0, 1), device="cpu") -> sk.PromptState:
 
 
 @devices
-@pytest.mark.parametrize("pools, prompts", [(1, 1), (3, 5), (0, 4), (2, 0), (0, 0), (4, (3, 0, 7, 1)), (0, ())])
+@pytest.mark.parametrize("pools, prompts", [(1, 1), (3, 5), (0, 4), (2, 0), (4, (3, 0, 7, 1)), (0, ())])
 def test_a_new_state(pools, prompts, device):
     state = sk.PromptState(pools, prompts, device)
     counts = [prompts] * pools if isinstance(prompts, int) else list(prompts)
@@ -92,18 +92,12 @@ def test_round_trip_through_a_file(tmp_path, device):
         assert_same_bits(tensors(fresh), tensors(again))
 
 
-def test_state_dict_is_a_copy():
-    state = scored()
-    given = state.state_dict()
-    assert list(given) == list(DTYPES) and all(value.is_contiguous() for value in given.values())
-    before = storage_bytes(tensors(state))
-    for value in given.values():
-        value.zero_()
-    assert storage_bytes(tensors(state)) == before
-
-
 def test_a_state_of_another_layout_is_taken():
+    """And what it is taken from is a copy."""
     state, fresh = scored(), sk.PromptState(4, 33)
+    given, before = state.state_dict(), storage_bytes(tensors(state))
+    given["best"].zero_()
+    assert storage_bytes(tensors(state)) == before
     given = state.state_dict()
     given["mean"] = given["mean"].T.contiguous().T
     fresh.load_state_dict(given)
@@ -120,35 +114,21 @@ def put(name, at, value):
 
 REFUSED = {
     "an entry short": (ValueError, lambda g: g.pop("best"), r"state: expected the entries \['best', "),
-    "an entry more": (ValueError, lambda g: g.update(more=1), "expected the entries .* got .*'more'"),
-    "mean float32": (
-        TypeError,
-        entry("mean", torch.Tensor.float),
-        "mean: expected a torch.float64 tensor, got torch.float32",
-    ),
-    "best int32": (TypeError, entry("best", torch.Tensor.int), "best: expected a torch.int64 tensor, got torch.int32"),
+    "mean float32": (TypeError, entry("mean", torch.Tensor.float), "mean: expected a .*64 tensor, got torch.float32"),
     "live uint8": (TypeError, entry("live", torch.Tensor.byte), "live: expected a torch.bool tensor"),
-    "a list": (
-        TypeError,
-        entry("weight", torch.Tensor.tolist),
-        "weight: expected a torch.float64 tensor, got <class 'list'>",
-    ),
-    "another number of pools": (ValueError, entry("best", lambda v: v[1:]), r"best: expected \[4\], got \[3\]"),
-    "another number of prompts": (
-        ValueError,
-        entry("live", lambda v: v[:, 1:]),
-        r"live: expected \[4, 33\], got \[4, 32\]",
-    ),
-    "a row for all": (ValueError, entry("mean", lambda v: v[0]), r"mean: expected \[4, 33\], got \[33\]"),
+    "a list": (TypeError, entry("weight", torch.Tensor.tolist), "weight: expected a .* tensor, got <class 'list'>"),
+    "pools": (ValueError, entry("best", lambda v: v[1:]), r"best: expected \[4\], got \[3\]"),
+    "prompts": (ValueError, entry("live", lambda v: v[:, 1:]), r"live: expected \[4, 33\], got \[4, 32\]"),
     "weight below 0": (ValueError, put("weight", 40, -1.0), "weight: expected finite numbers of at least 0"),
-    "weight NaN": (ValueError, put("weight", 0, math.nan), "weight: expected finite"),
     "weight infinite": (ValueError, put("weight", -1, math.inf), "weight: expected finite"),
     "probs NaN": (ValueError, put("probs", 131, math.nan), "probs: expected numbers from 0 to 1"),
     "probs above 1": (ValueError, put("probs", 0, 1.5), "probs: expected numbers from 0 to 1"),
     "probs below 0": (ValueError, put("probs", 0, -1e-9), "probs: expected numbers from 0 to 1"),
-    "best below -1": (ValueError, put("best", 3, -2), "best: expected from -1 to 32"),
-    "best past the end": (ValueError, put("best", 0, 33), "best: expected from -1 to 32, got"),
-}
+    "another sum of probs": (ValueError, put("probs", 0, 0.9), "probs: expected a sum of 1"),
+    "best below -1": (ValueError, put("best", 3, -2), "best: expected numbers from -1 to 32"),
+    "best past the end": (ValueError, put("best", 0, 33), "best: expected numbers from -1 to 32, got"),
+    "effective": (ValueError, put("effective", 0, math.nan), "effective: expected finite numbers"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -207,7 +187,7 @@ def generator(seed: int) -> torch.Generator:
 def test_samples_follow_the_probs(device):
     """Each frequency is within 5 sigma of its probability; a prompt of probability 0 is never drawn."""
     state = scored(device=device)
-    n, before = rounds(20_000), storage_bytes(tensors(state))
+    n, before = 20_000, storage_bytes(tensors(state))
     drawn = state.sample(n, generator(0)).cpu()
     assert storage_bytes(tensors(state)) == before and state.sample().shape == (4, 1)
     assert drawn.shape == (4, n) and drawn.dtype == torch.int64
@@ -218,13 +198,8 @@ def test_samples_follow_the_probs(device):
         assert ((count - n * probs).abs() <= 5 * (n * probs * (1 - probs)).sqrt() + 1e-9).all()
         assert (probs == 0).any() and not count[probs == 0].any()
         assert len(set(drawn[pool].tolist())) > 3
-
-
-@devices
-def test_draws_are_independent(device):
-    """Pools of the same probs, and neighbouring draws of one pool, agree as often as chance has it."""
-    state, n = sk.PromptState(2, 4, device), rounds(20_000)
-    first, second = state.sample(n, generator(1)).cpu()
+    # Pools of the same probs, and neighbouring draws of one pool, agree as often as chance has it.
+    first, second = sk.PromptState(2, 4, device).sample(n, generator(1)).cpu()
     for same in ((first == second), (first[1:] == first[:-1])):
         assert abs(float(same.double().mean()) - 0.25) < 5 * (0.25 * 0.75 / len(same)) ** 0.5
 
@@ -263,7 +238,7 @@ def test_what_has_left_or_broke_is_not_drawn():
     assert set(state.sample(50).flatten().tolist()) == {2}
 
 
-@pytest.mark.parametrize("pools, prompts, n", [(0, 3, 4), (2, 0, 4), (2, 3, 0), (0, 0, 0), (2, 0, 0)])
+@pytest.mark.parametrize("pools, prompts, n", [(0, 3, 4), (2, 0, 4), (2, 3, 0)])
 def test_samples_of_nothing(pools, prompts, n):
     drawn = sk.PromptState(pools, prompts).sample(n)
     assert drawn.shape == (pools, n) and drawn.dtype == torch.int64 and (drawn == -1).all()

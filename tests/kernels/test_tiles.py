@@ -11,7 +11,7 @@ import torch
 import sapo_kernels as sk
 from sapo_kernels.tree_attention.reference import tree_attention_backward_reference
 from sapo_kernels.trie import tiles
-from sapo_kernels.trie.tiles import build_pieces, build_tiles, split_tiles
+from sapo_kernels.trie.tiles import build_pieces, build_tiles, split_tiles, tiles_numpy
 from tests.oracles import PrefixOracle, flatten, random_cells, skip_unless_runnable
 from tests.tolerances import assert_close
 from tests.triton_cases import attention_oracle, layout
@@ -36,17 +36,18 @@ def passes(job: str, budget: int | None, share: float):
         yield step, [*oracle.path(step.start)[:-1], *inside[held[inside]], *inside[~held[inside]]], oracle
 
 
+@pytest.mark.parametrize("build", [build_tiles, tiles_numpy])
 @pytest.mark.parametrize("chunk", [4, 32])
 @pytest.mark.parametrize("share", [0.0, 0.4])
 @pytest.mark.parametrize("budget", [None, 9])
 @pytest.mark.parametrize("job", JOBS)
-def test_every_tile_lists_what_its_queries_see(job, budget, share, chunk, monkeypatch):
+def test_every_tile_lists_what_its_queries_see(job, budget, share, chunk, build, monkeypatch):
     monkeypatch.setattr(tiles, "CHUNK", chunk)
     for step, tokens, oracle in passes(job, budget, share):
         keys, queries, end = len(step.position), len(step.input_ids), step.subtree_end.numpy()
         seen = np.array([np.isin(tokens, oracle.path(t)) for t in tokens[step.carried :]])  # [Tq, Tk]
         for size in (1, 3, 16):
-            packed = build_tiles(*layout(step)[1:], size)
+            packed = build(*layout(step)[1:], size)
             begin, chunks, seen_from, entries = split_tiles(packed, keys, queries, size)
             assert packed.dtype == np.int32 and begin[-1] == len(entries) and len(chunks) == -(-queries // size)
             for tile, first in enumerate(range(0, queries, size)):

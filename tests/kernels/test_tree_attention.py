@@ -57,7 +57,6 @@ CASES = {
     "no groups": ("short siblings", 3, 3, 16, 16, {}),
     "head 64": ("random", 2, 1, 64, 64, {}),
     "head 80": ("random", 2, 1, 80, 80, {}),
-    "head 96": ("random", 2, 2, 96, 96, {}),
     "head 128": ("random", 4, 1, 128, 128, {}),
     "head 256": ("short siblings", 2, 1, 256, 256, {}),
     "head 192/128": ("random", 2, 2, 192, 128, {}),
@@ -65,11 +64,9 @@ CASES = {
     "window 1": ("random", 4, 2, 16, 16, {"window": 1}),
     "window 5": ("lengths", 4, 2, 16, 16, {"window": 5}),
     "window 64": ("deep", 4, 2, 16, 16, {"window": 64}),
-    "window past the end": ("deep", 4, 2, 16, 16, {"window": 10**6}),
     "softcap": ("random", 4, 2, 16, 16, {"softcap": 1.5}),
     "sinks": ("lengths", 4, 2, 16, 16, {"sinks": True}),
     "scale": ("random", 4, 2, 16, 16, {"scale": 1.25}),
-    "no scale": ("random", 4, 2, 16, 16, {"scale": 0.0}),
     "everything": ("deep", 6, 2, 24, 32, {"window": 30, "softcap": 2.0, "sinks": True, "scale": 0.7}),
 }
 TREES = {name: (sk.plan_trie(*flatten(cells)), PrefixOracle(cells)) for name, cells in JOBS.items()}
@@ -123,8 +120,7 @@ def test_fp32(case, impl, device, poisoned_outputs):
     assert_close("tree_attention fp32", got, each_alone(job, q, k, v, options, torch.float64))
 
 
-@pytest.mark.parametrize("case", ["job lengths", "job random", "head 80", "head 192/128", "everything"])
-@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize(("case", "dtype"), [("job lengths", "bf16"), ("head 192/128", "fp16"), ("everything", "bf16")])
 def test_low_precision(case, dtype, impl, device, poisoned_outputs):
     q, k, v, options = inputs(case, LOW[dtype], device)
     job = CASES[case][0]
@@ -144,11 +140,11 @@ def test_fp64(case, impl, poisoned_outputs):
     assert_close("tree_attention fp64", got, each_alone(job, q, k, v, options, torch.float64))
 
 
-@pytest.mark.parametrize("budget, block_tokens", [(1, 64), (2, 16), (7, 4), (64, 64), (64, 1)])
-@pytest.mark.parametrize("case", ["job random", "job deep", "everything"])
+@pytest.mark.parametrize("budget, block_tokens", [(1, 64), (7, 4), (64, 1)])
+@pytest.mark.parametrize("case", ["job random", "everything"])
 def test_passes_one_after_the_other_are_the_whole(case, budget, block_tokens, impl, device, poisoned_outputs):
     """Keys and values are handed from pass to pass by carry_index alone, as the decoder does it."""
-    if impl == "triton" and device == "cpu" and (budget < 7 or block_tokens == 1 or case == "job deep"):
+    if impl == "triton" and device == "cpu" and (budget < 7 or block_tokens == 1):
         pytest.skip(SLOW_INTERPRETED)
     q, k, v, options = inputs(case, torch.float32, device)
     trie = TREES[CASES[case][0]][0]
@@ -190,24 +186,20 @@ def test_strides_do_not_matter(impl, device, poisoned_outputs):
     assert torch.equal(sk.tree_attention(q, k.expand(-1, 2, -1), v.expand(-1, 2, -1), trie, impl=impl), wanted)
 
 
-@pytest.mark.parametrize("scale", [1.0, 1e4])
-def test_large_logits(scale, impl, device):
+def test_large_logits(impl, device):
     """Logits of 1e5 leave one key per query; nothing overflows."""
+    scale = 1e4
     q, k, v, _ = inputs("job random", torch.float32, device)
     q, k = (t.round() for t in (q, k))  # products of small integers are exact, so the largest logit is never in doubt
     got = sk.tree_attention(q, k, v, TREES["random"][0], scale=scale, impl=impl)
     assert_close("tree_attention fp32", got, each_alone("random", q, k, v, {"scale": scale}, torch.float64))
 
 
-def test_again_gives_the_same_bits(impl, device):
-    q, k, v, options = inputs("everything", torch.float32, device)
-    first, second = (sk.tree_attention(q, k, v, TREES["deep"][0], impl=impl, **options) for _ in range(2))
-    assert torch.equal(first, second)
-
-
-@pytest.mark.parametrize("options", [{}, {"softcap": 2.0}, {"window": 3}], ids=str)
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("what", ["k", "v"])
+@pytest.mark.parametrize(
+    "what, bad, options",
+    [("k", float("nan"), {}), ("v", float("inf"), {"window": 3}), ("v", float("nan"), {"softcap": 2.0})],
+    ids=str,
+)
 def test_what_a_query_does_not_see_cannot_hurt_it(what, bad, options, impl, device, poisoned_outputs):
     """NaN in one sibling stays in its own subtree, though siblings share a block."""
     q, k, v, _ = inputs("job short siblings", torch.float32, device)
@@ -236,7 +228,7 @@ def test_carried_keys_behind_the_window_cannot_hurt(impl, device, poisoned_outpu
     assert touched.tolist() == [True] + [False] * 9, "key 53 is the oldest that query 60 sees"
 
 
-@pytest.mark.parametrize("case", ["job random", "job deep", "job lengths", "window 5", "everything"])
+@pytest.mark.parametrize("case", ["job deep", "window 5", "everything"])
 def test_keys_that_the_caller_holds(case, impl, device, poisoned_outputs):
     """Some tokens are keys in front and no queries; what the others see is as in a trie of which nothing is held."""
     q, k, v, options = inputs(case, torch.float32, device)
@@ -266,73 +258,30 @@ def good_call():
 
 
 BAD = {
-    "q of integers": (
-        lambda a: {"q": a["q"].int()},
-        TypeError,
-        "q: expected one of .*float32.*got torch.int32",
-    ),
+    "q of integers": (lambda a: {"q": a["q"].int()}, TypeError, "q: expected one of .*float32.*got torch.int32"),
     "k of another dtype": (lambda a: {"k": a["k"].double()}, TypeError, "k: .*same as q, got torch.float64"),
-    "v of another dtype": (lambda a: {"v": a["v"].half()}, TypeError, "v: .*same as q, got torch.float16"),
-    "k on another device": (
-        lambda a: {"k": a["k"].to("meta")},
-        ValueError,
-        "k: expected q's device cpu, got meta",
-    ),
-    "v on another device": (
-        lambda a: {"v": a["v"].to("meta")},
-        ValueError,
-        "v: expected q's device cpu, got meta",
-    ),
-    "q without heads": (
-        lambda a: {"q": a["q"][:, 0]},
-        ValueError,
-        r"q: expected \[\d+, heads, head_dim\].*got \[",
-    ),
+    "v elsewhere": (lambda a: {"v": a["v"].to("meta")}, ValueError, "v: expected q's device cpu, got meta"),
+    "q without heads": (lambda a: {"q": a["q"][:, 0]}, ValueError, r"q: expected \[\d+, heads, head_dim\].*got \["),
     "q a token short": (lambda a: {"q": a["q"][1:]}, ValueError, "q: expected .* for this pass, got"),
-    "k a token long": (
-        lambda a: {"k": torch.cat([a["k"], a["k"][:1]])},
-        ValueError,
-        "k: expected .*for this pass",
-    ),
     "v a token short": (lambda a: {"v": a["v"][:-1]}, ValueError, "v: expected .* for this pass, got"),
-    "a batch axis": (lambda a: {"v": a["v"][None]}, ValueError, "v: expected"),
     "3 q heads, 2 kv": (lambda a: {"q": a["q"][:, :3]}, ValueError, "heads: expected .*got 3, 2 and 2"),
     "k and v heads": (lambda a: {"v": a["v"][:, :1]}, ValueError, "heads: expected .*got 4, 2 and 1"),
-    "no kv heads": (
-        lambda a: {"k": a["k"][:, :0], "v": a["v"][:, :0]},
-        ValueError,
-        "heads: .*got 4, 0 and 0",
-    ),
+    "no kv heads": (lambda a: {n: a[n][:, :0] for n in "kv"}, ValueError, "heads: .*got 4, 0 and 0"),
     "no q heads": (lambda a: {"q": a["q"][:, :0]}, ValueError, "heads: .*got 0, 2 and 2"),
     "q and k width": (lambda a: {"k": a["k"][..., :8]}, ValueError, "head_dim: .*got 16 and 8"),
-    "no width": (
-        lambda a: {"q": a["q"][..., :0], "k": a["k"][..., :0]},
-        ValueError,
-        "head_dim: .*got 0 and 0",
-    ),
+    "no width": (lambda a: {n: a[n][..., :0] for n in "qk"}, ValueError, "head_dim: .*got 0 and 0"),
     "no v width": (lambda a: {"v": a["v"][..., :0]}, ValueError, "head_dim"),
     "window 0": (lambda a: {"window": 0}, ValueError, "window: expected at least 1 or None, got 0"),
-    "window -1": (lambda a: {"window": -1}, ValueError, "window: expected at least 1 or None, got -1"),
-    "softcap 0": (
-        lambda a: {"softcap": 0.0},
-        ValueError,
-        "softcap: expected a positive number or None, got 0.0",
-    ),
-    "softcap nan": (lambda a: {"softcap": float("nan")}, ValueError, "softcap: .*got nan"),
+    "softcap 0": (lambda a: {"softcap": 0.0}, ValueError, "softcap: expected a positive number or None, got 0.0"),
     "softcap inf": (lambda a: {"softcap": float("inf")}, ValueError, "softcap: .*got inf"),
     "scale nan": (lambda a: {"scale": float("nan")}, ValueError, "scale: .*got nan"),
-    "scale inf": (lambda a: {"scale": float("inf")}, ValueError, "scale: .*got inf"),
-    "sinks of kv heads": (
-        lambda a: {"sinks": torch.zeros(2)},
-        ValueError,
-        r"sinks: expected a float tensor \[4\]",
-    ),
+    "sinks of kv heads": (lambda a: {"sinks": torch.zeros(2)}, ValueError, r"sinks: expected a float tensor \[4\]"),
     "sinks of integers": (lambda a: {"sinks": torch.zeros(4).int()}, ValueError, "sinks: .*got torch.int32"),
     "sinks elsewhere": (lambda a: {"sinks": torch.zeros(4, device="meta")}, ValueError, "sinks: .*on meta"),
-    "sinks 2-D": (lambda a: {"sinks": torch.zeros(4, 1)}, ValueError, r"sinks: .*\[4, 1\]"),
     "past of another width": (lambda a: {"past": (a["k"][:0], a["v"][:0, :, :4])}, ValueError, "past: expected heads"),
     "past a token long": (lambda a: {"past": (a["k"][:1], a["v"][:1])}, ValueError, r"past k: expected \[0, heads"),
     "unknown impl": (lambda a: {"impl": "flash"}, ValueError, "impl: expected 'auto' or one of .*got 'flash'"),
+    "an empty trie": (lambda a: {"trie": sk.plan_trie([], [0], [])}, ValueError, "trie: expected at least one token"),
 }
 
 
@@ -343,12 +292,6 @@ def test_bad_arguments_are_named(name):
     assert sk.tree_attention(**arguments).isfinite().all()
     with pytest.raises(error, match=message):
         sk.tree_attention(**{**arguments, **spoil(arguments)})
-
-
-def test_an_empty_trie_is_refused():
-    empty = sk.plan_trie([], [0], [])
-    with pytest.raises(ValueError, match="trie: expected at least one token"):
-        sk.tree_attention(*(torch.zeros(0, 1, 16) for _ in "qkv"), empty)
 
 
 def test_explicit_triton_without_gpu_or_interpreter_raises():

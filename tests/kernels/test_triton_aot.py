@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles for every target without spills and inside its shared memory; see tests/aot.py."""
+"""Every Triton kernel compiles for every target, without spills, inside its shared memory: tests/native/aot.py."""
 
 from __future__ import annotations
 
@@ -14,41 +14,21 @@ pytest.importorskip("triton", reason="triton is not installed")
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run_aot(*options: str, interpret: bool = False) -> subprocess.CompletedProcess:
+def run_aot(*options: str, interpret: str) -> subprocess.CompletedProcess:
     """In a process of its own: this one may have the interpreter in the compiler's place."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    if interpret:
-        environment["TRITON_INTERPRET"] = "1"
     return subprocess.run(
         [sys.executable, "-m", "tests.native.aot", *options],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=570,
+        cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": interpret}, capture_output=True, text=True, timeout=570,
     )  # fmt: skip
 
 
-def test_one_configuration_of_each_kernel():
-    done = run_aot("--short")
+def test_every_configuration_in_use():
+    done = run_aot(interpret="0")
     assert done.returncode == 0, done.stdout + done.stderr
-    for word in (
-        "sm_80",
-        "sm_90",
-        "sm_100",
-        "gfx942",
-        "tree_attention careful",
-        "tree_attention keys",
-        "tree_attention sums",
-        "linear_logprob merge",
-        "linear_logprob gradient",
-    ):
-        assert word in done.stdout
-    assert done.stdout.rstrip().endswith("44 compilations, 0 with complaints")
-
-
-@pytest.mark.slow
-def test_all_configurations():
-    done = run_aot()
-    assert done.returncode == 0, done.stdout + done.stderr
+    last = done.stdout.splitlines()[-1]
+    assert last.endswith(", 0 with complaints") and int(last.split()[0]) > 250, last
 
 
 def test_refuses_the_interpreter():
-    done = run_aot(interpret=True)
+    done = run_aot(interpret="1")
     assert done.returncode == 2 and "TRITON_INTERPRET" in done.stderr

@@ -1,16 +1,23 @@
 """Compile every Triton kernel of the package ahead of time and check what the compiler made of it; needs no GPU.
 
-    python -m tests.native.aot            # the full list, a few minutes
-    python -m tests.native.aot --short    # one configuration of each kernel and target
+    python -m tests.native.aot            # what differs from the table
+    python -m tests.native.aot --write    # the same, and write the table
+    python -m tests.native.aot --all      # everything, a few minutes: the table must come out as it is
 
 Prints a row for each (kernel, configuration, target) with registers, spilled bytes (NVIDIA) or registers (AMD) and
 shared memory. Exits with 1 if a compilation fails, an NVIDIA kernel spills, a kernel needs more shared memory than the
 part has, or a matrix loop came out without asynchronous copies (not pipelined) or tensor-core instructions.
+
+The table, aot.csv, has what came out without a complaint under a digest of all that goes in: the kernel's source and
+that of what it calls, its constants and options, the target and Triton's version. What stands there is not compiled
+again.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import hashlib
 import multiprocessing
 import os
 import re
@@ -25,6 +32,9 @@ from pathlib import Path
 SHARED_KIB = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 CONSUMER = ("sm_89", "sm_120")
+TABLE = Path(__file__).with_suffix(".csv")
+WIDTHS = {"kernel": 24, "configuration": 28, "target": 8, "registers": 5, "spills": 4, "shared": 7}
+COLUMNS = ("digest", *WIDTHS)
 
 
 @dataclass(frozen=True)
@@ -35,6 +45,10 @@ class Job:
     shape: tuple
     target: str
 
+    @property
+    def capability(self) -> int:
+        return int(self.target[3:]) if self.target.startswith("sm_") else 0
+
     def label(self) -> str:
         return " ".join(str(part) for part in self.shape)
 
@@ -44,26 +58,36 @@ class Row:
     """What came out. Spills are in bytes a thread on NVIDIA, in registers on AMD; shared memory in bytes."""
 
     job: Job
+    digest: str
     registers: int
     spills: int
     shared: int
     complaint: str
 
+    def columns(self) -> dict[str, str]:
+        """As a row of the table."""
+        job = self.job
+        values = (self.digest, job.kernel, job.label(), job.target, self.registers, self.spills, self.shared)
+        return dict(zip(COLUMNS, map(str, values), strict=True))
+
+
+def torch_dtype(name: str):
+    import torch
+
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
+
 
 def attention(shape: tuple, capability: int, careful: bool = False):
     """shape: dtype, Dk, Dv, q heads a kv head, options ("wcslp": window, softcap, sinks, lse, past keys)."""
-    import torch
-
     from sapo_kernels.tree_attention import triton as module
 
     dtype, head_k, head_v, group, flags = shape
-    torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
     window, softcap, sinks = ("on" if flag in flags else None for flag in "wcs")
     wide = max(head_k, head_v)
-    options = module.config(wide, torch_dtype, capability)
+    options = module.config(wide, torch_dtype(dtype), capability)
     sick_m = options["BLOCK_M"]
     if careful:
-        options = module.careful_config(wide, torch_dtype, capability, sick_m)
+        options = module.careful_config(wide, torch_dtype(dtype), capability, sick_m)
     constants = module.specialise(head_k, head_v, group, window, softcap) | {"HAS_SINKS": sinks is not None}
     constants |= {"CAREFUL": careful, "SICK_M": sick_m, "WITH_LSE": "l" in flags, "HAS_PAST": "p" in flags}
     constants |= {"stride_sinks": 1}
@@ -79,14 +103,11 @@ def attention(shape: tuple, capability: int, careful: bool = False):
 
 def backward(shape: tuple, capability: int, what: str):
     """shape: dtype, Dk, Dv, q heads a kv head, options ("wc": window, softcap); what: "queries" or "keys"."""
-    import torch
-
     from sapo_kernels.tree_attention import triton_backward as module
 
     dtype, head_k, head_v, group, flags = shape
-    torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
     window, softcap = ("on" if flag in flags else None for flag in "wc")
-    options = getattr(module, f"{what}_config")(max(head_k, head_v), torch_dtype, capability)
+    options = getattr(module, f"{what}_config")(max(head_k, head_v), torch_dtype(dtype), capability)
     types = dict.fromkeys([f"{name}_ptr" for name in ("grad", "q", "k", "v", "out", "dq", "dk", "dv")], f"*{dtype}")
     types |= {"lse_ptr": "*fp32", "delta_ptr": "*fp32"}
     types |= dict.fromkeys(("logit_scale", "cap_scale", "scale"), "fp32")
@@ -107,14 +128,11 @@ def sums(shape: tuple, capability: int):
 
 def logprob(shape: tuple, capability: int):
     """shape: dtype, D, options ("bcd": bias, softcap, descriptors)."""
-    import torch
-
     from sapo_kernels.linear_logprob import triton as module
 
     dtype, hidden, flags = shape
-    torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
     bias, softcap = ("on" if flag in flags else None for flag in "bc")
-    options = module.config(hidden, torch_dtype, capability, "d" in flags)
+    options = module.config(hidden, torch_dtype(dtype), capability, "d" in flags)
     constants = module.specialise(hidden, bias, softcap) | {"stride_bias": 1, "DESCRIBED": "d" in flags}
     if bias is None:
         constants["bias_ptr"] = None
@@ -178,19 +196,6 @@ def rotary(shape: tuple, capability: int):
     return module._rotary_kernel, types, options | {"ROUNDED": True}, warps
 
 
-BUILDERS = {
-    "tree_attention": attention,
-    "tree_attention careful": lambda shape, capability: attention(shape, capability, careful=True),
-    "tree_attention queries": lambda shape, capability: backward(shape, capability, "queries"),
-    "tree_attention keys": lambda shape, capability: backward(shape, capability, "keys"),
-    "tree_attention sums": sums,
-    "linear_logprob": logprob,
-    "linear_logprob merge": merge,
-    "linear_logprob gradient": logprob_gradient,
-    "rms_norm": rms_norm,
-    "gated": gated,
-    "rotary": rotary,
-}
 NO_PRODUCTS = ("linear_logprob gradient", "tree_attention sums", "rms_norm", "gated", "rotary")
 
 ATTENTION = [
@@ -239,67 +244,79 @@ LOGPROB = [
 DESCRIBED = [("bf16", 4096, "d"), ("bf16", 2304, "cd"), ("fp16", 2560, "bcd")]
 
 
-def jobs(short: bool) -> list[Job]:
-    if short:
-        names = {
-            "tree_attention": ATTENTION[4:5],
-            "tree_attention careful": CAREFUL[:1],
-            "tree_attention queries": BACKWARD[3:4],
-            "tree_attention keys": BACKWARD[3:4],
-            "tree_attention sums": [("bf16",)],
-            "linear_logprob": LOGPROB[2:3],
-            "linear_logprob merge": [()],
-            "linear_logprob gradient": GRADIENT[:1],
-            "rms_norm": NORM[1:2],
-            "gated": GATED[:1],
-            "rotary": ROTARY[:1],
-        }
-        return [Job(kernel, shape, t) for kernel, shapes in names.items() for shape in shapes for t in TARGETS]
-    names = {
-        "tree_attention": ATTENTION,
-        "tree_attention careful": CAREFUL,
-        "tree_attention queries": BACKWARD,
-        "tree_attention keys": BACKWARD,
-        "tree_attention sums": [("bf16",), ("fp32",)],
-        "linear_logprob": LOGPROB,
-        "linear_logprob merge": [()],
-        "linear_logprob gradient": GRADIENT,
-        "rms_norm": NORM,
-        "gated": GATED,
-        "rotary": ROTARY,
-    }
-    listed = [Job(kernel, shape, t) for kernel, shapes in names.items() for shape in shapes for t in TARGETS]
-    few = {"tree_attention": [ATTENTION[4], ATTENTION[9]], "linear_logprob": LOGPROB[:1]}
-    few |= dict.fromkeys(("tree_attention queries", "tree_attention keys"), [BACKWARD[3], BACKWARD[-1]])
-    listed += [Job("linear_logprob", shape, t) for shape in DESCRIBED for t in ("sm_90", "sm_100")]
-    return listed + [Job(kernel, shape, t) for kernel, shapes in few.items() for shape in shapes for t in CONSUMER]
+# name: (what makes a compilation of a shape, shapes)
+KERNELS = {
+    "tree_attention": (attention, ATTENTION),
+    "tree_attention careful": (lambda *of: attention(*of, careful=True), CAREFUL),
+    "tree_attention queries": (lambda *of: backward(*of, "queries"), BACKWARD),
+    "tree_attention keys": (lambda *of: backward(*of, "keys"), BACKWARD),
+    "tree_attention sums": (sums, [("bf16",), ("fp32",)]),
+    "linear_logprob": (logprob, LOGPROB),
+    "linear_logprob merge": (merge, [()]),
+    "linear_logprob gradient": (logprob_gradient, GRADIENT),
+    "rms_norm": (rms_norm, NORM),
+    "gated": (gated, GATED),
+    "rotary": (rotary, ROTARY),
+}
+ON_CONSUMER = {
+    "tree_attention": [ATTENTION[4], ATTENTION[9]],
+    "tree_attention queries": [BACKWARD[3], BACKWARD[-1]],
+    "tree_attention keys": [BACKWARD[3], BACKWARD[-1]],
+    "linear_logprob": LOGPROB[:1],
+}
 
 
-def build(job: Job) -> Row:
-    """Compile one job and read the machine code's use of the part."""
+def jobs() -> list[Job]:
+    """All that is compiled."""
+    everywhere = {kernel: shapes for kernel, (_, shapes) in KERNELS.items()}
+    lists = ((everywhere, TARGETS), ({"linear_logprob": DESCRIBED}, ("sm_90", "sm_100")), (ON_CONSUMER, CONSUMER))
+    return [
+        Job(kernel, shape, target)
+        for kernels, targets in lists
+        for kernel, shapes in kernels.items()
+        for shape in shapes
+        for target in targets
+    ]
+
+
+def prepared(job: Job):
+    """(source, target, options) of `triton.compile`, and the digest of them."""
+    import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile
+    from triton.compiler import ASTSource
 
-    capability = int(job.target[3:]) if job.target.startswith("sm_") else 0
-    kernel, types, constants, options = BUILDERS[job.kernel](job.shape, capability)
-    blocks = {name: value for name, value in options.items() if name.isupper()}
-    launch = {name: value for name, value in options.items() if not name.isupper()}
-    constants = constants | blocks
+    kernel, types, constants, options = KERNELS[job.kernel][0](job.shape, job.capability)
+    constants = constants | {name: value for name, value in options.items() if name.isupper()}
+    launch = {name: value for name, value in options.items() if not name.isupper()} | {"enable_fp_fusion": True}
     # Aligned pointers and strides: what the launcher sees for tensors of whole models.
     signature, attributes = {}, {}
     for i, name in enumerate(kernel.arg_names):
         signature[name] = "constexpr" if name in constants else types.get(name, "*i32" if "ptr" in name else "i32")
         if name not in constants and (signature[name].startswith("*") or name.startswith(("stride_", "offset_"))):
             attributes[(i,)] = [["tt.divisibility", 16]]
-    target = GPUTarget("cuda", capability, 32) if capability else GPUTarget("hip", job.target, 64)
+    target = GPUTarget("cuda", job.capability, 32) if job.capability else GPUTarget("hip", job.target, 64)
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
+    # Part of Triton's own digest, which a line above would change: of what the kernel calls, wherever it stands, too.
+    for name, module in list(sys.modules.items()):
+        for function in vars(module).values() if name.startswith("sapo_kernels.") else ():
+            if isinstance(function, triton.JITFunction):
+                function.starting_line_number = 0
+    parts = f"{source.hash()} {sorted(launch.items())} {job.target} {triton.__version__}"
+    return source, target, launch, hashlib.sha256(parts.encode()).hexdigest()[:16]
+
+
+def build(job: Job) -> Row:
+    """Compile one job and read the machine code's use of the part."""
+    from triton.compiler import compile
+
+    source, target, launch, digest = prepared(job)
     try:
-        source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
-        done = compile(source, target=target, options={**launch, "enable_fp_fusion": True})
+        done = compile(source, target=target, options=launch)
     except Exception as error:  # any failure of any compiler stage belongs in the table
-        return Row(job, 0, 0, 0, f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}")
+        return Row(job, digest, 0, 0, 0, f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}")
 
     complaints = []
-    if capability:
+    if job.capability:
         registers, spills = _cuda_usage(done.asm["cubin"])
         if spills > allowed_spills():
             complaints.append("spills")
@@ -314,7 +331,7 @@ def build(job: Job) -> Row:
         registers, spills = (int(re.search(rf"\.{n}:\s*(\d+)", text)[1]) for n in ("vgpr_count", "vgpr_spill_count"))
     if done.metadata.shared > SHARED_KIB[job.target] * 1024:
         complaints.append(f"more than {SHARED_KIB[job.target]} KiB of shared memory")
-    return Row(job, registers, spills, done.metadata.shared, ", ".join(complaints))
+    return Row(job, digest, registers, spills, done.metadata.shared, ", ".join(complaints))
 
 
 def allowed_spills() -> int:
@@ -337,27 +354,44 @@ def _cuda_usage(cubin: bytes) -> tuple[int, int]:
     return tuple(int(re.search(rf"{name}:(\d+)", done.stdout)[1]) for name in ("REG", "STACK"))
 
 
+def read_table() -> dict[str, dict[str, str]]:
+    """The rows by digest."""
+    if not TABLE.exists():
+        return {}
+    with open(TABLE, newline="") as file:
+        return {row["digest"]: row for row in csv.DictReader(file)}
+
+
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--short", action="store_true", help="one configuration of each kernel")
-    parser.add_argument("--workers", type=int, default=2, help="processes that compile")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="write the table")
+    parser.add_argument("--all", action="store_true", help="compile everything, and fail if a row of the table differs")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that compile")
     args = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET") == "1":
         print("tests.native.aot: unset TRITON_INTERPRET, the interpreter replaces the compiler", file=sys.stderr)
         return 2
-    listed = jobs(args.short)
-    bad = 0
-    print(f"{'kernel':24} {'configuration':28} {'target':8} {'regs':>5} {'spills':>6} {'shared KiB':>10}")
+    table, listed = read_table(), jobs()
+    digests = [prepared(job)[-1] for job in listed]
+    fresh = [job for job, digest in zip(listed, digests, strict=True) if args.all or digest not in table]
     # Spawned, because forking a process that runs LLVM's threads is unsafe.
     with ProcessPoolExecutor(args.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for row in pool.map(build, listed):
-            bad += bool(row.complaint)
-            numbers = f"{row.registers:5} {row.spills:6} {row.shared / 1024:10.1f}"
-            print(
-                f"{row.job.kernel:24} {row.job.label():28} {row.job.target:8} {numbers}  {row.complaint}".rstrip(),
-                flush=True,
-            )
-    print(f"{len(listed)} compilations, {bad} with complaints")
+        compiled = dict(zip(fresh, pool.map(build, fresh), strict=True))
+    bad, rows = 0, []
+    for job, digest in zip(listed, digests, strict=True):
+        row = compiled[job].columns() if job in compiled else table[digest]
+        complaint = compiled[job].complaint if job in compiled else ""
+        if args.all and digest in table and row != table[digest]:
+            complaint = f"{complaint}, not the row of the table: {table[digest]}".lstrip(", ")
+        bad += bool(complaint)
+        rows += [] if complaint else [row]
+        print(*(f"{row[name]:{width}}" for name, width in WIDTHS.items()), complaint)
+    if args.write:
+        with open(TABLE, "w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+    print(f"{len(listed)} configurations, {len(compiled)} compiled, {bad} with complaints")
     return 1 if bad else 0
 
 

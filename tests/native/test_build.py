@@ -33,7 +33,6 @@ def sources(tmp_path: Path, monkeypatch) -> Path:
     [
         ("SAPO_BUILD_CUDA", "maybe", "auto, on or off, got 'maybe'"),
         ("SAPO_CUDA_ARCHS", "sm_90", "numbers like .*, got 'sm_90'"),
-        ("SAPO_CUDA_ARCHS", "90; rm -rf x", "numbers like"),
     ],
 )
 def test_switches_say_what_they_want(monkeypatch, name, value, wanted):
@@ -65,44 +64,26 @@ def test_a_failed_build_says_so_and_leaves_no_module(tmp_path, monkeypatch):
         build_native.build(out, Options(cuda="off"), ["_C"])
     assert "this is no C++" in str(raised.value) or "does not name a type" in str(raised.value)
     assert not list(out.rglob("*.so*"))
-    # A link that fails half-way writes to another name.
-    (copy / "reweight.cpp").write_text(good + "\nvoid missing();\nvoid (*used)() = missing;\n")
-    monkeypatch.setenv("CXX", "g++ -Wl,-z,defs")
-    with pytest.raises(BuildError):
-        build_native.build(out, Options(cuda="off"), ["_C"])
-    assert not list(out.rglob("*.so"))
-    monkeypatch.delenv("CXX")
     (copy / "reweight.cpp").write_text(good)
     assert build_native.build(out, Options(cuda="off"), ["_C"])["_C"].stat().st_size > 10_000
 
 
 @needs_compiler
 def test_a_killed_build_blocks_nothing(tmp_path):
-    """SIGKILL to a build at several moments; the next one finds no lock and builds all of it."""
+    """SIGKILL while it compiles; the next one finds no lock and builds all of it."""
     out = tmp_path / "out"
     code = f"import sys; sys.path.insert(0, {str(ROOT / 'csrc')!r}); import build_native as b; "
     code += f"b.build({str(out)!r}, b.Options(cuda='off'), ['_C'])"
-    for seconds in (0.4, 2.0, 3.5):
-        process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
-        time.sleep(seconds)
-        # The whole group: the compilers must not finish behind the builder's back.
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait(timeout=30)
+    process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+    while not (out / "build.ninja").exists():
+        time.sleep(0.05)
+    time.sleep(0.5)
+    # The whole group: the compilers must not finish behind the builder's back.
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait(timeout=30)
     built = build_native.build(out, Options(cuda="off"), ["_C"])["_C"]
     assert subprocess.run(["nm", "-D", built], capture_output=True).returncode == 0
     assert not list(out.glob("*.part"))
-
-
-def test_the_lock_has_a_deadline(tmp_path, monkeypatch):
-    monkeypatch.setattr(build_native, "LOCK_SECONDS", 0.3)
-    with (
-        build_native._locked(tmp_path),
-        pytest.raises(BuildError, match="another build has been at work"),
-        build_native._locked(tmp_path),
-    ):
-        pass
-    with build_native._locked(tmp_path):
-        pass
 
 
 def test_a_module_is_installed_whole_or_not_at_all(tmp_path, monkeypatch):

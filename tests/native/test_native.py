@@ -49,8 +49,15 @@ def compiled_files(folder: Path) -> list[Path]:
     return sorted((folder / "sapo_kernels").glob("*.so"))
 
 
-def test_without_compiled_modules_the_results_are_the_same(package):
-    before, _ = report(package)
+@pytest.fixture(scope="module")
+def before(tmp_path_factory):
+    """What the installed package reports."""
+    folder = tmp_path_factory.mktemp("before")
+    (folder / "sapo_kernels").symlink_to(Path(sk.__file__).parent)
+    return report(folder)[0]
+
+
+def test_without_compiled_modules_the_results_are_the_same(package, before):
     for path in compiled_files(package):
         path.unlink()
     after, errors = report(package)
@@ -61,12 +68,9 @@ def test_without_compiled_modules_the_results_are_the_same(package):
 
 
 @pytest.mark.skipif(native.load("_C") != "loaded", reason="nothing is compiled here")
-@pytest.mark.parametrize("share", [0.0, 0.9], ids=["empty", "nine tenths"])
-def test_a_module_that_was_cut_off_is_named_and_not_used(package, share):
-    """The dynamic loader itself would die on it."""
-    before, _ = report(package)
+def test_a_module_that_does_not_load_is_named_and_not_used(package, before):
     for path in compiled_files(package):
-        path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+        path.write_bytes(b"")
     after, errors = report(package)
     for module in ("_C", "_planner"):
         assert after[0][module].startswith("does not load: "), after

@@ -69,7 +69,7 @@ class BadServer(ThreadingHTTPServer):
     def __init__(self, *script: Step):
         super().__init__(("127.0.0.1", 0), Handler)
         self.script, self.questions, self.headers_seen = list(script), [], []
-        self.lock, self.stopped, self.sent = threading.Lock(), threading.Event(), 0
+        self.lock, self.stopped = threading.Lock(), threading.Event()
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
 
     def __enter__(self):
@@ -132,34 +132,14 @@ def silence(handler: Handler) -> None:
     handler.server.stopped.wait(60)
 
 
-def trickle(head: bool = False, gap: float = 0.05) -> Step:
-    """One byte now and then, without end: of the body, or of the `head` already."""
-
-    def step(handler: Handler) -> None:
-        if not head:
-            handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 90000\r\n\r\n")
-        else:
-            handler.wfile.write(b"HTTP/1.1 200 OK\r\nX-Slow: ")
-        end = time.monotonic() + 60
-        while not handler.server.stopped.wait(gap) and time.monotonic() < end:
-            handler.wfile.write(b" ")
-            handler.wfile.flush()
-        handler.close_connection = True
-
-    return step
-
-
-def flood(size: int, code: int = 200) -> Step:
-    """A body of `size` bytes without a length, as fast as it is taken."""
-
-    def step(handler: Handler) -> None:
-        handler.wfile.write(f"HTTP/1.1 {code} X\r\nContent-Type: application/json\r\n\r\n".encode())
-        for _ in range(size // 65536):
-            handler.wfile.write(b" " * 65536)
-            handler.server.sent += 65536
-        handler.close_connection = True
-
-    return step
+def trickle(handler: Handler) -> None:
+    """One byte of the body now and then, without end."""
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 90000\r\n\r\n")
+    end = time.monotonic() + 60
+    while not handler.server.stopped.wait(0.05) and time.monotonic() < end:
+        handler.wfile.write(b" ")
+        handler.wfile.flush()
+    handler.close_connection = True
 
 
 # ---- asking it: shared by the tests of the endpoint
@@ -182,17 +162,3 @@ def ask(*script, wanted=2, deadline=20.0, minimum=0, store=None, pool=POOL, **op
         started = time.monotonic()
         made = gather(pool, source, wanted, minimum, deadline, store)
         return made, server, source, time.monotonic() - started
-
-
-def main() -> None:
-    """A server in a process of its own, half of whose answers are bad, until it was asked 5,000 times."""
-    steps = [fresh()] * 10 + [status(500), status(429, "try again in 5ms"), reset, hang_up, flood(2**21), trickle()]
-    steps += [says(None), says("no", "content_filter"), raw("{"), raw("<html>", "text/html")]
-    with BadServer(lambda handler: steps[handler.number % len(steps)](handler)) as server:
-        print(server.url, flush=True)
-        while len(server.questions) < 5000:
-            time.sleep(0.1)
-
-
-if __name__ == "__main__":
-    main()

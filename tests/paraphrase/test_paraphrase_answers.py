@@ -14,6 +14,7 @@ READ = {
     "one line": (f"<{T}>a</{T}> <{T}>b</{T}>", ["a", "b"]),
     "over lines": (f"<{T}>\na\nb\n</{T}>\n", ["a\nb"]),
     "greeting": (f"Here they are:\n\n<{T}>a</{T}>\nI hope they help!", ["a"]),
+    "re-spelled": (f'<{T.title()}>a</{T.upper()}>\n< {T} id="2" >b</ {T} >', ["a", "b"]),
     "other tags and braces": (f"<{T}>use <b>bold</b> & </i> {{0.x}} %s</{T}>", ["use <b>bold</b> & </i> {0.x} %s"]),
 }
 DRAFT = f"maybe:\n<{T}>draft</{T}>\nor <{T}> inside text"
@@ -47,20 +48,14 @@ REFUSED = {
     "refusal": ("I'm sorry, I cannot help with that.", "got an answer without"),
     "quoted tags": (f"I will put each between <{T}> and </{T}> tags.", "at the start of a line"),
     "quoted at the start": (f"<{T}> and </{T}> are the tags", "at the end of a line"),
-    "re-cased": (f"<Paraphrase>a</Paraphrase>\n<{T}>b</{T}>", "expected the tags"),
-    "with spaces": (f"< {T} >a</ {T}>", "expected the tags"),
-    "attribute": (f'<{T} id="1">a</{T}>', "expected the tags"),
     "nested": (f"<{T}>\n<{T}>a</{T}>\n</{T}>", f"expected </{T}> in front of the next"),
-    "not closed": (f"<{T}>a</{T}>\n<{T}>b", f"expected </{T}> at the end"),
     "not opened": (f"a</{T}>", f"expected <{T}> in front of"),
     "only thinking": (f"<think>\n<{T}>a</{T}>", "after the thinking"),
     "thinking again": (f"<think>x</think>\n[THINK]\n<{T}>a</{T}>", "after the thinking"),
     "only analysis": (f"<|channel|>analysis<|message|>\n<{T}>a</{T}>", "after the thinking"),
     "dots": (f"<{T}>...</{T}>", "without a word"),
-    "too many": (f"<{T}>a</{T}>\n" * 65, "at most 64"),
-    "too long": (f"<{T}>" + "a" * 1_000_000 + f"</{T}>", "at most 262144 characters"),
     "a bracket and a quarter of a million spaces": ("<" + " " * 260_000, "an answer without"),
-    "a million openings": (f"<{T}" * 23_000, "expected the tags"),
+    "a million openings": (f"<{T}" * 23_000, "an answer without"),
     "many ends of thoughts": ("</think>" * 32_000, "an answer without"),
 }
 
@@ -77,9 +72,7 @@ def test_refused(name):
 def test_marks_of_thoughts_that_the_instruction_holds_are_text():
     request = Request("Think in <think> </think> tags.", 1)
     text = f"<{T}>Between <think> and </think>, think.</{T}>"
-    assert request.read(text)[0] == request.read(f"<{T}>draft</{T}></think>{text}")[0] == [text[12:-13]]
-    # A draft that is not closed does not hide the end of the thought.
-    assert request.read(f"<{T}>draft</think>\n{text}")[0] == [text[12:-13]]
+    assert request.read(text)[0] == [text[12:-13]]
 
 
 def test_cut_answers_give_what_is_complete():
@@ -87,11 +80,11 @@ def test_cut_answers_give_what_is_complete():
     for size in range(len(whole) + 1):
         complete = [text for text, end in (("a", whole.index("\n")), ("b b", len(whole))) if size >= end]
         if complete:
-            assert Request("x", 1).read(whole[:size], cut=True)[0] == complete
+            assert Request("x", 1).read(whole[:size])[0] == complete
         else:
             with pytest.raises(AnswerFault):
-                Request("x", 1).read(whole[:size], cut=True)
-    assert "cut off inside" in Request("x", 1).read(whole[:-3], cut=True)[1]
+                Request("x", 1).read(whole[:size])
+    assert "cut off inside" in Request("x", 1).read(whole[:-3])[1]
 
 
 def test_random_answers_raise_nothing_else():
@@ -115,7 +108,7 @@ def test_random_answers_raise_nothing_else():
     ]
     for _ in range(20_000):
         try:
-            texts, _ = Request("x", 1).read("".join(draw.choices(parts, k=draw.randrange(12))), cut=draw.random() < 0.5)
+            texts, _ = Request("x", 1).read("".join(draw.choices(parts, k=draw.randrange(12))))
         except AnswerFault:
             continue
         kept += 1
@@ -130,12 +123,3 @@ def test_the_question_holds_the_texts_as_they_are():
     assert f"\n{original}\n" in text and "\nyes\nno\n<X>\n" in text and "Write 2 different" in text
     assert "known 29 {}" in text and "known 19 {}" not in text and text.count("<paraphrase>") == 1
     assert "Write one rewording" in request.message(1)
-
-
-def test_the_tags_are_others_where_the_texts_hold_them():
-    request = Request("Rewrite <Paraphrase> and </paraphrase-2>", 1)
-    assert request.tag == "paraphrase-3" and "<paraphrase-3>" in request.message(1)
-    assert request.read("<paraphrase-3>use <paraphrase> here</paraphrase-3>")[0] == ["use <paraphrase> here"]
-    many = tuple("<paraphrase>" + "y" * 16_000 for _ in range(5000))  # only those that are sent are looked at
-    started = time.perf_counter()
-    assert Request("x", 1, known=many).tag == "paraphrase-2" and time.perf_counter() - started < 1

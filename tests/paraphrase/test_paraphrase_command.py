@@ -2,16 +2,13 @@
 
 import json
 import os
-import signal
-import subprocess
-import sys
 import time
 
 import pytest
 
 from sapo_peft.data.prompt_pool import PromptPool
 from tests.cli import cli_helpers
-from tests.cli.cli_helpers import one_line_error
+from tests.cli.cli_helpers import child, one_line_error
 from tests.paraphrase import bad_server
 from tests.paraphrase.bad_server import BadServer, fresh, says, silence, status, tagged
 
@@ -73,23 +70,18 @@ def saved():
     return len(PromptPool.read("pool.json").prompts) if os.path.exists("pool.json") else 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_one_run_at_a_time_and_one_that_is_stopped_is_gone_on_from(sapo, endpoint, number):
+def test_one_run_at_a_time_and_one_that_is_killed_is_gone_on_from(sapo, endpoint):
     with BadServer(fresh(), fresh(), silence) as server:
         arguments = endpoint(server)
-        code = f"import sys; sys.path[:0] = {sys.path!r}; from sapo_peft.cli.main import main; sys.exit(main())"
-        process = subprocess.Popen([sys.executable, "-c", code, *arguments], stderr=subprocess.PIPE, text=True)
+        process = child(*arguments)
         try:
             end = time.monotonic() + 60
             while saved() < 11 and process.poll() is None and time.monotonic() < end:
                 time.sleep(0.02)
             one_line_error(sapo(*arguments), "pool.json: another process is at work here")
-            process.send_signal(number)
-            _, err = process.communicate(timeout=20)
         finally:
             process.kill()
-        assert process.returncode == (130 if number == signal.SIGINT else -number), err
-        assert err.strip() == ("sapo: interrupted" if number == signal.SIGINT else "")
+            process.communicate(timeout=20)
         assert saved() == 11
         server.script[:] = [fresh()]
         code, out, _ = sapo(*arguments)
@@ -112,20 +104,11 @@ def test_from_a_model(sapo, model, monkeypatch):
     from sapo_peft.paraphrase import LocalModelSource
 
     seeds = []
-    monkeypatch.setattr(LocalModelSource, "_generate", lambda *given: (seeds.append(given[2]) or "x", False))
+    monkeypatch.setattr(LocalModelSource, "_generate", lambda *given: seeds.append(given[2]) or "x")
     one_line_error(sapo(*ASK, "--paraphrase-with", "tiny", "--seed", "5", "--quiet"), "at least 1", "got 0", "without")
     assert seeds[0] == 5
     code, out, err = sapo(*ASK, "--paraphrase-with", "tiny", "--minimum", "0", "--count", "2")
     assert code == 0 and "0 kept" in out and "0 of the 2" in err
-
-
-def test_special_tokens_of_the_tokenizer_are_refused(sapo, files, monkeypatch):
-    from sapo_peft import loading, tiny_tokenizer
-
-    monkeypatch.setattr(loading, "_load_tokenizer", lambda name: tiny_tokenizer())
-    (files / "f.txt").write_text("a positive negative <|im_end|>\nb positive negative\n")
-    code, out, _ = sapo(*ASK, "--from", "f.txt", "--tokenizer", "any")
-    assert code == 0 and "1 kept" in out and "special token" in out
 
 
 def test_an_output_that_is_an_input_or_not_ours_is_refused_unless_overwrite(sapo, files):
@@ -164,7 +147,7 @@ def test_an_output_that_is_an_input_or_not_ours_is_refused_unless_overwrite(sapo
         (("--from", "f.txt", "--out", "no/where.json"), ("no/where.json", "folder")),
         (("--from", "f.txt", "--marker", "<Y>"), ("marker '<Y>'",)),
         (("--paraphrase-with", "http://u:secret@h/v1", "--model", "m"), ("base_url",)),
-        (("--paraphrase-with", "./none"), ("none",)),
+        (("--paraphrase-with", "./none"), ("--paraphrase-with './none': expected",)),
     ],
 )
 def test_faults_take_one_line(sapo, files, arguments, words):

@@ -1,20 +1,15 @@
 """The endpoint source and the driver against a real server on this machine that misbehaves."""
 
-import gc
 import logging
-import os
 import socket
-import statistics
-import subprocess
-import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 
 from sapo_peft.data.prompt_pool import PromptPool
 from sapo_peft.paraphrase import Deadline, EndpointSource, Request, TooFewPrompts, gather
+from sapo_peft.paraphrase.endpoint import _retry_after
 from tests.paraphrase import bad_server as bad
 from tests.paraphrase.bad_server import POOL, BadServer, ask, completion, fresh, raw, says, status, tagged
 
@@ -35,21 +30,12 @@ def test_good_answers():
 # What the server does first (it is well afterwards) and the word in the log; one more question gets it all.
 AGAIN = {
     "reset in the middle": (bad.reset, "broken (ReadError: Connection reset by peer); asking again"),
-    "closed without a reply": (bad.hang_up, "broken (RemoteProtocolError); asking again"),
     "502 with HTML": (raw("<html>Bad gateway</html>", "text/html", 502), "status 502; asking again"),
-    "503": (status(503), "status 503, 'no'; asking again"),
     "429": (status(429, "slow\ndown \x1b"), "status 429, 'slow down \\x1b'; asking again"),
     "HTML with status 200": (raw("<html>login</html>", "text/html"), "got '<html>login</html>' (is this the address"),
     "truncated JSON": (raw(completion(tagged(GOOD))[:90]), "broken (JSONDecodeError)"),
-    "deep": (raw("[" * 100_000), "broken (RecursionError)"),
-    "null": (raw("null"), "expected a chat completion"),
-    "Latin-1": (raw(completion("x").encode()[:-2] + b"\xe9"), "broken (UnicodeDecodeError)"),
-    "compressed": (raw(b"\x1f\x8b\x08", Content_Encoding="gzip"), "got a compressed one"),
-    "without end": (bad.flood(2**30), "at most 1048576 bytes"),
-    "error without end": (bad.flood(2**30, 500), "at most 1048576 bytes"),
     # Answers of a model that are no good: not tried again as they are, but asked for anew.
     "null content": (says(None), "not used in full: expected a reply with text"),
-    "filtered": (says(tagged(GOOD), "content_filter"), "not used in full: expected an answer that ended by itself"),
     "refusal": (says("I'm sorry, I can't."), "not used in full: expected a text between"),
     "cut off": (says("<paraphrase>positive nega", "length"), "not used in full: the answer was cut off inside"),
 }
@@ -62,7 +48,6 @@ def test_a_failure_is_followed_by_another_question(name, caplog):
     made, server, _, seconds = ask(step, fresh())
     assert len(made.prompts) == 3 and made.rejected == made.merged == () and made.notes() == []
     assert len(server.questions) == 2 and seconds < 5 and message in caplog.text
-    assert server.sent < 2**26  # what has no end is not read to it
 
 
 def test_paid_answers_are_taken_and_counted():
@@ -94,64 +79,66 @@ FATAL = {
     "404 with HTML": (raw("<html>", "text/html", 404), "status 404"),
     "307 to elsewhere": (status(307, Location="http://127.0.0.1:9/"), "status 307"),
     "no money": (status(429, "x", {"code": "insufficient_quota"}), "status 429, 'x'"),
-    "too long": (status(500, "the context length is 4096"), "status 500, 'the context length is 4096'"),
     "in an hour": (status(429, "not now", Retry_After="3600"), "status 429, 'not now'; it asks to wait 3600 s"),
 }
 
 
 @pytest.mark.parametrize("name", FATAL)
-def test_what_would_be_said_again_ends_it_at_once(name):
+def test_what_would_be_said_again_ends_it_at_once(name, caplog):
     step, message = FATAL[name]
     with pytest.raises(TooFewPrompts, match="expected at least 1 paraphrases, got 0; 0 of the 20") as caught:
         ask(step, wanted=20, minimum=1, concurrency=4)
     assert message in str(caught.value)
     made, server, _, seconds = ask(step, wanted=20, concurrency=4)
-    assert made == POOL and len(server.questions) <= 4 and seconds < 5 and message in made.notes()[0]
+    assert made == POOL and len(server.questions) <= 4 and seconds < 5 and message in caplog.text
 
 
-def test_an_outage_ends_after_the_tries():
+def test_an_outage_ends_after_the_tries(caplog):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{probe.getsockname()[1]}/v1"
-    made = gather(POOL, EndpointSource(url, "m", backoff=0.01), 20, deadline_seconds=20)
-    assert "asking 6 times" in made.notes()[0] and "refused" in made.notes()[0]
-    made, server, _, _ = ask(bad.silence, wanted=5, request_seconds=0.2)
-    assert len(server.questions) == 2 and "no whole reply within 0.2 s" in made.notes()[0]
+    gather(POOL, EndpointSource(url, "m", backoff=0.01), 20, deadline_seconds=20)
+    assert "asking 6 times" in caplog.text and "refused" in caplog.text
+    _, server, _, _ = ask(bad.silence, wanted=5, request_seconds=0.2)
+    assert len(server.questions) == 2 and "no whole reply within 0.2 s" in caplog.text
     # One that recovers goes on: the failures of one question are not those of another.
     made, server, _, _ = ask(fresh(), *[status(500)] * 4, fresh(), *[status(500)] * 4, fresh(), wanted=15)
     assert len(made.prompts) == 16 and len(server.questions) == 11
 
 
-def test_a_rate_limit_is_waited_for():
-    """More often than a failure, for as long as the server says in its words, or to the deadline."""
-    made, server, _, seconds = ask(*[status(429, "Please try again in 0.1s.")] * 8, fresh())
+def test_a_rate_limit_is_waited_for(caplog):
+    """More often than a failure, for as long as the server says, or to the deadline."""
+    made, server, _, seconds = ask(*[status(429, Retry_After="0.1")] * 8, fresh())
     assert len(made.prompts) == 3 and len(server.questions) == 9 and 0.8 <= seconds < 5
-    made, server, _, seconds = ask(status(429, "Calm down"), deadline=1.5)
-    assert len(server.questions) > 6 and 1.2 < seconds < 2.5
-    assert "the last: status 429, 'Calm down'" in made.notes()[0] and "of 1.5 s" in made.notes()[0]
+    _, server, _, seconds = ask(status(429, "Calm down"), deadline=1.0)
+    assert len(server.questions) > 6 and 0.8 < seconds < 2.0
+    assert "the last: status 429, 'Calm down'" in caplog.text and "of 1 s" in caplog.text
 
 
-def test_a_proxy_in_front_of_this_machine_is_named(monkeypatch):
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({}, None),
+        ({"retry-after": "1.5"}, 1.5),
+        ({"retry-after-ms": "1500", "retry-after": "2"}, 1.5),
+        *(({"retry-after": odd}, None) for odd in ("0", "-5", "nan", "inf", "soon", "A" * 100_000)),
+    ],
+)
+def test_the_wait_that_is_asked_for(headers, seconds):
+    assert _retry_after(headers) == seconds
+
+
+def test_a_server_on_this_machine_is_asked_without_a_proxy(monkeypatch):
     monkeypatch.setenv("HTTP_PROXY", "http://user:secret@127.0.0.1:9")
-    made, *_ = ask(fresh())
-    assert made.notes()[0].endswith("; HTTP_PROXY puts a proxy in front of 127.0.0.1: set NO_PROXY=127.0.0.1")
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     assert len(ask(fresh())[0].prompts) == 3
 
 
-LATE = {
-    "never a byte": bad.silence,
-    "a body that trickles": bad.trickle(),
-    "a head that trickles": bad.trickle(head=True),
-}
-
-
-@pytest.mark.parametrize("name", LATE)
-def test_a_slow_server_is_cut(name):
-    made, server, _, seconds = ask(LATE[name], fresh(), request_seconds=0.5)
-    assert len(made.prompts) == 3 and len(server.questions) == 2 and 0.49 < seconds < 5
-    made, _, _, seconds = ask(LATE[name], deadline=0.5, wanted=5, concurrency=2, per_call=1)
-    assert seconds < 1.5 and "0 of the 5" in made.notes()[0] and "of 0.5 s are left" in made.notes()[0]
+@pytest.mark.parametrize("step", [bad.silence, bad.trickle])
+def test_a_slow_server_is_cut(step, caplog):
+    made, server, _, seconds = ask(step, fresh(), request_seconds=0.3)
+    assert len(made.prompts) == 3 and len(server.questions) == 2 and 0.29 < seconds < 5
+    *_, seconds = ask(step, deadline=0.3, wanted=5, concurrency=2, per_call=1)
+    assert seconds < 1.3 and "0 of the 5" in caplog.text and "of 0.3 s are left" in caplog.text
     # Nothing goes on reading in the background, though the server goes on sending.
     assert ended()
 
@@ -167,20 +154,15 @@ def working():
     return [thread for thread in threading.enumerate() if thread.name == "sapo-paraphrase"]
 
 
-def test_what_cannot_be_interrupted_is_not_waited_for(monkeypatch):
-    """A server that never makes the connection secure; a name that is looked up for ever."""
-    with BadServer(bad.silence) as server:
-        started = time.monotonic()
-        gather(POOL, EndpointSource(server.url.replace("http:", "https:"), "m"), 5, deadline_seconds=0.5)
-        assert time.monotonic() - started < 1.5 and ended()
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(2.5))
+def test_a_name_that_is_looked_up_for_ever_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(2.0))
     started = time.monotonic()
-    made = gather(POOL, EndpointSource("http://nowhere.invalid/v1", "m"), 5, deadline_seconds=0.5)
-    assert time.monotonic() - started < 1.5 and "0 of the 5" in made.notes()[0] and ended()
+    made = gather(POOL, EndpointSource("http://nowhere.invalid/v1", "m"), 5, deadline_seconds=0.3)
+    assert time.monotonic() - started < 1.3 and made == POOL and ended()
 
 
 def test_closing_ends_the_requests_under_way():
-    with BadServer(fresh(), bad.trickle(head=True)) as server:
+    with BadServer(fresh(), bad.trickle) as server:
         source = EndpointSource(server.url, "m", concurrency=2, per_call=1)
         answers = source.paraphrase(Request("x", 2), Deadline(60))
         assert len(next(answers).texts) == 1
@@ -190,17 +172,17 @@ def test_closing_ends_the_requests_under_way():
         assert ended()
 
 
-def test_answers_are_kept_when_others_hang_or_are_refused(tmp_path):
+def test_answers_are_kept_when_others_hang_or_are_refused(tmp_path, caplog):
     store = tmp_path / "pool.json"
     made, *_ = ask(fresh(), bad.silence, wanted=8, deadline=1.0, concurrency=4, per_call=2, store=store)
-    assert len(made.prompts) == 3 and "2 of the 8" in made.notes()[0] and PromptPool.read(store) == made
+    assert len(made.prompts) == 3 and "2 of the 8" in caplog.text and PromptPool.read(store) == made
 
     def slow(handler):
         time.sleep(0.3)
         fresh()(handler)
 
     made, server, _, _ = ask(slow, status(401), wanted=6, per_call=2, concurrency=2)
-    assert len(made.prompts) == 3 and "status 401" in made.notes()[0] and len(server.questions) == 2
+    assert len(made.prompts) == 3 and "status 401" in caplog.text and len(server.questions) == 2
 
 
 def test_an_outage_loses_and_asks_nothing_twice(tmp_path):
@@ -213,7 +195,7 @@ def test_an_outage_loses_and_asks_nothing_twice(tmp_path):
     assert made.prompts[:7] == saved.prompts and len(made.prompts) == 11 and made.rejected == saved.rejected
     assert len(server.questions) == 2  # for the 4 that were missing
     made, server, _, _ = ask(status(500), wanted=10, store=store)
-    assert len(made.prompts) == 11 and server.questions == [] and made.notes()[1:] == []
+    assert len(made.prompts) == 11 and server.questions == []
 
 
 def test_concurrent_questions_are_all_used():
@@ -240,11 +222,6 @@ def test_concurrent_questions_are_all_used():
         ({"base_url": "http://user:secret@host/v1"}, "base_url"),
         ({"base_url": "http://host/v1?key=secret"}, "base_url"),
         ({"base_url": "http://[::1/v1"}, "base_url"),
-        ({"base_url": "http://host:99999/v1"}, "base_url"),
-        ({"base_url": "http://host/\nv1"}, "base_url"),
-        ({"model": "a\nb"}, "model"),
-        ({"concurrency": 65}, "concurrency"),
-        ({"per_call": True}, "per_call"),
         ({"request_seconds": float("nan")}, "request_seconds"),
     ],
 )
@@ -252,29 +229,3 @@ def test_bad_arguments(options, message):
     with pytest.raises(ValueError, match=f"{message}: expected") as caught:
         EndpointSource(**{"base_url": "http://h/v1", "model": "m", **options})
     assert "secret" not in str(caught.value)
-
-
-def test_without_the_client_the_extra_is_named(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "openai", None)
-    with pytest.raises(ImportError, match=r"sapo-kernels\[paraphrase\]"):
-        EndpointSource("http://h/v1", "m")
-
-
-@pytest.mark.slow
-def test_five_thousand_requests_leave_nothing_behind():
-    """Each of them ends in its time, whatever the server does; neither memory nor files nor threads grow."""
-    command = [sys.executable, "-m", "tests.paraphrase.bad_server"]
-    memory, files = [], []
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={"PYTHONPATH": ":".join(sys.path)}) as server:
-        url = server.stdout.readline().strip()
-        while server.poll() is None:
-            source = EndpointSource(url, "m", concurrency=16, per_call=1, request_seconds=0.3, backoff=0.001)
-            started = time.monotonic()
-            gather(POOL, source, 60, deadline_seconds=5)
-            assert time.monotonic() - started < 6 and ended()
-            gc.collect()
-            memory.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
-            files.append(len(os.listdir("/proc/self/fd")))
-    quarter = len(memory) // 4
-    early, late = statistics.median(memory[quarter : 2 * quarter]), statistics.median(memory[-quarter:])
-    assert quarter > 4 and late - early < 5 * 2**20 and files[-1] <= files[0], (memory, files)

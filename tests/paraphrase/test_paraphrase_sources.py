@@ -49,7 +49,7 @@ def test_the_driver_asks_for_what_is_missing():
     assert made.prompts[1:] == ("given yes no", "a yes no", "b yes no", "c yes no")
     assert [r.wanted for r in source.requests] == [3, 2, 1]
     assert source.requests[2].known == made.prompts[1:4] and source.requests[0].labels == ("yes", "no")
-    assert len(made.rejected) == len(made.merged) == 1 and made.remarks == ()
+    assert len(made.rejected) == len(made.merged) == 1
     many = Answer(tuple(f"{i} yes no" for i in range(9)), "script")
     assert len(gather(POOL, Scripted([many]), 4).prompts) == 5
 
@@ -112,41 +112,44 @@ def test_a_file_that_is_gone_on_with_gives_what_one_run_gives(tmp_path):
         assert gather(pool, source, 4, store=store) == expected, count
 
 
-def test_too_few():
+def test_too_few(caplog):
     def script():
         return Scripted(["a yes no", Answer((), "script", "why not")], [SourceError("it is gone")])
 
-    made = gather(POOL, script(), 4, minimum=1)
-    assert made.notes() == ["1 of the 4 paraphrases asked for are there: it is gone; 1 answer: why not"]
+    gather(POOL, script(), 4, minimum=1)
+    assert "script: 1 of the 4 paraphrases asked for are there: it is gone; 1 answer: why not" in caplog.text
     with pytest.raises(TooFewPrompts, match="at least 2 paraphrases, got 1; 1 of the 4 .* it is gone"):
         gather(POOL, script(), 4, minimum=2)
-    made = gather(POOL, Scripted(), 4)
-    assert made.prompts == POOL.prompts and "3 times in a row" in made.notes()[0]
+    assert gather(POOL, Scripted(), 4).prompts == POOL.prompts and "3 times in a row" in caplog.text
 
 
-def test_the_deadline_ends_it():
-    now = [0.0]
-
+def test_the_deadline_ends_it(caplog):
     class Slow(Scripted):
         def paraphrase(self, request, deadline):
-            now[0] += 4.0
-            yield Answer((f"{now[0]} yes no",), "slow")
+            time.sleep(0.04)
+            yield Answer((f"{time.monotonic()} yes no",), "slow")
 
-    made = gather(POOL, Slow(), 20, deadline_seconds=10, clock=lambda: now[0])
-    assert len(made.prompts) == 4 and "the deadline of 10 s was reached" in made.notes()[0]
+    made = gather(POOL, Slow(), 20, deadline_seconds=0.1)
+    assert len(made.prompts) == 4 and "the deadline of 0.1 s was reached" in caplog.text
 
 
 @pytest.mark.parametrize(
     "options",
-    [{"wanted": 0}, {"wanted": True}, {"minimum": -1}, {"wanted": 1, "minimum": 2}, {"wanted": 10_000}]
-    + [{"deadline_seconds": seconds} for seconds in (0, float("nan"), float("inf"), True)],
+    [
+        {"wanted": 0},
+        {"minimum": -1},
+        {"wanted": 1, "minimum": 2},
+        {"wanted": 10_000},
+        {"deadline_seconds": 0},
+        {"deadline_seconds": float("nan")},
+    ],
 )
 def test_bad_arguments_of_the_driver(options):
-    with pytest.raises(ValueError, match="^(wanted|minimum|deadline_seconds): "):
+    with pytest.raises(ValueError, match="^(wanted|wanted, minimum|deadline_seconds): "):
         gather(POOL, Scripted(), **options)
 
 
-def test_files(tmp_path):
+def test_files(tmp_path, caplog):
     texts = ["a yes no", "Say yes or no", "no", "A yes no", "{b} yes no"]
     pool = PromptPool.build("t", "Say yes or no", [PoolPrompt("a yes no", "endpoint:m"), "{b} yes no"])
     pool.save(tmp_path / "s.json")
@@ -160,7 +163,7 @@ def test_files(tmp_path):
     ):
         made = gather(POOL, FileSource(path), 20, store=tmp_path / "out.json", overwrite=True)
         assert made.prompts[1:] == ("a yes no", "{b} yes no") and made.provenance[1] == source
-        assert "holds no more" in made.notes()[-1] and PromptPool.read(tmp_path / "out.json") == made
+        assert "holds no more" in caplog.text and PromptPool.read(tmp_path / "out.json") == made
         assert len(made.rejected) == len(made.merged) == (path.name != "s.json")
     assert gather(POOL, FileSource(tmp_path / "f.txt"), 1).prompts[1:] == ("a yes no",)
 
@@ -212,7 +215,7 @@ def test_the_model_is_left_as_it_was(model, tokenizer):
 def test_seeds_are_recorded_and_repeat(model, tokenizer):
     def texts(seed):
         source = LocalModelSource(model, tokenizer, max_new_tokens=8)
-        return [source._generate(source._encode("x"), seed + i, Deadline(60))[0] for i in range(2)]
+        return [source._generate(source._encode("x"), seed + i, Deadline(60)) for i in range(2)]
 
     assert texts(7) == texts(7) != texts(8) and texts(7)[1] == texts(8)[0]
     model.config._name_or_path = "/a/b/Qwen3-0.6B"
@@ -260,16 +263,14 @@ def test_special_tokens_and_cut_answers_of_a_model(model, tokenizer, text, end, 
     scripted_model(model, tokenizer, text, end=end)
     (answer,) = LocalModelSource(model, tokenizer).paraphrase(Request("a", 2), Deadline(60))
     assert answer.texts == texts and fault in (answer.fault or "") and bool(fault) == bool(answer.fault)
-    with pytest.raises(SourceError, match="special token"):
-        list(LocalModelSource(model, tokenizer).paraphrase(Request("a<|im_end|>", 1), Deadline(60)))
 
 
-def test_generation_stops_at_the_deadline(model, tokenizer):
+def test_generation_stops_at_the_deadline(model, tokenizer, caplog):
     source = LocalModelSource(model, tokenizer, max_new_tokens=7000)
     model.generation_config.eos_token_id = 2815
     started = time.monotonic()
-    made = gather(POOL, source, 20, deadline_seconds=0.5)
-    assert time.monotonic() - started < 3 and "the deadline of 0.5 s was reached" in made.notes()[0]
+    gather(POOL, source, 20, deadline_seconds=0.5)
+    assert time.monotonic() - started < 3 and "the deadline of 0.5 s was reached" in caplog.text
 
 
 def test_without_a_chat_template(model, tokenizer):
@@ -278,9 +279,3 @@ def test_without_a_chat_template(model, tokenizer):
     given = scripted_model(model, tokenizer, tagged("yes no"))
     (answer,) = LocalModelSource(model, bare).paraphrase(Request("Say yes or no", 1), Deadline(60))
     assert answer.texts == ("yes no",) and given[0].endswith("Answer:\n") and "<|im_start|>" not in given[0]
-
-
-@pytest.mark.parametrize("options", [{"per_call": 0}, {"max_new_tokens": True}, {"seed": -1}])
-def test_bad_arguments_of_the_model_source(model, tokenizer, options):
-    with pytest.raises(ValueError, match="expected"):
-        LocalModelSource(model, tokenizer, **options)

@@ -115,7 +115,7 @@ def test_random_damage_never_escapes(sound, tmp_path):
 
     counts = {"written": 0, "refused": 0}
     files = sorted(run.rglob("*.json"))
-    for _ in range(150):
+    for _ in range(100):
         path = draw.choice(files)
         before = path.read_text()
         edit(path, *draw.choice(list(places(json.loads(before)))), value=draw.choice(values))
@@ -127,4 +127,4 @@ def test_random_damage_never_escapes(sound, tmp_path):
             assert len(str(error)) < 1500 and str(error).isprintable()
             counts["refused"] += 1
         path.write_text(before)
-    assert min(counts.values()) > 20, counts
+    assert min(counts.values()) > 10, counts

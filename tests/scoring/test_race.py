@@ -81,6 +81,25 @@ def test_the_rule_by_hand():
     assert sk.Race().quantile == pytest.approx(2.80703, abs=1e-5), "1 - 0.05 / 20 of the normal distribution"
 
 
+@pytest.mark.parametrize("fill", [1, 700, 3000, 10**9])
+def test_rounds_fill_what_takes_as_long_empty(fill):
+    """To whole multiples of `fill` tokens, and no example more; never fewer examples than without."""
+    full, race = plausible(3, np.linspace(0.0, 0.4, 12), noise=0.5), sk.Race(seed=4)
+    cost, order = np.random.default_rng(0).integers(20, 150, full.nll.shape), race.order(250)
+    state, least = RaceState(race, full.tokens.numpy(), cost, fill), race.first
+    while (cells := state.wanted()) is not None:
+        live, before = state.active.copy(), state.scored.copy()
+        taken, more = int(cost.flat[cells].sum()), int(cost[live][:, order[state.size : state.size + 1]].sum())
+        wanted = int((cost * ~before)[np.ix_(live, order[:least])].sum())
+        room = -(-wanted // fill) * fill
+        assert state.size == 250 or (wanted <= taken <= room < taken + more)
+        state.add(cells, full.nll.numpy().ravel()[cells])
+        least = min(250, math.ceil(state.rounds[-1] * race.growth))
+    plain = hold(full, race).race
+    assert len(state.rounds) <= len(plain.rounds) and state.report().winner == plain.winner
+    assert (state.rounds == [250]) == (fill == 10**9) and (state.rounds == plain.rounds) == (fill == 1)
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_a_race_without_risk_chooses_what_scoring_everything_chooses(seed):
     """Nothing is dropped on evidence, so all cells are scored; ties go to the lowest index."""

@@ -101,7 +101,7 @@ def test_one_context_many_responses(tiny_model):
 def test_scoring_again_plans_nothing(tiny_model, cache, monkeypatch):
     first = sk.score_prompts(tiny_model, cache, max_tokens=64)
     monkeypatch.setattr("sapo_kernels.scoring.response_cache.plan_trie", None)
-    monkeypatch.setattr(sk.TokenTrie, "make_pass", None)
+    monkeypatch.setattr(sk.TokenTrie, "passes", None)
     assert torch.equal(first.nll, sk.score_prompts(tiny_model, cache, max_tokens=64).nll)
     with torch.no_grad():
         tiny_model.lm_head.weight.mul_(0.5)

@@ -1,4 +1,4 @@
-"""A five-task sequence for `test_sequence_resume`: started as a process, killed, and started again.
+"""A three-task sequence for `test_sequence_resume`: started as a process, killed, and started again.
 
 ``python -m tests.sequence.sequence_child FOLDER METHOD`` goes on where the folder says.
 """
@@ -11,8 +11,8 @@ import torch
 
 from tests.sequence.sequence_helpers import run_small, small_tasks
 
-TASKS = 5
-OPTIONS = {"policy": "sapo", "every_steps": 3, "max_steps": 10}
+TASKS = 3
+OPTIONS = {"policy": "sapo", "every_steps": 3, "max_steps": 6}
 
 
 def run(folder, method: str) -> None:

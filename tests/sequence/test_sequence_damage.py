@@ -21,13 +21,20 @@ OPTIONS = {"max_steps": 2, "generate": False}
 PAIR, TASKS = model_and_tokenizer(), small_tasks(3)
 
 
-@pytest.fixture(scope="module", params=["done", "running"])
-def folder(request, tmp_path_factory):
-    """A run of three tasks; or one that was stopped in its third."""
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of three tasks."""
     path = tmp_path_factory.mktemp("damage") / "run"
+    run_small(path, model=PAIR, tasks=TASKS, **OPTIONS)
+    return path
+
+
+@pytest.fixture(scope="module", params=["done", "running"])
+def folder(request, finished, tmp_path_factory):
+    """A run of three tasks; or one that was stopped in its third."""
     if request.param == "done":
-        run_small(path, model=PAIR, tasks=TASKS, **OPTIONS)
-        return path
+        return finished
+    path = tmp_path_factory.mktemp("damage") / "run"
     plain, calls = runner_module.train_task, iter((1, 2))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runner_module, "train_task", lambda *args: next(calls) and plain(*args))
@@ -109,7 +116,7 @@ def damage(folder: Path, draw: random.Random) -> str:
     return f"{kind} {path.relative_to(folder)}"
 
 
-@pytest.mark.parametrize("count", [60, pytest.param(600, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [40, pytest.param(600, marks=pytest.mark.slow)])
 def test_every_damage_is_found_on_resume(folder, tmp_path, monkeypatch, count):
     draw, missed, kinds = random.Random(11), [], {}
     monkeypatch.setattr(runner_module, "train_task", None)
@@ -141,9 +148,8 @@ def test_every_damage_is_found_on_resume(folder, tmp_path, monkeypatch, count):
     ("tasks/02-colours2/adapter/adapter_config.json", "32", "64", "adapter_config.json: expected sha256"),
     (MANIFEST, '"size"', '"site"', MANIFEST + ": expected the manifest as it was written"),
 ])  # fmt: skip
-def test_damage_of_a_finished_run_is_named(tmp_path, name, old, new, words):
-    work = tmp_path / "run"
-    run_small(work, model=PAIR, tasks=TASKS[:2], **OPTIONS)
+def test_damage_of_a_finished_run_is_named(finished, tmp_path, name, old, new, words):
+    work = shutil.copytree(finished, tmp_path / "run")
     (tmp_path / "run" / "notes.txt").write_text("A file beside those of the run is nobody's business.")
     load_adapters(model_and_tokenizer()[0], work)
     text = (work / name).read_text()

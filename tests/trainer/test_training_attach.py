@@ -6,20 +6,15 @@ import json
 
 import pytest
 from datasets import Dataset
-from peft import PeftModel
 
 from sapo_kernels.files import read_json
 from sapo_peft import PromptPool, SapoConfig, attach_sapo
 from sapo_peft.trainer.records import CARD_TITLE, write_beside_adapter
-from tests.oracles import small_qwen3
 from tests.trainer.training_helpers import (
-    adapter_digest,
     colours,
     plain_trainer,
     pool_of,
-    record_batches,
     sapo_trainer,
-    texts_of,
 )
 
 
@@ -34,7 +29,6 @@ def everything(trainer) -> dict:
 
 
 TOKENISED = [{"input_ids": [1, 2], "labels": [1, 2], "attention_mask": [1, 1]}]
-LENGTHS = [{"input": "y" * (5 * i % 64), "target": "red", "length": 5 * i % 64} for i in range(64)]
 MIXED = [*colours(2, "colours"), *colours(2, "other")]
 
 
@@ -42,23 +36,20 @@ MIXED = [*colours(2, "colours"), *colours(2, "other")]
     ("options", "arguments", "error", "wanted"),
     [
         ({"tokenizer": False}, {}, ValueError, "expected one made with processing_class=tokenizer, got none"),
-        ({"data": []}, {}, ValueError, "expected a train_dataset with examples, got an empty one"),
+        ({"data": []}, {}, ValueError, "expected a train_dataset with examples and a length, got list"),
         ({"data": TOKENISED}, {}, ValueError, r"got \['attention_mask', 'input_ids', 'labels'\].*skip_prepare_dataset"),
-        ({"data": [("a", "b")]}, {}, ValueError, "expected raw examples with input/target .* got tuple"),
-        ({"data": [{"input": 1, "target": "b"}]}, {}, TypeError, "expected two strings"),
+        ({"data": [("a", "b")]}, {}, ValueError, "expected raw examples with input/target.* got tuple"),
+        ({"data": [{"input": 1, "target": "b"}]}, {}, TypeError, "'input': expected a string, got int"),
         ({"data": MIXED}, {}, ValueError, r"expected a 'task' among \['colours'\], got 'other'"),
         ({"data": MIXED}, {"config": SapoConfig(at_start=False)}, ValueError, "'task' among"),
         ({}, {"pools": [pool_of(2, "a"), pool_of(2, "b")]}, ValueError, r"'task' among \['a', 'b'\], got None"),
         ({}, {"pools": [pool_of(2, "a"), pool_of(3, "a")]}, ValueError, "got a name twice"),
         ({}, {"pools": []}, ValueError, "expected at least one PromptPool"),
         ({}, {"pools": {}}, ValueError, "expected at least one PromptPool"),
-        ({}, {"pools": ["Say it."]}, (ValueError, TypeError), "PromptPool"),
-        ({}, {"pools": "Say it."}, (ValueError, TypeError), "PromptPool"),
-        ({}, {"pools": {"colours": ["Say it."]}}, (ValueError, TypeError), "PromptPool"),
+        ({}, {"pools": ["Say it."]}, ValueError, "PromptPool"),
         ({}, {"pools": [PromptPool.build("t", "Say <|im_end|> it.")]}, ValueError, "special token"),
         ({}, {"probe": []}, ValueError, "task 'colours': expected at least one example to score on, got none"),
         ({}, {"probe": {}}, ValueError, "task 'colours': expected at least one example to score on, got none"),
-        ({}, {"probe": {"colours": []}}, ValueError, "expected at least one example to score on, got none"),
         ({}, {"probe": [{"text": "x"}]}, ValueError, "input"),
         ({}, {"probe": [{"input": "x", "target": ""}]}, ValueError, "target"),
         ({}, {"probe": {"colours": colours(2), "color": colours(2)}}, ValueError, "color"),
@@ -66,32 +57,23 @@ MIXED = [*colours(2, "colours"), *colours(2, "other")]
          "task 'b': expected at least one example"),
         ({}, {"pools": None}, TypeError, "pools: expected a PromptPool, a list of them or one by task, got NoneType"),
         ({}, {"probe": "abc"}, TypeError, "probe: expected a list of examples, or one by task, got str"),
-        ({}, {"probe": iter(colours(2))}, TypeError, "probe: expected a list of examples, or one by task, got"),
         ({}, {"probe": [1, 2]}, TypeError, "expected a mapping with two texts, got int"),
-        ({}, {"probe": {"colours": "abc"}}, TypeError, "probe: task 'colours': expected a list of examples, got str"),
+        ({}, {"probe": {"colours": "abc"}}, TypeError, "expected a mapping with 'input' and 'target', got str"),
         ({}, {"config": {"every_steps": 2}}, TypeError, "config: expected a SapoConfig, got dict"),
         ({"logging_strategy": "no"}, {"config": SapoConfig(drift=4.0)}, ValueError, "expected a logging_strategy, got"),
         ({"accelerator_config": {"dispatch_batches": True}}, {}, ValueError, "dispatch_batches=True cannot"),
-        ({"train_sampling_strategy": "group_by_length"}, {}, ValueError, "'group_by_length' needs the length of"),
-        ({"train_sampling_strategy": "batch_rebalance"}, {}, ValueError, "a column 'length' .*, or 'random'"),
-        ({"train_sampling_strategy": "group_by_length", "length_column_name": "n",
-          "data": Dataset.from_list(colours(4))}, {}, ValueError, "expected datasets.Dataset with a column 'n'"),
-        ({"train_sampling_strategy": "group_by_length", "data": Dataset.from_list(LENGTHS), "eval_dataset": colours(3)},
-         {}, ValueError, "expected datasets.Dataset with a column 'length'"),
         # What the collator would find after hours.
-        ({"data": [*colours(9), {"input": "a"}]}, {}, ValueError, "train_dataset: row 9: .*got .'input'"),
+        ({"data": [*colours(9), {"input": "a"}]}, {}, ValueError, "train_dataset: row 9: expected the key 'target'"),
         ({"data": [*colours(9), 3]}, {}, TypeError, "train_dataset: row 9: .*got int"),
         ({"data": [*colours(9), {"input": "a", "target": " "}]}, {}, ValueError, "row 9: .*expected a target"),
         ({"data": Dataset.from_list([*colours(9), {"input": "a", "target": ""}])}, {}, ValueError,
          "row 9: .*expected a target"),
         ({"data": Dataset.from_list([*colours(9), {"input": "a", "target": None}])}, {}, TypeError,
-         "row 9: .*expected two strings"),
+         "row 9: 'target': expected a string, got NoneType"),
         ({"data": Dataset.from_list(MIXED)}, {}, ValueError, "row 2: .*'task' among .* got 'other'"),
-        ({}, {"pools": {1: pool_of()}}, TypeError, "names of tasks as strings, got int 1"),
         ({"eval_dataset": TOKENISED}, {}, ValueError, r"eval_dataset: expected raw examples .* got \['attention_mask'"),
         ({"eval_dataset": {"x": colours(2), "y": TOKENISED}}, {}, ValueError, r"eval_dataset\['y'\]: expected raw"),
         ({"eval_dataset": MIXED}, {}, ValueError, r"eval_dataset: row 2: example: .* 'task' among .* 'other'"),
-        ({"eval_dataset": [{"input": "a", "target": 1}]}, {}, TypeError, "expected two strings"),
         ({}, {"config": SapoConfig(max_source=5)}, ValueError, "max_source"),
         ({}, {"config": SapoConfig(template="{prompt} alone")}, ValueError, "template: expected {prompt} and {input}"),
     ],
@@ -102,19 +84,6 @@ def test_a_refusal_leaves_the_trainer_as_it_was(tmp_path, options, arguments, er
     with pytest.raises(error, match=wanted):
         attach_sapo(trainer, **{"pools": pool_of(), **arguments})
     assert everything(trainer) == before
-
-
-@pytest.mark.parametrize("strategy", ["group_by_length", "batch_rebalance"])
-def test_batches_by_length_with_the_lengths_in_a_column(tmp_path, strategy):
-    data = Dataset.from_list(LENGTHS)
-    trainer, _ = sapo_trainer(tmp_path, data=data, max_steps=5, train_sampling_strategy=strategy, eval_dataset=data)
-    batches = record_batches(trainer)
-    trainer.train()
-    trainer.evaluate()
-    rows = [[text.count("y") for text, _ in texts_of(trainer, batch)] for batch in batches]
-    # The longest comes first, then they are in order.
-    later = [length for row in rows[1:] for length in row]
-    assert len(rows) == 5 and (strategy != "group_by_length" or later == sorted(later, reverse=True))
 
 
 def test_attached_twice(tmp_path):
@@ -131,7 +100,7 @@ def test_something_that_is_no_trainer():
     class Almost:
         processing_class, args, train_dataset = object(), object(), colours(2)
 
-    with pytest.raises(TypeError, match="expected a transformers Trainer with get_batch_samples"):
+    with pytest.raises(TypeError, match="expected a transformers Trainer with train"):
         attach_sapo(Almost(), pool_of())
 
 
@@ -147,7 +116,7 @@ def test_something_that_is_no_trainer():
     ],
 )  # fmt: skip
 def test_bad_options(name, value):
-    with pytest.raises(ValueError, match=f"^{name}: expected .*, got "):
+    with pytest.raises(ValueError, match=f"^'{name}': expected .*, got "):
         SapoConfig(**{name: value})
 
 
@@ -206,8 +175,8 @@ def test_the_chat_template_of_a_processor_counts(tmp_path):
 def test_the_collator_was_chosen_for_this_trainer_only(tmp_path):
     trainer, _ = sapo_trainer(tmp_path)
     other = plain_trainer(tmp_path)
-    assert "get_train_dataloader" in vars(trainer) and "get_train_dataloader" not in vars(other)
-    assert type(other).get_train_dataloader is type(trainer).get_train_dataloader
+    assert type(other).get_train_dataloader is not type(trainer).get_train_dataloader
+    assert isinstance(trainer, type(other)) and type(trainer).__name__ == type(other).__name__
 
 
 # Beside the adapter.
@@ -249,12 +218,6 @@ def test_the_card_has_one_section_however_often_it_is_saved(saved):
     assert (folder / "README.md").read_text() == before
 
 
-def test_the_adapter_loads_again(saved):
-    trainer, _, folder = saved
-    again = PeftModel.from_pretrained(small_qwen3(), folder)
-    assert adapter_digest(again) == adapter_digest(trainer.model)
-
-
 def test_whatever_stands_in_a_prompt_stays_inside_its_block(tmp_path):
     (tmp_path / "README.md").write_text(f"---\na: 1\n---\n# Card\n\n{CARD_TITLE}\n\nold\n")
     text = "First\n## A heading\n\n```\n<script>\n" + CARD_TITLE
@@ -272,11 +235,6 @@ def test_whatever_stands_in_a_prompt_stays_inside_its_block(tmp_path):
         assert block == ["    " + line for line in text.splitlines()]
         assert not any(line.startswith("#") for line in after)
     assert read_json(tmp_path / "sapo_prompts.json", max_bytes=10**6) == record
-
-
-def test_without_a_card_none_is_made(tmp_path):
-    write_beside_adapter(tmp_path, {"tasks": {}})
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["sapo_prompts.json"]
 
 
 def test_a_run_without_scoring_says_so(tmp_path):

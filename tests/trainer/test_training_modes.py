@@ -94,23 +94,11 @@ def test_soft_mode_trains_on_the_draws_of_the_state(tmp_path, workers):
     assert by_epoch[0] != by_epoch[1] and set(by_epoch[0]) == set(by_epoch[1])
 
 
-def test_hard_mode_trains_on_the_argmin(tmp_path):
-    trainer, callback = sapo_trainer(tmp_path, pool_of(5), SapoConfig(every_steps=3, probe_examples=4))
-    batches = record_batches(trainer)
-    trainer.train()
-    for batch in batches:
-        losses = callback.history[batch["step"] // 3].losses["colours"]
-        prompt = callback.choice.pools["colours"].prompts[losses.index(min(losses))]
-        assert all(f"user\n{prompt}\n\n" in context for context, _ in texts_of(trainer, batch))
-
-
 def test_a_choice_is_kept_where_nothing_could_be_scored():
     choice = Choice({"a": pool_of(3, "a"), "b": pool_of(2, "b")}, "hard", 0)
-    choice.state.best.copy_(torch.tensor([2, 1]))
-    assert choice.settle() == [("a", 0, 2), ("b", 0, 1)]
-    choice.state.best.copy_(torch.tensor([-1, 0]))
-    assert choice.settle() == [("b", 1, 0)] and choice.chosen.tolist() == [2, 0]
-    assert choice.round == (2, 0), "every settling is a new round"
+    assert choice.take([2, 1]) == [("a", 0, 2), ("b", 0, 1)]
+    assert choice.take([-1, 0]) == [("b", 1, 0)] and choice.chosen.tolist() == [2, 0]
+    assert choice.round == (2, 0), "every choice is a new round"
 
 
 # When.
@@ -226,7 +214,7 @@ def test_every_rank_draws_by_the_numbers_of_rank_0(tmp_path):
     """Processors may differ in the last bits of an exponential, so what is drawn by is shared, not computed."""
     config = SapoConfig(mode="soft", temperature=0.5, probe_examples=2)
     trainer, callback = sapo_trainer(tmp_path, config=config, max_steps=1)
-    callback._agree = lambda value: value if value.ndim == 3 else torch.full_like(value, 2.0)
+    callback.rescorer.agree = lambda value: value if value.ndim == 3 else torch.full_like(value, 2.0)
     trainer.train()
     state = callback.choice.state
     for value in (state.mean, state.weight, state.probs, state.best, state.effective, callback.choice.chosen):

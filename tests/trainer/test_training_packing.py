@@ -47,13 +47,6 @@ def test_losses_norms_and_weights_are_those_of_padded_rows(tmp_path, variant, to
     assert (got_weights - weights).norm() < 1e-3 * weights.norm()
 
 
-def test_fifty_steps_end_within_a_ten_thousandth(tmp_path):
-    options = dict(max_steps=50, learning_rate=1e-3)
-    losses, got = (run(tmp_path / packing, packing, **options)[1][:, 0] for packing in ("padded", "trie"))
-    assert (losses[0] - losses[-1]) > 0.1, "something was learnt"
-    assert abs(float(got[-1] / losses[-1]) - 1) < 1e-4
-
-
 def test_low_precision_and_the_same_bits_again(tmp_path):
     first, again = (run(tmp_path / name, "trie", bf16=True) for name in ("a", "b"))
     assert torch.equal(first[1], again[1]) and torch.equal(first[3], again[3])
@@ -124,11 +117,13 @@ CHILD = """
 import json, os, sys, torch
 torch.set_num_threads(1)
 from tests.trainer.test_training_packing import run
-callback, losses, _, weights = run(sys.argv[1], sys.argv[2], ddp_find_unused_parameters=sys.argv[3] == "1",
-                                   average_tokens_across_devices=True)
+made = {}
+for name in ("padded", "trie", "trie unused"):
+    callback, losses, _, weights = run(f"{sys.argv[1]}/{name}", name.split()[0], max_steps=3,
+        ddp_find_unused_parameters="unused" in name, average_tokens_across_devices=True)
+    made[name] = {"losses": losses.tolist(), "sum": float(weights.double().sum()), "tokens": callback.packing.tokens}
 from sapo_peft.trainer import ranks
 if int(os.environ["RANK"]) == 0:
-    made = {"losses": losses.tolist(), "sum": float(weights.double().sum()), "tokens": callback.packing.tokens}
     open(sys.argv[1] + "/made.json", "w").write(json.dumps(made))
 ranks.leave()
 # DDP's threads may abort the interpreter at its end even so, seldom; all that is compared is written by now.
@@ -138,16 +133,12 @@ os._exit(0)
 
 
 @needs_gloo
-@pytest.mark.parametrize("unused", ["0", "1"])
-def test_two_ranks(tmp_path, unused):
+def test_two_ranks(tmp_path):
     (tmp_path / "child.py").write_text(CHILD)
-    made = {}
-    for packing in ("padded", "trie"):
-        folder = tmp_path / packing
-        folder.mkdir()
-        done = torchrun(str(tmp_path / "child.py"), str(folder), packing, unused)
-        assert done.returncode == 0, done.stderr[-3000:]
-        made[packing] = json.loads((folder / "made.json").read_text())
-    padded, trie = made["padded"], made["trie"]
-    assert trie["tokens"] and torch.allclose(torch.tensor(trie["losses"]), torch.tensor(padded["losses"]), rtol=1e-4)
-    assert abs(trie["sum"] - padded["sum"]) < 1e-4 * abs(padded["sum"])
+    done = torchrun(str(tmp_path / "child.py"), str(tmp_path))
+    assert done.returncode == 0, done.stderr[-3000:]
+    padded, *tries = json.loads((tmp_path / "made.json").read_text()).values()
+    for trie in tries:
+        assert trie["tokens"]
+        assert torch.allclose(torch.tensor(trie["losses"]), torch.tensor(padded["losses"]), rtol=1e-4)
+        assert abs(trie["sum"] - padded["sum"]) < 1e-4 * abs(padded["sum"])

@@ -214,7 +214,7 @@ def test_the_overhead_is_all_that_sapo_does(tmp_path, monkeypatch, capsys):
     trainer.training_step = lambda *args, **kwargs: (time.sleep(5 * pause), step(*args, **kwargs))[1]
     trainer.train()
     assert {name: counted.count(name) for name in ("cache", "score", "batch")} == {"cache": 1, "score": 4, "batch": 4}
-    assert counted.count("state") >= 4
+    assert "state" in counted
     least = pause * len(counted)
     (end,) = [row for row in trainer.state.log_history if "sapo/overhead_fraction" in row]
     found = re.search(r"all of SAPO ([\d.]+) s of ([\d.]+) s \(([\d.]+)%\)", capsys.readouterr().out)

@@ -98,7 +98,7 @@ def prefer(callback, wanted: Mapping[int, int] | list[int]) -> list[torch.Tensor
             return forced
         return sums
 
-    callback._agree = agree
+    callback.rescorer.agree = agree
     return seen
 
 

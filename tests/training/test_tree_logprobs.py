@@ -157,6 +157,18 @@ def test_a_model_that_differs_over_a_trie_is_refused_by_name(change, why):
         sk.tree_logprobs(model, BATCH)
 
 
+def test_right_values_with_wrong_gradients_are_refused(monkeypatch):
+    """Twice the gradients of the same losses: what a wrong backward pass would give."""
+
+    def doubled(*given):
+        found = logprobs_of(*given)
+        return 2 * found - found.detach()
+
+    monkeypatch.setattr("sapo_kernels.training.tree_logprobs.logprobs_of", doubled)
+    with pytest.raises(RuntimeError, match="its gradients over the trie differ from those on padded rows by 1 of"):
+        sk.tree_logprobs(lora(), BATCH)
+
+
 @pytest.mark.parametrize("family, why", [("mamba", "state|attention"), ("rwkv", "state|attention")])
 def test_families_that_carry_state_are_refused(family, why):
     with pytest.raises(RuntimeError, match=why):

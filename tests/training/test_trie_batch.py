@@ -9,21 +9,14 @@ import pytest
 import torch
 
 import sapo_kernels as sk
+from sapo_kernels.training.trie_batch import padded_rows
 
 GROUP = [([1, 2, 3, 4], [5, 6]), ([1, 2, 3], [7]), ([1, 2, 3, 4], [5, 8, 9]), ([2], [2, 2])]
 
 
-def padded(rows, width=None):
+def padded(rows, width=1):
     """A collator's batch of (context, response) rows."""
-    width = width or max(len(context) + len(response) for context, response in rows)
-    ids = torch.zeros(len(rows), width, dtype=torch.int64)
-    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
-    for i, (context, response) in enumerate(rows):
-        length = len(context) + len(response)
-        ids[i, :length] = torch.tensor(context + response)
-        mask[i, :length] = 1
-        labels[i, len(context) : length] = torch.tensor(response)
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    return padded_rows(rows, multiple_of=width)
 
 
 def of(rows):

@@ -59,15 +59,11 @@ class Row(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A bundled task: what goes into instructions.json, the paraphrases, and how to make a row."""
+    """A bundled task: how to make a row. Its prompts are in instructions.json and paraphrases.json, written by hand."""
 
     name: str
-    instruction: str
-    suffix: str
-    labels: tuple[str, ...]
     seed: int
     make_row: Callable[[Draw, int], Row]
-    paraphrases: tuple[str, ...]
 
 
 def normal(text: str) -> str:
@@ -76,8 +72,8 @@ def normal(text: str) -> str:
 
 
 def listed(words: str) -> list[str]:
-    """The words of a text, for word lists that would fill a page with one quoted word per line."""
-    return words.split()
+    """The words of a text, or its parts if it has commas: for lists that would fill a page with one quoted a line."""
+    return words.split(", ") if "," in words else words.split()
 
 
 def upper_first(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Write the bundled example data, or check that the files on disk are what this generator writes.
+"""Write the rows and orders of the bundled tasks, or check that the files on disk are what this generator writes.
 
     python -m tools.bundled_tasks.make_tasks           # write
     python -m tools.bundled_tasks.make_tasks --check   # compare; exit status 1 on any difference
@@ -13,7 +13,7 @@ import pathlib
 import sys
 
 from sapo_peft.assets import BUNDLED_DIR
-from tools.bundled_tasks.common import SIZES, Task, make_splits
+from tools.bundled_tasks.common import Task, make_splits
 from tools.bundled_tasks.tasks_arithmetic import ARITHMETIC
 from tools.bundled_tasks.tasks_extract import EXTRACT
 from tools.bundled_tasks.tasks_odd_one import ODD_ONE
@@ -26,8 +26,8 @@ ORDERS = {
     "bundled_a": (POLARITY, EXTRACT, ARITHMETIC, ODD_ONE, PASSIVE, ORDER),
     "bundled_b": (ORDER, PASSIVE, ODD_ONE, ARITHMETIC, EXTRACT, POLARITY),
 }
-# Folders that hold nothing but generated files; a file there that is not generated is reported by --check.
-GENERATED = ("SUPERNI", "CL_configs")
+# Patterns of generated files; another one that fits is reported by --check.
+GENERATED = ("SUPERNI/*/*", "CL_configs/**/*")
 
 
 def _rows_json(rows: list[dict[str, str]]) -> str:
@@ -44,21 +44,8 @@ def _order_entry(task: Task) -> dict[str, str]:
 
 
 def build_files() -> dict[str, bytes]:
-    """Every data file: relative path (with `/`) -> content, in UTF-8 with `\\n` line ends."""
-    files = {
-        "SUPERNI/instructions.json": _json(
-            {
-                task.name: {
-                    "instruction": task.instruction,
-                    "suffix": task.suffix,
-                    "labels": list(task.labels),
-                    "size": list(SIZES.values()),
-                }
-                for task in TASKS
-            }
-        ),
-        "paraphrases.json": _json({task.name: list(task.paraphrases) for task in TASKS}),
-    }
+    """Every generated file: relative path (with `/`) -> content, in UTF-8 with `\\n` line ends."""
+    files = {}
     for task in TASKS:
         for split, rows in make_splits(task).items():
             files[f"SUPERNI/{task.name}/{split}.json"] = _rows_json(rows)
@@ -91,11 +78,10 @@ def differences(folder: pathlib.Path) -> list[str]:
             problems.append(f"missing: {path}")
         elif target.read_bytes() != content:
             problems.append(f"differs: {path}")
-    for name in GENERATED:
-        for target in sorted((folder / name).rglob("*")):
-            path = target.relative_to(folder).as_posix()
-            if target.is_file() and path not in files:
-                problems.append(f"not generated: {path}")
+    for target in sorted(target for pattern in GENERATED for target in folder.glob(pattern)):
+        path = target.relative_to(folder).as_posix()
+        if target.is_file() and path not in files:
+            problems.append(f"not generated: {path}")
     return problems
 
 

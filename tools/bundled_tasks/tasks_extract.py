@@ -3,8 +3,7 @@
 A message holds each of its fields once, next to numbers and codes that are none of them.
 """
 
-from tools.bundled_tasks.common import Draw, Row, Task
-from tools.bundled_tasks.paraphrases_generate import EXTRACT_PARAPHRASES
+from tools.bundled_tasks.common import Draw, Row, Task, listed
 
 FIELDS = ("city", "date", "amount", "name")
 
@@ -48,78 +47,17 @@ LAYOUTS = (
     '"{message}"\nWanted: {field}',
     "Look for: {field}\n\n{message}",
 )
-CITIES = (
-    "Lisbon",
-    "Oslo",
-    "Kyoto",
-    "Toronto",
-    "Nairobi",
-    "Prague",
-    "Hamburg",
-    "Valencia",
-    "Cape Town",
-    "Dublin",
-    "Seoul",
-    "Montreal",
-    "Krakow",
-    "Bergen",
-    "Buenos Aires",
-    "Gdansk",
-    "Ghent",
-    "Leeds",
-    "Marseille",
-    "Porto",
-    "Zagreb",
-    "Tallinn",
-    "Utrecht",
-    "Bristol",
-    "Graz",
-    "Lima",
-    "Mumbai",
-    "San Diego",
-    "Denver",
-    "New Orleans",
+CITIES = listed(
+    "Lisbon, Oslo, Kyoto, Toronto, Nairobi, Prague, Hamburg, Valencia, Cape Town, Dublin, Seoul, Montreal, "
+    "Krakow, Bergen, Buenos Aires, Gdansk, Ghent, Leeds, Marseille, Porto, Zagreb, Tallinn, Utrecht, Bristol, "
+    "Graz, Lima, Mumbai, San Diego, Denver, New Orleans"
 )
-NAMES = (
-    "Amara Okafor",
-    "Ben Carter",
-    "Clara Weiss",
-    "Dmitri Volkov",
-    "Elena Rossi",
-    "Farid Haddad",
-    "Grace Lin",
-    "Hugo Martin",
-    "Ines Duarte",
-    "Jonas Berg",
-    "Keiko Mori",
-    "Liam Doyle",
-    "Mina Patel",
-    "Noor Rahman",
-    "Oskar Lind",
-    "Priya Nair",
-    "Rosa Vega",
-    "Samuel Osei",
-    "Tara Quinn",
-    "Yusuf Demir",
-    "Mrs Novak",
-    "Mr Hall",
-    "Dr Sato",
-    "Ms Keller",
+NAMES = listed(
+    "Amara Okafor, Ben Carter, Clara Weiss, Dmitri Volkov, Elena Rossi, Farid Haddad, Grace Lin, Hugo Martin, "
+    "Ines Duarte, Jonas Berg, Keiko Mori, Liam Doyle, Mina Patel, Noor Rahman, Oskar Lind, Priya Nair, Rosa Vega, "
+    "Samuel Osei, Tara Quinn, Yusuf Demir, Mrs Novak, Mr Hall, Dr Sato, Ms Keller"
 )
-MONTHS = (
-    "January",
-    "February",
-    "March",
-    "April",
-    "May",
-    "June",
-    "July",
-    "August",
-    "September",
-    "October",
-    "November",
-    "December",
-)
+MONTHS = listed("January February March April May June July August September October November December")
 
 
 def _date(draw: Draw) -> str:
@@ -173,15 +111,4 @@ def make_row(draw: Draw, index: int) -> Row:
     return Row(message, draw.pick(LAYOUTS).format(field=field, message=message), values[field])
 
 
-EXTRACT = Task(
-    name="task03_message_field",
-    instruction=(
-        "Each input names a field (city, date, amount or name) and gives a short message. Find the value of "
-        "that field in the message and copy it exactly as it is written there."
-    ),
-    suffix="Directly output only the value of the field.",
-    labels=(),
-    seed=303,
-    make_row=make_row,
-    paraphrases=EXTRACT_PARAPHRASES,
-)
+EXTRACT = Task("task03_message_field", seed=303, make_row=make_row)

@@ -5,7 +5,6 @@ the one from lending words to the other.
 """
 
 from tools.bundled_tasks.common import Draw, Row, Task, listed, upper_first
-from tools.bundled_tasks.paraphrases_classify import ODD_ONE_PARAPHRASES
 
 # Groups on one line are near each other: a word from a near group makes the harder rows.
 NEAR = (
@@ -150,15 +149,4 @@ def make_row(draw: Draw, index: int) -> Row:
     return Row((group, frozenset(words)), sentence, odd)
 
 
-ODD_ONE = Task(
-    name="task02_odd_one_out",
-    instruction=(
-        "You are given the name of a group and five words. Four of the words belong to the group and one "
-        "does not. Find the word that does not belong."
-    ),
-    suffix="Directly output only the word that does not belong.",
-    labels=(),
-    seed=202,
-    make_row=make_row,
-    paraphrases=ODD_ONE_PARAPHRASES,
-)
+ODD_ONE = Task("task02_odd_one_out", seed=202, make_row=make_row)

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from tools.bundled_tasks.common import Draw, Row, Task, listed
-from tools.bundled_tasks.paraphrases_generate import ORDER_PARAPHRASES
 
 Item = tuple[object, str]  # (sort value, text)
 
@@ -22,19 +21,9 @@ WORD_LIST = listed(
 WEEK = listed("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
 YEAR = listed("January February March April May June July August September October November December")
 GOODS = listed("lamp chair mug clock vase rug mirror basket towel pillow kettle blanket tray jug candle")
-EVENTS = (
-    "bridge opened",
-    "mill burned",
-    "school founded",
-    "tower built",
-    "harbour widened",
-    "park planted",
-    "railway closed",
-    "library moved",
-    "town hall painted",
-    "well dug",
-    "theatre renovated",
-    "market paved",
+EVENTS = listed(
+    "bridge opened, mill burned, school founded, tower built, harbour widened, park planted, railway closed, "
+    "library moved, town hall painted, well dug, theatre renovated, market paved"
 )
 PEOPLE = listed("Nora Otto Pia Luis Greta Sami Ilse Hamid Vera Kofi Edda Bruno Leila Marek")
 TOWNS = listed("Alder Brook Cliffe Dunmore Eastby Ferndale Glenton Hatley Inver Kirkby Lowmoor Marsh")
@@ -192,15 +181,4 @@ def make_row(draw: Draw, index: int) -> Row:
     return Row((index % len(KINDS), frozenset(texts)), sentence, ", ".join(text for _, text in ordered))
 
 
-ORDER = Task(
-    name="task06_order_items",
-    instruction=(
-        "Each input gives a few items and a rule for sorting them. Put all the items into the order the "
-        "rule asks for and write each one exactly as it was given."
-    ),
-    suffix="Directly output only the sorted items, separated by a comma and a space.",
-    labels=(),
-    seed=606,
-    make_row=make_row,
-    paraphrases=ORDER_PARAPHRASES,
-)
+ORDER = Task("task06_order_items", seed=606, make_row=make_row)

@@ -1,7 +1,6 @@
 """Rewriting: an active sentence into the passive, with tense, negation and time expression kept."""
 
-from tools.bundled_tasks.common import Draw, Row, Task, upper_first
-from tools.bundled_tasks.paraphrases_generate import PASSIVE_PARAPHRASES
+from tools.bundled_tasks.common import Draw, Row, Task, listed, upper_first
 
 # A noun phrase is plural when it starts with "*". A verb is "base third-person past participle -ing".
 DOMAINS = (
@@ -103,20 +102,7 @@ PEOPLE = (
     ("Aisha", "Aisha", False),
     ("Peter and Ana", "Peter and Ana", True),
 )
-TENSES = (
-    "past",
-    "present",
-    "future",
-    "must",
-    "can",
-    "should",
-    "perfect",
-    "past perfect",
-    "was -ing",
-    "is -ing",
-    "did not",
-    "will not",
-)
+TENSES = listed("past, present, future, must, can, should, perfect, past perfect, was -ing, is -ing, did not, will not")
 TIMES = {
     "past": ("yesterday", "last week", "on Monday", "in the morning", "before lunch"),
     "present": ("every day", "once a month", "on Fridays", "every spring"),
@@ -195,16 +181,4 @@ def make_row(draw: Draw, index: int) -> Row:
     )
 
 
-PASSIVE = Task(
-    name="task04_active_to_passive",
-    instruction=(
-        "Rewrite the sentence in the passive voice. Turn the object into the subject, keep the tense, and "
-        "name the "
-        'doer after "by". A time expression stays where it was, at the start or at the end of the sentence.'
-    ),
-    suffix="Directly output only the rewritten sentence.",
-    labels=(),
-    seed=404,
-    make_row=make_row,
-    paraphrases=PASSIVE_PARAPHRASES,
-)
+PASSIVE = Task("task04_active_to_passive", seed=404, make_row=make_row)

@@ -2,12 +2,32 @@
 
 A note is built from clauses of known polarity. `mixed` holds at least one of each, always about different
 aspects, so that no note contradicts itself. The layout is drawn independently of the label.
+
+The clauses are in polarity.txt: after the names of some products the aspects of them, a blank line between two, with
+the praise (+) and the complaints (-) that carry on from a mention of the product. Both sides use negations and plain
+facts, so that no single word gives the label away.
 """
 
-from tools.bundled_tasks.common import Draw, Row, Task, upper_first
-from tools.bundled_tasks.paraphrases_classify import POLARITY_PARAPHRASES
-from tools.bundled_tasks.polarity_words import ANY_PRODUCT, FAMILIES
+from pathlib import Path
 
+from tools.bundled_tasks.common import Draw, Row, Task, listed, upper_first
+
+Aspect = tuple[list[str], list[str]]  # praise, complaints
+
+
+def _families() -> list[tuple[list[str], list[Aspect]]]:
+    """(products, their aspects) of polarity.txt; the last aspects go with any product."""
+    found = []
+    text = Path(__file__).with_name("polarity.txt").read_text(encoding="utf-8")
+    for family in text.removeprefix("# ").split("\n\n# "):
+        names, _, clauses = family.partition("\n")
+        aspects = [aspect.splitlines() for aspect in clauses.split("\n\n")]
+        pairs = [tuple([line[2:] for line in aspect if line[0] == sign] for sign in "+-") for aspect in aspects]
+        found.append((names.split(", "), pairs))
+    return found
+
+
+*FAMILIES, (_, ANY_PRODUCT) = _families()
 LABELS = ("positive", "negative", "mixed")
 
 TEMPLATES = (
@@ -40,27 +60,11 @@ TEMPLATES = (
     "{Body}. Written {when} about the {colour} {item}.",
     "[{item}, {colour}] {Body}.",
 )
-WHEN = (
-    "last week",
-    "on Tuesday",
-    "in March",
-    "yesterday",
-    "two weeks ago",
-    "before the holidays",
-    "this spring",
-)
+WHEN = listed("last week, on Tuesday, in March, yesterday, two weeks ago, before the holidays, this spring")
 SPAN = ("a month", "six weeks", "half a year", "ten days", "one winter", "three months", "a full year")
 PLACE_NAME = ("the corner shop", "your website", "the outlet", "the spring sale", "the market hall")
 OFTEN = ("every day", "most mornings", "twice a week", "at weekends", "now and then", "at work")
-PERSON = (
-    "my sister",
-    "my father",
-    "a neighbour",
-    "my flatmate",
-    "a colleague",
-    "my grandmother",
-    "my cousin",
-)
+PERSON = listed("my sister, my father, a neighbour, my flatmate, a colleague, my grandmother, my cousin")
 COLOUR = ("black", "white", "green", "grey", "blue", "red", "yellow")
 JOIN_SAME = (" and ", ", and on top of that ", ". Also, ", ". What is more, ", ". ", "; ")
 JOIN_CONTRAST = (", but ", ", yet ", ". Then again, ", ". Still, ", ". ", "; ")
@@ -108,15 +112,4 @@ def make_row(draw: Draw, index: int) -> Row:
     return Row(frozenset(clauses), draw.pick(TEMPLATES).format(**fill), label)
 
 
-POLARITY = Task(
-    name="task01_product_note_polarity",
-    instruction=(
-        "Read a short note about a product and decide on its overall tone. The tone is positive if the note "
-        "only has good things to say, negative if it only complains, and mixed if it does both."
-    ),
-    suffix="Directly output only positive, negative or mixed as your answer.",
-    labels=LABELS,
-    seed=101,
-    make_row=make_row,
-    paraphrases=POLARITY_PARAPHRASES,
-)
+POLARITY = Task("task01_product_note_polarity", seed=101, make_row=make_row)

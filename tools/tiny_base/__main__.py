@@ -1,7 +1,7 @@
-"""``python -m tools.tiny_base``: where a tiny base lies, trained first if need be.
+"""Train a tiny base.
 
-python -m tools.tiny_base --preset large           # a folder in the cache, for --model
-python -m tools.tiny_base --preset default --out DIR   # train the shipped one again
+python -m tools.tiny_base --preset default --out DIR   # the shipped one again
+python -m tools.tiny_base --preset large --out DIR     # a larger one, on a GPU, for --model DIR
 """
 
 from __future__ import annotations
@@ -12,27 +12,19 @@ from pathlib import Path
 
 from sapo_peft.terminal import plain
 from tools.tiny_base.presets import PRESETS
-from tools.tiny_base.store import make_base, tiny_base_folder
+from tools.tiny_base.training import make_base
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.tiny_base", description=__doc__.split("\n")[0])
     parser.add_argument("--preset", choices=sorted(PRESETS), default="default")
-    parser.add_argument("--out", type=Path, help="train in any case and write to this new folder")
+    parser.add_argument("--out", type=Path, required=True, help="a new folder")
     args = parser.parse_args(argv)
-
-    def say(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
-
-    if args.out is not None:
-        try:
-            args.out.mkdir(parents=True)
-        except OSError as error:
-            parser.error(f"--out {plain(str(args.out))}: expected a new folder, got: {error.strerror}")
-        make_base(PRESETS[args.preset], args.out, say)
-        print(args.out)
-    else:
-        print(tiny_base_folder(args.preset, make=lambda preset, folder: make_base(preset, folder, say)))
+    try:
+        args.out.mkdir(parents=True)
+    except OSError as error:
+        parser.error(f"--out {plain(str(args.out))}: expected a new folder, got: {error.strerror}")
+    make_base(PRESETS[args.preset], args.out, lambda line: print(line, file=sys.stderr, flush=True))
     return 0
 
 

@@ -17,6 +17,7 @@ always had it would not read instructions, and would like all wordings alike.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -137,3 +138,13 @@ class Corpus:
         for skill, _ in self.skills:
             for _ in range(60):
                 yield from skill.make(draw)
+
+
+def texts_digest(seed: int) -> str:
+    """SHA-256 (hex) of the first training texts, with and without the tasks of the sequences.
+
+    The shipped base is compared by this and by its preset: its code may be tidied, its texts may not change.
+    """
+    corpus = Corpus(seed)
+    texts = [list(text) for share in (0.0, 1.0) for text in corpus.texts(300, share)]
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()

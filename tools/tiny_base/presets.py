@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Preset:
-    """A configuration of the tiny base; every field enters the hash of the cache.
+    """A configuration of the tiny base; `made_by.json` of a base names every field.
 
     `hidden`, `layers`, `heads` (of width hidden / heads), `feed_forward` and `vocabulary` are the shape of a Llama
     with tied embeddings. Training is `steps` updates of `batch` texts, AdamW at `learning_rate` with a linear warm-up

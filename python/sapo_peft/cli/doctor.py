@@ -10,19 +10,16 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from typing import Any
 
 from ..terminal import plain
 from .faults import describe
 
+HELP = "check the environment, end to end on a tiny model"
 TOLERANCE = 1e-4
 
 
-def add_parser(subparsers: Any) -> argparse.ArgumentParser:
-    """Declare the options of `sapo doctor`."""
-    return subparsers.add_parser(
-        "doctor", help="check the environment, end to end on a tiny model", description=__doc__, allow_abbrev=False
-    )
+def options(add: Callable) -> None:
+    """`sapo doctor` has none."""
 
 
 def run(args: argparse.Namespace) -> int:
@@ -45,44 +42,6 @@ def run(args: argparse.Namespace) -> int:
             failed += 1
         print(plain(f"  {mark:<7}{name:<22}{time.perf_counter() - started:6.2f} s  {said}"))
     return 1 if failed else 0
-
-
-def _operators() -> str:
-    """The operators that are in use against the plain ones."""
-    import torch
-
-    import sapo_kernels as sk
-    from sapo_kernels.reweight.torch import reweight_torch
-
-    generator = torch.Generator().manual_seed(0)
-    states = [sk.PromptState(4, 33), sk.PromptState(4, 33)]
-    for _ in range(3):
-        tokens = torch.randint(0, 9, (4, 33), generator=generator)
-        nll = torch.rand(4, 33, dtype=torch.float64, generator=generator) * tokens
-        sk.reweight_(states[0], nll, tokens, 0.9, 0.1, 0.05)
-        other = states[1]
-        reweight_torch(other.mean, other.weight, other.probs, other.best, other.effective, other.live, nll, tokens,
-                       0.9, 0.1, 0.05)  # fmt: skip
-    ours, plainly = (state.state_dict() for state in states)
-    for name, value in ours.items():
-        if not torch.allclose(value, plainly[name], rtol=1e-12, atol=0, equal_nan=True):
-            raise RuntimeError(f"reweight_: {name}: expected the numbers of plain torch, got others; build again")
-    return "reweight_ has the numbers of plain torch"
-
-
-def _planner() -> str:
-    import numpy as np
-
-    import sapo_kernels as sk
-    from sapo_kernels.trie.numpy_planner import plan_numpy
-
-    draw = np.random.default_rng(0)
-    lengths = draw.integers(3, 30, 200)
-    job = [draw.integers(0, 4, lengths.sum()), np.concatenate([[0], np.cumsum(lengths)]), draw.integers(1, lengths)]
-    trie, expected = sk.plan_trie(*job), plan_numpy(*job)
-    if any(not np.array_equal(getattr(trie, name), value) for name, value in expected.items()):
-        raise RuntimeError("plan_trie: expected the plan of numpy, got another; build again")
-    return f"{trie.dense_tokens} tokens in {len(trie)} nodes, as numpy plans them"
 
 
 def _tiny_job():
@@ -142,8 +101,6 @@ def _training() -> str:
 
 
 CHECKS: tuple[tuple[str, Callable[[], str]], ...] = (
-    ("in-place operators", _operators),
-    ("planner", _planner),
     ("scoring", _scoring),
     ("training", _training),
 )

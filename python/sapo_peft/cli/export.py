@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from collections.abc import Callable
 
 from ..terminal import log_on_stderr, plain
 
-_EPILOG = """\
+HELP = "one LoRA adapter of a sequence run"
+EPILOG = """\
 The adapters of lora-inc and o-lora are put beside each other along their ranks, which gives what all of them active at
 once do; the rank is the sum of theirs, and a server must allow it (vLLM: --max-lora-rank). The folder holds the
 adapter, sapo_prompts.json with the prompt of each task, a model card and a manifest.
 """
 
 
-def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+def options(add: Callable) -> None:
     """Declare the options of `sapo export`."""
-    parser = subparsers.add_parser(
-        "export", help="one LoRA adapter of a sequence run", description=__doc__, epilog=_EPILOG, allow_abbrev=False
-    )
-    parser.add_argument("run_dir", metavar="RUN", help="folder of a run of `sapo sequence`")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write, not there or empty")
-    return parser
+    add("run_dir", metavar="RUN", help="folder of a run of `sapo sequence`")
+    add("--out", required=True, metavar="DIR", help="folder to write, not there or empty")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from ..terminal import plain
 
@@ -23,13 +23,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"sapo: error: {_one_line(message)} (see {self.prog} --help)\n")
-
-
-def late_parser(subparsers: Any, name: str, text: str) -> argparse.ArgumentParser:
-    """A subcommand that reads its words itself, in `run`, with `options.OptionParser`."""
-    parser = subparsers.add_parser(name, help=text, add_help=False, allow_abbrev=False)
-    parser.set_defaults(late=True)
-    return parser
 
 
 def describe(error: BaseException) -> str:

@@ -1,7 +1,7 @@
-"""The console script `sapo`. One module a subcommand: `add_parser(subparsers)`, `run(args) -> exit code`.
+"""The console script `sapo`. One module a subcommand: `HELP`, `options(add)` and `run(args) -> exit code`.
 
-A subcommand that takes the options of transformers' dataclasses (`late` among the defaults of its parser) reads its
-words itself, in `run`, from `args.words`: the parser here needs neither transformers nor torch.
+A module without `options`, whose options are those of transformers' dataclasses, reads its words itself in `run`, from
+`args.words`: the parser here needs neither transformers nor torch.
 
 Exit codes: 0 done, 1 done but a check failed, 2 a fault in the call or its data (one line on stderr, no
 traceback unless ``--debug``), 130 interrupted, 141 the reader of the output went away.
@@ -33,10 +33,14 @@ def build_parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(metavar="COMMAND", parser_class=Parser)
     for name in COMMANDS:
         command = importlib.import_module(f".{name}", __package__)
-        command_parser = command.add_parser(subparsers)
-        if not command_parser.get_default("late"):
-            command_parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        command_parser.set_defaults(run=command.run)
+        late, epilog = not hasattr(command, "options"), getattr(command, "EPILOG", None)
+        subparser = subparsers.add_parser(
+            name, help=command.HELP, description=command.__doc__, epilog=epilog, add_help=not late, allow_abbrev=False
+        )
+        if not late:
+            command.options(subparser.add_argument)
+            subparser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        subparser.set_defaults(run=command.run, late=late)
     return parser
 
 

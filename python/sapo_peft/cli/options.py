@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
-from collections.abc import Sequence
-from typing import Any, NoReturn
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import MISSING, field, fields, make_dataclass
+from typing import Any, NoReturn, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
@@ -60,14 +63,11 @@ class OptionParser(Parser, HfArgumentParser):
             for option in action.option_strings
             if option.startswith("--") and action.dest not in ("config", "help")
         }
-        words, seen = [], set()
+        words = []
         for key, value in _mapping(path).items():
             if (name := str(key).replace("-", "_")) not in known:
                 raise DataError(f"{path}: expected one of the options of {self.prog} --help, got {excerpt(key)}")
             option, action = known[name]
-            if action.dest in seen:
-                raise DataError(f"{path}: expected each option once, got {excerpt(key)} again")
-            seen.add(action.dest)
             if value is None:
                 raise DataError(f"{path}: {key}: expected a value, got none; leave the option out")
             if action.nargs == 0:
@@ -81,26 +81,37 @@ class OptionParser(Parser, HfArgumentParser):
         return words
 
 
+def options_of(
+    config: type, group: str, skip: Collection[str] = (), types: Mapping[str, Any] | None = None, **told: str
+) -> type:
+    """The fields of a dataclass as options, with the help of its docstring or their own; `told`: other help by name."""
+    text = re.split(r"Attributes:|Args:", inspect.getdoc(config) or "")[-1].partition("Raises:")[0]
+    texts = {}
+    for names, words in re.findall(r"^ {4}(\w+(?:, \w+)*): (.*(?:\n {5}.*)*)", text, re.MULTILINE):
+        texts.update(dict.fromkeys(names.split(", "), " ".join(words.replace("``", "").replace("%", "%%").split())))
+    texts, hints, found = {**texts, **told}, {**get_type_hints(config), **(types or {})}, []
+    for entry in fields(config):
+        if entry.name in skip or not entry.init:
+            continue
+        shown = f" (default {entry.default})" if entry.default not in (None, False, MISSING) else ""
+        aliases = ["--lr"] if entry.name == "learning_rate" else []
+        metadata = entry.metadata or {"help": f"{texts.get(entry.name, '')}{shown}".strip(), "aliases": aliases}
+        default = False if hints[entry.name] is bool and entry.default is None else entry.default
+        made = {"default": default} if default is not MISSING else {"default_factory": entry.default_factory}
+        found.append((entry.name, hints[entry.name], field(metadata=metadata, **made)))
+    return make_dataclass(config.__name__, found, namespace={"_argument_group_name": group})
+
+
 def _word(value: Any) -> str:
     return json.dumps(value) if isinstance(value, (dict, list)) else str(value)
 
 
 def _mapping(path: str) -> dict[str, Any]:
-    """A YAML file with options by name, each once; nothing in it is executed."""
+    """A YAML file with options by name; nothing in it is executed."""
     try:
-        text = read_text(path, max_bytes=MAX_CONFIG_BYTES)
-        root, document = yaml.compose(text, yaml.SafeLoader), yaml.safe_load(text)
-        # A list that holds itself has no words.
-        json.dumps(document, default=str)
-    except (yaml.YAMLError, RecursionError, TypeError, ValueError) as error:
-        if isinstance(error, DataError):
-            raise
+        document = yaml.safe_load(read_text(path, max_bytes=MAX_CONFIG_BYTES))
+    except (yaml.YAMLError, RecursionError) as error:
         raise DataError(f"{path}: expected YAML, got {excerpt(' '.join(str(error).split()), 200)}") from None
     if not isinstance(document, dict):
         raise DataError(f"{path}: expected options by name, got {excerpt(document)}")
-    # The loader keeps the last of two equal keys in silence.
-    keys = [node.value for node, _ in root.value]
-    for index, key in enumerate(keys):
-        if key in keys[:index]:
-            raise DataError(f"{path}: expected each option once, got {excerpt(key)} again")
     return document

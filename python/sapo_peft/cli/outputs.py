@@ -11,10 +11,6 @@ from pathlib import Path
 
 from sapo_kernels.files import DataError
 
-# How writers of tensors say that a file could not be written; they name neither it nor the cause.
-_WRITERS = re.compile(r"inline_container|basic_ios|iostream error|SafetensorError|PytorchStreamWriter")
-# Those of the libraries that are written in Rust name the cause.
-_NUMBER = re.compile(r"\(os error (\d+)\)")
 _PROBE_BYTES = 2**20
 
 
@@ -73,16 +69,15 @@ def naming(path: str | os.PathLike) -> Iterator[None]:
         if known or error.errno is None:
             raise
         raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+    except DataError:
+        raise
     except Exception as error:
-        said = _NUMBER.search(str(error))
-        if not said and not _WRITERS.search(f"{type(error).__name__} {error}"):
-            raise
+        # Writers of tensors do not name the file; those in Rust name the cause.
+        said = re.search(r"\(os error (\d+)\)", str(error))
         cause = OSError(int(said[1]), os.strerror(int(said[1]))) if said else _cause(path)
-        raise (
-            OSError(cause.errno, cause.strerror, os.fspath(path))
-            if cause
-            else OSError(None, f"writing failed: {error}", os.fspath(path))
-        ) from error
+        if cause is None:
+            raise
+        raise OSError(cause.errno, cause.strerror, os.fspath(path)) from error
 
 
 def _cause(path: str | os.PathLike) -> OSError | None:

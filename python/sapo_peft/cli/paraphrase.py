@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from ..terminal import log_on_stderr, plain, table, terminal_width
 
@@ -13,25 +14,18 @@ if TYPE_CHECKING:
     from ..data.prompt_pool import PromptPool
     from ..paraphrase import ParaphraseSource
 
+HELP = "get paraphrases of an instruction and check them"
 COUNT = 20
 _SHOWN_REJECTED = 20
-_EPILOG = """\
+EPILOG = """\
 The pool is written to --out as the answers arrive. Run the same command again after an interruption or an
 outage: it goes on from there and asks only for what is missing. The key of an endpoint is taken from the
 environment (OPENAI_API_KEY, or the variable that --key-variable names) and is written nowhere.
 """
 
 
-def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+def options(add: Callable) -> None:
     """Declare the options of `sapo paraphrase`."""
-    parser = subparsers.add_parser(
-        "paraphrase",
-        help="get paraphrases of an instruction and check them",
-        description=__doc__,
-        epilog=_EPILOG,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
     add("--prompts", required=True, metavar="FILE", help="the instruction, as for `sapo score` (the first one)")
     add("--task", metavar="NAME", help="task, where the file holds several")
     add("--paraphrase-with", metavar="URL_OR_DIR", help="OpenAI-compatible endpoint, or folder or hub name of a model")
@@ -47,11 +41,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, metavar="N", help="of a local model's sampling")
     add("--key-variable", metavar="NAME", help="environment variable with the key (default OPENAI_API_KEY)")
     add("--marker", action="append", default=[], metavar="TEXT", help="text that every prompt must hold; repeatable")
-    add("--tokenizer", metavar="DIR_OR_ID", help="refuse the special tokens of this tokenizer in prompts")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     add("--quiet", action="store_true", help="no notes, the result only")
-    return parser
 
 
 def run(args: argparse.Namespace) -> int:
@@ -63,11 +55,7 @@ def run(args: argparse.Namespace) -> int:
 
     _check(args)
     pool = PromptPool.read(args.prompts, args.task)
-    if args.tokenizer:
-        from ..loading import _load_tokenizer
-
-        pool = pool.checked(_load_tokenizer(args.tokenizer), markers=args.marker)
-    elif args.marker:
+    if args.marker:
         pool = pool.checked(markers=args.marker)
     count = args.count
     if count is None:
@@ -116,8 +104,8 @@ def _source(args: argparse.Namespace) -> ParaphraseSource:
         return EndpointSource(args.paraphrase_with, args.model, key, args.concurrency, request_seconds=seconds)
     from ..loading import load
 
-    model, tokenizer = load(args.paraphrase_with, None, args.dtype, args.device, None)
-    return LocalModelSource(model, tokenizer, seed=args.seed)
+    pair = load(args.paraphrase_with, None, args.dtype, args.device, option="--paraphrase-with")
+    return LocalModelSource(*pair, seed=args.seed)
 
 
 def _print(pool: PromptPool, out: str) -> None:

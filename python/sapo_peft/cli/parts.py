@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import os
 from datetime import datetime
-from functools import partial
 from typing import Any
 
 import torch
@@ -33,7 +32,7 @@ class Parts:
 
     def __init__(self, out: str | None, record: dict[str, Any], *, resume: bool, overwrite: bool):
         self.path = None if out is None else f"{out}.part"
-        self.record = record
+        self.record, self.kept = record, 0
         there = self.path is not None and os.path.exists(self.path)
         if there and not resume and not overwrite:
             raise DataError(f"{self.path}: expected no scores of a call that was stopped; --resume goes on with them, "
@@ -41,16 +40,15 @@ class Parts:
         if self.path is not None:
             # Whoever writes to `out` has its lock.
             remove_temporary(self.path)
-        self.resumed = there and resume
+        self.begun = read_json(self.path) if there and resume else None
 
     def moment(self) -> datetime:
         """What a template that shows a date is shown: also on another day that of the call which is gone on from."""
-        record = read_json(self.path).get(RECORD) if self.resumed else None
-        text = record.get("now") if isinstance(record, dict) else None
+        begun = self.begun or {}
         try:
-            now = datetime.fromisoformat(text) if text else STARTED
-        except (TypeError, ValueError):
-            raise DataError(f"{self.path}: now: expected a date and time, got {excerpt(text)}") from None
+            now = datetime.fromisoformat(begun[RECORD]["now"]) if RECORD in begun else STARTED
+        except (KeyError, TypeError, ValueError):
+            raise DataError(f"{self.path}: now: expected a date and time, got {excerpt(begun[RECORD])}") from None
         self.record["now"] = now.isoformat()
         return now
 
@@ -58,33 +56,24 @@ class Parts:
         """`score_prompts` part by part; if `spoken`, a line on stderr every half minute says how far it is."""
         contexts, responses, size = cache.contexts, cache.responses, cache.num_examples
         self.record["cells"] = _digest(cache)
-        shape = (cache.num_prompts, size)
-        nll, tokens = torch.full(shape, torch.nan, dtype=torch.float64), torch.zeros(shape, dtype=torch.int64)
-        found = sk.PromptScores(nll, tokens, list(cache.prompts), {"seconds": 0.0})
-        if self.resumed:
-            found = self._read(shape)
-            nll, tokens = found.nll, found.tokens
+        found = self._read(cache)
+        nll, tokens = found.nll, found.tokens
         lines = Lines("scoring", "cell", tokens.numel(), int((tokens > 0).sum())) if spoken else None
         for first, last in _bounds(size):
             if bool((tokens[:, first:last] > 0).all()):
                 continue
             rows = [[row[first:last] for row in cells] for cells in (contexts, responses)]
             if lines is not None:
-                options["progress"] = partial(_tell, lines, int((tokens > 0).sum()))
+                before = int((tokens > 0).sum())
+                options["progress"] = lambda cells, tokens, before=before: lines.update(before + cells)
             part = sk.score_prompts(model, sk.ResponseCache.from_token_ids(*rows, cache.prompts), **options)
             nll[:, first:last], tokens[:, first:last] = part.nll, part.tokens
             found.stats = _added(found.stats, part.stats)
             if self.path is not None and last < size:
                 with naming(self.path):
                     write_json(self.path, {**found.to_dict(), RECORD: self.record})
+                self.kept = int((tokens > 0).sum())
         return found
-
-    def kept(self) -> int:
-        """Cells that lie in the file."""
-        with contextlib.suppress(OSError, DataError):
-            if self.path is not None and os.path.exists(self.path):
-                return int((sk.PromptScores.load(self.path).tokens > 0).sum())
-        return 0
 
     def done(self) -> None:
         """The result is written: the parts are not needed any more."""
@@ -92,15 +81,18 @@ class Parts:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.path)
 
-    def _read(self, shape: tuple[int, int]) -> sk.PromptScores:
-        found, record = sk.PromptScores.load(self.path), read_json(self.path).get(RECORD)
+    def _read(self, cache: sk.ResponseCache) -> sk.PromptScores:
+        shape = (cache.num_prompts, cache.num_examples)
+        if self.begun is None:
+            nll, tokens = torch.full(shape, torch.nan, dtype=torch.float64), torch.zeros(shape, dtype=torch.int64)
+            return sk.PromptScores(nll, tokens, list(cache.prompts), {"seconds": 0.0})
+        found, record = sk.PromptScores.load(self.path), self.begun.get(RECORD)
         for name, value in self.record.items():
             got = record.get(name) if isinstance(record, dict) else None
             if got != value:
                 raise DataError(f"{self.path}: {name}: expected {excerpt(value)} as now, got {excerpt(got)}; "
                                 "--overwrite begins anew")  # fmt: skip
-        if tuple(found.nll.shape) != shape:
-            raise DataError(f"{self.path}: expected {shape} cells, got {tuple(found.nll.shape)}")
+        self.kept = int((found.tokens > 0).sum())
         return found
 
 
@@ -124,7 +116,3 @@ def _added(stats: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
     if "difference" in more:
         counts["difference"] = max(stats.get("difference", 0.0), more["difference"])
     return {**more, **counts}
-
-
-def _tell(lines: Lines, before: int, cells: int, tokens: int) -> None:
-    lines.update(before + cells)

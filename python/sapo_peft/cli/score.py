@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ..terminal import MODEL_HELP, log_on_stderr, plain, say_notes, terminal_width
@@ -16,19 +16,21 @@ if TYPE_CHECKING:
 
     from ..data.examples import Examples
     from ..data.prompt_pool import PromptPool
+    from .parts import Parts
 
+HELP = "rank prompts by their loss under a model"
 MAX_TEMPLATE_BYTES = 2**20
 PLAIN_BATCH = 8
 EXAMPLES = 250
-# All bundled tasks on a CPU, with the plain loop beside them, should take a minute and not an hour.
-BUNDLED_EXAMPLES = 8
+# Of the bundled task, on a CPU and with the plain loop beside it: a few seconds.
+BUNDLED_EXAMPLES = 32
 # Largest difference to the plain loop that float32 rounding explains, nats per token.
 TOLERANCE = 1e-4
 IMPLS = ("auto", "tree", "padded", "alone", "triton", "sdpa", "reference")
 # How a file of scores begins.
 OURS = b'"sapo_kernels.PromptScores/'
-_EPILOG = """\
-Without --prompts and --data the bundled tasks are scored; with --model tiny (the default) nothing is
+EPILOG = """\
+Without --prompts and --data a bundled task is scored; with --model tiny (the default) nothing is
 downloaded. The loss is the sum of the negative log-likelihoods of the response tokens over their number, in
 nats. Its difference to the best prompt comes with a standard error that is paired over the examples: the loss
 is a ratio of two sums, it is linearised, and the error is that of the mean difference of the residuals.
@@ -36,13 +38,8 @@ With --out, what is scored is kept in FILE.part until all is done: after Ctrl-C 
 """
 
 
-def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+def options(add: Callable) -> None:
     """Declare the options of `sapo score`."""
-    parser = subparsers.add_parser(
-        "score", help="rank prompts by their loss under a model", description=__doc__, epilog=_EPILOG,
-        allow_abbrev=False,
-    )  # fmt: skip
-    add = parser.add_argument
     add("--model", default="tiny", metavar="DIR_OR_ID", help=MODEL_HELP)
     add("--adapter", metavar="DIR_OR_ID", help="PEFT adapter to score with")
     add("--tokenizer", metavar="DIR_OR_ID", help="tokenizer, if it does not lie beside the model")
@@ -50,7 +47,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     data = "examples: .json, .jsonl, .csv, .tsv, .parquet, a task folder, or a dataset of the hub (owner/name)"
     add("--data", metavar="FILE_OR_DIR", help=data)
     add("--task", metavar="NAME", help="task, where the files hold several")
-    counts = f"number of examples (default {EXAMPLES}, of the bundled tasks {BUNDLED_EXAMPLES} each)"
+    counts = f"number of examples (default {EXAMPLES}, of the bundled task {BUNDLED_EXAMPLES})"
     add("--examples", type=_positive, metavar="N", help=counts)
     add("--input-column", metavar="NAME", help="field with the input text")
     add("--target-column", metavar="NAME", help="field with the label")
@@ -72,13 +69,13 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     add("--overwrite", action="store_true", help="replace what is at --out, whatever it is")
     add("--full", action="store_true", help="the full text of every prompt")
     add("--quiet", action="store_true", help="no progress and no notes, the result only")
-    return parser
 
 
 def run(args: argparse.Namespace) -> int:
     """Score and print; every input is read and checked before the model is loaded."""
     from ..locks import only_writer
     from .outputs import check_file
+    from .parts import Parts
 
     if args.template is not None and (args.suffix is not None or args.text_word is not None):
         raise ValueError("--template: expected it alone, got --suffix or --text-word too; write them into it")
@@ -86,93 +83,37 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--resume: expected it with --out, and without --race, whose rounds are not kept")
     check_file("--out", args.out, (args.prompts, args.data, args.template), OURS, args.overwrite)
     template = _template(args.template)
-    jobs = _jobs(args)
-    if args.out is not None:
-        if len(jobs) > 1:
-            raise ValueError(f"--out: expected one task, got {len(jobs)}; choose one with --task")
-        check_file("--out", args.out, (jobs[0][1].source,), OURS, args.overwrite)
-    if template is not None and any(pool.suffix for pool, _ in jobs):
+    pool, examples = _task(args)
+    check_file("--out", args.out, (examples.source,), OURS, args.overwrite)
+    if template is not None and pool.suffix:
         say_notes(["--template: the task's own suffix is not added; write it into the template if it is wanted"],
                   args.quiet)  # fmt: skip
-    for pool, examples in jobs:
-        say_notes([*pool.notes(), *examples.notes()], args.quiet)
-    with only_writer(args.out):
-        return _run(args, jobs, template)
+    say_notes([*pool.notes(), *examples.notes()], args.quiet)
+    with only_writer(args.out), log_on_stderr("sapo_kernels", args.quiet):
+        parts = Parts(args.out, _record(args, template, pool, examples), resume=args.resume, overwrite=args.overwrite)
+        return _score(args, template, pool, examples, parts)
 
 
-def _run(args: argparse.Namespace, jobs: list, template: str | None) -> int:
-    """The jobs one after another."""
-    from .parts import Parts
-
-    parts = Parts(args.out, _record(args, template, *jobs[0]), resume=args.resume, overwrite=args.overwrite)
-
+def _score(args: argparse.Namespace, template: str | None, pool: PromptPool, examples: Examples, parts: Parts) -> int:
     import torch
 
+    import sapo_kernels as sk
     from sapo_kernels.scoring.render import reads_clock
 
     from ..loading import load, spare_threads
+    from .ranking import best_texts, conclusion, ranked_table, rendered_example
 
     spare_threads(args.model)
     model, tokenizer = load(args.model, args.adapter, args.dtype, args.device, args.tokenizer)
-    now = parts.moment() if reads_clock(tokenizer) else None
-    total = _Times()
-    with log_on_stderr("sapo_kernels", args.quiet):
-        for number, (pool, examples) in enumerate(jobs):
-            if number:
-                print()
-            total.add(_score(args, model, tokenizer, template, pool, examples, parts, now, first=number == 0))
-    if len(jobs) > 1:
-        print("\n".join(["", f"All {len(jobs)} tasks together:", *total.lines()]))
-    if total.difference > TOLERANCE and next(model.parameters()).dtype == torch.float32:
-        print(f"sapo: error: more than {TOLERANCE} nats per token off the plain loop", file=sys.stderr)
-        return 1
-    return 0
-
-
-@dataclass
-class _Times:
-    """Wall seconds of one or more tasks; the last two are of the plain loop, where it ran."""
-
-    prepare: float = 0.0
-    score: float = 0.0
-    plain: float = 0.0
-    difference: float = 0.0
-
-    def add(self, other: _Times) -> None:
-        self.prepare += other.prepare
-        self.score += other.score
-        self.plain += other.plain
-        self.difference = max(self.difference, other.difference)
-
-    def lines(self) -> list[str]:
-        lines = [f"Time: {self.score:.2f} s to score, {self.prepare:.2f} s to render and tokenise before."]
-        if self.plain:
-            lines.append(
-                f"Plain loop on the same token ids (padded batches of {PLAIN_BATCH}, full logits): "
-                f"{self.plain:.2f} s, {self.plain / self.score:.2f} times the time; "
-                f"largest difference of a cell {self.difference:.1e} nats per token."
-            )
-        return lines
-
-
-def _score(args, model, tokenizer, template, pool: PromptPool, examples: Examples, parts, now, first) -> _Times:
-    import sapo_kernels as sk
-
-    from .ranking import best_texts, conclusion, ranked_table, rendered_example
-
     started = time.perf_counter()
-    suffix, word = parts.record["suffix"], parts.record["text_word"]
-    if not first:
-        suffix, word = _wording(args, pool)
     cache = sk.ResponseCache.build(
-        tokenizer, pool.prompts, examples, template=template, suffix=suffix, text_word=word,
-        max_source=args.max_source, max_target=args.max_target,
-        instruction_role=args.instruction_role, now=now,
+        tokenizer, pool.prompts, examples, template=template, suffix=parts.record["suffix"],
+        text_word=parts.record["text_word"], max_source=args.max_source, max_target=args.max_target,
+        instruction_role=args.instruction_role, now=parts.moment() if reads_clock(tokenizer) else None,
     )  # fmt: skip
-    times = _Times(prepare=time.perf_counter() - started)
-    started = time.perf_counter()
+    prepared = time.perf_counter()
     scores = _scores(args, model, cache, parts)
-    times.score = time.perf_counter() - started
+    seconds = time.perf_counter() - prepared
 
     weight = next(model.parameters())
     where = f"{args.model}, {str(weight.dtype).removeprefix('torch.')} on {weight.device.type}"
@@ -181,22 +122,30 @@ def _score(args, model, tokenizer, template, pool: PromptPool, examples: Example
     print(ranked_table(scores, width))
     if not args.full:
         print("\n".join(best_texts(scores)))
-    if first and not args.quiet:
+    if not args.quiet:
         print("\n".join(rendered_example(tokenizer, cache, scores.ranking()[0], 6 * width)))
     print(_cost(scores))
     # Before the comparison, which takes long, and after the table: neither may cost the other.
     if args.out is not None:
         _save(args.out, scores, parts)
+    print(f"Time: {seconds:.2f} s to score, {prepared - started:.2f} s to render and tokenise before.")
+    difference = 0.0
     if args.compare:
-        times.plain, times.difference = _compare(model, cache, scores)
-    print("\n".join(times.lines()))
+        usual, difference = _compare(model, cache, scores)
+        print(
+            f"Plain loop on the same token ids (padded batches of {PLAIN_BATCH}, full logits): {usual:.2f} s, "
+            f"{usual / seconds:.2f} times the time; largest difference of a cell {difference:.1e} nats per token."
+        )
     print("\n".join(conclusion(scores, random=args.model == "tiny" and args.adapter is None)))
     if args.out is not None:
         print(f"Scores written to {plain(args.out)}.")
-    return times
+    if difference > TOLERANCE and weight.dtype == torch.float32:
+        print(f"sapo: error: more than {TOLERANCE} nats per token off the plain loop", file=sys.stderr)
+        return 1
+    return 0
 
 
-def _scores(args: argparse.Namespace, model: Any, cache: ResponseCache, parts: Any) -> PromptScores:
+def _scores(args: argparse.Namespace, model: Any, cache: ResponseCache, parts: Parts) -> PromptScores:
     """In parts where they are kept or where nobody sees a bar; else at once."""
     import sapo_kernels as sk
     from sapo_kernels.scoring.progress import Lines
@@ -212,13 +161,13 @@ def _scores(args: argparse.Namespace, model: Any, cache: ResponseCache, parts: A
     try:
         return parts.score(model, cache, lines, **options)
     except KeyboardInterrupt:
-        if count := parts.kept():
-            said = f"{count} scored cells are kept in {parts.path}; the same command with --resume goes on"
+        if parts.kept:
+            said = f"{parts.kept} scored cells are kept in {parts.path}; the same command with --resume goes on"
             print(f"\nsapo: {plain(said)}", file=sys.stderr)
         raise
 
 
-def _save(out: str, scores: PromptScores, parts: Any) -> None:
+def _save(out: str, scores: PromptScores, parts: Parts) -> None:
     from sapo_kernels.files import write_json
 
     from .outputs import naming
@@ -252,38 +201,29 @@ def _compare(model: Any, cache: ResponseCache, scores: PromptScores) -> tuple[fl
     return seconds, float(difference.nan_to_num(nan=torch.inf).max())
 
 
-def _jobs(args: argparse.Namespace) -> list[tuple[PromptPool, Examples]]:
-    """The prompts and examples of every task to score, read and checked."""
+def _task(args: argparse.Namespace) -> tuple[PromptPool, Examples]:
+    """The prompts and examples to score, read and checked."""
     from ..data.tasks import read_task
 
-    options = {
-        "input_column": args.input_column,
-        "target_column": args.target_column,
-        "limit": args.examples or (BUNDLED_EXAMPLES if args.data is None else EXAMPLES),
-        "skip_empty": args.skip_empty,
-    }
     if (args.prompts is None) != (args.data is None):
         got = "--prompts" if args.data is None else "--data"
-        raise ValueError(f"expected --prompts and --data, or neither for the bundled tasks; got {got} only")
-    if args.prompts is not None:
-        return [read_task(args.prompts, args.data, args.task, **options)]
+        raise ValueError(f"expected --prompts and --data, or neither for a bundled task; got {got} only")
+    prompts, data, task, most = args.prompts, args.data, args.task, EXAMPLES
+    if prompts is None:
+        from ..assets import BUNDLED_DIR, task_names
 
-    from ..assets import BUNDLED_DIR, task_names
-
-    tasks = task_names() if args.task is None else [args.task]
-    say_notes([f"no --prompts and --data: scoring the bundled task{'s' * (len(tasks) > 1)}"], args.quiet)
-    return [read_task(BUNDLED_DIR, BUNDLED_DIR, task, **options) for task in tasks]
-
-
-def _wording(args: argparse.Namespace, pool: PromptPool) -> tuple[str, str]:
-    """(suffix, text word): the options', else the task's own."""
-    return (pool.suffix if args.suffix is None else args.suffix,
-            pool.text_word if args.text_word is None else args.text_word)  # fmt: skip
+        prompts, data, task, most = BUNDLED_DIR, BUNDLED_DIR, task or task_names()[0], BUNDLED_EXAMPLES
+        say_notes(["no --prompts and --data: scoring a bundled task"], args.quiet)
+    return read_task(
+        prompts, data, task, input_column=args.input_column, target_column=args.target_column,
+        limit=args.examples or most, skip_empty=args.skip_empty,
+    )  # fmt: skip
 
 
 def _record(args: argparse.Namespace, template: str | None, pool: PromptPool, examples: Examples) -> dict[str, Any]:
     """What the scores of a job depend on, beside the cells themselves; written with them."""
-    suffix, word = _wording(args, pool)
+    suffix = pool.suffix if args.suffix is None else args.suffix
+    word = pool.text_word if args.text_word is None else args.text_word
     return {
         "model": args.model, "adapter": args.adapter, "tokenizer": args.tokenizer, "dtype": args.dtype,
         "task": pool.task, "data": examples.source, "columns": list(examples.columns), "template": template,

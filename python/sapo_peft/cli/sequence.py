@@ -6,64 +6,24 @@ import argparse
 import os
 import sys
 import warnings
-from dataclasses import MISSING, field, fields, make_dataclass
-from typing import Any, get_type_hints
+from dataclasses import fields
+from typing import Any
 
 from ..terminal import MODEL_HELP, cut, log_on_stderr, plain, table, terminal_width
-from .faults import late_parser
 
+HELP = "train on a sequence of tasks and measure forgetting"
 _EPILOG = """\
 The folder given with --output holds run.json, results.json and a folder a task (adapter, scores, metrics), with
 manifests of every file. The same command goes on where a run was stopped, however it was; other options in the same
 folder are refused, and so are files that are not as they were written. A YAML file given with --config holds the same
 options by their long names; options on the command line win.
 """
-# Those of `SequenceConfig`.
-_HELP = {
-    "method": "how adapters follow each other",
-    "policy": "which prompt a task is trained with",
-    "train_examples": "train on the first so many examples of each task",
-    "test_examples": "evaluate on the first so many of each task (default: all)",
-    "probe_examples": "examples to score prompts on",
-    "epochs": "passes over the examples of a task",
-    "max_steps": "optimizer steps a task, instead of epochs",
-    "batch_size": "examples a batch",
-    "gradient_accumulation": "batches per optimizer step",
-    "learning_rate": "peak learning rate, cosine after a warm-up",
-    "warmup": "share of the steps",
-    "lora_r": "rank",
-    "lora_alpha": "scale",
-    "lora_dropout": "dropout",
-    "target_modules": "module names with commas",
-    "lambda_1": "weight of the orthogonality of o-lora",
-    "instruction_role": "turn that the instruction is in",
-    "max_source": "longest context in tokens",
-    "max_target": "longest response in tokens",
-    "max_new_tokens": "longest answer (default: the longest target of a task's test examples)",
-    "eval_batch_size": "answers generated together",
-    "evaluate": "all tasks after each; those seen; or each when learned and all at the end",
-    "generate": "answers; without them and with --eval-loss the loss alone",
-    "eval_loss": "measure the loss of the targets too",
-    "score_always": "score every pool before its task under any policy",
-    "every_steps": "with sapo, score again after that many steps of a task",
-    "each_epoch": "with sapo, score again at each epoch of a task",
-    "drift": "with sapo, score again when the loss is that many standard errors off the prediction",
-    "race": "with sapo, score only the cells that it takes to find the best prompt",
-    "logging_steps": "steps that one reported loss is the mean of",
-    "bf16": "train in bfloat16 autocast",
-    "gradient_checkpointing": "recompute activations",
-}
 # What the run decides about its trainer.
 _DECIDED = {
     "output_dir", "num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size", "disable_tqdm",
     "gradient_accumulation_steps", "warmup_steps", "save_strategy", "report_to", "data_seed", "use_cpu", "debug",
     "remove_unused_columns", "logging_nan_inf_filter", "resume_from_checkpoint", "load_best_model_at_end",
 }  # fmt: skip
-
-
-def add_parser(subparsers: Any) -> argparse.ArgumentParser:
-    """Declare `sapo sequence`; its options are read in `run`."""
-    return late_parser(subparsers, "sequence", "train on a sequence of tasks and measure forgetting")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -103,9 +63,13 @@ def _options(words: list[str]) -> tuple[argparse.Namespace, Any]:
     from transformers import TrainingArguments
 
     from ..sequence.config import SequenceConfig
-    from .options import OptionParser
+    from .options import OptionParser, options_of
 
-    own, more = _run_options(SequenceConfig), _trainer_options(TrainingArguments, SequenceConfig)
+    own = options_of(
+        SequenceConfig, "the run", {"trainer"}, {"target_modules": str}, target_modules="names with commas"
+    )
+    known = _DECIDED | {entry.name for entry in fields(SequenceConfig)}
+    more = options_of(TrainingArguments, "training (more options of transformers' TrainingArguments)", known)
     usage = "sapo sequence --output DIR [--data DIR] [--order NAME | --tasks A,B,...] [--config YAML] [options]"
     parser = OptionParser([own, more], prog="sapo sequence", usage=usage, description=__doc__, epilog=_EPILOG)
     add = parser.add_argument
@@ -129,35 +93,6 @@ def _options(words: list[str]) -> tuple[argparse.Namespace, Any]:
     if config["target_modules"] != "all-linear":
         config["target_modules"] = tuple(config["target_modules"].split(","))
     return argparse.Namespace(**options), SequenceConfig(**config)
-
-
-def _run_options(config: type) -> type:
-    """The fields of `SequenceConfig` with their help and today's other names."""
-    hints = {**get_type_hints(config), "target_modules": str}
-    found = []
-    for entry in fields(config):
-        if entry.name == "trainer":
-            continue
-        shown = f" (default {entry.default})" if entry.default not in (None, False) else ""
-        extra: dict[str, Any] = {"help": f"{_HELP.get(entry.name, '')}{shown}".strip()}
-        if entry.name == "learning_rate":
-            extra["aliases"] = ["--lr"]
-        found.append((entry.name, hints[entry.name], field(default=entry.default, metadata=extra)))
-    return make_dataclass("RunOptions", found, namespace={"_argument_group_name": "the run"})
-
-
-def _trainer_options(arguments: type, config: type) -> type:
-    """Every option of transformers' trainer that neither the run has nor decides."""
-    known = _DECIDED | {entry.name for entry in fields(config)}
-    hints = get_type_hints(arguments)
-    found = [
-        (entry.name, hints[entry.name], field(metadata=entry.metadata, **(
-            {"default": entry.default} if entry.default is not MISSING else {"default_factory": entry.default_factory}
-        )))
-        for entry in fields(arguments) if entry.init and entry.name not in known
-    ]  # fmt: skip
-    group = {"_argument_group_name": "training (more options of transformers' TrainingArguments)"}
-    return make_dataclass("TrainerOptions", found, namespace=group)
 
 
 def _tasks(args: argparse.Namespace) -> tuple[list, str]:

@@ -15,8 +15,8 @@ from typing import Any
 
 from ..locks import alone
 from ..terminal import log_on_stderr, plain, say_notes
-from .faults import late_parser
 
+HELP = "fine-tune a LoRA adapter on the chosen prompt"
 # The pool with its paraphrases, in the output folder.
 STORE = "sapo_pool.json"
 _EPILOG = """\
@@ -38,11 +38,6 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "lora_dropout": ("a number of at least 0 and below 1", lambda value: 0 <= value < 1),
     "eval_fraction": ("a number of at least 0 and below 1", lambda value: 0 <= value < 1),
 }  # fmt: skip
-
-
-def add_parser(subparsers: Any) -> argparse.ArgumentParser:
-    """Declare `sapo train`; its options are read in `run`."""
-    return late_parser(subparsers, "train", "fine-tune a LoRA adapter on the chosen prompt")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -167,10 +162,10 @@ def _paraphrased(pool, options: dict[str, Any], output: Path, resumed: str | Non
     else:
         from ..loading import load
 
-        source = LocalModelSource(*load(where, None, options["dtype"], options["device"]), seed=options["seed"])
+        pair = load(where, None, options["dtype"], options["device"], option="--paraphrase-with")
+        source = LocalModelSource(*pair, seed=options["seed"])
     pool = gather(pool, source, options["paraphrases"], store=output / STORE)
-    # Its remarks are in the log.
-    say_notes(note for note in pool.notes() if note not in known and note not in pool.remarks)
+    say_notes(note for note in pool.notes() if note not in known)
     return pool
 
 
@@ -269,26 +264,17 @@ def _arguments(options: dict[str, Any], evaluated: bool):
 
 
 def _say_lines(trainer, callback) -> None:
-    """Off a terminal: how far scoring, training and evaluation are, a line every half minute."""
+    """Off a terminal: how far scoring and training are, a line every half minute."""
     from transformers import TrainerCallback
 
     from sapo_kernels.scoring.progress import Lines
 
     class Said(TrainerCallback):
-        training = evaluation = None
+        lines = None
 
         def on_step_end(self, args, state, control, **kwargs):
-            self.training = self.training or Lines("training", "step", state.max_steps, state.global_step - 1)
-            self.training.update(state.global_step)
-
-        def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
-            if self.evaluation is None:
-                self.evaluation, self.batches = Lines("evaluation", "step", len(eval_dataloader)), 0
-            self.batches += 1
-            self.evaluation.update(self.batches)
-
-        def on_evaluate(self, args, state, control, **kwargs):
-            self.evaluation = None
+            self.lines = self.lines or Lines("training", "step", state.max_steps, state.global_step - 1)
+            self.lines.update(state.global_step)
 
     trainer.add_callback(Said())
     if callback.rescorer is not None:

@@ -8,6 +8,8 @@ from typing import Any, Literal
 from transformers import TrainingArguments
 
 from ..terminal import MODEL_HELP
+from ..trainer.config import SapoConfig
+from .options import options_of
 
 
 def option(default: Any, text: str = "", *aliases: str, **others: Any) -> Any:
@@ -43,26 +45,14 @@ class DataArguments:
     paraphrases: int = option(20, "how many to make")
 
 
-@dataclass
-class SapoArguments:
-    """When prompts are scored again, and what follows; `sapo_peft.SapoConfig` says more."""
-
-    _argument_group_name = "SAPO"
-    mode: Literal["hard", "soft"] = option("hard", "hard: the prompt with the lowest loss; soft: drawn by loss")
-    temperature: float = option(0.05, "of soft mode, nats per token")
-    floor: float = option(0.0, "share of probability spread evenly in soft mode")
-    every_steps: int | None = option(None, "score again after that many steps")
-    each_epoch: bool = option(False, "score again at each epoch")
-    drift: float | None = option(None, "score again when the loss is off its course by so many standard errors (4)")
-    race: bool = option(False, "score only the cells that it takes to find the best prompt (hard mode)")
-    probe_examples: int = option(64, "examples to score on")
-    instruction_role: Literal["user", "system"] = option("user", "turn that the instruction is in")
-    max_source: int = option(1536, "longest context in tokens")
-    max_target: int = option(128, "response tokens that are scored, the first ones")
-    train_max_target: int | None = option(None, "response tokens that are trained on (default: all)")
-    max_tokens: int | None = option(None, "new tokens per forward when scoring")
-    packing: Literal["auto", "trie", "padded"] = option("auto", "train over a trie of the batch, or on padded rows")
-    train_max_tokens: int | None = option(None, "trie tokens per forward when training (default: the batch)")
+SapoArguments = options_of(
+    SapoConfig,
+    "SAPO",
+    skip={"decay", "at_start", "drift_cooldown", "template", "now", "seed"},
+    types={"mode": Literal["hard", "soft"], "packing": Literal["auto", "trie", "padded"], "race": bool,
+           "instruction_role": Literal["user", "system"]},
+    race="score only the cells that it takes to find the best prompt (hard mode)",
+)  # fmt: skip
 
 
 @dataclass

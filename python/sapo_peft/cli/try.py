@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ..terminal import log_on_stderr, plain, say_notes
 
-MAX_INPUT_BYTES = 2**20
+HELP = "answer with an adapter and its prompt"
 MOST_SOURCE, MOST_ANSWER = 1536, 128
-_EPILOG = """\
+EPILOG = """\
 The answer alone goes to the standard output; what the model reads is shown on stderr. It is decoded greedily, as
 `sapo sequence` evaluates.
 """
 
 
-def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+def options(add: Callable) -> None:
     """Declare the options of `sapo try`."""
-    parser = subparsers.add_parser(
-        "try", help="answer with an adapter and its prompt", description=__doc__, epilog=_EPILOG, allow_abbrev=False
-    )
-    add = parser.add_argument
     add("adapter", metavar="ADAPTER", help="folder with an adapter and sapo_prompts.json")
     add("--input", metavar="TEXT", help="the input (default: the standard input)")
     add("--task", metavar="NAME", help="task whose prompt is used, where the adapter has several")
@@ -33,7 +30,6 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     add("--quiet", action="store_true", help="the answer only")
-    return parser
 
 
 def run(args: argparse.Namespace) -> int:
@@ -81,13 +77,9 @@ def _base(adapter: str) -> str:
     from sapo_kernels.files import DataError, excerpt, read_json
 
     folder = Path(adapter)
-    if not folder.is_dir():
-        got = "a file" if folder.exists() else "no such folder"
-        raise DataError(f"{adapter}: expected the folder of an adapter, got {got}")
-    if (folder / "run.json").exists():
-        raise DataError(f"{adapter}: expected the folder of an adapter, got a run; sapo export makes one adapter of it")
     if not (folder / "adapter_config.json").exists():
-        raise DataError(f"{adapter}: expected a folder with adapter_config.json, got one without")
+        run = " (sapo export makes one adapter of a run)" if (folder / "run.json").exists() else ""
+        raise DataError(f"{adapter}: expected a folder with adapter_config.json, got none{run}")
     options = read_json(folder / "adapter_config.json")
     base = options.get("base_model_name_or_path") if isinstance(options, dict) else None
     if not isinstance(base, str) or not base:
@@ -117,14 +109,7 @@ def _prompt(adapter: str, task: str | None) -> tuple[Any, int]:
 def _input(text: str | None) -> str:
     from sapo_kernels.files import DataError
 
-    if text is None:
-        data = sys.stdin.buffer.read(MAX_INPUT_BYTES + 1)
-        if len(data) > MAX_INPUT_BYTES:
-            raise DataError(f"standard input: expected at most {MAX_INPUT_BYTES} bytes, got more")
-        try:
-            text = data.decode("utf-8").removesuffix("\n").removesuffix("\r")
-        except UnicodeDecodeError as error:
-            raise DataError(f"standard input: expected UTF-8 text, got another byte at {error.start}") from None
+    text = sys.stdin.read().removesuffix("\n") if text is None else text
     if not text.strip():
         raise DataError("--input or standard input: expected a text, got an empty one")
     return text

@@ -11,12 +11,13 @@ from sapo_kernels.scoring.turns import example_of
 
 from .tables import Table, keys_of, shown
 
-MAX_FIELD_CHARS = 131_072  # also the limit of Python's csv module
 # Taken as they are where both are there; else exactly one of each list.
 PAIRS = (("input", "target"), ("sentence", "label"), ("input", "output"))
 INPUTS = ("input", "sentence", "text", "question", "prompt")
 TARGETS = ("target", "label", "output", "answer", "answerKey", "completion", "response")
-MESSAGES = "messages"
+# Columns of conversations; those of ShareGPT have turns of "from" and "value".
+MESSAGES, SHAREGPT = "messages", "conversations"
+_ROLES = {"human": "user", "gpt": "assistant"}
 CHOICES = ("choices", "options")
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -53,13 +54,13 @@ class Columns:
         """A row of messages as an example with the turns before its input; None for a row of texts."""
         if not isinstance(row, Mapping) or not isinstance(row.get(self.input), list):
             return None
+        talk = {name: row.get(name) for name in self.used}
+        if self.input == SHAREGPT:
+            talk = {MESSAGES: [_turn(turn) for turn in row[SHAREGPT]]}
         try:
-            made = example_of({name: row.get(name) for name in self.used})
+            return example_of(talk)
         except ValueError as error:
             raise DataError(f"{place}: {error}") from None
-        for text in (made["input"], made["target"], *(turn["content"] for turn in made["history"])) if made else ():
-            check_text(text, place)
-        return made
 
     def read(self, row: Any, place: str) -> tuple[str, list[str]]:
         """Input text and the target texts (several only where an ``output`` list holds several) of one row."""
@@ -83,7 +84,7 @@ class Columns:
         if not targets:
             raise DataError(f"{place}: expected a label in {excerpt(self.target)}, got an empty list")
         where = f"{place}: {excerpt(self.target)}"
-        return check_text(text, place), [self._label(one, letters, where) for one in targets]
+        return text, [self._label(one, letters, where) for one in targets]
 
     def _label(self, value: Any, letters: list[str], place: str) -> str:
         if not isinstance(value, int) or isinstance(value, bool):
@@ -113,8 +114,9 @@ def _pair(names: list[str], chosen: tuple[str | None, str | None], place: str) -
     for pair in PAIRS:
         if chosen == (None, None) and set(pair) <= set(names):
             return pair
-    if MESSAGES in names and chosen in ((None, None), (MESSAGES, None)):
-        return MESSAGES, MESSAGES
+    for talk in (MESSAGES, SHAREGPT):
+        if talk in names and chosen in ((None, None), (talk, None)):
+            return talk, talk
     result = []
     for what, column, known in zip(("input", "target"), chosen, (INPUTS, TARGETS), strict=True):
         found = [name for name in ([column] if column else known) if name in names and (column or name not in chosen)]
@@ -127,6 +129,13 @@ def _pair(names: list[str], chosen: tuple[str | None, str | None], place: str) -
     if result[0] == result[1]:
         raise DataError(f"{place}: expected two different columns, got {excerpt(result[0])} for both")
     return result[0], result[1]
+
+
+def _turn(turn: Any) -> Any:
+    """A turn of ShareGPT as that of a message; any other as it is."""
+    if not isinstance(turn, Mapping) or "from" not in turn:
+        return turn
+    return {"role": _ROLES.get(str(turn["from"]), turn["from"]), "content": turn.get("value")}
 
 
 def _choices(value: Any, place: str) -> tuple[list[str], list[str]]:
@@ -145,9 +154,7 @@ def _choices(value: Any, place: str) -> tuple[list[str], list[str]]:
 
 
 def check_text(value: Any, place: str) -> str:
-    """`value` if it is a text of bounded length."""
+    """`value` if it is a text."""
     if not isinstance(value, str):
         raise DataError(f"{place}: expected text, got {type(value).__name__} {excerpt(value)}")
-    if len(value) > MAX_FIELD_CHARS:
-        raise DataError(f"{place}: expected at most {MAX_FIELD_CHARS} characters, got {len(value)}")
     return value

@@ -81,8 +81,8 @@ def read_examples(
     a dataset of the hub ("owner/name" or "owner/name:configuration"), a list of mappings or a `datasets.Dataset`
     (`name` stands for these in messages).
 
-    Rows of ``messages`` (also ``prompt`` and ``completion`` as lists of messages) end with the user's and the
-    assistant's turn, which are input and target.
+    Rows of ``messages`` (also ``conversations`` of ShareGPT, and ``prompt`` and ``completion`` as lists of messages)
+    end with the user's and the assistant's turn, which are input and target.
 
     `input_column` and `target_column` are recognised by name where they are not given; several candidates are an error,
     never a guess. A row's ``instruction`` (Alpaca) is joined in front of its input, its ``choices`` or

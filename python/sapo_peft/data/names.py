@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,8 +23,7 @@ def pick_task(task: str | None, names: Iterable[str], place: str | os.PathLike) 
         return names[0]
     if task in names:
         return task
-    close = difflib.get_close_matches(task, names, n=3, cutoff=0.3) if task else []
-    close = [name for name in names if task and name.startswith(task)][:3] or close or names[:5]
+    close = [name for name in names if task and name.startswith(task)][:3] or names[:5]
     expected = "the name of a task" if task is None else "a task that is there"
     got = "none" if task is None else excerpt(task)
     more = f" and {len(names) - len(close)} more" if len(names) > len(close) else ""

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,13 +16,14 @@ from sapo_kernels.files import DataError, excerpt, read_json, write_json
 from ..terminal import plain
 from . import prompt_checks as checks
 from .names import TaskNameError
-from .prompt_files import MAX_PROMPT_BYTES, MAX_PROMPTS, read_prompt_file
+from .prompt_files import MAX_PROMPTS, read_prompt_file
 from .schema import first_fault, validated
 
 SCHEMA, VERSION = "sapo_prompt_pool", 1
 MAX_CHARACTERS = 16_384
 MAX_TOKENS = 1024
-MAX_POOL_BYTES = 4 * MAX_PROMPT_BYTES
+# More than the longest prompts take, so that what was saved can be read.
+MAX_POOL_BYTES = 2**30
 # What is kept of a rejected prompt, and of how many: enough to see what went wrong, whatever a source sends.
 MAX_REJECTED_CHARACTERS = 2000
 MAX_REJECTED = 1000
@@ -94,7 +93,7 @@ class PromptPool(BaseModel):
     labels: label names; those in the original stand in every prompt. markers: texts that stand in every prompt.
     text_word: the word that heads the input. rejected, merged: what was not taken (the first `MAX_REJECTED` of
     each are kept). max_characters, max_tokens: bounds on one prompt, the second with a tokenizer only.
-    Neither the tokenizer nor remarks (sentences of whoever filled the pool) are saved or compared.
+    The tokenizer is neither saved nor compared.
     """
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", populate_by_name=True)
@@ -113,7 +112,6 @@ class PromptPool(BaseModel):
     rejected: tuple[RejectedPrompt, ...] = Field(max_length=MAX_REJECTED)
     merged: tuple[MergedPrompt, ...] = Field(max_length=MAX_REJECTED)
     _tokenizer: Any = None
-    _remarks: tuple[str, ...] = ()
 
     @classmethod
     def build(
@@ -218,12 +216,12 @@ class PromptPool(BaseModel):
                 raise DataError(f"'merged' {index}: expected the index of a prompt, got {item.into}")
         return self
 
-    @cached_property
+    @property
     def prompts(self) -> tuple[str, ...]:
         """The texts, the original first."""
         return tuple(prompt.text for prompt in self.entries)
 
-    @cached_property
+    @property
     def provenance(self) -> tuple[str, ...]:
         """Where each prompt is from."""
         return tuple(prompt.source for prompt in self.entries)
@@ -236,23 +234,9 @@ class PromptPool(BaseModel):
     def __eq__(self, other: object) -> bool:
         return isinstance(other, PromptPool) and self.model_dump() == other.model_dump()
 
-    def _with(self, **changes: Any) -> PromptPool:
-        """A copy, not checked again."""
-        copy = self.model_copy(update=changes)
-        for name in ("prompts", "provenance"):
-            copy.__dict__.pop(name, None)
-        return copy
-
     def save(self, path: str | os.PathLike) -> None:
-        """Write the pool as JSON, all or nothing.
-
-        Raises: `DataError` for a pool too large to be read again; `OSError` from writing.
-        """
-        document = self.model_dump(mode="json", by_alias=True)
-        size = len(json.dumps(document, ensure_ascii=False, indent=1).encode())
-        if size > MAX_POOL_BYTES:  # `read` would refuse it
-            raise DataError(f"{os.fspath(path)}: expected a pool of at most {MAX_POOL_BYTES} bytes, got {size}")
-        write_json(path, document)
+        """Write the pool as JSON, all or nothing. Raises: `OSError` from writing."""
+        write_json(path, self.model_dump(mode="json", by_alias=True))
 
     def extended(self, paraphrases: Iterable[PoolPrompt | str]) -> PromptPool:
         """This pool with the `paraphrases` that pass behind its own; the prompts it has keep their places."""
@@ -277,26 +261,23 @@ class PromptPool(BaseModel):
             else:
                 places[checks.normalised(item.text)] = len(entries)
                 entries.append(item)
-            # A source without end does not fill the memory.
-            for kept in (rejected, merged):
-                if len(kept) > MAX_REJECTED:
-                    kept.popitem()
-        return self._with(entries=tuple(entries), rejected=tuple(rejected), merged=tuple(merged))
+        return self._grown(entries, rejected, merged)
 
-    def checked(
-        self, tokenizer: Any = None, *, markers: Sequence[str] = (), max_tokens: int | None = None
-    ) -> PromptPool:
+    def _grown(self, entries: Iterable[PoolPrompt], rejected: Iterable, merged: Iterable) -> PromptPool:
+        lost = {"rejected": tuple(rejected)[:MAX_REJECTED], "merged": tuple(merged)[:MAX_REJECTED]}
+        return self.model_copy(update={"entries": tuple(entries), **lost})
+
+    def checked(self, tokenizer: Any = None, *, markers: Sequence[str] = ()) -> PromptPool:
         """This pool by the rules of `tokenizer` and with more `markers`: paraphrases that fail are moved to `rejected`.
 
         Prompts behind one that fails move up. Raises: `DataError` if the original or the suffix fails.
         """
-        names = ("task", "suffix", "labels", "text_word", "max_characters")
+        names = ("task", "suffix", "labels", "text_word", "max_characters", "max_tokens")
+        kept, markers = {name: getattr(self, name) for name in names}, (*self.markers, *markers)
         pool = PromptPool.build(
-            original=self.prompts[0], paraphrases=self.entries[1:], tokenizer=tokenizer,
-            markers=(*self.markers, *markers), max_tokens=max_tokens or self.max_tokens,
-            **{name: getattr(self, name) for name in names},
-        )  # fmt: skip
-        return pool.with_history(self).with_remarks(*self._remarks)
+            original=self.prompts[0], paraphrases=self.entries[1:], tokenizer=tokenizer, markers=markers, **kept
+        )
+        return pool.with_history(self)
 
     def with_history(self, other: PromptPool) -> PromptPool:
         """This pool with the rejected and merged prompts of `other` in front of its own.
@@ -307,13 +288,7 @@ class PromptPool(BaseModel):
         found = [(m, places.get(checks.normalised(m.text))) for m in (*other.merged, *self.merged)]
         merged = dict.fromkeys(MergedPrompt(m.text, m.source, place) for m, place in found if place is not None)
         rejected = dict.fromkeys([*other.rejected, *self.rejected])
-        return self._with(merged=tuple(merged)[:MAX_REJECTED], rejected=tuple(rejected)[:MAX_REJECTED])
-
-    def with_remarks(self, *remarks: str) -> PromptPool:
-        """This pool with more sentences for `notes`; they are not saved."""
-        pool = self._with()
-        pool._remarks = (*self._remarks, *remarks)
-        return pool
+        return self._grown(self.entries, rejected, merged)
 
     def fault(self, text: str, rules: dict[str, Any] | None = None) -> str | None:
         """Why `text` cannot be a prompt of this pool ("expected ..., got ..."), or None. Repetition is no fault."""
@@ -325,36 +300,28 @@ class PromptPool(BaseModel):
         return problem
 
     def _rules(self) -> dict[str, Any]:
-        return {
-            "required": self.required,
-            "markers": self.markers,
-            "specials": _specials(self._tokenizer),
-            "max_characters": self.max_characters,
-        }
+        specials = []
+        if self._tokenizer is not None:
+            # Here, so that pools can be read without torch being loaded for it.
+            from sapo_kernels.scoring.render import special_tokens
 
-    @property
-    def remarks(self) -> tuple[str, ...]:
-        """What `with_remarks` added."""
-        return self._remarks
+            specials = special_tokens(self._tokenizer)
+        found = {"required": self.required, "markers": self.markers, "specials": specials}
+        return {**found, "max_characters": self.max_characters}
 
     def notes(self) -> list[str]:
         """What a reader of the results should know about this pool, one sentence a kind."""
         repeats = Counter((m.source, m.into) for m in self.merged)
-        notes = [f"{_count(n)} from {source} repeat{'s' * (n == 1)} prompt {into} and {'was' if n == 1 else 'were'} "
-                 "merged into it" for (source, into), n in repeats.items()]  # fmt: skip
+        notes = [f"{count} of the paraphrases from {source} merged into prompt {into}, which they repeat"
+                 for (source, into), count in repeats.items()]  # fmt: skip
         lost: dict[tuple[str, str], list[str]] = {}
-        for r in self.rejected:
-            lost.setdefault((r.source, r.reason), []).append(r.text)
-        notes += [f"{_count(len(texts))} from {source} {'was' if len(texts) == 1 else 'were'} rejected: {reason}: "
-                  f"{excerpt(texts[0])}" for (source, reason), texts in lost.items()]  # fmt: skip
-        return [*notes, *self._remarks]
+        for one in self.rejected:
+            lost.setdefault((one.source, one.reason), []).append(one.text)
+        return notes + [f"{len(texts)} of the paraphrases from {source} rejected: {reason}: {excerpt(texts[0])}"
+                        for (source, reason), texts in lost.items()]  # fmt: skip
 
 
 read_prompts = PromptPool.read
-
-
-def _count(number: int) -> str:
-    return "a paraphrase" if number == 1 else f"{number} paraphrases"
 
 
 def file_source(path: Path) -> str:
@@ -373,12 +340,3 @@ def _pool_document(path: str | os.PathLike) -> dict[str, Any] | None:
         return None
     document = read_json(path, max_bytes=MAX_POOL_BYTES)
     return document if isinstance(document, dict) and isinstance(document.get("schema"), str) else None
-
-
-def _specials(tokenizer: Any) -> list[str]:
-    if tokenizer is None:
-        return []
-    # Here, so that pools can be read without torch being loaded for it.
-    from sapo_kernels.scoring.render import special_tokens
-
-    return special_tokens(tokenizer)

@@ -9,34 +9,36 @@ import queue
 import threading
 import time
 import urllib.parse
-import urllib.request
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from sapo_kernels.files import DataError, excerpt
 
+from ..terminal import plain
 from .answers import AnswerFault, Request
-from .reply import Reply, completion, refused
 from .source import Answer, Deadline, SourceError
 
 _log = logging.getLogger(__name__)
 KEY_VARIABLE = "OPENAI_API_KEY"
-MAX_REPLY_BYTES = 2**20
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _LONGEST_BACKOFF = 20.0
 # How long answers under way are waited for when the endpoint turns out to be of no use, seconds.
 _LAST_ANSWERS = 5.0
-# What asking again costs of `max_tries`: an outage that hangs is known after two requests. Waiting costs nothing.
-_COSTS = {"failure": 1, "late": 3, "limited": 0}
+# What asking again costs of `max_tries`: an outage that hangs is known after two requests, waiting costs nothing.
+_FAILURE, _LATE, _LIMITED = 1, 3, 0
 # Pieces of a key of this length give it away; what is shorter is no key (``none``).
 _PIECE = 8
 
 
-class _Unread(Exception):
-    """A reply that is not read; the message says why."""
+class _Failed(Exception):
+    """A request without an answer. cost: see above, None: it would fail again; after: seconds that it asks to wait."""
+
+    def __init__(self, fault: str, cost: int | None = _FAILURE, after: float | None = None):
+        super().__init__(fault)
+        self.cost, self.after = cost, after
 
 
 @dataclass
@@ -50,11 +52,11 @@ class EndpointSource:
     three). backoff: seconds before the second try; they double, up to 20. usage: tokens and cost of all answers.
 
     Connection errors, broken replies and the statuses 408, 409 and 5xx are tried again `max_tries` times; a rate
-    limit (429) until the deadline, each time after what the endpoint asks for in a header or in words. Any other
-    status ends the source at once. The key goes into the Authorization header and nowhere else: not into logs,
-    errors or files, also not when the server sends it back.
+    limit (429) until the deadline, each time after what the header ``Retry-After`` asks for. Any other status ends
+    the source at once. The key goes into the Authorization header and nowhere else: not into errors or files, also
+    not when the server sends it back. A server on this machine is asked without a proxy.
 
-    Raises: `ImportError` naming the extra if a library is missing; `ValueError` for bad arguments.
+    Raises: `ImportError` if openai or tenacity is missing (extra ``paraphrase``); `ValueError` for bad arguments.
     """
 
     base_url: str
@@ -69,29 +71,21 @@ class EndpointSource:
     finite = False
 
     def __post_init__(self):
-        try:
-            import openai  # noqa: F401
-            import tenacity  # noqa: F401
-        except ImportError as error:
-            raise ImportError(f"an endpoint needs {error.name}: pip install 'sapo-kernels[paraphrase]'") from None
-        for name, most in (("concurrency", 64), ("per_call", 50), ("max_tries", 100)):
-            value = getattr(self, name)
-            if type(value) is not int or not 1 <= value <= most:
-                raise ValueError(f"{name}: expected a whole number from 1 to {most}, got {value!r}")
-        for name in ("request_seconds", "backoff"):
+        import openai  # noqa: F401
+        import tenacity  # noqa: F401
+
+        for name in ("concurrency", "per_call", "max_tries", "request_seconds", "backoff"):
             if not 0 < getattr(self, name) < 1e6:
-                raise ValueError(f"{name}: expected a number of seconds above 0, got {getattr(self, name)!r}")
-        if not self.model.strip() or not self.model.isprintable() or len(self.model) > 200:
-            raise ValueError(f"model: expected a name of 1 to 200 characters, got {excerpt(self.model)}")
+                raise ValueError(f"{name}: expected a number above 0, got {getattr(self, name)!r}")
+        if not self.model.strip():
+            raise ValueError("model: expected a name, got an empty one")
         if not self.key_variable.isidentifier():
             # Not shown: somebody may have given the key instead of the variable's name.
             raise ValueError("key_variable: expected the name of an environment variable, got something else")
         self._answered = 0
-        self.name, self._host, key = f"endpoint:{self.model}", _host(self.base_url), self._key()
+        self.name, self._host, key = f"endpoint:{plain(self.model)}", _host(self.base_url), self._key()
         if not key.isascii() or not key.isprintable() or " " in key:
             raise DataError(f"{self.key_variable}: expected a key of printable ASCII without spaces, got another text")
-        if self._shows_key(f"{self.model} {self.base_url}"):
-            raise ValueError(f"model or base_url: expected them without the key in {self.key_variable}, got it there")
         if key and self.base_url.lower().startswith("http:") and self._host not in _LOOPBACK:
             _log.warning("the key in %s is sent unencrypted to %s", self.key_variable, self._host)
 
@@ -114,7 +108,7 @@ class EndpointSource:
         error = None
         # A little later than the requests' own end, so that these can say what they waited for.
         end = time.monotonic() + deadline.left + 0.3
-        with _quiet_client(), _in_background(self._ask_all(request, counts, deadline, results.put)):
+        with _in_background(self._ask_all(request, counts, deadline, results.put)):
             for _ in counts:
                 try:
                     result = results.get(timeout=max(0.0, end - time.monotonic()))
@@ -128,7 +122,7 @@ class EndpointSource:
         if error is not None:
             raise error
 
-    async def _ask_all(self, request, counts, deadline, put) -> None:
+    async def _ask_all(self, request: Request, counts: list[int], deadline: Deadline, put: Callable) -> None:
         import openai
 
         gate, over = asyncio.Semaphore(self.concurrency), asyncio.Event()
@@ -140,96 +134,86 @@ class EndpointSource:
                     if not over.is_set():
                         result = await self._ask(client, request, count, deadline)
                 except Exception as error:
-                    # Whatever it is must be heard of; its text may hold anything, so only the type is told.
-                    result = SourceError(f"{self.name}: failed with {type(error).__name__}")
-                if isinstance(result, SourceError):
                     over.set()  # no new questions from here on
+                    # The text of any other error may hold anything, so only its type is told.
+                    told = SourceError(f"{self.name}: failed with {type(error).__name__}")
+                    result = error if isinstance(error, SourceError) else told
             put(result)
 
         # A reply that points elsewhere would have the texts sent to a host nobody named.
-        http = openai.DefaultAsyncHttpxClient(event_hooks={"response": [_bound]}, follow_redirects=False)
+        http = openai.DefaultAsyncHttpxClient(follow_redirects=False, trust_env=self._host not in _LOOPBACK)
         # Local servers without keys take any; an empty one is refused by the client.
         key = self._key() or "none"
         async with openai.AsyncOpenAI(api_key=key, base_url=self.base_url, max_retries=0, http_client=http) as client:
             await asyncio.gather(*map(ask, counts))
 
-    async def _ask(self, client: Any, request: Request, count: int, deadline: Deadline) -> Answer | SourceError:
-        """The answer to one question, after as many tries as it takes; never an exception of the client."""
-        from tenacity import AsyncRetrying, retry_if_result, wait_exponential, wait_random
+    async def _ask(self, client: Any, request: Request, count: int, deadline: Deadline) -> Answer:
+        """The answer to one question, after as many tries as it takes; `SourceError` if asking is of no use."""
+        import tenacity
 
-        jitter = wait_random(0, self.backoff)
-        growing = wait_exponential(self.backoff, _LONGEST_BACKOFF) + jitter
-        replies: list[Reply] = []
-        answered, texts = self._answered, []
+        growing = tenacity.wait_exponential(self.backoff, _LONGEST_BACKOFF) + tenacity.wait_random(0, self.backoff)
+        answered, failures = self._answered, []
 
-        async def send() -> Reply:
-            replies.append(await self._send(client, request.message(count), deadline))
-            return replies[-1]
-
-        def wait(state) -> float:
-            if replies[-1].after is not None:
-                return replies[-1].after + jitter(state)
+        def wait(state: Any) -> float:
+            failures.append(state.outcome.exception())
             # Up to the deadline, and not past it by a last wait that is too long.
-            return min(growing(state), deadline.left / 2) if replies[-1].kind == "limited" else growing(state)
+            return min(growing(state), deadline.left / 2) if failures[-1].after is None else failures[-1].after
 
-        def stop(state) -> bool:
-            failures = sum(_COSTS[reply.kind] for reply in replies)
-            return failures >= self.max_tries or state.upcoming_sleep >= deadline.left or deadline.left < 0.1
+        def stop(state: Any) -> bool:
+            over = state.upcoming_sleep >= deadline.left or deadline.left < 0.1
+            return over or sum(failure.cost for failure in failures) >= self.max_tries
 
-        def log(state) -> None:
-            _log.info("%s: %s; asking again in %.1f s", self.name, replies[-1].fault, state.upcoming_sleep)
+        def log(state: Any) -> None:
+            _log.info("%s: %s; asking again in %.1f s", self.name, failures[-1], state.upcoming_sleep)
 
-        again = retry_if_result(lambda reply: reply.kind in _COSTS)
-        reply = await AsyncRetrying(
-            retry=again, wait=wait, stop=stop, before_sleep=log, retry_error_callback=lambda _: replies[-1]
-        )(send)
-        fault = reply.fault
-        if reply.kind in _COSTS:
-            left = f"; {deadline.left:.3g} of {deadline.seconds:g} s are left"
-            left = f"; it asks to wait {reply.after:.6g} s{left}" if reply.after is not None else left
-            fault = f"no answer after asking {len(replies)} times, the last: {fault}{left}"
-            if reply.kind != "limited" and self._answered > answered:
-                return Answer((), self.name, fault)  # others are answered: the endpoint is there
-        if reply.kind != "answer":
-            return SourceError(f"{self.base_url}: {fault}{self._proxy()}")
-        if fault is None:
-            try:
-                texts, fault = request.read(reply.text, cut=reply.cut)
-            except AnswerFault as error:
-                fault = str(error)
+        again = tenacity.retry_if_exception(lambda error: getattr(error, "cost", None) is not None)
+        retrying = tenacity.AsyncRetrying(retry=again, wait=wait, stop=stop, before_sleep=log, reraise=True)
+        try:
+            texts, fault = request.read(await retrying(self._send, client, request.message(count), deadline))
+        except AnswerFault as error:
+            texts, fault = (), str(error)
+        except _Failed as failed:
+            fault = str(failed)
+            if failed.cost is not None:
+                asked = f"; it asks to wait {failed.after:.6g} s" if failed.after is not None else ""
+                left = f"{deadline.left:.3g} of {deadline.seconds:g} s are left"
+                fault = f"no answer after asking {len(failures)} times, the last: {fault}{asked}; {left}"
+            if not failed.cost or self._answered == answered:  # else others are answered: the endpoint is there
+                raise SourceError(f"{self.base_url}: {fault}") from None
+            texts = ()
         return Answer(tuple(texts), self.name, fault)
 
-    async def _send(self, client: Any, message: str, deadline: Deadline) -> Reply:
-        """One request: never an exception of the client, for these hold the request and with it the key."""
+    async def _send(self, client: Any, message: str, deadline: Deadline) -> str:
+        """The text of one reply. Raises no exception of the client, for these hold the request and with it the key."""
         import openai
 
         seconds = max(0.01, min(self.request_seconds, deadline.left))
+        reply, failed = None, None
         try:
             # The client's own timeouts hold for each read: a server that sends a byte now and then is never late.
             async with asyncio.timeout(seconds):
-                document = await client.chat.completions.create(
-                    model=self.model,
-                    messages=[{"role": "user", "content": message}],
-                    timeout=seconds,
-                    # A compressed reply could unpack to any size.
-                    extra_headers={"Accept-Encoding": "identity"},
-                )
-            reply = completion(document)
-            self._answered += reply.fault is None
-            for name in ("prompt_tokens", "completion_tokens", "cost"):
-                amount = getattr(getattr(document, "usage", None), name, None)
-                if type(amount) in (int, float) and 0 <= amount < 1e12:
-                    self.usage[name] += amount
+                turn = {"role": "user", "content": message}
+                reply = await client.chat.completions.create(model=self.model, messages=[turn], timeout=seconds)
+            text = _text(reply)
         except openai.APIStatusError as error:
-            body = error.response.content[:10_000].decode("utf-8", "replace")
-            reply = refused(error.status_code, error.body, error.response.headers, body, deadline.left)
+            failed = _refused(error.status_code, error.body, error.response.headers)
         except (TimeoutError, openai.APITimeoutError):
-            reply = Reply(fault=f"no whole reply within {seconds:.3g} s", kind="late")
+            failed = _Failed(f"no whole reply within {seconds:.3g} s", _LATE)
+        except (_Failed, AnswerFault) as error:
+            failed = error
         except Exception as error:
-            reply = Reply(fault=_reason(error), kind="failure")
-        if self._shows_key(reply.text) or self._shows_key(reply.fault or ""):
-            return Reply(fault="the reply holds the key and was not used", kind=reply.kind, after=reply.after)
-        return reply
+            failed = _Failed(_reason(error))
+        for name in ("prompt_tokens", "completion_tokens", "cost"):
+            amount = getattr(getattr(reply, "usage", None), name, None)
+            if type(amount) in (int, float) and 0 <= amount < 1e12:
+                self.usage[name] += amount
+        if self._shows_key(text if failed is None else str(failed)):
+            told = "the reply holds the key and was not used"
+            failed = _Failed(told, failed.cost, failed.after) if isinstance(failed, _Failed) else AnswerFault(told)
+        if failed is not None:
+            raise failed from None
+        self._answered += 1
+        return text
 
     def _key(self) -> str:
         """Read anew each time: what is held nowhere is shown nowhere."""
@@ -238,14 +222,6 @@ class EndpointSource:
     def _shows_key(self, text: str) -> bool:
         key, text = self._key().casefold(), text.casefold()
         return any(key[place : place + _PIECE] in text for place in range(len(key) - _PIECE + 1))
-
-    def _proxy(self) -> str:
-        """What to know of a proxy in front of this machine's own server, which it hardly reaches."""
-        proxies, scheme = urllib.request.getproxies(), self.base_url.partition(":")[0].lower()
-        name = scheme if scheme in proxies else "all"
-        if self._host not in _LOOPBACK or name not in proxies or urllib.request.proxy_bypass(self._host):
-            return ""
-        return f"; {name.upper()}_PROXY puts a proxy in front of {self._host}: set NO_PROXY={self._host}"
 
 
 @contextmanager
@@ -271,51 +247,54 @@ def _in_background(work: Any) -> Iterator[None]:
         thread.join(0.5)
 
 
-@contextmanager
-def _quiet_client() -> Iterator[None]:
-    """The logs of the client and its HTTP library are off: they show headers, and a server may quote the key there."""
-    loggers = [logging.getLogger(name) for name in ("openai", "httpx", "httpx2", "httpcore", "httpcore2")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.WARNING)
+def _text(reply: Any) -> str:
+    """The text of a chat completion."""
     try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        text = reply.choices[0].message.content
+    except (AttributeError, IndexError, TypeError):
+        # Gateways put an error into a reply with status 200.
+        got = excerpt(getattr(reply, "error", None) or reply)
+        raise _Failed(f"expected a chat completion, got {got} (is this the address of an API?)") from None
+    if isinstance(text, list):  # parts; thoughts are of another type
+        text = "".join(part["text"] for part in text if part.get("type") == "text")
+    if not isinstance(text, str) or not text.strip():
+        raise AnswerFault("expected a reply with text, got none")
+    return text
 
 
-async def _bound(response: Any) -> None:
-    """Stop reading a reply at `MAX_REPLY_BYTES`: the client reads one of any size."""
-    if response.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
-        raise _Unread("expected a reply that is not compressed, got a compressed one")
-    inner = response.stream
+def _refused(status: int, error: Any, headers: Mapping[str, str]) -> _Failed:
+    """A reply with an error `status`; `error`: what its body says of it."""
+    told = error if isinstance(error, dict) else {"message": error}
+    words = " ".join(str(told.get("message") or told.get("detail") or "").split())
+    fault = f"status {status}"
+    if status in (401, 403, 407):
+        # Replies to a wrong key are known to quote it, also in part or changed.
+        fault += " (is the key right, and may it use this model?)"
+    elif words and not words.startswith("<"):
+        fault += f", {excerpt(words, 200)}"
+    # Waiting brings no money.
+    if not (status in (408, 409, 429) or status >= 500) or told.get("code") == "insufficient_quota":
+        return _Failed(fault, None)
+    return _Failed(fault, _LIMITED if status == 429 else _FAILURE, _retry_after(headers))
 
-    async def chunks(_):
-        size = 0
-        async for chunk in inner:
-            size += len(chunk)
-            if size > MAX_REPLY_BYTES:
-                raise _Unread(f"expected a reply of at most {MAX_REPLY_BYTES} bytes, got more")
-            yield chunk
 
-    async def close(_):
-        await inner.aclose()
-
-    # Of the class that the HTTP library checks for, whichever library the client has.
-    response.stream = type("Bounded", type(inner).__bases__, {"__aiter__": chunks, "aclose": close})()
+def _retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds that a reply asks to wait, None if it does not say."""
+    for name, unit in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
+        with suppress(ValueError):
+            seconds = float(headers.get(name, "")) / unit
+            if 0 < seconds < 1e9:
+                return seconds
+    return None
 
 
 def _host(url: str) -> str:
-    try:
+    with suppress(ValueError):
         parts = urllib.parse.urlsplit(url)
-        host, _ = parts.hostname, parts.port
-    except ValueError:
-        host = None
-    if not host or parts.scheme not in ("http", "https") or set(url) & set("@?# ") or not url.isprintable():
-        # Not shown: it may hold a password.
-        raise ValueError("base_url: expected http(s)://HOST[:PORT]/PATH without user, query or fragment, got another")
-    return host
+        if parts.scheme in ("http", "https") and parts.hostname and "@" not in url and not parts.query:
+            return parts.hostname
+    # Not shown: it may hold a password.
+    raise ValueError("base_url: expected http(s)://HOST[:PORT]/PATH without user and query, got another")
 
 
 def _reason(error: BaseException) -> str:
@@ -323,8 +302,6 @@ def _reason(error: BaseException) -> str:
     chain = [error]
     while len(chain) < 9 and (cause := chain[-1].__cause__ or chain[-1].__context__):
         chain.append(cause)
-    if unread := next((error for error in chain if isinstance(error, _Unread)), None):
-        return str(unread)
     word = next((os.strerror(error.errno) for error in chain if getattr(error, "errno", None)), None)
     kind = type(error.__cause__ or error).__name__
     return f"the connection or the reply is broken ({kind}{f': {word}' if word else ''})"

@@ -14,7 +14,7 @@ from sapo_kernels.scoring.render import PLAIN_ANSWER, special_tokens
 
 from ..terminal import plain
 from .answers import AnswerFault, Request
-from .source import Answer, Deadline, SourceError
+from .source import Answer, Deadline
 
 
 class LocalModelSource:
@@ -40,9 +40,8 @@ class LocalModelSource:
         max_new_tokens: int = 1024,
         seed: int = 0,
     ):
-        for what, value, least in (("per_call", per_call, 1), ("max_new_tokens", max_new_tokens, 1), ("seed", seed, 0)):
-            if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**62:
-                raise ValueError(f"{what}: expected a whole number of at least {least}, got {value!r}")
+        if per_call < 1 or max_new_tokens < 1:
+            raise ValueError(f"per_call, max_new_tokens: expected at least 1, got {per_call} and {max_new_tokens}")
         self.model, self.tokenizer = model, tokenizer
         path = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
         self.name = f"model:{plain(name or Path(path).name or path)[:200]}"
@@ -50,27 +49,21 @@ class LocalModelSource:
         self._seed, self._specials = seed, special_tokens(tokenizer)
 
     def paraphrase(self, request: Request, deadline: Deadline) -> Iterator[Answer]:
-        """One answer after the other; see the class. Raises `SourceError` if a text holds a special token."""
-        message = request.message(min(self.per_call, request.wanted))
-        if special := self._special_in(message):
-            raise SourceError(f"{self.name}: expected plain text, got the special token {special!r} in the prompts")
-        ids = self._encode(message)
+        """One answer after the other; see the class."""
+        ids = self._encode(request.message(min(self.per_call, request.wanted)))
         for _ in range(-(-request.wanted // self.per_call)):
             if deadline.over:
                 return
             seed, self._seed = self._seed, self._seed + 1
             source = f"{self.name} (seed {seed})"
-            text, cut = self._generate(ids, seed, deadline)
             try:
-                texts, fault = request.read(text, cut=cut)
+                texts, fault = request.read(self._generate(ids, seed, deadline))
             except AnswerFault as error:
                 texts, fault = [], str(error)
-            if special := self._special_in("\n".join(texts)):
+            special = next((special for special in self._specials if special in "\n".join(texts)), None)
+            if special:
                 texts, fault = [], f"expected plain text, got the special token {excerpt(special)} in it"
             yield Answer(tuple(texts), source, fault)
-
-    def _special_in(self, text: str) -> str | None:
-        return next((special for special in self._specials if special in text), None)
 
     def _encode(self, message: str) -> torch.Tensor:
         """Token ids [1, T] on the model's device."""
@@ -84,8 +77,8 @@ class LocalModelSource:
             ids = self.tokenizer(message + PLAIN_ANSWER + "\n")["input_ids"]
         return torch.tensor([ids], device=self.model.get_input_embeddings().weight.device)
 
-    def _generate(self, ids: torch.Tensor, seed: int, deadline: Deadline) -> tuple[str, bool]:
-        """(text, whether it was cut off) of one answer."""
+    def _generate(self, ids: torch.Tensor, seed: int, deadline: Deadline) -> str:
+        """The text of one answer."""
         own, pad = self.model.generation_config.eos_token_id, self.tokenizer.pad_token_id
         ends = self.tokenizer.eos_token_id if own is None else own
         ends = [ends] if isinstance(ends, int) else list(ends or ())
@@ -105,8 +98,7 @@ class LocalModelSource:
         new = output[0, ids.shape[1] :].tolist()
         stop = next((place for place, token in enumerate(new) if token in ends), None)
         # Special tokens stay visible, so that a text with one in the middle is refused and not silently joined.
-        text = self.tokenizer.decode(new[:stop], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return text, stop is None
+        return self.tokenizer.decode(new[:stop], skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 @contextmanager

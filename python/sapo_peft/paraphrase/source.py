@@ -6,8 +6,8 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -22,7 +22,6 @@ from .answers import Request
 _log = logging.getLogger(__name__)
 # A source that gives nothing new this many times in a row has nothing more to give.
 _IDLE_ROUNDS = 3
-_MAX_ROUNDS = 100
 _SHOWN_FAULTS = 3
 
 
@@ -35,18 +34,18 @@ class TooFewPrompts(RuntimeError):
 
 
 class Deadline:
-    """A moment in time, `seconds` from now on `clock` (a function giving seconds that never goes back)."""
+    """A moment in time, `seconds` from now."""
 
-    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic):
-        if isinstance(seconds, bool) or not 0 < seconds < 1e9:
+    def __init__(self, seconds: float):
+        if not 0 < seconds < 1e9:
             raise ValueError(f"deadline_seconds: expected a number above 0 and below 1e9, got {seconds!r}")
-        self.seconds, self._clock = float(seconds), clock
-        self._end = clock() + self.seconds
+        self.seconds = float(seconds)
+        self._end = time.monotonic() + self.seconds
 
     @property
     def left(self) -> float:
         """Seconds to go, 0.0 from the deadline on."""
-        return max(0.0, self._end - self._clock())
+        return max(0.0, self._end - time.monotonic())
 
     @property
     def over(self) -> bool:
@@ -89,71 +88,58 @@ def gather(
     store: str | os.PathLike | None = None,
     *,
     overwrite: bool = False,
-    clock: Callable[[], float] = time.monotonic,
 ) -> PromptPool:
     """`pool` with up to `wanted` more paraphrases from `source`, checked by the pool's own rules.
 
     Each answer is saved to `store` (a ``.json`` file that `PromptPool.read` reads) as it arrives. Called again with
     that file, after a crash, Ctrl-C or an outage, it goes on from there and asks only for what is missing;
-    `overwrite` begins anew, whatever the file holds. It ends when there are enough, after `deadline_seconds` of `clock`
-    (a function giving seconds that never goes back), when the source cannot go on, or when three rounds of asking
-    brought nothing new. If fewer than `wanted` are there then, the result says so in `notes()`, and so does the log.
+    `overwrite` begins anew, whatever the file holds. It ends when there are enough, after `deadline_seconds`, when the
+    source cannot go on, or when three rounds of asking brought nothing new. If fewer than `wanted` are there then, a
+    warning in the log says how many and why.
 
     Raises: `TooFewPrompts` if fewer than `minimum` of the `wanted` are there at the end; `DataError` if the store
     is there and no pool of this task and original; `RuntimeError` if another process fills it; `OSError` from saving.
     """
-    for name, value, least in (("wanted", wanted, 1), ("minimum", minimum, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name}: expected a whole number of at least {least}, got {value!r}")
-    if minimum > wanted:
-        raise ValueError(f"minimum: expected at most wanted={wanted}, got {minimum}")
-    deadline, before = Deadline(deadline_seconds, clock), len(pool.prompts)
-    size = before + wanted
-    if size > MAX_PROMPTS:
+    before, deadline = len(pool.prompts), Deadline(deadline_seconds)
+    if wanted < 1 or not 0 <= minimum <= wanted:
+        raise ValueError(f"wanted, minimum: expected at least 1 and from 0 to wanted, got {wanted} and {minimum}")
+    if before + wanted > MAX_PROMPTS:
         raise ValueError(f"wanted: a pool holds at most {MAX_PROMPTS} prompts, got {before} and {wanted} more")
-    with nullcontext() if store is None else _only_writer(Path(store)):
+    if store is not None:
+        # Faults come before the first question: lost answers cost money.
+        store = Path(store)
+        if not os.access(store.resolve().parent, os.W_OK):
+            raise DataError(f"{store}: expected a file in a folder that can be written to, got none")
+        if store.suffix.lower() != ".json":
+            raise DataError(f"{store}: expected a file that ends in .json, got {excerpt(store.name)}")
+    with only_writer(store):
         if store is not None and not overwrite:
-            pool = resumed_from(pool, Path(store), size)
+            pool = resumed_from(pool, store, before + wanted)
             if len(pool.prompts) > before:
                 _log.info("%d paraphrases from an earlier run are in %s", len(pool.prompts) - before, store)
-        faults: Counter[str] = Counter()
-        pool, why = _ask(pool, source, size, deadline, store, faults, Counter(pool.entries[before:]))
+        # What an earlier run has from a source that gives all it holds again is no repetition.
+        taken = Counter(pool.entries[before:]) if source.finite else Counter()
+        pool, ended = _asked(pool, source, before + wanted, deadline, taken, store)
         got = len(pool.prompts) - before
         if got < wanted:
-            remark = f"{got} of the {wanted} paraphrases asked for are there: {why}"
-            for fault, count in faults.most_common(_SHOWN_FAULTS):
-                remark += f"; {count} answer{'s' * (count > 1)}: {fault}"
+            told = f"{got} of the {wanted} paraphrases asked for are there: {ended}"
             if got < minimum:
                 saved = f" (what arrived is in {store})" if store is not None and got else ""
-                raise TooFewPrompts(
-                    f"{source.name}: expected at least {minimum} paraphrases, got {got}{saved}; {remark}"
-                )
-            _log.warning("%s: %s", source.name, remark)
-            pool = pool.with_remarks(remark)
+                raise TooFewPrompts(f"{source.name}: expected at least {minimum} paraphrases, got {got}{saved}; {told}")
+            _log.warning("%s: %s", source.name, told)
         if store is not None:
             pool.save(store)
     return pool
 
 
-def _ask(
-    pool: PromptPool,
-    source: ParaphraseSource,
-    size: int,
-    deadline: Deadline,
-    store: str | os.PathLike | None,
-    faults: Counter[str],
-    taken: Counter[PoolPrompt],
+def _asked(
+    pool: PromptPool, source: ParaphraseSource, size: int, deadline: Deadline, taken: Counter, store: Path | None
 ) -> tuple[PromptPool, str]:
-    """(the pool, grown to at most `size` prompts; why it ended). What was wrong with answers is counted in `faults`.
-
-    taken: what an earlier run has from a source that gives all it holds again; that is no repetition.
-    """
+    """(the pool, grown to at most `size` prompts and saved with each answer; why it ended)."""
+    faults: Counter[str] = Counter()
     idle = answers = 0
-    for _ in range(_MAX_ROUNDS):
-        have = len(pool.prompts)
-        if have >= size:
-            return pool, "there are enough"
-        request = Request(pool.prompts[0], size - have, pool.required, pool.markers, known=pool.prompts[1:])
+    while (have := len(pool.prompts)) < size:
+        request, ended = Request(pool.prompts[0], size - have, pool.required, pool.markers, pool.prompts[1:]), ""
         try:
             with closing(source.paraphrase(request, deadline)) as given:
                 for answer in given:
@@ -163,7 +149,7 @@ def _ask(
                         _log.info("%s: an answer was not used in full: %s", source.name, answer.fault)
                     grown = pool
                     for prompt in (PoolPrompt(text, answer.source) for text in answer.texts):
-                        if source.finite and taken[prompt]:
+                        if taken[prompt]:
                             taken[prompt] -= 1
                         elif len(grown.prompts) < size:
                             grown = grown.extended([prompt])
@@ -173,27 +159,18 @@ def _ask(
                     if len(pool.prompts) >= size:
                         break
         except SourceError as error:
-            return pool, str(error)
-        if deadline.over:
-            return pool, f"the deadline of {deadline.seconds:g} s was reached"
-        if source.finite:
-            return pool, f"{source.name} holds no more"
+            ended = str(error)
         idle = idle + 1 if len(pool.prompts) == have else 0
-        if idle == _IDLE_ROUNDS:
-            return pool, f"asking {idle} times in a row brought no new valid one ({answers} answers in all)"
-    return pool, f"asked {_MAX_ROUNDS} times"
-
-
-@contextmanager
-def _only_writer(store: Path) -> Iterator[None]:
-    """Nobody else writes to `store` meanwhile. Faults come before the first question: lost answers cost money."""
-    folder = store.resolve().parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise DataError(f"{store}: expected a file in a folder that can be written to, got none")
-    if store.suffix.lower() != ".json":
-        raise DataError(f"{store}: expected a file that ends in .json, got {excerpt(store.name)}")
-    with only_writer(store):
-        yield
+        if not ended and deadline.over:
+            ended = f"the deadline of {deadline.seconds:g} s was reached"
+        elif not ended and source.finite:
+            ended = f"{source.name} holds no more"
+        elif not ended and idle == _IDLE_ROUNDS:
+            ended = f"asking {idle} times in a row brought no new valid one ({answers} answers in all)"
+        if ended:
+            told = [f"{count} answer{'s' * (count > 1)}: {fault}" for fault, count in faults.most_common(_SHOWN_FAULTS)]
+            return pool, "; ".join([ended, *told])
+    return pool, "there are enough"
 
 
 def resumed_from(pool: PromptPool, store: Path, size: int = MAX_PROMPTS) -> PromptPool:
@@ -215,8 +192,8 @@ def resumed_from(pool: PromptPool, store: Path, size: int = MAX_PROMPTS) -> Prom
     ):
         if expected != got:
             raise DataError(f"{store}: expected a pool of the {name} {excerpt(expected)}, got {excerpt(got)}")
-    for prompt in zip(saved.prompts[1:], saved.provenance[1:], strict=True):
+    for prompt in saved.entries[1:]:
         # A prompt that both have is no repetition to tell of.
-        if prompt[0] not in pool.prompts and len(pool.prompts) < size:
-            pool = pool.extended([PoolPrompt(*prompt)])
+        if prompt.text not in pool.prompts and len(pool.prompts) < size:
+            pool = pool.extended([prompt])
     return pool.with_history(saved)

@@ -23,7 +23,6 @@ __all__ = ["write_report"]
 FILE_NAME = "report.html"
 # Runs with sections of their own; the others are in the comparison and in the table of runs.
 MAX_DETAILED = 8
-MAX_GROUPS = 12
 # In every report.
 MARK = b"<code>sapo report</code>"
 
@@ -107,8 +106,7 @@ def _page(runs: Sequence[Run], detailed: Sequence[Run]) -> str:
         single=single,
         runs=runs,
         detailed=[(run, next(one for one in groups if run in one.runs).baseline(run)) for run in detailed],
-        comparisons=[views.comparison(one, one.arm_of(single or one.runs[0])) for one in compared[:MAX_GROUPS]],
-        left_out=len(compared[MAX_GROUPS:]),
+        comparisons=[views.comparison(one, one.arm_of(single or one.runs[0])) for one in compared],
         foreign=len(runs) - sum(len(group.runs) for group in own),
         latest=max(run.record.finished or run.record.started for run in runs),
     )  # fmt: skip

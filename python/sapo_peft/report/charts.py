@@ -1,4 +1,4 @@
-"""Charts as inline SVG: points and lines over two axes, and one interval about 0.
+"""Charts as inline SVG: points and lines over two axes.
 
 Coordinates are about CSS pixels: a chart is 360 wide and is never drawn much smaller, so that 12 units stay legible.
 What a colour says is said again by a dash, a shape or a word.
@@ -54,18 +54,9 @@ def plot(series: Sequence[Series], label: str, x_title: str, y_title: str) -> Ma
     parts += [part for one in series for part in _drawn(one, x, y)]
     ends = [(one, next((py for _, py in reversed(one.points) if py is not None), None)) for one in series if one.name]
     parts += _names(sorted((y(py), one.name, one.kind) for one, py in ends if py is not None))
-    return _svg(WIDTH, HEIGHT, label, parts)
-
-
-def interval(mean: float, ends: tuple[float, float] | None, reach: float, kind: str, label: str) -> Markup:
-    """A difference and its interval about 0, on an axis from -reach to reach; kind: a class of the style sheet."""
-    x = _Scale([-reach, reach], 6, 164, 0.0)
-    parts = [_line(6, 11, 164, 11, "grid"), _line(x(0), 1, x(0), 21, "zero")]
-    if ends:
-        low, high = (min(max(end, -reach), reach) for end in ends)
-        parts.append(_line(x(low), 11, x(high), 11, f"whisker {kind}"))
-    parts.append(_element("circle", cx=x(mean), cy=11, r=4.5, class_=f"dot {kind}"))
-    return _svg(170, 22, label, parts)
+    told = visible(line(label, 1000))
+    size = f"0 0 {WIDTH} {HEIGHT}"
+    return _element("svg", Markup("").join(parts), viewBox=size, role="img", aria_label=told)
 
 
 def thinned(values: Sequence[Any], most: int = MAX_POINTS) -> list[Any]:
@@ -80,17 +71,15 @@ class _Scale:
         low, high = min(values), max(values)
         if high - low <= 1e-12 * max(abs(low), abs(high), 1e-12):
             low, high, pad = low - (abs(low) * 0.1 or 0.5), high + (abs(high) * 0.1 or 0.5), 0.0
-        # Halves: the difference of two huge numbers overflows.
-        extra = 2 * pad * (high / 2 - low / 2)
+        extra = pad * (high - low)
         self.low, self.high, self.start, self.end = low - extra, high + extra, start, end
 
     def __call__(self, value: float) -> float:
-        share = (value / 2 - self.low / 2) / (self.high / 2 - self.low / 2)
-        return self.start + share * (self.end - self.start)
+        return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
 
     def ticks(self) -> list[float]:
         """Round numbers inside the range, at most about 5."""
-        raw = self.high / 5 - self.low / 5
+        raw = (self.high - self.low) / 5
         power = 10.0 ** math.floor(math.log10(raw))
         step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw * (1 - 1e-9))
         first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
@@ -143,11 +132,6 @@ def _text(px: float, py: float, text: str, anchor: str = "start", kind: str = ""
 
 def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> Markup:
     return _element("line", x1=x1, y1=y1, x2=x2, y2=y2, class_=kind)
-
-
-def _svg(width: int, height: int, label: str, parts: Sequence[Markup]) -> Markup:
-    told = visible(line(label, 1000))
-    return _element("svg", Markup("").join(parts), viewBox=f"0 0 {width} {height}", role="img", aria_label=told)
 
 
 def _element(tag: str, body: Markup | str = "", **attributes: Any) -> Markup:

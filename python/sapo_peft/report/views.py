@@ -204,52 +204,33 @@ def run_rows(runs: Sequence[Run]) -> list[list[str]]:
 
 
 def comparison(group: Group, arm: Arm) -> dict[str, Any]:
-    """By measure the means of all arms and how `arm` differs from each of the others, in words and in tables."""
+    """By measure the means of all arms and how `arm` differs from each of the others."""
     others = [other for other in group.arms if other is not arm]
     tables = []
     for measure in group.measures:
         rows = []
         for metric in METRICS:
-            found = {other.label: difference(arm, other, measure, metric) for other in others}
-            # Not by the intervals: one of two pairs may be very wide.
-            reach = max((abs(value) for one in found.values() if one for value in one.values), default=0.0)
             for other in (arm, *others):
                 values = list(other.values(measure, metric).values())
                 mean = figure(sum(values) / len(values), measure, metric) if values else "none"
-                shown = _difference(found.get(other.label), measure, 1.2 * reach or 0.01)
+                shown = _difference(None if other is arm else difference(arm, other, measure, metric), measure)
                 rows.append([metric, line(other.label, 60), str(len(values)), mean, *shown])
         tables.append((MEASURES[measure], rows))
     return {
         "group": group,
         "arm": arm,
         "tables": tables,
-        "verdicts": [(other.label, _verdict(group, arm, other)) for other in others if group.measures],
         "apart": [(other.label, told) for other in others if (told := _apart(arm, other))],
         "unfinished": sum(not run.finished for run in group.runs),
     }
 
 
-def _difference(found: Difference | None, measure: str, reach: float) -> list[str]:
-    """Difference, pairs, interval, and a picture of it."""
+def _difference(found: Difference | None, measure: str) -> list[str]:
+    """Difference, pairs, interval and verdict."""
     if found is None:
         return [""] * 4
-    gap, ends = change(found.mean, measure), _interval(found, measure)
-    mark = charts.interval(found.mean, found.interval, reach, found.verdict, f"{gap}, interval {ends}")
-    return [gap, str(len(found.values)), ends, mark]
-
-
-def _interval(found: Difference, measure: str) -> str:
-    return " to ".join(change(end, measure) for end in found.interval) if found.interval else "none"
-
-
-def _verdict(group: Group, arm: Arm, other: Arm) -> str:
-    """How `arm` differs from another one by the headline measure."""
-    measure, told = group.measures[0], []
-    for metric in METRICS:
-        if found := difference(arm, other, measure, metric):
-            ends = f" ({_interval(found, measure)})" if found.interval else ""
-            told.append(f"{metric} {change(found.mean, measure)}{ends}, {VERDICTS[found.verdict]}")
-    return "; ".join(told) or "no pair of finished runs"
+    ends = " to ".join(change(end, measure) for end in found.interval) if found.interval else "none"
+    return [change(found.mean, measure), str(len(found.values)), ends, VERDICTS[found.verdict]]
 
 
 def _apart(arm: Arm, other: Arm) -> str:

@@ -38,15 +38,14 @@ if TYPE_CHECKING:
     from .config import METHODS, POLICIES, SequenceConfig
     from .export import export_adapter
     from .methods import load_adapters, orthogonality
-    from .metrics import sequence_metrics
-    from .results import SequenceResult
+    from .results import SequenceResult, sequence_metrics
     from .runner import run_sequence
     from .tasks import SequenceTask, read_order, read_tasks
 
 _HOMES = {
     "METHODS": "config", "POLICIES": "config", "SequenceConfig": "config", "SequenceResult": "results",
     "SequenceTask": "tasks", "export_adapter": "export", "load_adapters": "methods", "orthogonality": "methods",
-    "read_order": "tasks", "read_tasks": "tasks", "run_sequence": "runner", "sequence_metrics": "metrics",
+    "read_order": "tasks", "read_tasks": "tasks", "run_sequence": "runner", "sequence_metrics": "results",
 }  # fmt: skip
 __all__ = [
     "METHODS", "POLICIES", "SequenceConfig", "SequenceResult", "SequenceTask", "export_adapter", "load_adapters",

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import Field
 
-from ..data.schema import first_fault
+from ..trainer.config import Amount, Count, check_fields
 
 Method = Literal["lora-inc", "o-lora", "seq-lora"]
 Policy = Literal["original", "sapo", "random", "worst", "sample"]
@@ -19,8 +18,6 @@ METHODS, POLICIES = get_args(Method), get_args(Policy)
 MAX_TASKS = 256
 MAX_NAME = 300
 
-Count = Annotated[int, Field(ge=1)]
-Amount = Annotated[float, Field(ge=0)]
 # The trainer reads a warm-up of 1 as one step.
 Share = Annotated[float, Field(ge=0, lt=1)]
 
@@ -111,10 +108,7 @@ class SequenceConfig:
             if not isinstance(modules, (tuple, list)) or not modules:
                 raise ValueError(f"target_modules: expected 'all-linear' or a list of module names, got {modules!r}")
             object.__setattr__(self, "target_modules", tuple(modules))
-        try:
-            _checks()(**vars(self))
-        except ValidationError as error:
-            raise ValueError(first_fault(error)) from None
+        check_fields(self)
         if not (self.generate or self.eval_loss):
             raise ValueError("generate, eval_loss: expected at least one of them, got neither")
         if self.policy != "sapo" and (self.every_steps or self.each_epoch or self.drift is not None or self.race):
@@ -125,16 +119,6 @@ class SequenceConfig:
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         return json.loads(json.dumps(asdict(self)))
-
-
-@functools.cache
-def _checks() -> type[BaseModel]:
-    """The types of the options as pydantic checks them; of a plain dataclass it would only take over the values."""
-    hints = get_type_hints(SequenceConfig, include_extras=True)
-    config = ConfigDict(strict=True, allow_inf_nan=False)
-    return create_model(
-        "Options", __config__=config, **{f.name: (hints[f.name], f.default) for f in fields(SequenceConfig)}
-    )
 
 
 def derived_seed(seed: int, task: int, purpose: str) -> int:

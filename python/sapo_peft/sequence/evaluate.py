@@ -22,6 +22,7 @@ from sapo_kernels.scoring.model_support import (
 )
 from sapo_kernels.scoring.render import PROBE, Renderer, generation_ends, special_tokens
 
+from ..trainer.collator import padding_token
 from .config import SequenceConfig
 from .metrics import SCORES, best
 from .schema import Answer, Evaluation, finite
@@ -45,7 +46,6 @@ class Evaluator:
         self.tasks, self.tokenizer, self.config, self.now = tasks, tokenizer, config, now
         self._ends = end_tokens(model, tokenizer)
         self._caches: dict[int, tuple[int, sk.ResponseCache]] = {}
-        self._closings: dict[int, tuple[list[int], list[str]]] = {}
 
     def cache(self, task: int, prompt: int) -> sk.ResponseCache:
         """The test examples of a task under one of its prompts (both counted from 0)."""
@@ -114,11 +114,9 @@ class Evaluator:
 
     def closing(self, task: int) -> tuple[list[int], list[str]]:
         """`closing` of a task of the sequence."""
-        if task not in self._closings:
-            pool, role = self.tasks[task].pool, self.config.instruction_role
-            renderer = Renderer(self.tokenizer, None, pool.suffix, pool.text_word, instruction_role=role)
-            self._closings[task] = closing(renderer, pool.prompts[0], self.tasks[task].test[0], self._ends)
-        return self._closings[task]
+        pool, role = self.tasks[task].pool, self.config.instruction_role
+        renderer = Renderer(self.tokenizer, None, pool.suffix, pool.text_word, instruction_role=role)
+        return closing(renderer, pool.prompts[0], self.tasks[task].test[0], self._ends)
 
 
 def end_tokens(model: Any, tokenizer: Any) -> set[int]:
@@ -152,11 +150,6 @@ def answer_of(tokenizer: Any, ids: Sequence[int], closings: Sequence[str]) -> st
     # Spaces before punctuation are part of the targets, so they are of the answers.
     text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return min((text.partition(end)[0] for end in closings), key=len, default=text)
-
-
-def padding_token(tokenizer: Any) -> int:
-    """The id that rows are padded with; it is masked, so any will do where there is none."""
-    return next(one for one in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if one is not None)
 
 
 def _next_turn(tokenizer: Any) -> str:

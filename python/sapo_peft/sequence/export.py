@@ -11,24 +11,13 @@ from typing import Any
 
 import torch
 
-from sapo_kernels.files import DataError, atomic_write, excerpt, read_bytes, read_json, write_json
+from sapo_kernels.files import DataError, atomic_write, read_bytes, read_json, write_json
 from sapo_kernels.manifest import flush_folder, write_manifest
 
 from ..locks import only_writer
 from ..trainer.checkpoints import ADAPTER
 from ..trainer.records import PROMPTS_FILE, write_beside_adapter
 from .methods import CONFIG, WEIGHTS, chooser, read_adapters
-
-# Of an adapter with one of these, ranks beside each other are not the sum of the updates.
-_OTHER = (
-    "use_rslora",
-    "use_dora",
-    "rank_pattern",
-    "alpha_pattern",
-    "modules_to_save",
-    "lora_bias",
-    "target_parameters",
-)
 
 
 @dataclass(frozen=True)
@@ -52,7 +41,7 @@ def export_adapter(run_dir: str | os.PathLike, out: str | os.PathLike) -> Export
         out: a folder that is not there or is empty; it gets its name when everything is in it.
 
     Raises:
-        DataError: the folder is of no such run or is damaged, an adapter is no plain LoRA, or `out` holds something.
+        DataError: the folder is of no such run or is damaged, or `out` holds something.
         RuntimeError: another process writes to `out`. OSError: it cannot be written.
     """
     run, config, folders = read_adapters(run_dir)
@@ -99,25 +88,13 @@ def _concatenated(folders: list[Path]) -> tuple[dict[str, torch.Tensor], dict[st
     """(tensors, options) of the adapters in these folders, side by side along the ranks."""
     from safetensors.torch import load_file
 
-    options, parts = [read_json(folder / CONFIG) for folder in folders], []
-    for folder, option in zip(folders, options, strict=True):
-        place = folder / CONFIG
-        for name in _OTHER:
-            if option.get(name):
-                raise DataError(f"{place}: {name}: expected a plain LoRA adapter, got {excerpt(option[name])}")
-        for name in ("r", "lora_alpha"):
-            if option[name] != options[0][name]:
-                raise DataError(f"{place}: {name}: expected {options[0][name]} as in the first, got {option[name]}")
-        parts.append(load_file(folder / WEIGHTS))
-    rank, count, joined = options[0]["r"], len(parts), {}
-    for name in parts[0]:
-        # [r, in] and [out, r], with the sides of the kernel behind them for convolutions.
-        side = 0 if ".lora_A." in name or ".lora_embedding_A" in name else 1
-        for folder, part in zip(folders, parts, strict=True):
-            if part.keys() != parts[0].keys() or part[name].shape[side] != rank:
-                raise DataError(f"{folder / WEIGHTS}: {name}: expected rank {rank} as all others, got another shape")
-        joined[name] = torch.cat([part[name] for part in parts], side).contiguous()
-    return joined, {**options[-1], "r": rank * count, "lora_alpha": options[0]["lora_alpha"] * count}
+    parts, options = [load_file(folder / WEIGHTS) for folder in folders], read_json(folders[-1] / CONFIG)
+    # [r, in] and [out, r], with the sides of the kernel behind them for convolutions.
+    joined = {
+        name: torch.cat([part[name] for part in parts], 0 if "lora_A" in name or "lora_embedding_A" in name else 1)
+        for name in parts[0]
+    }
+    return joined, options | {name: options[name] * len(parts) for name in ("r", "lora_alpha")}
 
 
 def _prompt_in(folder: Path) -> dict[str, Any]:

@@ -79,10 +79,7 @@ class Adapters:
             self.names.append(name)
             if self.config.method == "o-lora":
                 orthogonality(self.model, name, [])  # now, not when the second task is reached
-        self.activate()
-
-    def activate(self) -> None:
-        """All adapters active, the newest one trainable, everything else frozen."""
+        # All adapters active, the newest one trainable, everything else frozen.
         self.model.base_model.set_adapter(self.order, inference_mode=True)
         self.model.set_requires_grad(self.names[-1], True)
 

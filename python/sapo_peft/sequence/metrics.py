@@ -1,16 +1,11 @@
-"""Scores of one answer, and what the matrix of a sequence says about learning, forgetting and transfer."""
+"""Scores of one answer: ROUGE-L, exact match strict and normalised."""
 
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 from unicodedata import normalize
-
-import numpy as np
-
-Matrix = Sequence[Sequence[float | None]]
 
 
 @functools.cache
@@ -100,37 +95,3 @@ SCORES: dict[str, Callable[[str, str], float]] = {
 def best(score: Callable[[str, str], float], answer: str, references: Iterable[str]) -> float:
     """The score of an answer against the reference that it is nearest to."""
     return max(score(answer, reference) for reference in references)
-
-
-def sequence_metrics(matrix: Matrix) -> dict[str, Any]:
-    """AP, BWT, FWT of the matrix R of one sequence.
-
-    ``R[i][j]`` is the score on task j after task i, i from 0 (before training) to N, j from 1 to N; None where it was
-    not measured. With N tasks::
-
-        AP       = mean over j of R[N][j]
-        BWT      = mean over i = 2..N of the mean over j < i of R[i][j] - R[j][j]
-        BWT_last = mean over j < N of R[N][j] - R[j][j]
-        FWT      = mean over i = 1..N-1 of the mean over j > i of R[i][j] - R[0][j]
-
-    A metric that needs an entry which is missing, or a sequence of one task has none of, is None.
-
-    Args:
-        matrix: N + 1 rows of N numbers or None; a row that is missing at the end counts as not measured.
-    """
-    count = len(matrix[0])
-    # None becomes NaN, and so does whatever is made of it.
-    found = np.full((count + 1, count), np.nan)
-    found[: len(matrix)] = np.array(matrix, dtype=np.float64)
-    learnt = np.diagonal(found[1:])
-    metrics = {
-        "AP": _mean(found[-1]),
-        "BWT": _mean([_mean(found[i, : i - 1] - learnt[: i - 1]) for i in range(2, count + 1)]),
-        "BWT_last": _mean(found[-1, :-1] - learnt[:-1]),
-        "FWT": _mean([_mean(found[i, i:] - found[0, i:]) for i in range(1, count)]),
-    }
-    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-
-
-def _mean(values: Sequence[float]) -> float:
-    return float(np.mean(values)) if len(values) else math.nan

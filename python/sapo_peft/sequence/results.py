@@ -1,4 +1,4 @@
-"""SequenceResult: what a run found, as it stands in its folder and as a table."""
+"""What a run found: its matrix, what that says about learning, forgetting and transfer, choices and costs."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .metrics import sequence_metrics
+import numpy as np
+
 from .schema import MEASURES, Evaluation, FinishedTask, Scores
+
+Matrix = Sequence[Sequence[float | None]]
 
 
 @dataclass(frozen=True)
@@ -85,3 +88,37 @@ def _block(name: str, entry: Mapping[str, Any], tasks: Sequence[str]) -> str:
 
 def _cell(value: float | None, scale: float) -> str:
     return "-" if value is None else f"{value * scale:.2f}"
+
+
+def sequence_metrics(matrix: Matrix) -> dict[str, Any]:
+    """AP, BWT, FWT of the matrix R of one sequence.
+
+    ``R[i][j]`` is the score on task j after task i, i from 0 (before training) to N, j from 1 to N; None where it was
+    not measured. With N tasks::
+
+        AP       = mean over j of R[N][j]
+        BWT      = mean over i = 2..N of the mean over j < i of R[i][j] - R[j][j]
+        BWT_last = mean over j < N of R[N][j] - R[j][j]
+        FWT      = mean over i = 1..N-1 of the mean over j > i of R[i][j] - R[0][j]
+
+    A metric that needs an entry which is missing, or a sequence of one task has none of, is None.
+
+    Args:
+        matrix: N + 1 rows of N numbers or None; a row that is missing at the end counts as not measured.
+    """
+    count = len(matrix[0])
+    # None becomes NaN, and so does whatever is made of it.
+    found = np.full((count + 1, count), np.nan)
+    found[: len(matrix)] = np.array(matrix, dtype=np.float64)
+    learnt = np.diagonal(found[1:])
+    metrics = {
+        "AP": _mean(found[-1]),
+        "BWT": _mean([_mean(found[i, : i - 1] - learnt[: i - 1]) for i in range(2, count + 1)]),
+        "BWT_last": _mean(found[-1, :-1] - learnt[:-1]),
+        "FWT": _mean([_mean(found[i, i:] - found[0, i:]) for i in range(1, count)]),
+    }
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values)) if len(values) else math.nan

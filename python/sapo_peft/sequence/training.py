@@ -68,17 +68,32 @@ class _TaskTrainer(Trainer):
 
 
 class _Policy(TrainerCallback):
-    """Puts what a policy other than SAPO chooses in place, once SAPO's callback has begun the run with the original."""
+    """Puts what a policy other than SAPO chooses in place, once SAPO's callback has begun the run with the original.
 
-    def __init__(self, sapo: Any, task: SequenceTask, index: int, config: SequenceConfig):
-        self.sapo, self.task, self.index, self.config = sapo, task, index, config
+    `tick` hears each step and the newest loss.
+    """
+
+    def __init__(
+        self, sapo: Any, task: SequenceTask, index: int, config: SequenceConfig,
+        tick: Callable[[int, float | None], None] | None = None,
+    ):  # fmt: skip
+        self.sapo, self.task, self.index, self.config, self.tick = sapo, task, index, config, tick
         self.notes: list[str] = []
+        self._loss: float | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         choice = self.sapo.choice
-        choice.chosen[0] = self._prompt()
+        if self.config.policy != "sapo":
+            choice.chosen[0] = self._prompt()
         if self.config.policy == "sample":
             choice.state.probs.fill_(1.0 / choice.state.num_prompts)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self._loss = (logs or {}).get("loss", self._loss)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.tick is not None:
+            self.tick(state.global_step, self._loss)
 
     def _prompt(self) -> int:
         prompts, policy = len(self.task.pool.prompts), self.config.policy
@@ -91,17 +106,6 @@ class _Policy(TrainerCallback):
                 return min(known)[1]
             self.notes.append(f"task {self.task.name}: no prompt has a finite loss; the original was taken")
         return 0
-
-
-class _Ticker(TrainerCallback):
-    def __init__(self, tick: Callable[[int, float | None], None]):
-        self.tick, self.loss = tick, None
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        self.loss = (logs or {}).get("loss", self.loss)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.tick(state.global_step, self.loss)
 
 
 @contextmanager
@@ -158,11 +162,8 @@ def train_task(
         callback = attach_sapo(trainer, task.pool, {task.pool.task: probe} if scored else None, options)
         if callback.rescorer is not None:
             callback.rescorer.progress = scoring
-        policy = _Policy(callback, task, index, config)
-        if not sapo:
-            trainer.add_callback(policy)
-        if tick is not None:
-            trainer.add_callback(_Ticker(tick))
+        policy = _Policy(callback, task, index, config, tick)
+        trainer.add_callback(policy)
         started = time.perf_counter()
         with _quiet():
             trainer.train()
@@ -170,15 +171,12 @@ def train_task(
         adapters.settle()
         seconds = time.perf_counter() - started - callback.score_seconds
     losses, penalties = _windows(trainer.parts, config.logging_steps)
-    notes = policy.notes
-    if lost := callback.scorings - len(callback.history):
-        notes.append(f"task {task.name}: the first {lost} of {callback.scorings} scorings are not recorded")
     chosen = int(callback.choice.chosen[0])
     scorings = [_record(scoring, task, None if sapo else chosen, config.policy) for scoring in callback.history]
     return TrainedTask(
         Scores(task=task.name, prompts=list(task.pool.prompts), suffix=task.pool.suffix, chosen=chosen,
                scorings=scorings),
-        Training(losses=losses, penalties=penalties, seconds=seconds, examples=len(task.train), notes=notes,
+        Training(losses=losses, penalties=penalties, seconds=seconds, examples=len(task.train), notes=policy.notes,
                  tokens=int(torch.stack(trainer.tokens).sum()) if trainer.tokens else 0),
         callback.prompts(),
     )  # fmt: skip

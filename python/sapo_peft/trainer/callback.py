@@ -9,25 +9,22 @@ import time
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import datetime
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from . import ranks as _ranks
 from .checkpoints import STATE_KEY, kept_in, seal
 from .choice import Choice
-from .collator import Counts
 from .config import SapoConfig
 from .drift import Drift, Trained
-from .packing import Packing
-from .records import excerpt_line, prompt_record, write_beside_adapter
+from .records import excerpt_line, numbers, unpacked, write_beside_adapter
 from .rescoring import Rescorer, Scoring
-from .run_state import Setup, restore, scoring_record, state_of, take_choice
+from .run_state import STATE_VERSION, Setup
 
 logger = logging.getLogger("sapo_peft")
-
-MOST_HISTORY = 1000
 
 
 class SapoCallback(TrainerCallback):
@@ -35,7 +32,7 @@ class SapoCallback(TrainerCallback):
 
     Attributes:
         choice: the pools, their state and what is chosen now.
-        history: the scorings of this run so far, the newest last (at most 1,000 are kept).
+        history: the scorings of this run so far, the newest last.
         switches: how often a prompt took another's place in this run.
         scorings, score_seconds, seconds: of this call of ``train()``: scorings, the time they took, and the time that
             all of SAPO took: scoring, tokenising what is scored, rendering batches again, keeping the state.
@@ -50,25 +47,23 @@ class SapoCallback(TrainerCallback):
         setup: Setup,
         seconds: float = 0.0,
     ):
-        # The trainer holds its callbacks; see `wrapping.wrap`.
+        # The trainer holds its callbacks: so it is freed when its last user lets go of it, not by the cycle collector,
+        # which would free the queues of persistent workers before the workers are told to end.
         self._trainer = weakref.ref(trainer)
         self.choice, self.rescorer, self.config, self.setup = choice, rescorer, config, setup
-        self.packing = Packing(config.packing, config.train_max_tokens)
         # What attaching took is part of the first run.
-        self._before, self.seconds = seconds, seconds
-        self._started = time.perf_counter()
-        self.scorings, self.score_seconds, self._overhead_logged = 0, 0.0, False
+        self._attached = seconds
         self._begin_anew()
 
     def _begin_anew(self) -> None:
         self.history: list[Scoring] = []
-        self._records: list[dict[str, Any]] = []
         self.drift = Drift(self.config.drift, self.config.drift_cooldown)
         self.trained = Trained()
-        self.switches = 0
+        self.switches = self.scorings = 0
+        self.score_seconds, self.seconds = 0.0, self._attached
+        self._started, self._attached = time.perf_counter() - self._attached, 0.0
         self._due: str | None = None
         self._scored_epoch: int | None = None
-        self._scored_step: int | None = None
         # The scoring behind the choice where that is not the newest: the best model is an earlier one.
         self._of_best: Scoring | None = None
 
@@ -81,12 +76,8 @@ class SapoCallback(TrainerCallback):
     # there is what the next step trains on.
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self._started = time.perf_counter() - self._before
-        self.seconds, self._before = self._before, 0.0
-        self.scorings, self.score_seconds, self._overhead_logged = 0, 0.0, False
         # A run is a new one unless it is resumed, also on a trainer that has run before.
         self._begin_anew()
-        self.packing.begin_anew()
         self.choice.reset()
         kept = state.stateful_callbacks.get(STATE_KEY)
         if state.global_step and isinstance(kept, dict):
@@ -95,30 +86,36 @@ class SapoCallback(TrainerCallback):
             self._score(model, "start")
         if state.global_step >= state.max_steps > 0:
             control.should_training_stop = True
-        self.keep()
 
     def on_epoch_begin(self, args, state, control, model=None, **kwargs):
         epoch = int((state.epoch or 0.0) + 1e-6)
-        self.choice.set_epoch(epoch)
+        self.choice.clock[1] = epoch
         # A step that closed the epoch may have been scored just now: the model is the same.
-        new = self._scored_epoch != epoch and self._scored_step != state.global_step
-        if self.config.each_epoch and epoch > 0 and new:
+        scored = self._scored_epoch == epoch or (self.history and self.history[-1].step == state.global_step)
+        if self.config.each_epoch and epoch > 0 and not scored:
             self._score(model, f"epoch {epoch}")
         self._scored_epoch = epoch
-        self.keep()
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         self.trained.steps += 1
-        every = self.config.every_steps
-        last = state.max_steps > 0 and state.global_step >= state.max_steps
-        if last:
+        if state.global_step >= state.max_steps > 0:
             # Nothing will be trained on a new choice.
             return
+        every = self.config.every_steps
         if every and state.global_step % every == 0:
             self._due = f"every {every} steps"
         if self._due:
             self._score(model, self._due)
-            self.keep()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        # The trainer's own log of the training loss, which all ranks make; others may come from one rank alone.
+        if not {"loss", "learning_rate"} <= set(logs or ()):
+            return
+        self.check_finite()
+        if self.config.drift is not None:
+            excess = self.trained.excess()
+            if excess is not None and self.drift.seen(excess):
+                self._due = f"drift of {self.drift.distance():+.1f} standard errors"
 
     def on_save(self, args, state, control, **kwargs):
         folder = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
@@ -127,28 +124,15 @@ class SapoCallback(TrainerCallback):
         if args.should_save and os.path.isdir(folder):
             seal(folder)
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        # The trainer's own log of the training loss, which all ranks make; others may come from one rank alone.
-        of_training = {"loss", "learning_rate"} <= set(logs or ())
-        if of_training:
-            self.check_finite()
-        if self.config.drift is not None and of_training:
-            excess = self.trained.excess(lambda values: _ranks.summed(values, args.device))
-            if excess is not None and self.drift.seen(excess):
-                self._due = f"drift of {self.drift.distance():+.1f} standard errors"
-        self.keep()
-
     def on_epoch_end(self, args, state, control, **kwargs):
         # Not in on_train_end: reporters are called before this callback, and some have closed their run by then.
         if control.should_training_stop:
-            self._log_overhead()
+            self._log({"sapo/score_seconds": self.score_seconds, "sapo/overhead_fraction": self._overhead()[1]})
 
     def on_train_end(self, args, state, control, **kwargs):
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._take_best(state.best_model_checkpoint)
         self.keep()
-        if not self._overhead_logged:  # an evaluation after the epoch's end stopped the run
-            self._log_overhead()
         total, share = self._overhead()
         self._say(
             f"SAPO: {self.scorings} scorings took {self.score_seconds:.2f} s, all of SAPO {self.seconds:.2f} s of "
@@ -162,21 +146,82 @@ class SapoCallback(TrainerCallback):
 
     def _take_best(self, checkpoint: str) -> None:
         """The trainer has loaded the weights of an earlier step: they go with what was chosen then."""
-        before = self.choice.chosen.tolist()
         try:
             kept = kept_in(checkpoint)
             if kept is None:
                 raise ValueError("it was written without SAPO")
-            self._of_best = take_choice(self, kept)
         except (OSError, ValueError) as error:
             logger.warning("the best model is that of %s, the prompts stay the last ones: %s", checkpoint, error)
             return
-        for task, old, new in zip(self.choice.tasks, before, self.choice.chosen.tolist(), strict=True):
-            if old != new:
-                prompt = excerpt_line(self.choice.pools[task].prompts[new])
-                self._say(f"SAPO: the best model goes with prompt {new} of task {excerpt_line(task)}: {prompt}")
+        switches = self.choice.load(kept, clock=False)
+        self._of_best = Scoring.of_record(kept["history"][-1]) if kept["history"] else None
+        for task, _, new in switches:
+            prompt = excerpt_line(self.choice.pools[task].prompts[new])
+            self._say(f"SAPO: the best model goes with prompt {new} of task {excerpt_line(task)}: {prompt}")
 
-    # Time.
+    # Scoring.
+
+    def _score(self, model: Any, reason: str) -> None:
+        self._due = None
+        if self.rescorer is None:
+            return
+        with self.timed():
+            scoring = self.rescorer.score(model, self.trainer.state.global_step, reason)
+        self.history.append(scoring)
+        self.switches += len(scoring.switches)
+        self.scorings, self.score_seconds = self.scorings + 1, self.score_seconds + scoring.seconds
+        self.drift.restart()
+        self.trained = Trained()
+        for task, old, new in scoring.switches:
+            losses = scoring.losses[task]
+            self._say(
+                f"SAPO step {scoring.step} ({reason}): task {excerpt_line(task)} from prompt {old} ({losses[old]:.4f}) "
+                f"to prompt {new} ({losses[new]:.4f} nats/token): {excerpt_line(self.choice.pools[task].prompts[new])}"
+            )
+        self._log(self.metrics(scoring))
+
+    def fetched(self, counts: Mapping[tuple[str, int], int]) -> None:
+        """A batch with that many response tokens by (task, prompt) is going to be trained on."""
+        self.trained.batch(counts, self.history[-1].losses if self.history else {})
+
+    def check_finite(self) -> None:
+        """Raise FloatingPointError if training has left a weight that is no number, on any rank."""
+        name = _not_finite(self.trainer.model)
+        if any(_ranks.gathered(name)):
+            where = "on another rank" if name is None else f"{name}, the first one"
+            raise FloatingPointError(
+                f"step {self.trainer.state.global_step}: expected finite weights, got NaN or infinity ({where}): "
+                "training has diverged, nothing is saved; a lower learning rate may help"
+            )
+
+    # What is said, logged and timed.
+
+    def metrics(self, scoring: Scoring) -> dict[str, float]:
+        """What is logged after a scoring: means over tasks, in nats per token; the entropy in nats."""
+        best = [scoring.losses[task][k] for task, k in scoring.chosen.items()]
+        original = [losses[0] for losses in scoring.losses.values()]
+        entropy = float(torch.special.entr(self.choice.state.probs).sum(1).mean())
+        found = {
+            "sapo/best_loss": math.fsum(best) / len(best),
+            "sapo/original_loss": math.fsum(original) / len(original),
+            "sapo/switches": float(self.switches),
+            "sapo/entropy": max(0.0, entropy),
+            "sapo/score_seconds": scoring.seconds,
+        }
+        if scoring.cells_saved is not None:
+            found["sapo/cells_saved"] = scoring.cells_saved
+        return {name: value for name, value in found.items() if math.isfinite(value)}
+
+    def _log(self, metrics: dict[str, float]) -> None:
+        # A log takes back the trainer's intention to log, and then the loss of this very step would be missing.
+        intended = self.trainer.control.should_log
+        # The base method: TRL's own would empty its running means.
+        Trainer.log(self.trainer, metrics)
+        self.trainer.control.should_log = intended
+
+    def _say(self, line: str) -> None:
+        if self.trainer.is_world_process_zero():
+            _ranks.say(line)
 
     @contextmanager
     def timed(self) -> Iterator[None]:
@@ -192,83 +237,8 @@ class SapoCallback(TrainerCallback):
         total = time.perf_counter() - self._started
         return total, self.seconds / total if total > 0 else 0.0
 
-    def _log_overhead(self) -> None:
-        self._overhead_logged = True
-        self._log({"sapo/score_seconds": self.score_seconds, "sapo/overhead_fraction": self._overhead()[1]})
-
-    # Scoring.
-
-    def fetched(self, counts: Counts) -> None:
-        """A batch with that many response tokens by (task, prompt) is going to be trained on."""
-        if self.config.drift is not None:
-            self.trained.batch(counts, self.history[-1].losses if self.history else {})
-
-    def _score(self, model: Any, reason: str) -> None:
-        self._due = None
-        if self.rescorer is None:
-            return
-        with self.timed():
-            scoring = self.rescorer.score(model, self.trainer.state.global_step, reason, self._agree)
-        self.history = [*self.history, scoring][-MOST_HISTORY:]
-        self._records = [*self._records, scoring_record(scoring)][-MOST_HISTORY:]
-        self.switches += len(scoring.switches)
-        self.scorings, self.score_seconds = self.scorings + 1, self.score_seconds + scoring.seconds
-        self._scored_step = scoring.step
-        self.drift.restart()
-        self.trained = Trained()
-        for task, old, new in scoring.switches:
-            losses = scoring.losses[task]
-            self._say(
-                f"SAPO step {scoring.step} ({reason}): task {excerpt_line(task)} from prompt {old} ({losses[old]:.4f}) "
-                f"to prompt {new} ({losses[new]:.4f} nats/token): {excerpt_line(self.choice.pools[task].prompts[new])}"
-            )
-        self._log(self.metrics(scoring))
-
-    def _agree(self, sums):
-        return _ranks.first_of(sums, self.trainer.args.device)
-
-    def _say(self, line: str) -> None:
-        if self.trainer.is_world_process_zero():
-            _ranks.say(line)
-
-    def check_finite(self) -> None:
-        """Raise FloatingPointError if training has left a weight that is no number, on any rank."""
-        name = _not_finite(self.trainer.model)
-        (others,), _ = _ranks.summed([float(name is not None)], self.trainer.args.device)
-        if others:
-            where = "on another rank" if name is None else f"{name}, the first one"
-            raise FloatingPointError(
-                f"step {self.trainer.state.global_step}: expected finite weights, got NaN or infinity ({where}): "
-                "training has diverged, nothing is saved; a lower learning rate may help"
-            )
-
-    def metrics(self, scoring: Scoring) -> dict[str, float]:
-        """What is logged after a scoring: means over tasks, in nats per token; the entropy in nats."""
-        best = [scoring.losses[task][k] for task, k in scoring.chosen.items()]
-        original = [losses[0] for losses in scoring.losses.values()]
-        probs = self.choice.state.probs
-        entropy = -(probs * probs.clamp(min=1e-300).log()).sum(1).mean()
-        found = {
-            "sapo/best_loss": math.fsum(best) / len(best),
-            "sapo/original_loss": math.fsum(original) / len(original),
-            "sapo/switches": float(self.switches),
-            "sapo/entropy": max(0.0, float(entropy)),
-            "sapo/score_seconds": scoring.seconds,
-        }
-        if scoring.cells_saved is not None:
-            found["sapo/cells_saved"] = scoring.cells_saved
-        return {name: value for name, value in found.items() if math.isfinite(value)}
-
-    def _log(self, metrics: dict[str, float]) -> None:
-        from transformers import Trainer
-
-        # A log takes back the trainer's intention to log, and then the loss of this very step would be missing.
-        intended = self.trainer.control.should_log
-        # The base method: TRL's own would empty its running means.
-        Trainer.log(self.trainer, metrics)
-        self.trainer.control.should_log = intended
-
-    # State: plain JSON values in the trainer's own state, so that they are in every checkpoint that it writes.
+    # State: plain JSON values in the trainer's own state, so that they are in every checkpoint that it writes. No
+    # `ExportableState`: the trainer would make a new callback of it.
 
     def keep(self) -> None:
         """Put the state where the trainer's next checkpoint takes it from."""
@@ -277,7 +247,20 @@ class SapoCallback(TrainerCallback):
 
     def state(self) -> dict[str, Any]:
         """Everything that a resumed run needs to choose as this one would; plain JSON values."""
-        return state_of(self)
+        return {
+            "version": STATE_VERSION,
+            # The rows of everything below; the trainer sorts the keys of dictionaries.
+            "tasks": list(self.choice.tasks),
+            "setup": dict(self.setup.record),
+            "now": self.setup.now.isoformat(),
+            **self.choice.record(),
+            "scored_epoch": self._scored_epoch,
+            "due": self._due,
+            "switches": self.switches,
+            "drift": {name: list(getattr(self.drift, name)) for name in ("first", "newest", "squares")},
+            "trained": numbers(self.trained.numbers()),
+            "history": [scoring.record() for scoring in self.history],
+        }
 
     def load_state(self, kept: Mapping[str, Any]) -> None:
         """Take over what `state` returned.
@@ -285,12 +268,42 @@ class SapoCallback(TrainerCallback):
         Raises:
             ValueError: the checkpoint was written with other pools, another probe or by another version.
         """
-        restore(self, kept)
+        if "now" in kept:
+            self.setup.show(datetime.fromisoformat(kept["now"]))
+        self.setup.check(kept)
+        self.choice.load(kept)
+        self._scored_epoch, self._due, self.switches = kept["scored_epoch"], kept["due"], kept["switches"]
+        vars(self.drift).update({name: list(values) for name, values in kept["drift"].items()})
+        self.trained = Trained(**unpacked(kept["trained"]))
+        self.history = [Scoring.of_record(one) for one in kept["history"]]
 
     def prompts(self) -> dict[str, Any]:
-        """What whoever loads the adapter needs to know: the content of ``sapo_prompts.json``."""
+        """What whoever loads the adapter needs to know: the content of ``sapo_prompts.json``.
+
+        For each task the prompt that is chosen, its loss and the original's, and how to render it.
+        """
+        choice, template, tasks = self.choice, self.config.template, {}
         last = self._of_best or (self.history[-1] if self.history else None)
-        return prompt_record(self.choice, last, self.config.template, self.config.instruction_role)
+        for p, (task, pool) in enumerate(choice.pools.items()):
+            index = int(choice.chosen[p])
+            losses = last.losses[task] if last else []
+            tasks[task] = {
+                "prompt": pool.prompts[index],
+                "index": index,
+                "original": pool.prompts[0],
+                "suffix": pool.suffix,
+                "text_word": pool.text_word,
+                "instruction_role": self.config.instruction_role,
+                "loss": numbers(losses[index]) if losses else None,
+                "original_loss": numbers(losses[0]) if losses else None,
+                "prompts": len(pool.prompts),
+            }
+            if template is not None:
+                named = getattr(template, "__qualname__", type(template).__name__)
+                tasks[task]["template"] = template if isinstance(template, str) else f"<{named}>"
+            if choice.mode == "soft":
+                tasks[task]["probs"] = choice.state.probs[p, : len(pool.prompts)].tolist()
+        return {"version": 1, "mode": choice.mode, "step": last.step if last else None, "tasks": tasks}
 
 
 @torch.no_grad()

@@ -74,16 +74,6 @@ def checkpoint_fault(path: str | os.PathLike) -> str | None:
     return None
 
 
-def check_resumed(path: str | os.PathLike) -> None:
-    """Refuse a damaged checkpoint before anything is loaded from it.
-
-    Raises: `DataError` naming the file.
-    """
-    fault = checkpoint_fault(path)
-    if fault is not None:
-        raise DataError(f"checkpoint: {fault}")
-
-
 def kept_in(checkpoint: str | os.PathLike) -> dict[str, Any] | None:
     """SAPO's part of the state in a checkpoint that the trainer wrote; None if it was written without SAPO.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -11,6 +12,7 @@ from sapo_kernels import PromptState
 from sapo_kernels.reweight.prompt_state import DTYPES
 
 from ..data.prompt_pool import PromptPool
+from .records import numbers, unpacked
 
 
 class Choice:
@@ -23,7 +25,7 @@ class Choice:
         pools: by task name, in order; pool p of `state` is the p-th.
         state: `PromptState` on the CPU.
         chosen: [P] int64, the prompt that mode "hard" trains with: the best one, or the last known.
-        clock: [2] int64: how often the choice changed (the round), and the epoch.
+        clock: [2] int64: how often the choice changed, and the epoch.
     """
 
     def __init__(self, pools: Mapping[str, PromptPool], mode: str, seed: int):
@@ -48,24 +50,30 @@ class Choice:
         self.take([0] * len(self.tasks))
         self.clock[1] = 0
 
-    def take(self, chosen: Sequence[int]) -> None:
-        """Choose these prompts, one for each task in order; a new round."""
-        self.chosen.copy_(torch.tensor(chosen))
-        self.clock[0] += 1
+    def take(self, chosen: Sequence[int]) -> list[tuple[str, int, int]]:
+        """Choose these prompts, one for each task in order (-1: as before); a new round.
 
-    def set_epoch(self, epoch: int) -> None:
-        self.clock[1] = epoch
-
-    def settle(self) -> list[tuple[str, int, int]]:
-        """Take over what the state now says; (task, old prompt, new prompt) of each switch. Ends with a new round."""
-        best = self.state.best.tolist()
+        Returns (task, old prompt, new prompt) of each switch.
+        """
         before = self.chosen.tolist()
-        switches = []
-        for p, (old, new) in enumerate(zip(before, best, strict=True)):
-            if new >= 0 and new != old:
-                self.chosen[p] = new
-                switches.append((self.tasks[p], old, new))
+        after = [old if new < 0 else new for old, new in zip(before, chosen, strict=True)]
+        self.chosen.copy_(torch.tensor(after))
         self.clock[0] += 1
+        return [(task, old, new) for task, old, new in zip(self.tasks, before, after, strict=True) if old != new]
+
+    def record(self) -> dict[str, Any]:
+        """What a checkpoint keeps: plain JSON values."""
+        state = {name: numbers(value) for name, value in self.state.state_dict().items()}
+        return {"state": state, "chosen": self.chosen.tolist(), "clock": self.clock.tolist()}
+
+    def load(self, kept: Mapping[str, Any], clock: bool = True) -> list[tuple[str, int, int]]:
+        """Take over what `record` returned, the clock only if it is that of the same run; the switches."""
+        own = self.state.state_dict()
+        state = {name: torch.tensor(unpacked(kept["state"][name]), dtype=own[name].dtype) for name in own}
+        self.state.load_state_dict({name: value.view(own[name].shape) for name, value in state.items()})
+        switches = self.take(kept["chosen"])
+        if clock:
+            self.clock.copy_(torch.tensor(kept["clock"]))
         return switches
 
     def task_of(self, feature: Mapping) -> str:

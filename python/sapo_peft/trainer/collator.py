@@ -6,38 +6,34 @@ import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from sapo_kernels.scoring.render import Renderer, Template, check_examples
 from sapo_kernels.scoring.response_cache import CellBuilder
-from sapo_kernels.scoring.turns import example_of
 from sapo_kernels.training.trie_batch import TrieBatch, padded_rows
 
 from .choice import Choice
 
 logger = logging.getLogger("sapo_peft")
 
-# The names of an example's two texts that are understood, besides "task"; the last one's are in a conversation.
-COLUMNS = (("input", "target"), ("sentence", "label"), ("prompt", "completion"), ("messages",))
-# The key under which a batch carries what it was made of; `attach_sapo` takes it out before the model sees it.
-CARRIED = "sapo"
-# The key under which it carries its trie, a `TrieBatch`.
-PACKED = "trie"
-Counts = dict[tuple[str, int], int]
+# The keys under which a batch carries what it was made of (until the step's batches are fetched), and its `TrieBatch`.
+CARRIED, PACKED = "sapo", "trie"
 
 
+@dataclass(frozen=True)
 class Carried:
-    """The examples of a batch and the round they were rendered in; opaque to data loaders and devices.
+    """What a batch was made of and the round it was rendered in; opaque to data loaders and devices.
 
     counts: response tokens by (task, prompt).
     """
 
-    __slots__ = ("examples", "tasks", "round", "counts")
-
-    def __init__(self, examples: list[dict[str, str]], tasks: list[str], round: tuple[int, int], counts: Counts):
-        self.examples, self.tasks, self.round, self.counts = examples, tasks, round, counts
+    examples: list[dict[str, str]]
+    tasks: list[str]
+    round: tuple[int, int]
+    counts: dict[tuple[str, int], int]
 
 
 class SapoCollator:
@@ -88,15 +84,14 @@ class SapoCollator:
             task: Renderer(tokenizer, template, pool.suffix, pool.text_word, instruction_role=instruction_role)
             for task, pool in choice.pools.items()
         }
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        self.pad = 0 if pad is None else pad
+        self.pad = padding_token(tokenizer)
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if torch.utils.data.get_worker_info() is not None:
             # The tokenizer's thread pool does not survive a fork: a worker that waits for it waits for ever.
             os.environ["TOKENIZERS_PARALLELISM"] = "false"
         tasks = [self.choice.task_of(feature) for feature in features]
-        return self.render(check_examples([named_example(feature) for feature in features]), tasks)
+        return self.render(checked_examples(features), tasks)
 
     def render(self, examples: list[dict[str, str]], tasks: list[str]) -> dict[str, Any]:
         """The batch of checked examples under the prompts chosen now."""
@@ -107,60 +102,52 @@ class SapoCollator:
             groups.setdefault((task, self.choice.prompt_for(task, example, self.sample)), []).append(i)
         rows: list[tuple[list[int], list[int]]] = [([], [])] * len(examples)
         limit = sys.maxsize if self.max_target is None else self.max_target
-        counts: Counts = {}
         for (task, prompt), members in groups.items():
-            text = self.choice.pools[task].prompts[prompt]
-            builder = CellBuilder(
-                self.renderers[task], [text], [examples[i] for i in members], self.max_source, limit, False
-            )
+            text, some = self.choice.pools[task].prompts[prompt], [examples[i] for i in members]
+            builder = CellBuilder(self.renderers[task], [text], some, self.max_source, limit, warn=False)
             for i, (context, response) in zip(members, builder.cells(), strict=True):
                 rows[i] = (context.tolist(), response.tolist())
-            counts[task, prompt] = sum(len(rows[i][1]) for i in members)
             self._say(builder.stats)
         batch = padded_rows(rows, self.pad, self.pad_to_multiple_of or 1)
         if self.packed:
             batch[PACKED] = TrieBatch.pack(*zip(*rows, strict=True))
         if self.carry:
+            counts = {key: sum(len(rows[i][1]) for i in members) for key, members in groups.items()}
             batch[CARRIED] = Carried(examples, tasks, now, counts)
         return batch
 
-    def newest(self, batch: dict[str, Any]) -> tuple[dict[str, Any], Counts]:
-        """`batch` without what it carries, rendered again if the choice has changed since, and its response tokens."""
-        batch = dict(batch)
-        carried: Carried = batch.pop(CARRIED)
+    def newest(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """`batch`, rendered again if the choice has changed since."""
+        carried: Carried = batch[CARRIED]
         if carried.round == self.choice.round:
-            return batch, carried.counts
+            return batch
         where = batch["input_ids"].device
         fresh = self.render(carried.examples, carried.tasks)
-        carried = fresh.pop(CARRIED)
-        return {**batch, **{name: value.to(where) for name, value in fresh.items()}}, carried.counts
+        return {**batch, **{name: value if name == CARRIED else value.to(where) for name, value in fresh.items()}}
 
     def _say(self, stats: dict[str, int]) -> None:
         """What was cut, once for each kind; in each worker, for it has its own memory."""
-        for what, option, limit in (("targets", "train_max_target", self.max_target),
-                                    ("inputs", "max_source", self.max_source)):  # fmt: skip
-            if stats[f"truncated_{what}"] and what not in self._said:
+        for what, cut, option in (("responses", "targets", "train_max_target"), ("inputs", "inputs", "max_source")):
+            if stats[f"truncated_{cut}"] and what not in self._said:
                 self._said.add(what)
-                name = "responses" if what == "targets" else what
-                logger.warning("%s are cut to %s=%d tokens and lose their end", name, option, limit)
+                limit = self.max_source if option == "max_source" else self.max_target
+                logger.warning("%s are cut to %s=%d tokens and lose their end", what, option, limit)
 
 
-def named_example(feature: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The two texts of an example as "input" and "target"."""
-    if not isinstance(feature, Mapping):
-        raise TypeError(f"example: expected a mapping with two texts, got {type(feature).__name__}")
-    talk = example_of(feature)
-    if talk is not None:
-        return talk
-    for names in COLUMNS[:-1]:
-        if all(name in feature for name in names):
-            texts = [feature[name] for name in names]
-            if not all(isinstance(text, str) for text in texts):
-                kinds = [type(text).__name__ for text in texts]
-                raise TypeError(f"example: {names}: expected two strings, got {kinds}")
-            kept = {"history": feature["history"]} if "history" in feature else {}
-            return {**dict(zip(("input", "target"), texts, strict=True)), **kept}
-    raise ValueError(
-        f"example: expected {' or '.join('/'.join(names) for names in COLUMNS)}, got {sorted(map(str, feature))[:20]}; "
-        "was the dataset tokenised ahead? (TRL: dataset_kwargs={'skip_prepare_dataset': True})"
-    )
+def padding_token(tokenizer: Any) -> int:
+    """The id that rows are padded with; it is masked, so any will do where there is none."""
+    return next(one for one in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if one is not None)
+
+
+def checked_examples(features: Sequence[Any]) -> list[dict[str, Any]]:
+    """The examples with their two texts as "input" and "target".
+
+    Raises: ValueError, TypeError naming the first that is none.
+    """
+    named = []
+    for feature in features:
+        if isinstance(feature, Mapping) and isinstance(feature.get("prompt"), str) and "completion" in feature:
+            kept = {name: feature[name] for name in ("history",) if name in feature}
+            feature = {"input": feature["prompt"], "target": feature["completion"], **kept}
+        named.append(feature)
+    return check_examples(named)

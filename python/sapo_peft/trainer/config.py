@@ -2,16 +2,39 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, fields
 from datetime import datetime
+from typing import Annotated, Any, Literal, get_type_hints
+
+from pydantic import BaseModel, ConfigDict, Field, InstanceOf, ValidationError, create_model
 
 from sapo_kernels.scoring.race import Race
 from sapo_kernels.scoring.render import Template
-from sapo_kernels.scoring.turns import check_role
 
-MODES = ("hard", "soft")
-AUTO, TRIE, PADDED = PACKINGS = ("auto", "trie", "padded")
+from ..data.schema import first_fault
+
+Count = Annotated[int, Field(ge=1)]
+Amount = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+def check_fields(options: Any) -> None:
+    """Check the fields of a dataclass by their types, as pydantic does in strict mode.
+
+    Raises: ValueError naming the first field that does not fit, what was expected and what was got.
+    """
+    try:
+        _model_of(type(options))(**vars(options))
+    except ValidationError as error:
+        raise ValueError(first_fault(error)) from None
+
+
+@functools.cache
+def _model_of(kind: type) -> type[BaseModel]:
+    hints = get_type_hints(kind, include_extras=True)
+    config = ConfigDict(strict=True, allow_inf_nan=False)
+    return create_model("Options", __config__=config, **{f.name: (hints[f.name], f.default) for f in fields(kind)})
 
 
 @dataclass(frozen=True)
@@ -58,63 +81,36 @@ class SapoConfig:
         ValueError: naming the option, what was expected and what was got.
     """
 
-    mode: str = "hard"
-    temperature: float = 0.05
-    floor: float = 0.0
-    decay: float = 0.0
+    mode: Literal["hard", "soft"] = "hard"
+    temperature: Amount = 0.05
+    floor: Share = 0.0
+    decay: Share = 0.0
     at_start: bool = True
-    every_steps: int | None = None
+    every_steps: Count | None = None
     each_epoch: bool = False
-    drift: float | None = None
-    drift_cooldown: int = 5
-    probe_examples: int = 64
-    max_source: int = 1536
-    max_target: int = 128
-    train_max_target: int | None = None
-    max_tokens: int | None = None
-    packing: str = "auto"
-    train_max_tokens: int | None = None
+    drift: Amount | None = None
+    drift_cooldown: Count = 5
+    probe_examples: Count = 64
+    max_source: Count = 1536
+    max_target: Count = 128
+    train_max_target: Count | None = None
+    max_tokens: Count | None = None
+    packing: Literal["auto", "trie", "padded"] = "auto"
+    train_max_tokens: Count | None = None
     template: Template = None
-    instruction_role: str = "user"
+    instruction_role: Literal["user", "system"] = "user"
     now: datetime | None = None
     seed: int = 0
-    race: Race | None = None
+    race: InstanceOf[Race] | None = None
 
     def __post_init__(self):
-        if self.mode not in MODES:
-            raise ValueError(f"mode: expected one of {MODES}, got {self.mode!r}")
-        if self.packing not in PACKINGS:
-            raise ValueError(f"packing: expected one of {PACKINGS}, got {self.packing!r}")
-        for name in ("floor", "decay"):
-            _check_number(name, getattr(self, name), 1.0)
-        _check_number("temperature", self.temperature, math.inf)
-        if self.drift is not None:
-            _check_number("drift", self.drift, math.inf)
-        for name in ("at_start", "each_epoch"):
-            if type(getattr(self, name)) is not bool:
-                raise ValueError(f"{name}: expected True or False, got {getattr(self, name)!r}")
-        check_role(self.instruction_role)
-        if not isinstance(self.now, (datetime, type(None))):
-            raise ValueError(f"now: expected a datetime or None, got {self.now!r}")
-        if type(self.seed) is not int:
-            raise ValueError(f"seed: expected a whole number, got {self.seed!r}")
-        for name in ("drift_cooldown", "probe_examples", "max_source", "max_target"):
-            _check_count(name, getattr(self, name))
-        for name in ("every_steps", "max_tokens", "train_max_target", "train_max_tokens"):
-            if getattr(self, name) is not None:
-                _check_count(name, getattr(self, name))
-        if self.race is not None:
-            self._check_race()
-
-    def _check_race(self) -> None:
-        if not isinstance(self.race, Race):
-            raise ValueError(f"race: expected a sapo_kernels.Race or None, got {self.race!r}")
-        if self.mode != "hard":
+        check_fields(self)
+        if self.race is not None and self.mode != "hard":
             raise ValueError(
                 f"race: expected mode 'hard', got {self.mode!r}: draws go by the loss of every prompt, and a race "
                 "measures no more than which is the lowest"
             )
-        if self.decay:
+        if self.race is not None and self.decay:
             raise ValueError(
                 f"race: expected decay 0, got {self.decay!r}: earlier losses in the mean could overturn its winner"
             )
@@ -123,14 +119,3 @@ class SapoConfig:
     def scores(self) -> bool:
         """Whether anything is ever scored."""
         return self.at_start or self.each_epoch or self.every_steps is not None or self.drift is not None
-
-
-def _check_number(name: str, value, most: float) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not (number and 0.0 <= value <= most and math.isfinite(value)):
-        raise ValueError(f"{name}: expected a number from 0 to {most:g}, got {value!r}")
-
-
-def _check_count(name: str, value) -> None:
-    if type(value) is not int or value < 1:
-        raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from .ranks import gathered
 
 # Of how many of the newest losses the noise is estimated.
 NOISE_LOSSES = 64
@@ -55,15 +58,16 @@ class Drift:
         return apart / math.sqrt(max(variance, 1e-24))
 
     def limit(self) -> float:
-        """The threshold, raised as the quantiles of Student's distribution are above the normal ones.
+        """The quantile of Student's distribution with the tail that `threshold` leaves of a normal one."""
+        # Differences of neighbours overlap: n of them are worth 2/3 n.
+        return _student(self.threshold, 2 / 3 * len(self.squares))
 
-        The first two terms of their expansion in 1 / degrees of freedom. Differences of neighbours overlap: n of them
-        are worth 2/3 n.
-        """
-        z, freedom = self.threshold, 2 / 3 * len(self.squares)
-        first = (z**3 + z) / 4
-        second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
-        return z + first / freedom + second / freedom**2
+
+@functools.cache
+def _student(threshold: float, freedom: float) -> float:
+    from scipy.stats import norm, t
+
+    return float(t.isf(norm.sf(threshold), freedom))
 
 
 @dataclass
@@ -86,12 +90,13 @@ class Trained:
             self.expected += tokens * losses[task][prompt] if losses else 0.0
             self.tokens += tokens
 
-    def excess(self, summed) -> float | None:
-        """Loss per token above the expected one; None if nothing was trained. Starts anew.
+    def numbers(self) -> dict[str, float]:
+        """The fields as plain numbers."""
+        return {**vars(self), "loss": float(self.loss)}
 
-        `summed` maps a list of floats to their sums over all ranks and the number of ranks.
-        """
-        steps = self.steps
-        (loss, expected, tokens), ranks = summed([float(self.loss), self.expected, float(self.tokens)])
+    def excess(self) -> float | None:
+        """Loss per token above the expected one, over all ranks; None if nothing was trained. Starts anew."""
+        ranks, steps = gathered(self.numbers()), self.steps
+        loss, expected, tokens = (sum(one[name] for one in ranks) for name in ("loss", "expected", "tokens"))
         self.loss, self.steps, self.expected, self.tokens = 0.0, 0, 0.0, 0
-        return loss / ranks / steps - expected / tokens if steps and tokens else None
+        return loss / len(ranks) / steps - expected / tokens if steps and tokens else None

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from datetime import datetime
+from typing import TypeVar
 
-import torch
+import torch.distributed as dist
 
 logger = logging.getLogger("sapo_peft")
+Value = TypeVar("Value")
 
 
 def several() -> bool:
     """Whether this process is one of several."""
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
+    return dist.is_available() and dist.is_initialized()
 
 
 def leave() -> None:
@@ -23,57 +24,42 @@ def leave() -> None:
     a rank that failed: the others may be waiting for it.
     """
     if several():
-        torch.distributed.destroy_process_group()
+        dist.destroy_process_group()
 
 
 def wait() -> None:
     """Until every rank is here."""
     if several():
-        torch.distributed.barrier()
+        dist.barrier()
 
 
-def first_of(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Rank 0's `values` on every rank: rounding may differ between devices, a choice must not."""
+def gathered(value: Value) -> list[Value]:
+    """Every rank's value, in the order of the ranks."""
     if not several():
-        return values
-    sent = values.to(device)
-    torch.distributed.broadcast(sent, 0)
-    return sent.to(values.device)
+        return [value]
+    found = [value] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
 
 
-def moment_of_first(moment: datetime, device: torch.device) -> datetime:
-    """Rank 0's moment, to the second, on every rank: they need not begin on the same day."""
+def first_of(value: Value) -> Value:
+    """Rank 0's value on every rank: rounding may differ between devices, a choice must not."""
     if not several():
-        return moment
-    return datetime.fromtimestamp(int(first_of(torch.tensor([int(moment.timestamp())]), device)))
+        return value
+    found = [value]
+    dist.broadcast_object_list(found, 0)
+    return found[0]
 
 
-def summed(values: list[float], device: torch.device) -> tuple[list[float], int]:
-    """(the sums of `values` over all ranks, the number of ranks). float32 on devices that have nothing longer."""
-    if not several():
-        return values, 1
-    kind = torch.float32 if device.type == "mps" else torch.float64
-    sent = torch.tensor(values, dtype=kind, device=device)
-    torch.distributed.all_reduce(sent)
-    return sent.tolist(), torch.distributed.get_world_size()
-
-
-def check_same(digests: Mapping[str, str], device: torch.device) -> None:
-    """Every rank must have been given what rank 0 was.
-
-    digests: 64 hexadecimal digits by the name of what they are of; the same names on every rank.
+def check_same(fingerprints: Mapping[str, str]) -> None:
+    """Every rank must have been given what rank 0 was; `fingerprints` by the name of what they are of.
 
     Raises:
         ValueError: on every rank, naming the first rank that has others, and what differs.
     """
-    if not several():
-        return
-    own = torch.tensor([list(bytes.fromhex(digest)) for digest in digests.values()], dtype=torch.uint8, device=device)
-    found = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather(found, own)
-    for rank, other in enumerate(found):
-        names = [name for name, a, b in zip(digests, found[0].tolist(), other.tolist(), strict=True) if a != b]
-        if names:
+    first, *others = gathered(fingerprints)
+    for rank, other in enumerate(others, 1):
+        if names := [name for name in first if first[name] != other[name]]:
             raise ValueError(f"rank {rank}: expected the {' and '.join(names)} of rank 0, got others")
 
 

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,8 +16,6 @@ from pydantic import BaseModel, ConfigDict
 from sapo_kernels.files import DataError, atomic_write, read_json, read_text, write_json
 
 from ..data.schema import validated
-from .choice import Choice
-from .rescoring import Scoring
 
 logger = logging.getLogger("sapo_peft")
 
@@ -116,31 +115,6 @@ def excerpt_line(text: str, limit: int = 100) -> str:
     return json.dumps(text if len(text) <= limit else text[:limit] + "...", ensure_ascii=True)
 
 
-def prompt_record(choice: Choice, last: Scoring | None, template: Any, instruction_role: str) -> dict[str, Any]:
-    """For each task the prompt that is chosen, its loss and the original's, and how to render it."""
-    tasks = {}
-    for p, (task, pool) in enumerate(choice.pools.items()):
-        index = int(choice.chosen[p])
-        losses = last.losses[task] if last else []
-        tasks[task] = {
-            "prompt": pool.prompts[index],
-            "index": index,
-            "original": pool.prompts[0],
-            "suffix": pool.suffix,
-            "text_word": pool.text_word,
-            "instruction_role": instruction_role,
-            "loss": numbers(losses[index]) if losses else None,
-            "original_loss": numbers(losses[0]) if losses else None,
-            "prompts": len(pool.prompts),
-        }
-        if template is not None:
-            named = getattr(template, "__qualname__", type(template).__name__)
-            tasks[task]["template"] = template if isinstance(template, str) else f"<{named}>"
-        if choice.mode == "soft":
-            tasks[task]["probs"] = choice.state.probs[p, : len(pool.prompts)].tolist()
-    return {"version": 1, "mode": choice.mode, "step": last.step if last else None, "tasks": tasks}
-
-
 def write_beside_adapter(
     folder: str | os.PathLike, record: dict[str, Any], chosen_by: str = SAPO, note: str = ""
 ) -> None:
@@ -184,12 +158,9 @@ def _around_section(card: str) -> tuple[str, str]:
 
     Where there is none yet, it comes first: PEFT's card is an empty form below a header of metadata.
     """
-    lines = card.split("\n")
-    start = next((i for i, line in enumerate(lines) if line.rstrip() == CARD_TITLE), None)
-    if start is None:
-        marks = [i for i, line in enumerate(lines) if line.rstrip() == "---"]
-        head = marks[1] + 1 if len(marks) > 1 and marks[0] == 0 else 0
-        return "\n".join(lines[:head]).rstrip(), "\n".join(lines[head:]).strip()
     # Prompts are indented: the next heading is somebody else's.
-    stop = next((i for i in range(start + 1, len(lines)) if lines[i].startswith("#")), len(lines))
-    return "\n".join(lines[:start]).rstrip(), "\n".join(lines[stop:]).strip()
+    found = re.search(rf"^{re.escape(CARD_TITLE)}\s*?\n.*?(?=^#|\Z)", card, re.MULTILINE | re.DOTALL)
+    # The header, or nothing.
+    found = found or re.match(r"(?:---\s*?\n.*?^---\s*?(?:\n|\Z))?", card, re.MULTILINE | re.DOTALL)
+    start = found.start() if found[0].startswith(CARD_TITLE) else found.end()
+    return card[:start].rstrip(), card[found.end() :].strip()

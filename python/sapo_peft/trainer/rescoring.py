@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
@@ -14,12 +13,12 @@ import torch
 
 import sapo_kernels as sk
 from sapo_kernels.scoring.distributed import DEFAULT_TIMEOUT, unshareable
+from sapo_kernels.scoring.render import warn_once
 
+from . import ranks as _ranks
 from .choice import Choice
 from .config import SapoConfig
-from .ranks import several
-
-logger = logging.getLogger("sapo_peft")
+from .records import numbers, unpacked
 
 
 @dataclass
@@ -42,6 +41,15 @@ class Scoring:
     computed_tokens: int = 0
     cells_saved: float | None = None
 
+    def record(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return numbers({name: value for name, value in asdict(self).items() if value is not None})
+
+    @classmethod
+    def of_record(cls, record: Mapping[str, Any]) -> Scoring:
+        """The inverse of `record`."""
+        return cls(**unpacked(record))
+
 
 class Rescorer:
     """Scores every pool on its probe with the model as it is, and updates the choice.
@@ -50,18 +58,19 @@ class Rescorer:
         choice: the pools and their state.
         probes: for each task the examples to score on.
         tokenizer, config: as in `attach_sapo`.
-        patience: seconds after which a rank that the others wait for is given up.
+        timeout: seconds after which a rank that the others wait for is given up.
         now: as in `SapoConfig`.
     """
 
     def __init__(
         self, choice: Choice, probes: Mapping[str, Sequence], tokenizer: Any, config: SapoConfig,
-        patience: float = DEFAULT_TIMEOUT, now: datetime | None = None,
+        timeout: float = DEFAULT_TIMEOUT, now: datetime | None = None,
     ):  # fmt: skip
-        self.choice, self.config, self.patience = choice, config, patience
-        self.probes, self.tokenizer, self._told = probes, tokenizer, False
+        self.choice, self.probes, self.tokenizer, self.config, self.timeout = choice, probes, tokenizer, config, timeout
         # What hears how far a scoring is: made for each one, from its name and its cells.
         self.progress: Callable[[str, int], Any] | None = None
+        # Rank 0's [2, P, K] losses and counts, and state, in place of this rank's.
+        self.agree: Callable[[torch.Tensor], torch.Tensor] = _ranks.first_of
         self.render(now)
 
     def render(self, now: datetime | None) -> None:
@@ -76,25 +85,8 @@ class Rescorer:
             for task, pool in self.choice.pools.items()
         }  # fmt: skip
 
-    def _scores(self, model: Any, task: str, cache: sk.ResponseCache, race: sk.Race | None) -> sk.PromptScores:
-        """Shared out where there are several ranks and each may score cells of its own, else all cells on each."""
-        options: dict[str, Any] = {"max_tokens": self.config.max_tokens}
-        closed = unshareable(model) if several() else None
-        if several() and closed is None:
-            return sk.score_prompts_sharded(model, cache, timeout=self.patience, race=race, **options)
-        if closed and race is not None:
-            # Ranks that each judge by their own rounding may want different rounds, and then wait for ever.
-            if not self._told:
-                logger.warning("no race, every cell is scored: the ranks cannot share it out: %s", closed)
-            self._told, race = True, None
-        told = self.progress(f"scoring {task}", cache.num_prompts * cache.num_examples) if self.progress else False
-        return sk.score_prompts(model, cache, progress=told, race=race, **options)
-
-    def score(self, model: Any, step: int, reason: str, agree=None) -> Scoring:
+    def score(self, model: Any, step: int, reason: str) -> Scoring:
         """Score all pools and settle the choice.
-
-        `agree` maps float64 tensors, the [2, P, K] losses and counts first and the state last, to those of all ranks
-        (rank 0's).
 
         Each prompt enters the state with its loss and the response tokens that it was scored on. After a race the loss
         is `PromptScores.loss`, that of the winner plus their difference on the examples that both have, since means
@@ -102,35 +94,30 @@ class Rescorer:
         of these estimates.
         """
         started = time.perf_counter()
-        state, config = self.choice.state, self.config
+        state, config, tasks = self.choice.state, self.config, self.choice.tasks
         sums = torch.zeros(2, state.num_pools, state.num_prompts, dtype=torch.float64)
-        scored = []
-        may = state.live.double()
+        scored: list[sk.PromptScores] = []
+        live, may = state.live.clone(), state.live.clone()
         for p, (task, cache) in enumerate(self.caches.items()):
             scores = self._scores(model, task, cache, race_of(config.race, task, step))
             tokens = scores.tokens.sum(1)
-            nll = scores.nll.sum(1) if scores.race is None else scores.loss * tokens
-            sums[0, p, : cache.num_prompts], sums[1, p, : cache.num_prompts] = nll, tokens
+            sums[0, p, : cache.num_prompts] = scores.nll.sum(1) if scores.race is None else scores.loss * tokens
+            sums[1, p, : cache.num_prompts] = tokens
             if scores.race is not None and scores.race.winner >= 0:
-                may[p] = 0.0
-                may[p, scores.race.winner] = 1.0
+                may[p] = torch.arange(state.num_prompts) == scores.race.winner
             scored.append(scores)
-        if agree is not None:
-            sums = agree(sums)
-            may = agree(may) if config.race is not None else may
-        temperature = config.temperature if config.mode == "soft" else 0.0
-        live = state.live.clone()
-        state.live.copy_(may > 0)
+        sums = self.agree(sums)
+        state.live.copy_(self.agree(may))
         try:
+            temperature = config.temperature if config.mode == "soft" else 0.0
             sk.reweight_(state, sums[0], sums[1].long(), config.decay, temperature, config.floor)
         finally:
             state.live.copy_(live)
-        if agree is not None:
-            # Processors may differ in the last bits of an exponential: draws are made by rank 0's numbers.
-            for value in (state.mean, state.weight, state.probs, state.best, state.effective):
-                value.copy_(agree(value.double()))
-        switches = self.choice.settle()
-        tasks = self.choice.tasks
+        # Processors may differ in the last bits of an exponential: draws are made by rank 0's numbers.
+        for value in (state.mean, state.weight, state.probs, state.best, state.effective):
+            value.copy_(self.agree(value))
+        switches = self.choice.take(state.best.tolist())
+        cells = sum(one.scored.numel() for one in scored)
         return Scoring(
             step=step,
             reason=reason,
@@ -141,8 +128,22 @@ class Rescorer:
             tokens={t: one.tokens.sum(1).tolist() for t, one in zip(tasks, scored, strict=True)},
             dense_tokens=sum(one.stats["dense_tokens"] for one in scored),
             computed_tokens=sum(one.stats["trie_tokens"] for one in scored),
-            cells_saved=None if config.race is None else _saved(scored),
+            cells_saved=None if config.race is None else 1.0 - sum(int(one.scored.sum()) for one in scored) / cells,
         )
+
+    def _scores(self, model: Any, task: str, cache: sk.ResponseCache, race: sk.Race | None) -> sk.PromptScores:
+        """Shared out where there are several ranks and each may score cells of its own, else all cells on each."""
+        options: dict[str, Any] = {"max_tokens": self.config.max_tokens}
+        if _ranks.several():
+            closed = unshareable(model)
+            if closed is None:
+                return sk.score_prompts_sharded(model, cache, timeout=self.timeout, race=race, **options)
+            if race is not None:
+                # Ranks that each judge by their own rounding may want different rounds, and then wait for ever.
+                warn_once(f"no race, every cell is scored: the ranks cannot share it out: {closed}")
+                race = None
+        told = self.progress(f"scoring {task}", cache.num_prompts * cache.num_examples) if self.progress else False
+        return sk.score_prompts(model, cache, progress=told, race=race, **options)
 
 
 def race_of(race: sk.Race | None, task: str, step: int) -> sk.Race | None:
@@ -151,8 +152,3 @@ def race_of(race: sk.Race | None, task: str, step: int) -> sk.Race | None:
         return None
     digest = hashlib.blake2b(f"{race.seed} {step} {task}".encode("utf-8", "surrogatepass"), digest_size=7)
     return replace(race, seed=int.from_bytes(digest.digest(), "big"))
-
-
-def _saved(scored: Sequence[sk.PromptScores]) -> float:
-    """Share of all cells that were not scored."""
-    return 1.0 - sum(int(one.scored.sum()) for one in scored) / sum(one.scored.numel() for one in scored)
