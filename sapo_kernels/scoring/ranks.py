@@ -120,12 +120,18 @@ class Ranks:
     def _wait(self, key_of: dict[int, str], timeout: float) -> None:
         """Until each rank has written its key; the first one that has given no sign for `timeout` seconds is lost."""
         heard: dict[int, tuple[bytes | None, float]] = {}
-        pause, looked = 0.001, time.monotonic()
+        pause, looked, keys = 0.001, time.monotonic(), list(key_of.values())
         # The store's own wait writes to stderr whenever its time is over.
-        while not self._store.check(list(key_of.values())):
+        while not self._store.check(keys):
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
-            self.beat()
+            try:
+                self.beat()
+            except RankError:
+                # One that failed after this exchange has failed by what it brought, as this rank will.
+                if self._store.check(keys):
+                    return
+                raise
             if time.monotonic() - looked < BEAT:
                 continue
             looked = time.monotonic()

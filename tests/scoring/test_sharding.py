@@ -274,3 +274,24 @@ def test_a_value_of_many_pieces_is_read_whole_and_old_ones_are_deleted(monkeypat
     assert found[0] == found[1] == [[(0, value), (1, value)] for value in values]
     # Two attempts, two signs at most, and the last exchange.
     assert store.num_keys() < 10
+
+
+def test_an_exchange_that_is_complete_is_read_though_a_rank_has_failed_since(monkeypatch):
+    """All ranks fail by the same values, each for itself: none may hear of another's failure instead."""
+    store = torch.distributed.HashStore()
+    first, second = (Ranks((0, 1), rank, store, 20.0) for rank in (0, 1))
+
+    def failing():
+        with pytest.raises(ValueError), first.together():
+            raise ValueError(first.exchange(0))
+
+    thread = threading.Thread(target=failing)
+
+    def asleep(seconds):
+        if not thread.ident:  # between its first look and its second the other one comes and fails
+            thread.start()
+            thread.join(20)
+            second._beaten = 0.0
+
+    monkeypatch.setattr("sapo_kernels.scoring.ranks.time.sleep", asleep)
+    assert second.exchange(1) == [0, 1]
