@@ -69,7 +69,7 @@ class BadServer(ThreadingHTTPServer):
     def __init__(self, *script: Step):
         super().__init__(("127.0.0.1", 0), Handler)
         self.script, self.questions, self.headers_seen = list(script), [], []
-        self.lock, self.stopped = threading.Lock(), threading.Event()
+        self.lock, self.stopped, self.sent = threading.Lock(), threading.Event(), 0
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
 
     def __enter__(self):
@@ -162,3 +162,12 @@ def ask(*script, wanted=2, deadline=20.0, minimum=0, store=None, pool=POOL, **op
         started = time.monotonic()
         made = gather(pool, source, wanted, minimum, deadline, store)
         return made, server, source, time.monotonic() - started
+
+
+def flood(handler: Handler) -> None:
+    """A body of a gibibyte without a length, as fast as it is taken."""
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n")
+    for _ in range(2**14):
+        handler.wfile.write(b" " * 65536)
+        handler.server.sent += 65536
+    handler.close_connection = True

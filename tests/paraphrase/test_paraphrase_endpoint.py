@@ -34,6 +34,8 @@ AGAIN = {
     "429": (status(429, "slow\ndown \x1b"), "status 429, 'slow down \\x1b'; asking again"),
     "HTML with status 200": (raw("<html>login</html>", "text/html"), "got '<html>login</html>' (is this the address"),
     "truncated JSON": (raw(completion(tagged(GOOD))[:90]), "broken (JSONDecodeError)"),
+    "compressed": (raw(b"\x1f\x8b\x08", Content_Encoding="gzip"), "got a compressed one"),
+    "without end": (bad.flood, "at most 1048576 bytes"),
     # Answers of a model that are no good: not tried again as they are, but asked for anew.
     "null content": (says(None), "not used in full: expected a reply with text"),
     "refusal": (says("I'm sorry, I can't."), "not used in full: expected a text between"),
@@ -48,6 +50,7 @@ def test_a_failure_is_followed_by_another_question(name, caplog):
     made, server, _, seconds = ask(step, fresh())
     assert len(made.prompts) == 3 and made.rejected == made.merged == () and made.notes() == []
     assert len(server.questions) == 2 and seconds < 5 and message in caplog.text
+    assert server.sent < 2**26  # what has no end is not read to it
 
 
 def test_paid_answers_are_taken_and_counted():

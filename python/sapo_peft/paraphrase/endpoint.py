@@ -23,6 +23,7 @@ from .source import Answer, Deadline, SourceError
 
 _log = logging.getLogger(__name__)
 KEY_VARIABLE = "OPENAI_API_KEY"
+MAX_REPLY_BYTES = 2**20
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _LONGEST_BACKOFF = 20.0
 # How long answers under way are waited for when the endpoint turns out to be of no use, seconds.
@@ -39,6 +40,10 @@ class _Failed(Exception):
     def __init__(self, fault: str, cost: int | None = _FAILURE, after: float | None = None):
         super().__init__(fault)
         self.cost, self.after = cost, after
+
+
+class _Unread(Exception):
+    """A reply that is not read to its end; the text says why."""
 
 
 @dataclass
@@ -141,7 +146,9 @@ class EndpointSource:
             put(result)
 
         # A reply that points elsewhere would have the texts sent to a host nobody named.
-        http = openai.DefaultAsyncHttpxClient(follow_redirects=False, trust_env=self._host not in _LOOPBACK)
+        http = openai.DefaultAsyncHttpxClient(
+            follow_redirects=False, trust_env=self._host not in _LOOPBACK, event_hooks={"response": [_bound]}
+        )
         # Local servers without keys take any; an empty one is refused by the client.
         key = self._key() or "none"
         async with openai.AsyncOpenAI(api_key=key, base_url=self.base_url, max_retries=0, http_client=http) as client:
@@ -247,6 +254,27 @@ def _in_background(work: Any) -> Iterator[None]:
         thread.join(0.5)
 
 
+async def _bound(response: Any) -> None:
+    """Stop reading a reply at `MAX_REPLY_BYTES`: the client reads one of any size."""
+    if response.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
+        raise _Unread("expected a reply that is not compressed, got a compressed one")
+    inner = response.stream
+
+    async def chunks(_):
+        size = 0
+        async for chunk in inner:
+            size += len(chunk)
+            if size > MAX_REPLY_BYTES:
+                raise _Unread(f"expected a reply of at most {MAX_REPLY_BYTES} bytes, got more")
+            yield chunk
+
+    async def close(_):
+        await inner.aclose()
+
+    # Of the class that the HTTP library checks for, whichever library the client has.
+    response.stream = type("Bounded", type(inner).__bases__, {"__aiter__": chunks, "aclose": close})()
+
+
 def _text(reply: Any) -> str:
     """The text of a chat completion."""
     try:
@@ -302,6 +330,8 @@ def _reason(error: BaseException) -> str:
     chain = [error]
     while len(chain) < 9 and (cause := chain[-1].__cause__ or chain[-1].__context__):
         chain.append(cause)
+    if unread := next((error for error in chain if isinstance(error, _Unread)), None):
+        return str(unread)
     word = next((os.strerror(error.errno) for error in chain if getattr(error, "errno", None)), None)
     kind = type(error.__cause__ or error).__name__
     return f"the connection or the reply is broken ({kind}{f': {word}' if word else ''})"
