@@ -128,8 +128,8 @@ def rounds_of_races(seeds: int = 4) -> str:
     from sapo_kernels import Race
     from sapo_kernels.scoring.race import RaceState
 
+    from .documents import table
     from .racing import SHARE, read_matrices
-    from .suite_summary import table
 
     least, found, draw = (2048, 8192, TOKENS), defaultdict(list), np.random.default_rng(0)
     for one in read_matrices():
@@ -166,8 +166,8 @@ def million():
 
 
 def main() -> None:
+    from .documents import table
     from .rows import ROOT, Row, append_rows, environment
-    from .suite_summary import table
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--before", type=Path, help="another checkout, built, to compare with")

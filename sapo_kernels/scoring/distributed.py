@@ -163,7 +163,7 @@ class ShardedJob(ScoringJob):
             for cells, cache in self.shards[self.own :: self.world]:
                 if problem := self._shard(path, cells, cache, checks, plain, own):
                     break
-        found = self.ranks.exchange((problem, own))
+        found = self.ranks.exchange((problem, [(sums.tolist(), int(computed)) for sums, computed in own]))
         for problem, _ in found:
             if problem:
                 raise Disagreement(problem)
@@ -287,15 +287,15 @@ def _divides(placement) -> bool:
     return not placement.is_replicate()
 
 
-def _digest(*parts) -> bytes:
+def _digest(*parts) -> str:
     state = hashlib.sha256()
     for part in parts:
         part = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else bytes(part)
         state.update(len(part).to_bytes(8, "little") + part)
-    return state.digest()
+    return state.hexdigest()
 
 
-def _model_digests(model: nn.Module) -> tuple[bytes, bytes]:
+def _model_digests(model: nn.Module) -> tuple[str, str]:
     """(of names, shapes, types and adapters; of some values of each weight that is not spread over ranks)."""
     described = [f"{name} {tuple(p.shape)} {p.dtype}" for name, p in model.named_parameters()]
     for name, module in model.named_modules():

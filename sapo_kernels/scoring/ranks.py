@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import json
 import math
-import pickle
 import time
 from typing import Any
 
@@ -87,7 +87,7 @@ class Ranks:
             raise self._told(self._store.get("lost"))
 
     def exchange(self, value: Any, timeout: float | None = None) -> list:
-        """Every rank's `value`, which pickle takes, in the order of `members`.
+        """Every rank's `value`, of JSON's types (NaN too), in the order of `members`; tuples come as lists.
 
         timeout: of this exchange; None: that of all.
 
@@ -97,7 +97,7 @@ class Ranks:
         if not self.others:
             return [value]
         number, self._exchanges = self._exchanges, self._exchanges + 1
-        data, sent = pickle.dumps(value), [f"{number}/{self.rank}"]
+        data, sent = json.dumps(value), [f"{number}/{self.rank}"]
         for begin in range(0, len(data), PIECE):
             sent.append(f"{number}/{self.rank}/{begin}")
             self._store.set(sent[-1], data[begin : begin + PIECE])
@@ -107,7 +107,7 @@ class Ranks:
         for key in self._sent:
             self._store.delete_key(key)
         self._sent, self._exchanged = sent, time.monotonic()
-        return [value if rank == self.rank else self._read(f"{number}/{rank}") for rank in self.members]
+        return [json.loads(data) if rank == self.rank else self._read(f"{number}/{rank}") for rank in self.members]
 
     def since_exchange(self) -> float:
         """Seconds since the last exchange."""
@@ -115,7 +115,7 @@ class Ranks:
 
     def _read(self, key: str) -> Any:
         pieces = range(0, int(self._store.get(key)), PIECE)
-        return pickle.loads(b"".join(self._store.get(f"{key}/{begin}") for begin in pieces))
+        return json.loads(b"".join(self._store.get(f"{key}/{begin}") for begin in pieces))
 
     def _wait(self, key_of: dict[int, str], timeout: float) -> None:
         """Until each rank has written its key; the first one that has given no sign for `timeout` seconds is lost."""

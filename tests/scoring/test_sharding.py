@@ -271,7 +271,7 @@ def test_a_value_of_many_pieces_is_read_whole_and_old_ones_are_deleted(monkeypat
         thread.start()
     for thread in threads:
         thread.join(60)
-    assert found[0] == found[1] == [[(0, value), (1, value)] for value in values]
+    assert found[0] == found[1] == [[[0, value], [1, value]] for value in values]
     # Two attempts, two signs at most, and the last exchange.
     assert store.num_keys() < 10
 
