@@ -5,9 +5,9 @@
     python -m benchmarks.host --csv benchmarks/results/host.csv
     python -m benchmarks.host --rounds-of-races              # what rounds that fill a GPU cost and save
 
-Calls are those of a GPU: passes of 16,384 tokens, with the tile lists that its attention walks. The time inside the
-model is taken out, so what is left is what a device would wait for if it were infinitely fast. It is the thread's CPU
-time, which other work on the machine lengthens little.
+Calls are those of a GPU: passes of 16,384 tokens, with the tile lists that its attention walks, and its rounds of a
+race. The time inside the model is taken out, so what is left is what a device would wait for if it were infinitely
+fast. It is the thread's CPU time, which other work on the machine lengthens little.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def measure() -> dict[str, float]:
     """Milliseconds by "case: part", in this process, of the checkout that it runs in."""
     import sapo_kernels as sk
     from benchmarks.workload import Cells, _qwen3
-    from sapo_kernels.scoring import attention, cell_sums, head, prefix_cache, race, response_cache, verification
+    from sapo_kernels.scoring import attention, cell_sums, head, prefix_cache, race, response_cache, score, verification
     from sapo_kernels.scoring import verified_paths as verified
     from sapo_kernels.trie.tiles import tile_tokens
     from sapo_kernels.trie.trie import TokenTrie
@@ -75,15 +75,17 @@ def measure() -> dict[str, float]:
         num_key_value_heads=1, head_dim=8, vocab_size=512, tie_word_embeddings=True,
     )  # fmt: skip
     clock, size = Clock(), tile_tokens(GROUP)
-    read = head.HeadReader.read
+    score.ScoringJob.fills_rounds = lambda job: True
+    reading = head.HeadReader.reading
 
-    def with_tiles(reader, call, batch):
+    @contextlib.contextmanager
+    def with_tiles(reader, batch):
         with clock.part("tile lists"):
             attention.running.state.trie.tiles(size)
-        with clock.part("forwards"):
-            return read(reader, call, batch)
+        with clock.part("forwards"), reading(reader, batch):
+            yield
 
-    head.HeadReader.read = with_tiles
+    head.HeadReader.reading = with_tiles
     clock.watch("forwards", verification.PlainModel, "_logits")
     clock.watch("planning", response_cache, "plan_trie")
     clock.watch("passes", TokenTrie, "passes")
@@ -106,7 +108,7 @@ def measure() -> dict[str, float]:
     prompts = [f"Instruction number {k}, which says what is to be done." for k in range(PROMPTS)]
     job, cells = million(), Cells(PROMPTS, EXAMPLES)
     trie = sk.plan_trie(*job)
-    for _ in range(2):  # the first warms up
+    for _ in range(3):  # the first two warm up
         cache = cells.cache(512)
         take("rendering", lambda: sk.ResponseCache.build(tiny_tokenizer(), prompts, tasks))
         take("planning a million tokens", lambda: sk.plan_trie(*job))

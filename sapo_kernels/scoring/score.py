@@ -182,10 +182,14 @@ class ScoringJob(VerifiedPaths):
         return None if self.impl in ("padded", "alone", "reference") else PrefixCache(self.cache)
 
     def _state(self, race: Race, tokens: np.ndarray) -> RaceState:
-        if self.device.type == "cpu":  # where half the tokens take half the time
+        if not self.fills_rounds():
             return RaceState(race, tokens)
         cost = self.cache.lengths.reshape(tokens.shape) - self.cache.prefix_lengths()[:, None]
         return RaceState(race, tokens, cost, self.max_tokens // 2)
+
+    def fills_rounds(self) -> bool:
+        """Whether a round of a race should fill half a forward: not where half the tokens take half the time."""
+        return self.device.type != "cpu"
 
     def part(self, cells: np.ndarray) -> ScoringJob:
         """A job of some of this one's cells."""

@@ -106,8 +106,20 @@ def test_long_contexts_have_short_lists():
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize("seed", range(16))
+@pytest.mark.parametrize("seed", range(8))
 def test_fuzz(seed, monkeypatch, poisoned_outputs):
+    random_case(seed, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_long_fuzz(monkeypatch, poisoned_outputs):
+    for seed in range(8, 500):
+        random_case(seed, monkeypatch)
+
+
+def random_case(seed, monkeypatch):
     """Random tries, passes, tiles, heads, options; past keys in a memory of their own; values that are not finite."""
     skip_unless_runnable("tree_attention", "triton", "cpu")
     from sapo_kernels.tree_attention import triton_common
