@@ -188,7 +188,8 @@ def test_every_switch_is_one_readable_line(tmp_path, caplog, capsys, shown):
     # A pool refuses control characters but for line ends and tabs; a log must bear whatever it is given.
     pool = pool_of(1)
     texts = ("One.", "Two\nlines\tand a tab \u2028 \u202e \x85 \u200b end", "Three \x1b[31m red\r\n" + "x" * 500)
-    pool = pool._with(entries=tuple(PoolPrompt(text, "given") for text in texts))
+    pool = pool.model_copy(update={"entries": tuple(PoolPrompt(text, "given") for text in texts)})
+    pool.__dict__.pop("prompts", None)
     trainer, callback = sapo_trainer(tmp_path, pool_of(3), SapoConfig(every_steps=1, probe_examples=2))
     callback.choice.pools = {"colours": pool}
     prefer(callback, [1, 2, 2, 0, 0, 1])
