@@ -182,10 +182,15 @@ def parse_json(text: str, name: str) -> Any:
     """One JSON document, equal to `json.loads(text)`; `name` says in messages where the text is from.
 
     Raises: `DataError` for anything that is not exactly one JSON document, NaN and Infinity, numbers that overflow a
-    float, duplicate keys, and nesting or integers too long for Python.
+    float, duplicate keys, lone surrogates, and nesting or integers too long for Python.
     """
     try:
-        return json.loads(text, object_pairs_hook=_object, parse_constant=_finite, parse_float=_finite)
+        found = json.loads(text, object_pairs_hook=_object, parse_constant=_finite, parse_float=_finite)
+        if "\\u" in text:  # half of a pair of surrogates has no UTF-8 form and could not be written again
+            json.dumps(found, ensure_ascii=False).encode()
+        return found
+    except UnicodeEncodeError:
+        raise DataError(f"{name}: expected text, got a lone surrogate") from None
     except json.JSONDecodeError as error:
         got = excerpt(text[error.pos : error.pos + 30]) if error.pos < len(text) else "the end of the text"
         raise DataError(
@@ -200,8 +205,8 @@ def parse_json(text: str, name: str) -> Any:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        again = next(key for i, key in enumerate(keys) if key in keys[:i])
+        seen: set[str] = set()
+        again = next(key for key, _ in pairs if key in seen or seen.add(key))
         raise ValueError(f"expected each key once, got {excerpt(again)} again")
     return found
 

@@ -11,6 +11,7 @@ import ctypes
 import importlib
 import importlib.util
 import logging
+import struct
 from functools import cache
 from pathlib import Path
 
@@ -29,6 +30,19 @@ def library_path(name: str) -> Path:
     return FOLDER / f"{name}.abi{ABI}.so"
 
 
+def _cut_off(path: Path) -> str:
+    """Why the file is no whole ELF object; empty if it is. To map a part of one would kill the process."""
+    with open(path, "rb") as file:
+        header = file.read(64)
+    if len(header) < 64 or header[:5] != b"\x7fELF\x02":
+        return f"{path.name} is no 64-bit ELF file"
+    # The table of sections stands at the end of the file.
+    (table,) = struct.unpack_from("<Q", header, 40)
+    entry, count = struct.unpack_from("<HH", header, 58)
+    wanted, got = table + entry * count, path.stat().st_size
+    return f"{path.name} is cut off: expected {wanted} bytes, got {got}" if got < wanted else ""
+
+
 def _refused(name: str, reason: str, instead: str) -> str:
     reason = f"does not load: {reason[:300]}"
     logger.warning("%s %s; %s is used instead, slower, with the same results", name, reason, instead)
@@ -44,6 +58,9 @@ def load(name: str) -> str:
     if name == "_C_cuda" and torch.version.cuda is None:
         return "this torch has no CUDA"
     try:
+        broken = _cut_off(path)
+        if broken:
+            return _refused(name, broken, "plain torch")
         torch.ops.load_library(path)
         # A driver that is too old, or a device that nothing was compiled for, must not lose what plain torch can do.
         reason = _register_cuda(path) if name == "_C_cuda" else ""
@@ -66,6 +83,9 @@ def _import_planner():
     if spec is None or Path(spec.origin).resolve().parent != FOLDER:
         return None, "not built"
     try:
+        broken = _cut_off(Path(spec.origin))
+        if broken:
+            return None, _refused("_planner", broken, "numpy")
         module = importlib.import_module(spec.name)
     except (ImportError, OSError) as error:
         return None, _refused("_planner", str(error), "numpy")

@@ -229,7 +229,8 @@ class ShardedJob(ScoringJob):
         cells = (
             np.ascontiguousarray(a, np.int64) for a in (self.cache.ids, self.cache.offsets, self.cache.context_lengths)
         )
-        options = (self.impl, self.fuse, self.max_tokens, len(self.shards), self.count, *autocast_of(self.device))
+        how = (self.impl, self.fuse, self.max_tokens, self.fills_rounds())
+        options = (*how, len(self.shards), self.count, *autocast_of(self.device))
         digests = (
             _digest(str(self.cache.num_examples), *self.cache.prompts, *(a.view(np.uint8).data for a in cells)),
             _digest(repr(options), repr(race)),

@@ -45,7 +45,8 @@ class Race:
         first: examples of the first round, at least 2. Fewer save more, and standard errors can be trusted less.
         growth: each round ends at this multiple of the examples of the one before, or later: on a GPU, which takes as
             long for a few tokens as for many, rounds are filled up to whole halves of a forward.
-        seed: of the order of the examples. The same seed and losses give the same race.
+        seed: of the order of the examples. The same seed and losses give the same race where `max_tokens` and
+            the kind of device are the same.
 
     Raises:
         ValueError, TypeError: naming the option, what was expected and what was got.

@@ -11,6 +11,7 @@ import contextlib
 import datetime
 import json
 import math
+import threading
 import time
 from typing import Any
 
@@ -28,9 +29,43 @@ GRACE = 2.0
 # Bytes of one value in a store; torch's takes 8 MiB.
 PIECE = 4 << 20
 
+# How the reason of a rank that raised begins.
+FAILED = "failed: "
+GONE = "is gone, or the process that keeps the store of the process group"
 SILENT = "killed, stopped, hung, never there, or slower than the timeout"
 
-_connected: dict[tuple[int, ...], tuple[object, Ranks]] = {}
+# Those of the call before: its keys go when all ranks are in the next.
+_before: dict[tuple[int, ...], tuple[object, Ranks]] = {}
+
+
+class _Answering:
+    """A store that is given up if it does not answer: its own calls wait for ever for a keeper that is stopped."""
+
+    def __init__(self, store, timeout: float):
+        self._store, self._timeout = store, timeout
+
+    def __getattr__(self, name: str):
+        def call(*args):
+            found = []
+
+            def ask():
+                try:
+                    found.append((getattr(self._store, name)(*args), None))
+                except Exception as error:
+                    found.append((None, error))
+
+            thread = threading.Thread(target=ask, daemon=True)
+            thread.start()
+            thread.join(self._timeout)
+            if not found:
+                who = "or the process that keeps the store"
+                raise RankError(0, f"{who} was not heard of for {self._timeout:g} s ({SILENT})")
+            value, error = found[0]
+            if error is not None:
+                raise error
+            return value
+
+        return call
 
 
 class RankError(Unrecoverable):
@@ -54,11 +89,14 @@ def ranks_of(group, timeout: float) -> Ranks:
     if dist.get_rank(group) < 0:
         raise ValueError(f"group: expected one that rank {dist.get_rank()} is in")
     members = tuple(dist.get_process_group_ranks(group or dist.group.WORLD))
-    world, ranks = _connected.get(members, (None, None))
-    if world is not dist.group.WORLD:
+    try:
         ranks = Ranks(members, dist.get_rank(), dist.distributed_c10d._get_default_store(), timeout)
-        _connected[members] = dist.group.WORLD, ranks
-    ranks.timeout = float(timeout)
+    except dist.DistNetworkError as error:
+        raise RankError(0, GONE) from error
+    world, before = _before.get(members, (None, None))
+    if world is dist.group.WORLD:
+        ranks.follow(before)
+    _before[members] = dist.group.WORLD, ranks
     return ranks
 
 
@@ -73,9 +111,18 @@ class Ranks:
         self.others = [other for other in members if other != rank]
         self._exchanges, self._exchanged, self._beaten, self._sent = 0, 0.0, 0.0, []
         if self.others:
-            # Ranks that lost one may begin again; nothing of before is read then.
+            # Each call has a place of its own, whether the one before failed on all ranks, on some or on none: all
+            # make the same calls, so they meet again in the next, and nothing of before is read there.
+            store = _Answering(store, self.timeout)
             place = f"sapo_kernels/{members}"
-            self._store = dist.PrefixStore(f"{place}/{store.add(f'{place}/{rank}', 1)}", store)
+            self._store = _Answering(
+                dist.PrefixStore(f"{place}/{store.add(f'{place}/{rank}', 1)}", store._store), self.timeout
+            )
+
+    def follow(self, before: Ranks) -> None:
+        """Delete what this rank has left of the call before, once nobody can be in it any more."""
+        if self.others:
+            self._sent = [*before._sent, (before._store, f"beat/{self.rank}")]
 
     def beat(self) -> None:
         """A sign of life. Raises `RankError` if another rank has told of a loss."""
@@ -103,10 +150,13 @@ class Ranks:
             self._store.set(sent[-1], data[begin : begin + PIECE])
         self._store.set(sent[0], str(len(data)))
         self._wait({rank: f"{number}/{rank}" for rank in self.others}, timeout or self.timeout)
+        # Who was given up for its silence may come after all, but whoever gave it up has raised.
+        if self._store.check(["lost"]) and not (lost := self._told(self._store.get("lost"))).reason.startswith(FAILED):
+            raise lost
         # Whoever is in this exchange has read what the one before brought.
-        for key in self._sent:
-            self._store.delete_key(key)
-        self._sent, self._exchanged = sent, time.monotonic()
+        for store, key in self._sent:
+            store.delete_key(key)
+        self._sent, self._exchanged = [(self._store, key) for key in sent], time.monotonic()
         return [json.loads(data) if rank == self.rank else self._read(f"{number}/{rank}") for rank in self.members]
 
     def since_exchange(self) -> float:
@@ -143,7 +193,7 @@ class Ranks:
                 if sign != before:
                     heard[rank] = sign, time.monotonic()
                 elif time.monotonic() - since > timeout:
-                    raise self._lost(rank, f"was not heard of for {self.timeout:g} s ({SILENT})")
+                    raise self._lost(rank, f"was not heard of for {timeout:g} s ({SILENT})")
 
     def _lost(self, rank: int, reason: str) -> RankError:
         """The first loss that anybody has told of; this one, if nobody has."""
@@ -161,12 +211,11 @@ class Ranks:
         try:
             yield
         except BaseException as error:
-            _connected.pop(self.members, None)
             if isinstance(error, dist.DistNetworkError):
-                raise RankError(0, "is gone, or the process that keeps the store of the process group") from error
+                raise RankError(0, GONE) from error
             if self.others and not isinstance(error, RankError):
                 with contextlib.suppress(RuntimeError):
-                    self._lost(self.rank, f"failed: {type(error).__name__}: {error}")
+                    self._lost(self.rank, f"{FAILED}{type(error).__name__}: {error}")
             raise
 
 

@@ -170,13 +170,17 @@ class ResponseCache:
             ValueError, TypeError: naming the cell that is missing, empty, ragged or not made of ids.
         """
         contexts, responses = _rows(contexts, "contexts"), _rows(responses, "responses")
-        if np.ndim(responses[0][0]) == 0:  # shared by all prompts
-            responses = [responses] * len(contexts)
         num_examples = len(contexts[0])
+        if np.ndim(responses[0][0]) == 0:  # shared by all prompts
+            if len(responses) != num_examples:
+                raise ValueError(f"responses: expected {num_examples}, got {len(responses)}")
+            responses = [responses] * len(contexts)
         for name, rows in (("contexts", contexts), ("responses", responses)):
-            sizes = [len(row) for row in rows]
-            if sizes != [num_examples] * len(contexts):
-                raise ValueError(f"{name}: expected {len(contexts)} lists of {num_examples} each, got lists of {sizes}")
+            if len(rows) != len(contexts):
+                raise ValueError(f"{name}: expected {len(contexts)} lists, got {len(rows)}")
+            for k, row in enumerate(rows):
+                if len(row) != num_examples:
+                    raise ValueError(f"{name}[{k}]: expected {num_examples} examples, got {len(row)}")
         cells = [
             (_ids(context, f"contexts[{k}][{m}]"), _ids(response, f"response of cell ({k}, {m})"))
             for k, pairs in enumerate(map(zip, contexts, responses))

@@ -256,8 +256,9 @@ class TokenTrie:
         target_ptr = self.target_ptr[first_row : last_row + 1]
         first, last = target_ptr[[0, -1]].tolist()
         arrays["span"] = span.reshape(-1, 2)
-        arrays["input_ids"] = self.tokens[new] if len(new) else self.tokens[start:stop]
-        arrays["target_ptr"], arrays["targets"] = target_ptr - first, self.targets[first:last]
+        # Copies: a model may write into the ids it is given.
+        arrays["input_ids"] = self.tokens[new] if len(new) else self.tokens[start:stop].copy()
+        arrays["target_ptr"], arrays["targets"] = target_ptr - first, self.targets[first:last].copy()
         return TriePass(
             start=start, stop=stop, carried=carried, held=held, block_tokens=block_tokens, target_start=first,
             cells_done=int(self._leaf_sorted.searchsorted(stop)), last=stop == len(self),

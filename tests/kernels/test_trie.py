@@ -273,3 +273,12 @@ def test_rows_must_be_computed():
     held[trie.row_token[0]] = True
     with pytest.raises(ValueError, match="held: expected no token that predicts something"):
         trie.passes(7, held=held)
+
+
+def test_a_pass_is_no_window_into_its_trie():
+    """A model may write into the ids it is given."""
+    trie = plan_trie(*flatten([([1, 2, 3], [4, 5])]))
+    (step,) = trie.passes()
+    step.input_ids.fill_(9)
+    step.targets.fill_(9)
+    assert trie.tokens.tolist() == [1, 2, 3, 4] and trie.targets.tolist() == [4, 5]

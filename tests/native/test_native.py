@@ -68,9 +68,10 @@ def test_without_compiled_modules_the_results_are_the_same(package, before):
 
 
 @pytest.mark.skipif(native.load("_C") != "loaded", reason="nothing is compiled here")
-def test_a_module_that_does_not_load_is_named_and_not_used(package, before):
+def test_a_module_that_was_cut_off_is_named_and_not_used(package, before):
+    """The dynamic loader itself would die on it."""
     for path in compiled_files(package):
-        path.write_bytes(b"")
+        path.write_bytes(path.read_bytes()[: path.stat().st_size * 9 // 10])
     after, errors = report(package)
     for module in ("_C", "_planner"):
         assert after[0][module].startswith("does not load: "), after

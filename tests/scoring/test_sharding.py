@@ -8,6 +8,8 @@ import os
 import subprocess
 import sys
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ import torch
 
 import sapo_kernels as sk
 from sapo_kernels.scoring.distributed import cut
-from sapo_kernels.scoring.ranks import GRACE, Ranks
+from sapo_kernels.scoring.ranks import GRACE, RankError, Ranks, _Answering
 from tests.conftest import ROOT
 from tests.oracles import flatten, random_cells, small_qwen3
 from tests.scoring.ranks_child import BEGIN, cache_of, tiny
@@ -295,3 +297,48 @@ def test_an_exchange_that_is_complete_is_read_though_a_rank_has_failed_since(mon
 
     monkeypatch.setattr("sapo_kernels.scoring.ranks.time.sleep", asleep)
     assert second.exchange(1) == [0, 1]
+
+
+def two(store, timeout=20.0):
+    return [Ranks((0, 1), rank, store, timeout) for rank in (0, 1)]
+
+
+def together(*calls):
+    """Each call in a thread of its own; what it returns or raises."""
+    with ThreadPoolExecutor(len(calls)) as pool:
+        made = [pool.submit(call) for call in calls]
+        return [one.exception(60) or one.result() for one in made]
+
+
+def test_ranks_of_which_one_failed_after_the_last_exchange_meet_again():
+    store = torch.distributed.HashStore()
+    first, second = two(store)
+    assert together(lambda: first.exchange("call 1"), lambda: second.exchange("call 1")) == [["call 1"] * 2] * 2
+    with pytest.raises(ValueError), second.together():
+        raise ValueError("afterwards")
+    for call in ("call 2", "call 3"):
+        again = two(store)
+        for one, before in zip(again, (first, second), strict=True):
+            one.follow(before)
+        assert together(*(lambda one=one: one.exchange(call) for one in again)) == [[call] * 2] * 2  # noqa: B023
+        first, second = again
+
+
+def test_a_rank_that_was_given_up_does_not_end_with_a_result():
+    first, second = two(torch.distributed.HashStore(), 0.3)
+
+    def late():
+        time.sleep(2.0)
+        return second.exchange(1)
+
+    ended = together(lambda: first.exchange(0), late)
+    assert all(isinstance(one, RankError) and one.rank == 1 for one in ended), ended
+
+
+def test_a_store_that_does_not_answer_is_given_up():
+    class Stopped:
+        def check(self, keys):
+            time.sleep(5)
+
+    with pytest.raises(RankError, match="was not heard of for 0.2 s"):
+        _Answering(Stopped(), 0.2).check(["key"])
