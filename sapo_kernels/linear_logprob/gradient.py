@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 
 # fp32 logits of one chunk of rows. With fewer rows the product waits for the weights (docs/measured.md).
-CHUNK_BYTES = 256 << 20
+CHUNK_BYTES = 128 << 20
 
 
 def chunk_rows(vocabulary: int) -> int:
