@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import subprocess
 import sys
@@ -263,21 +264,31 @@ def test_results_own_their_memory(compiled):
     check_same(compiled.plan(*job), wanted)
 
 
+@contextlib.contextmanager
+def beside(work):
+    """`work` again and again in another thread."""
+    stop = threading.Event()
+
+    def loop():
+        while not stop.is_set():
+            work()
+
+    thread = threading.Thread(target=loop)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
 def test_other_threads_run_meanwhile(compiled):
     """A second thread takes the time while a long job is planned; with the GIL held it could not."""
     sequences = 400_000
     ids = np.random.default_rng(0).integers(0, 2**62, 3 * sequences)
     job = int64(ids, np.arange(0, 3 * sequences + 1, 3), np.ones(sequences))
-    seen, stop = [], threading.Event()
-
-    def watch():
-        while not stop.is_set():
-            seen.append(time.perf_counter())
-            time.sleep(0.0005)
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
+    seen = []
+    with beside(lambda: (seen.append(time.perf_counter()), time.sleep(0.0005))):
         for _ in range(10):
             started = time.perf_counter()
             plan = compiled.plan(*job)
@@ -286,9 +297,6 @@ def test_other_threads_run_meanwhile(compiled):
             inside = [t for t in list(seen) if 0.2 < (t - started) / took < 0.8]
             if inside:
                 break
-    finally:
-        stop.set()
-        thread.join()
     assert inside and len(plan["leaf"]) == sequences
 
 
@@ -316,27 +324,21 @@ def test_arrays_that_change_meanwhile_do_no_harm(compiled):
     """The result is then anything, but no memory beyond the arrays is touched and the call returns."""
     rng = np.random.default_rng(5)
     ids, offsets, contexts = make_job(rng, "shared", 3000, 60, 2)
-    given, stop = (ids % 2, offsets.copy(), contexts.copy()), threading.Event()
+    given = (ids % 2, offsets.copy(), contexts.copy())
     changes = [(rng.integers(0, len(ids), 5000), rng.integers(0, 2, 5000)) for _ in range(8)]
 
     def disturb():
-        while not stop.is_set():
-            for where, tokens in changes:
-                given[0][where] = tokens
-            given[1][1:-1], given[2][:] = 2**40, -5
-            given[1][:], given[2][:] = offsets, contexts
+        for where, tokens in changes:
+            given[0][where] = tokens
+        given[1][1:-1], given[2][:] = 2**40, -5
+        given[1][:], given[2][:] = offsets, contexts
 
-    thread = threading.Thread(target=disturb)
-    thread.start()
-    try:
+    with beside(disturb):
         for _ in range(100):
             try:
                 assert len(compiled.plan(*given)["leaf"]) == len(contexts)
             except ValueError as error:
                 assert str(error).startswith("sequence ")
-    finally:
-        stop.set()
-        thread.join()
 
 
 def test_a_million_tokens_take_less_than_80_ms(compiled):
