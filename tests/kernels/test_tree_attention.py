@@ -126,26 +126,30 @@ def test_every_sequence_is_what_it_is_alone(case, precision, impl, device, poiso
     assert_close(f"tree_attention {'low' if precision in LOW else precision}", got, exact, plain)
 
 
+def in_passes(trie, q, k, v, impl, options, apart=False, budget=7, block_tokens=4):
+    """[outputs of each pass]: keys and values go from pass to pass by carry_index alone, as the decoder does it."""
+    past, parts = (k[:0], v[:0]), []
+    for step in trie.passes(budget, block_tokens):
+        step = step.to(q.device)
+        own = slice(step.start, step.stop)
+        joined = [torch.cat(pair) for pair in zip(past, (k[own], v[own]), strict=True)]
+        given = {"k": k[own], "v": v[own], "past": past} if apart else dict(zip("kv", joined, strict=True))
+        parts.append(sk.tree_attention(q[own], trie=step, impl=impl, **given, **options))
+        past = tuple(t[step.carry_index] for t in joined)
+    return parts
+
+
 @pytest.mark.parametrize("budget, block_tokens", [(1, 64), (7, 4), (64, 1)])
 @pytest.mark.parametrize("case", ["job random", "everything"])
 def test_passes_one_after_the_other_are_the_whole(case, budget, block_tokens, impl, device, poisoned_outputs):
-    """Keys and values are handed from pass to pass by carry_index alone, as the decoder does it."""
     if impl == "triton" and device == "cpu" and (budget < 7 or block_tokens == 1):
         pytest.skip(SLOW_INTERPRETED)
     q, k, v, options = inputs(case, torch.float32, device)
     trie = TREES[CASES[case][0]][0]
-    past, parts = (k[:0], v[:0]), []
-    for step in trie.passes(budget, block_tokens):
-        step = step.to(device)
-        own = slice(step.start, step.stop)
-        both = [torch.cat(pair) for pair in zip(past, (k[own], v[own]), strict=True)]
-        parts.append(sk.tree_attention(q[own], *both, step, impl=impl, **options))
-        if step.start < 40:
-            apart = sk.tree_attention(q[own], k[own], v[own], step, past=past, impl=impl, **options)
-            assert torch.equal(apart, parts[-1]), "the same bits from two buffers"
-        past = tuple(t[step.carry_index] for t in both)
+    joined, apart = (in_passes(trie, q, k, v, impl, options, apart, budget, block_tokens) for apart in (False, True))
+    assert all(map(torch.equal, apart, joined)), "the same bits from two buffers"
     exact = each_alone(CASES[case][0], q, k, v, options, torch.float64)
-    assert_close("tree_attention fp32", torch.cat(parts), exact)
+    assert_close("tree_attention fp32", torch.cat(joined), exact)
 
 
 def test_strides_do_not_matter(impl, device, poisoned_outputs):

@@ -14,6 +14,7 @@ from tests.kernels.test_tree_attention import (
     each_alone,
     held_passes,
     impl,
+    in_passes,
     inputs,
     torch_attention,
 )
@@ -98,19 +99,11 @@ def test_keys_carried_from_earlier_passes_get_their_gradients(case, apart, impl,
     def whole(q, k, v, options):
         return sk.tree_attention(q, k, v, trie, impl=impl, **options)
 
-    def in_passes(q, k, v, options):
-        keys, values, parts = k[:0], v[:0], []
-        for step in trie.passes(7, 4):
-            step = step.to(device)
-            own, past = slice(step.start, step.stop), (keys, values)
-            keys, values = torch.cat([keys, k[own]]), torch.cat([values, v[own]])
-            given = {"k": k[own], "v": v[own], "past": past} if apart else {"k": keys, "v": values}
-            parts.append(sk.tree_attention(q[own], trie=step, impl=impl, **given, **options))
-            keys, values = keys[step.carry_index], values[step.carry_index]
-        return torch.cat(parts)
+    def pass_by_pass(q, k, v, options):
+        return torch.cat(in_passes(trie, q, k, v, impl, options, apart))
 
     tensors = {"q": q, "k": k, "v": v}
-    got, wanted = (gradients(attend, tensors, options, up) for attend in (in_passes, whole))
+    got, wanted = (gradients(attend, tensors, options, up) for attend in (pass_by_pass, whole))
     for name in wanted:
         assert_close("tree_attention gradient fp32", got[name], wanted[name].double())
 
@@ -126,14 +119,14 @@ def test_keys_that_the_caller_holds_get_their_gradients(case, impl, device, pois
     def alone(q, k, v, options):
         return each_alone(CASES[case][0], q, k, v, options, torch.float64)[~held]
 
-    def in_passes(q, k, v, options):
+    def of_the_others(q, k, v, options):
         return torch.cat(
             [sk.tree_attention(q[new], k[keys], v[keys], s, impl=impl, **options) for s, new, keys in steps]
         )
 
     tensors = {"q": q, "k": k, "v": v}
     up = torch.randn(int((~held).sum()), q.shape[1], v.shape[2]).to(device)
-    got, wanted = (gradients(attend, tensors, options, up) for attend in (in_passes, alone))
+    got, wanted = (gradients(attend, tensors, options, up) for attend in (of_the_others, alone))
     for name in wanted:
         assert_close("tree_attention gradient fp32", got[name], wanted[name].double())
 
