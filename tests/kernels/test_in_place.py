@@ -179,6 +179,12 @@ def test_a_cell_whose_lists_do_not_fit_is_nan_on_the_gpu(name):
 
 
 @both
+def test_operator_does_nothing_on_meta_tensors(op):
+    given = CALLS[op]()
+    assert OPS[op](*(v.to("meta") if isinstance(v, torch.Tensor) else v for v in given.values())) is None
+
+
+@both
 def test_operator_is_served_by_the_right_kernels(op):
     """The dispatcher has a CPU kernel of its own exactly if the module is loaded, and the plain one in any case."""
     has = torch._C._dispatch_has_kernel_for_dispatch_key
