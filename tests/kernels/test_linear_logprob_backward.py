@@ -8,7 +8,7 @@ import torch
 import sapo_kernels as sk
 from sapo_kernels import ops as module
 from sapo_kernels.linear_logprob import gradient
-from tests.kernels.test_linear_logprob import CASES, LOW, impl, inputs, written_out
+from tests.kernels.test_linear_logprob import CASES, DTYPES, LOW, impl, inputs, written_out
 from tests.oracles import skip_unless_runnable
 from tests.tolerances import assert_close
 
@@ -63,23 +63,21 @@ HEADS = {"all": NAMES, "frozen head": ("hidden",), "head alone": ("weight", "bia
 FROZEN = ("one row", "127 rows", "one word", "softcap", "everything", "many targets a row", "rows without targets")
 
 
-@pytest.mark.parametrize(
-    ("case", "wanted"), [*((case, "all") for case in CASES), *((case, "frozen head") for case in FROZEN)]
-)
-def test_fp32(case, wanted, impl, device):
-    given = inputs(case, torch.float32, device)
-    got = gradients(ours(impl), given, HEADS[wanted])
-    check("logprob gradient fp32", got, gradients(plain(torch.float64), given, HEADS[wanted], torch.float64))
+LOW_CASES = [(*low, wanted) for low in (("few rows, many words", "bf16"), ("everything", "fp16"))
+             for wanted in ("all", "frozen head")]  # fmt: skip
 
 
-@pytest.mark.parametrize("wanted", ["all", "frozen head"])
-@pytest.mark.parametrize(("case", "dtype"), [("few rows, many words", "bf16"), ("everything", "fp16")])
-def test_low_precision(case, dtype, wanted, impl, device):
-    given = inputs(case, LOW[dtype], device)
+@pytest.mark.parametrize(("case", "precision", "wanted"), [
+    *((case, "fp32", "all") for case in CASES), *((case, "fp32", "frozen head") for case in FROZEN), *LOW_CASES,
+])  # fmt: skip
+def test_gradients(case, precision, wanted, impl, device):
+    dtype, low = DTYPES[precision], precision in LOW
+    given = inputs(case, dtype, device)
     got = gradients(ours(impl), given, HEADS[wanted])
-    assert all(t is None or t.dtype == LOW[dtype] for t in got.values())
+    assert all(t is None or t.dtype == dtype for t in got.values())
     exact = gradients(plain(torch.float64), given, HEADS[wanted], torch.float64)
-    check("logprob gradient low", got, exact, gradients(plain(LOW[dtype]), given, HEADS[wanted]))
+    same = gradients(plain(dtype), given, HEADS[wanted]) if low else None
+    check(f"logprob gradient {'low' if low else precision}", got, exact, same)
 
 
 @pytest.mark.parametrize("dtype", LOW)
@@ -146,11 +144,14 @@ def test_one_output_alone(pull, wanted, impl, device):
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 @pytest.mark.parametrize("wanted", ["all", "frozen head"])
 def test_chunks_of_rows(impl, wanted, monkeypatch):
+    """The cuts fall between targets rightly, forward and backward."""
     skip_unless_runnable("linear_logprob", impl, "cpu")
     given = inputs("everything", torch.float32, "cpu")
     exact = gradients(plain(torch.float64), given, HEADS[wanted], torch.float64)
-    for rows in (7, 32):
+    for rows in (7, 32) if impl == "triton" else (1, 7, 16, 32, 33):
         monkeypatch.setattr(gradient, "chunk_rows", lambda *_, rows=rows: rows)
+        for got, value in zip(ours(impl)(*given), written_out(*given), strict=True):
+            assert_close("linear_logprob fp32", got, value)
         check("logprob gradient fp32", gradients(ours(impl), given, HEADS[wanted]), exact)
 
 

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import functools
-import os
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,10 +15,10 @@ from sapo_kernels.ops import BACKENDS
 from tests.oracles import PrefixOracle, causal_attention, flatten, random_cells, skip_unless_runnable
 from tests.tolerances import assert_close
 
-ROOT = Path(__file__).resolve().parents[2]
 # The interpreter computes with numpy, which warns of the NaN and infinities that tests put in.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "fp64": torch.float64, **LOW}
 
 
 def lengths_job(*lengths: int):
@@ -109,57 +105,51 @@ def torch_attention(q, k, v, scale, window=None, softcap=None, sinks=None):
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)[0].transpose(0, 1)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_fp32(case, impl, device, poisoned_outputs):
+PRECISIONS = [
+    *((case, "fp32") for case in CASES), ("job lengths", "bf16"), ("head 192/128", "fp16"), ("everything", "bf16"),
+    ("job lengths", "fp64"), ("everything", "fp64"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("case", "precision"), PRECISIONS)
+def test_every_sequence_is_what_it_is_alone(case, precision, impl, device, poisoned_outputs):
     if impl == "triton" and device == "cpu" and case == "job large":
         pytest.skip(SLOW_INTERPRETED)
-    q, k, v, options = inputs(case, torch.float32, device)
-    job = CASES[case][0]
+    if impl == "triton" and precision == "fp64":
+        pytest.skip("Triton's kernels compute in float32")
+    dtype, job = DTYPES[precision], CASES[case][0]
+    q, k, v, options = inputs(case, dtype, "cpu" if precision == "fp64" else device)
     got = sk.tree_attention(q, k, v, TREES[job][0], impl=impl, **options)
-    assert got.dtype == torch.float32
-    assert_close("tree_attention fp32", got, each_alone(job, q, k, v, options, torch.float64))
-
-
-@pytest.mark.parametrize(("case", "dtype"), [("job lengths", "bf16"), ("head 192/128", "fp16"), ("everything", "bf16")])
-def test_low_precision(case, dtype, impl, device, poisoned_outputs):
-    q, k, v, options = inputs(case, LOW[dtype], device)
-    job = CASES[case][0]
-    got = sk.tree_attention(q, k, v, TREES[job][0], impl=impl, **options)
-    assert got.dtype == LOW[dtype]
+    assert got.dtype == dtype
     exact = each_alone(job, q, k, v, options, torch.float64)
-    plain = each_alone(job, q, k, v, options, LOW[dtype], torch_attention)
-    assert_close("tree_attention low", got, exact, plain)
+    plain = each_alone(job, q, k, v, options, dtype, torch_attention) if precision in LOW else None
+    assert_close(f"tree_attention {'low' if precision in LOW else precision}", got, exact, plain)
 
 
-@pytest.mark.parametrize("impl", ["sdpa", "reference"])
-@pytest.mark.parametrize("case", ["job lengths", "everything"])
-def test_fp64(case, impl, poisoned_outputs):
-    q, k, v, options = inputs(case, torch.float64, "cpu")
-    job = CASES[case][0]
-    got = sk.tree_attention(q, k, v, TREES[job][0], impl=impl, **options)
-    assert_close("tree_attention fp64", got, each_alone(job, q, k, v, options, torch.float64))
+def in_passes(trie, q, k, v, impl, options, apart=False, budget=7, block_tokens=4):
+    """[outputs of each pass]: keys and values go from pass to pass by carry_index alone, as the decoder does it."""
+    past, parts = (k[:0], v[:0]), []
+    for step in trie.passes(budget, block_tokens):
+        step = step.to(q.device)
+        own = slice(step.start, step.stop)
+        joined = [torch.cat(pair) for pair in zip(past, (k[own], v[own]), strict=True)]
+        given = {"k": k[own], "v": v[own], "past": past} if apart else dict(zip("kv", joined, strict=True))
+        parts.append(sk.tree_attention(q[own], trie=step, impl=impl, **given, **options))
+        past = tuple(t[step.carry_index] for t in joined)
+    return parts
 
 
 @pytest.mark.parametrize("budget, block_tokens", [(1, 64), (7, 4), (64, 1)])
 @pytest.mark.parametrize("case", ["job random", "everything"])
 def test_passes_one_after_the_other_are_the_whole(case, budget, block_tokens, impl, device, poisoned_outputs):
-    """Keys and values are handed from pass to pass by carry_index alone, as the decoder does it."""
     if impl == "triton" and device == "cpu" and (budget < 7 or block_tokens == 1):
         pytest.skip(SLOW_INTERPRETED)
     q, k, v, options = inputs(case, torch.float32, device)
     trie = TREES[CASES[case][0]][0]
-    past, parts = (k[:0], v[:0]), []
-    for step in trie.passes(budget, block_tokens):
-        step = step.to(device)
-        own = slice(step.start, step.stop)
-        both = [torch.cat(pair) for pair in zip(past, (k[own], v[own]), strict=True)]
-        parts.append(sk.tree_attention(q[own], *both, step, impl=impl, **options))
-        if step.start < 40:
-            apart = sk.tree_attention(q[own], k[own], v[own], step, past=past, impl=impl, **options)
-            assert torch.equal(apart, parts[-1]), "the same bits from two buffers"
-        past = tuple(t[step.carry_index] for t in both)
+    joined, apart = (in_passes(trie, q, k, v, impl, options, apart, budget, block_tokens) for apart in (False, True))
+    assert all(map(torch.equal, apart, joined)), "the same bits from two buffers"
     exact = each_alone(CASES[case][0], q, k, v, options, torch.float64)
-    assert_close("tree_attention fp32", torch.cat(parts), exact)
+    assert_close("tree_attention fp32", torch.cat(joined), exact)
 
 
 def test_strides_do_not_matter(impl, device, poisoned_outputs):
@@ -228,27 +218,33 @@ def test_carried_keys_behind_the_window_cannot_hurt(impl, device, poisoned_outpu
     assert touched.tolist() == [True] + [False] * 9, "key 53 is the oldest that query 60 sees"
 
 
-@pytest.mark.parametrize("case", ["job deep", "window 5", "everything"])
-def test_keys_that_the_caller_holds(case, impl, device, poisoned_outputs):
-    """Some tokens are keys in front and no queries; what the others see is as in a trie of which nothing is held."""
-    q, k, v, options = inputs(case, torch.float32, device)
+def held_passes(case, device):
+    """(mask of tokens that are keys in front and no queries, [(pass, its queries, trie tokens of its keys)])."""
     trie, oracle = TREES[CASES[case][0]]
     held = np.random.default_rng(7).random(len(trie)) < 0.4
     held[trie.row_token] = False
-    wanted = each_alone(CASES[case][0], q, k, v, options, torch.float64)
-    seen = 0
+    steps = []
     for step in trie.passes(30, 8, held):
         inside = np.arange(step.start, step.stop)
         new = inside[~held[inside]]
         keys = torch.from_numpy(np.concatenate([oracle.path(step.start)[:-1], inside[held[inside]], new])).long()
-        call = functools.partial(sk.tree_attention, q[new], k[keys], v[keys], step.to(device), impl=impl, **options)
+        steps.append((step.to(device), new, keys))
+    assert sum(step.held for step, *_ in steps) == held.sum() > 5
+    return held, steps
+
+
+@pytest.mark.parametrize("case", ["job deep", "window 5", "everything"])
+def test_keys_that_the_caller_holds(case, impl, device, poisoned_outputs):
+    """What the others see is as in a trie of which nothing is held."""
+    q, k, v, options = inputs(case, torch.float32, device)
+    wanted = each_alone(CASES[case][0], q, k, v, options, torch.float64)
+    for step, new, keys in held_passes(case, device)[1]:
+        call = functools.partial(sk.tree_attention, q[new], k[keys], v[keys], step, impl=impl, **options)
         if step.held and impl == "reference":
             with pytest.raises(ValueError, match="trie: expected a pass without held tokens"):
                 call()
         else:
             assert_close("tree_attention fp32", call(), wanted[new])
-        seen += step.held
-    assert seen == held.sum() > 5
 
 
 def good_call():
@@ -292,32 +288,3 @@ def test_bad_arguments_are_named(name):
     assert sk.tree_attention(**arguments).isfinite().all()
     with pytest.raises(error, match=message):
         sk.tree_attention(**{**arguments, **spoil(arguments)})
-
-
-def test_explicit_triton_without_gpu_or_interpreter_raises():
-    """In a fresh process: never another backend in silence."""
-    code = """
-import torch, sapo_kernels as sk
-trie = sk.plan_trie([1, 2, 3], [0, 3], [1])
-q = torch.ones(2, 1, 16)
-print(float(sk.tree_attention(q, q, q, trie).sum()))
-for call in (
-    lambda: sk.tree_attention(q, q, q, trie, impl="triton"),
-    lambda: sk.linear_logprob(q[:, 0], q[:, 0], torch.tensor([0, 1]), impl="triton"),
-):
-    try:
-        print("computed", call())
-    except RuntimeError as error:
-        print("refused:", error)
-"""
-    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTHONPATH")}
-    environment["CUDA_VISIBLE_DEVICES"] = ""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    first, *refused = done.stdout.splitlines()
-    assert first == "32.0"
-    assert [line.split(":")[:2] for line in refused] == [
-        ["refused", " tree_attention"],
-        ["refused", " linear_logprob"],
-    ]
-    assert all("impl='triton' cannot run on cpu" in line for line in refused)

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
 import sapo_kernels as sk
-from tests.kernels.test_tree_attention import CASES, LOW, TREES, each_alone, impl, inputs, torch_attention
+from tests.kernels.test_tree_attention import (
+    CASES,
+    DTYPES,
+    LOW,
+    TREES,
+    each_alone,
+    held_passes,
+    impl,
+    in_passes,
+    inputs,
+    torch_attention,
+)
 from tests.tolerances import assert_close
 
 __all__ = ["impl"]
@@ -46,21 +56,17 @@ def both(case, dtype, device, impl):
     return ours, exact, lambda: gradients(alone(torch_attention, dtype), tensors, options, up)
 
 
-@pytest.mark.parametrize("case", GRADIENTS)
-def test_fp32(case, impl, device, poisoned_outputs):
-    ours, exact, _ = both(case, torch.float32, device, impl)
-    for name, wanted in exact.items():
-        assert_close("tree_attention gradient fp32", ours[name], wanted)
-
-
-@pytest.mark.parametrize(("case", "dtype"), [("head 192/128", "bf16"), ("sinks", "fp16")])
-def test_low_precision(case, dtype, impl, device, poisoned_outputs):
-    ours, exact, plain = both(case, LOW[dtype], device, impl)
-    plain = plain()
+@pytest.mark.parametrize(
+    ("case", "precision"), [*((case, "fp32") for case in GRADIENTS), ("head 192/128", "bf16"), ("sinks", "fp16")]
+)
+def test_gradients_of_every_sequence_alone(case, precision, impl, device, poisoned_outputs):
+    ours, exact, plain = both(case, DTYPES[precision], device, impl)
+    plain = plain() if precision in LOW else {}
     for name, wanted in exact.items():
         if name != "sinks":
-            assert ours[name].dtype == LOW[dtype]
-        assert_close("tree_attention gradient low", ours[name], wanted, plain[name])
+            assert ours[name].dtype == DTYPES[precision]
+        row = "low" if precision in LOW else precision
+        assert_close(f"tree_attention gradient {row}", ours[name], wanted, plain.get(name))
 
 
 @pytest.mark.parametrize("impl", ["sdpa", "reference"])
@@ -93,19 +99,11 @@ def test_keys_carried_from_earlier_passes_get_their_gradients(case, apart, impl,
     def whole(q, k, v, options):
         return sk.tree_attention(q, k, v, trie, impl=impl, **options)
 
-    def in_passes(q, k, v, options):
-        keys, values, parts = k[:0], v[:0], []
-        for step in trie.passes(7, 4):
-            step = step.to(device)
-            own, past = slice(step.start, step.stop), (keys, values)
-            keys, values = torch.cat([keys, k[own]]), torch.cat([values, v[own]])
-            given = {"k": k[own], "v": v[own], "past": past} if apart else {"k": keys, "v": values}
-            parts.append(sk.tree_attention(q[own], trie=step, impl=impl, **given, **options))
-            keys, values = keys[step.carry_index], values[step.carry_index]
-        return torch.cat(parts)
+    def pass_by_pass(q, k, v, options):
+        return torch.cat(in_passes(trie, q, k, v, impl, options, apart))
 
     tensors = {"q": q, "k": k, "v": v}
-    got, wanted = (gradients(attend, tensors, options, up) for attend in (in_passes, whole))
+    got, wanted = (gradients(attend, tensors, options, up) for attend in (pass_by_pass, whole))
     for name in wanted:
         assert_close("tree_attention gradient fp32", got[name], wanted[name].double())
 
@@ -116,26 +114,19 @@ def test_keys_that_the_caller_holds_get_their_gradients(case, impl, device, pois
     if impl == "reference":
         pytest.skip("the reference refuses passes with held tokens")
     q, k, v, options = inputs(case, torch.float32, device)
-    job = CASES[case][0]
-    trie, oracle = TREES[job]
-    held = np.random.default_rng(7).random(len(trie)) < 0.4
-    held[trie.row_token] = False
+    held, steps = held_passes(case, device)
 
     def alone(q, k, v, options):
-        return each_alone(job, q, k, v, options, torch.float64)[~held]
+        return each_alone(CASES[case][0], q, k, v, options, torch.float64)[~held]
 
-    def in_passes(q, k, v, options):
-        parts = []
-        for step in trie.passes(30, 8, held):
-            inside = np.arange(step.start, step.stop)
-            new = inside[~held[inside]]
-            keys = torch.from_numpy(np.concatenate([oracle.path(step.start)[:-1], inside[held[inside]], new])).long()
-            parts.append(sk.tree_attention(q[new], k[keys], v[keys], step.to(device), impl=impl, **options))
-        return torch.cat(parts)
+    def of_the_others(q, k, v, options):
+        return torch.cat(
+            [sk.tree_attention(q[new], k[keys], v[keys], s, impl=impl, **options) for s, new, keys in steps]
+        )
 
     tensors = {"q": q, "k": k, "v": v}
     up = torch.randn(int((~held).sum()), q.shape[1], v.shape[2]).to(device)
-    got, wanted = (gradients(attend, tensors, options, up) for attend in (in_passes, alone))
+    got, wanted = (gradients(attend, tensors, options, up) for attend in (of_the_others, alone))
     for name in wanted:
         assert_close("tree_attention gradient fp32", got[name], wanted[name].double())
 
@@ -149,7 +140,8 @@ def test_only_what_is_wanted_and_the_same_bits_again(impl, device):
         out.square().sum().backward()
         found.append((out, leaf.grad))
     assert all(map(torch.equal, *found)) and q.grad is k.grad is None
-    assert not sk.tree_attention(q, k, v, TREES["short"][0], impl=impl, **options).requires_grad
+    with torch.no_grad():
+        assert not sk.tree_attention(q, k, leaf, TREES["short"][0], impl=impl, **options).requires_grad
 
 
 def test_a_second_derivative_is_refused(impl, device):

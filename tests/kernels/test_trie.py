@@ -218,39 +218,32 @@ def test_to_moves_once_and_keeps_the_rest():
     assert (moved.start, moved.carried, moved.cells_done) == (step.start, step.carried, step.cells_done)
 
 
-@pytest.mark.parametrize(
-    "cells, wanted",
-    [
-        ([([1], [2]), ([], [2, 3])], "sequence 1: .*context of 0"),
-        ([([1], [2]), ([3, -4], [5])], "sequence 1: .*negative.*-4"),
-        ([([1], [-(2**40)]), ([3], [5])], f"sequence 0: .*negative.*-{2**40}"),
-    ],
-)
-def test_bad_sequences_are_named(cells, wanted):
-    with pytest.raises(ValueError, match=wanted):
-        plan_trie(*flatten(cells))
-
-
-@pytest.mark.parametrize(
-    "ids, offsets, context_lengths, error, wanted",
-    [
-        ([1, 2, 3, 4], [0, 3], [1], ValueError, "offsets: expected .*from 0 to 4"),
-        ([1, 2, 3], [0, 9], [1], ValueError, "offsets: expected .*from 0 to 3"),
-        ([1, 2, 3, 4], [0, 2, 4], [1], ValueError, r"offsets: expected \[2\]"),
-        ([1, 2, 3, 4], [0, 4, 2, 4], [1, 1, 1], ValueError, "sequence 1: .*in -2 tokens"),
-        ([1, 2, 3, 4], [0, 2, 4], 1, TypeError, "context_lengths: expected a flat array of integers"),
-        ([[1, 2, 3]], [0, 3], [1], TypeError, r"ids: expected a flat array of integers, got int64 \[1, 3\]"),
-    ],
-)
-def test_arrays_that_do_not_fit_are_named(ids, offsets, context_lengths, error, wanted):
+@pytest.mark.parametrize(("ids", "offsets", "context_lengths", "error", "wanted"), [
+    (*flatten([([1], [2]), ([], [2, 3])]), ValueError, "sequence 1: .*context of 0"),
+    (*flatten([([1], [2]), ([3, -4], [5])]), ValueError, "sequence 1: .*negative.*-4"),
+    (*flatten([([1], [-(2**40)]), ([3], [5])]), ValueError, f"sequence 0: .*negative.*-{2**40}"),
+    ([1, 2, 3, 4], [0, 3], [1], ValueError, "offsets: expected .*from 0 to 4"),
+    ([1, 2, 3], [0, 9], [1], ValueError, "offsets: expected .*from 0 to 3"),
+    ([1, 2, 3, 4], [0, 2, 4], [1], ValueError, r"offsets: expected \[2\]"),
+    ([1, 2, 3, 4], [0, 4, 2, 4], [1, 1, 1], ValueError, "sequence 1: .*in -2 tokens"),
+    ([1, 2, 3, 4], [0, 2, 4], 1, TypeError, "context_lengths: expected a flat array of integers"),
+    ([[1, 2, 3]], [0, 3], [1], TypeError, r"ids: expected a flat array of integers, got int64 \[1, 3\]"),
+])  # fmt: skip
+def test_bad_sequences_and_arrays_that_do_not_fit_are_named(ids, offsets, context_lengths, error, wanted):
     with pytest.raises(error, match=wanted):
         plan_trie(ids, offsets, context_lengths)
 
 
-@pytest.mark.parametrize("arguments", [{"max_tokens": 0}, {"max_tokens": -3}, {"block_tokens": 0}])
-def test_bad_budgets_are_named(arguments):
+@pytest.mark.parametrize(("arguments", "wanted"), [
+    ({"max_tokens": 0}, "max_tokens: expected at least 1"), ({"max_tokens": -3}, "max_tokens: expected at least 1"),
+    ({"block_tokens": 0}, "block_tokens: expected at least 1"),
+    ({"max_tokens": 7, "held": "a row"}, "held: expected no token that predicts something"),
+])  # fmt: skip
+def test_bad_options_of_passes_are_named(arguments, wanted):
     trie = plan_trie(*flatten(random_cells(4)))
-    with pytest.raises(ValueError, match=f"{next(iter(arguments))}: expected at least 1"):
+    if "held" in arguments:
+        arguments = {**arguments, "held": np.arange(len(trie)) == trie.row_token[0]}
+    with pytest.raises(ValueError, match=wanted):
         trie.passes(**arguments)
 
 
@@ -265,14 +258,6 @@ def large_job():
         sequences += [np.concatenate([prompt, t, a]) for t, a in zip(texts, answers, strict=True)]
         contexts += [len(prompt) + len(t) for t in texts]
     return np.concatenate(sequences), np.cumsum([0, *map(len, sequences)]), np.asarray(contexts)
-
-
-def test_rows_must_be_computed():
-    trie = plan_trie(*flatten(random_cells(0)))
-    held = np.zeros(len(trie), dtype=bool)
-    held[trie.row_token[0]] = True
-    with pytest.raises(ValueError, match="held: expected no token that predicts something"):
-        trie.passes(7, held=held)
 
 
 def test_a_pass_is_no_window_into_its_trie():

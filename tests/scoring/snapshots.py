@@ -5,8 +5,10 @@ from __future__ import annotations
 import random
 
 import numpy as np
+import pytest
 import torch
 
+from sapo_kernels.scoring import attention, paths
 from tests.families import build, made
 
 
@@ -70,3 +72,16 @@ def in_training(name: str = "qwen3"):
     list(model.modules())[4].eval()
     next(p for p in model.parameters() if p.requires_grad).requires_grad_(False)
     return model
+
+
+def inside(where: str, model, call):
+    """`call()` at each forward of a model from now on; returns what undoes it.
+
+    where: by a hook of the test's own (the model is scored alone then), in the tree's attention, or before a batch.
+    """
+    if where == "hook":
+        return model.model.layers[1].mlp.register_forward_hook(lambda *_: call()).remove
+    owner, name = {"attention": (attention, "tree_attention"), "batch": (paths, "run_padded")}[where]
+    plain, patch = getattr(owner, name), pytest.MonkeyPatch()
+    patch.setattr(owner, name, lambda *args, **kwargs: (call(), plain(*args, **kwargs))[1])
+    return patch.undo

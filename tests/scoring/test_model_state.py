@@ -9,9 +9,8 @@ import pytest
 import torch
 
 import sapo_kernels as sk
-from sapo_kernels.scoring import attention, paths
 from tests.families import TOLERANCE, build, cells, per_token_error, plain_nll
-from tests.scoring.snapshots import assert_unchanged, in_training, snapshot
+from tests.scoring.snapshots import assert_unchanged, in_training, inside, snapshot
 
 pytest.importorskip("transformers")
 
@@ -33,29 +32,19 @@ def test_left_as_it_was(name, impl, cache):
     assert torch.equal(plain_nll(model, cache), plain)
 
 
-def interrupt(where: str, error, at: int, model, monkeypatch):
-    """Raise at the n-th call of something inside the model's forward; returns what undoes it."""
+@pytest.mark.parametrize("where", ["hook", "attention", "batch"])
+@pytest.mark.parametrize(("error", "at"), [(KeyboardInterrupt, 3), (RuntimeError("broken"), 1)], ids=repr)
+def test_an_exception_restores_everything(error, at, where, cache):
+    model = in_training("qwen3")
+    plain, before = plain_nll(model, cache), snapshot(model)
     left = [at]
 
-    def count(*args, **kwargs):
+    def count():
         left[0] -= 1
         if left[0] == 0:
             raise error
 
-    if where == "hook":  # the model is scored alone then
-        return model.model.layers[1].mlp.register_forward_hook(count).remove
-    owner, name = {"attention": (attention, "tree_attention"), "batch": (paths, "run_padded")}[where]
-    plain = getattr(owner, name)
-    monkeypatch.setattr(owner, name, lambda *args, **kwargs: (count(), plain(*args, **kwargs))[1])
-    return monkeypatch.undo
-
-
-@pytest.mark.parametrize("where", ["hook", "attention", "batch"])
-@pytest.mark.parametrize(("error", "at"), [(KeyboardInterrupt, 3), (RuntimeError("broken"), 1)], ids=repr)
-def test_an_exception_restores_everything(error, at, where, cache, monkeypatch):
-    model = in_training("qwen3")
-    plain, before = plain_nll(model, cache), snapshot(model)
-    undo = interrupt(where, error, at, model, monkeypatch)
+    undo = inside(where, model, count)
     during = snapshot(model)
     impl = "padded" if where == "batch" else "auto"
     try:

@@ -74,10 +74,23 @@ def test_a_callable_gives_the_turn_or_both_texts(tokenizer, chat_tokenizer):
         assert verbatim == Rendered("P=", "4!"), "a pair is taken as it is: no template, no closing token"
 
 
-def test_a_chat_template_closes_the_turn_inside_the_response(chat_tokenizer):
-    cell = Renderer(chat_tokenizer).render("Add.", EXAMPLE)
-    assert cell.context == "<|im_start|>user\nAdd.\n\nText:\n2 + 2<|im_end|>\n<|im_start|>assistant\n"
-    assert cell.response == "4<|im_end|>\n" and cell.exact
+# An empty thought stands in front of the answer of a last turn, as in Qwen3-Thinking-2507's.
+THOUGHT = "{{ '<think>\n[none]</think>\n\n' if m['role'] == 'assistant' }}{{ m['content'] }}"
+
+
+@pytest.mark.parametrize(("template", "begun", "response"), [
+    (CHATML, "", "4<|im_end|>\n"),
+    # Thinking is off, and a thought is closed as the template itself would.
+    (THINKING, "<think>\n\n</think>\n\n", "4<|im_end|>\n"),
+    (OPENED.replace("{{ m['content'] }}", THOUGHT), "<think>\n[none]</think>\n\n", "4<|im_end|>\n"),
+    # Without the empty thought in the prompt the answer is put behind the context as it stands.
+    (THINKING.replace("enable_thinking is defined and enable_thinking is false", "false"), "",
+     "<think>\n\n</think>\n\n4<|im_end|>\n"),
+], ids=["chatml", "thinking off", "an empty thought", "rewriting"])  # fmt: skip
+def test_a_chat_template_closes_the_turn_inside_the_response(template, begun, response):
+    cell = Renderer(byte_tokenizer(chat_template=template)).render("Add.", EXAMPLE)
+    context = f"<|im_start|>user\nAdd.\n\nText:\n2 + 2<|im_end|>\n<|im_start|>assistant\n{begun}"
+    assert cell == Rendered(context, response, exact=True)
 
 
 @pytest.mark.parametrize("shape", UNCLOSED)
@@ -110,12 +123,6 @@ def test_the_end_token_is_that_of_the_model_where_the_tokenizer_has_none(tiny_mo
     assert int(scores.tokens) == len("4") + 1 + (template is None), "with the end token, without a template a space"
 
 
-def test_thinking_is_off():
-    cell = Renderer(byte_tokenizer(chat_template=THINKING)).render("Add.", EXAMPLE)
-    assert cell.context.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
-    assert cell.response == "4<|im_end|>\n" and cell.exact
-
-
 @pytest.mark.parametrize(("begun", "closed"), [
     ("<think>\n", "<think>\n\n</think>\n\n"), ("<think>", "<think></think>"), ("[THINK]", "[THINK][/THINK]"),
     ("<|START_THINKING|>", "<|START_THINKING|><|END_THINKING|>"), ("<seed:think>", "<seed:think></seed:think>"),
@@ -131,15 +138,6 @@ def test_a_thought_that_the_template_begins_is_closed(begun, closed):
         cell = renderer.render("Add.", {"input": text, "target": "4"})
         assert cell.context == f"<|im_start|>user\nAdd.\n\nText:\n{text}<|im_end|>\n<|im_start|>assistant\n{closed}"
         assert cell.response == "4<|im_end|>\n"
-
-
-def test_a_thought_is_closed_as_the_template_itself_would():
-    """Like Qwen3-Thinking-2507's: an empty thought stands in front of an answer of the last turn."""
-    template = OPENED.replace("{{ m['content'] }}", "{{ '<think>\n[none]</think>\n\n' if m['role'] == 'assistant' }}"
-                              "{{ m['content'] }}")  # fmt: skip
-    cell = Renderer(byte_tokenizer(chat_template=template)).render("Add.", EXAMPLE)
-    assert cell.context.endswith("<|im_start|>assistant\n<think>\n[none]</think>\n\n")
-    assert cell.response == "4<|im_end|>\n" and cell.exact
 
 
 @pytest.mark.parametrize("mark", ["<|thinking|>", "<|reasoning_mode|>", "<think>"])
@@ -174,11 +172,6 @@ def test_a_moment_looks_as_the_library_shows_it(monkeypatch, shown):
 
 
 def test_a_template_that_rewrites_the_context_is_noticed():
-    """Without the empty thinking block in the prompt, say: the answer is put behind the context as it stands."""
-    rewriting = THINKING.replace("enable_thinking is defined and enable_thinking is false", "false")
-    cell = Renderer(byte_tokenizer(chat_template=rewriting)).render("Add.", EXAMPLE)
-    assert cell.context.endswith("<|im_start|>assistant\n")
-    assert cell.response == "<think>\n\n</think>\n\n4<|im_end|>\n" and cell.exact
     counting = "{{ messages | length }}" + "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     cell = Renderer(byte_tokenizer(chat_template=counting)).render("Add.", EXAMPLE)
     assert cell == Rendered("1Add.\n\nText:\n2 + 2", "4<|im_end|>", exact=False)

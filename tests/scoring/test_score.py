@@ -155,27 +155,21 @@ def out_of_memory_above(limit: int, plain, size):
     return limited
 
 
-@pytest.mark.parametrize("limit", [200, 8])
-def test_a_pass_that_does_not_fit_is_halved(tiny_model, cache, limit, monkeypatch, caplog):
-    expected = sk.score_prompts(tiny_model, cache)
+@pytest.mark.parametrize(("impl", "limit"), [("auto", 200), ("auto", 8), ("padded", 1)])
+def test_a_pass_or_a_batch_that_does_not_fit_is_halved(tiny_model, cache, impl, limit, monkeypatch, caplog):
+    expected = sk.score_prompts(tiny_model, cache, impl=impl)
     assert expected.stats["trie_tokens"] > 256
-    run = decoder.TreeRunner.run
-    limited = out_of_memory_above(limit, run, lambda runner, step, checks: len(step.input_ids))
-    monkeypatch.setattr(decoder.TreeRunner, "run", limited)
+    run = out_of_memory_above(limit, decoder.TreeRunner.run, lambda runner, step, checks: len(step.input_ids))
+    monkeypatch.setattr(decoder.TreeRunner, "run", run)
+    padded = out_of_memory_above(limit, paths.run_padded, lambda model, reader, batch, device: len(batch.input_ids))
+    monkeypatch.setattr(paths, "run_padded", padded)
     with caplog.at_level(logging.WARNING, "sapo_kernels"):
-        scores = sk.score_prompts(tiny_model, cache)
+        scores = sk.score_prompts(tiny_model, cache, impl=impl)
     assert "halving" in caplog.text
     assert_right(tiny_model, cache, scores)
-    assert (scores.stats["path"], scores.stats["trie_tokens"]) == ("tree", expected.stats["trie_tokens"])
-
-
-def test_a_batch_that_does_not_fit_is_halved(tiny_model, cache, monkeypatch, caplog):
-    limited = out_of_memory_above(1, paths.run_padded, lambda model, reader, batch, device: len(batch.input_ids))
-    monkeypatch.setattr(paths, "run_padded", limited)
-    with caplog.at_level(logging.WARNING, "sapo_kernels"):
-        scores = sk.score_prompts(tiny_model, cache, impl="padded")
-    assert "halving" in caplog.text and scores.stats["path"] == "padded"
-    assert_right(tiny_model, cache, scores)
+    assert scores.stats["path"] == ("tree" if impl == "auto" else "padded")
+    if impl == "auto":  # padding becomes less
+        assert scores.stats["trie_tokens"] == expected.stats["trie_tokens"]
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,10 @@ import pytest
 import torch
 
 import sapo_kernels as sk
-from sapo_kernels.scoring import attention, paths
 from sapo_kernels.scoring.progress import Progress
 from tests.oracles import small_qwen3
 from tests.scoring.ranks_child import cache_of
-from tests.scoring.snapshots import assert_unchanged, snapshot, stance
+from tests.scoring.snapshots import assert_unchanged, inside, snapshot, stance
 from tests.scoring.test_score import assert_right
 
 
@@ -65,31 +64,16 @@ def test_a_function_is_told_each_round_from_its_beginning(tiny_model):
 
 
 class Paused:
-    """A thread that scores and stops inside the model's forward until it is let go.
-
-    where: by a hook of the test's own (the model is scored alone then), in the tree's attention, or before a batch.
-    """
+    """A thread that scores and stops inside the model's forward until it is let go."""
 
     def __init__(self, model, cache, where):
         self.inside, self.go = threading.Event(), threading.Event()
         self.result = self.error = None
         self.impl = "padded" if where == "batch" else "auto"
         self.thread = threading.Thread(target=self._run, args=(model, cache), daemon=True)
-        self.patch = pytest.MonkeyPatch()
-        if where == "hook":
-            self.undo = model.model.layers[0].register_forward_hook(self._pause).remove
-            return
-        module, name = {"attention": (attention, "tree_attention"), "batch": (paths, "run_padded")}[where]
-        plain = getattr(module, name)
+        self.undo = inside(where, model, self._pause)
 
-        def pausing(*args, **kwargs):
-            self._pause()
-            return plain(*args, **kwargs)
-
-        self.patch.setattr(module, name, pausing)
-        self.undo = self.patch.undo
-
-    def _pause(self, *_):
+    def _pause(self):
         if threading.current_thread() is self.thread:
             self.inside.set()
             assert self.go.wait(60)

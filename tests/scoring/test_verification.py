@@ -17,15 +17,10 @@ import sapo_kernels as sk
 from sapo_kernels.scoring import fingerprint, foreign_code, paths, score, verification, verified_paths
 from sapo_kernels.widened import Widened
 from tests.families import TOLERANCE, build, cells, per_token_error, plain_nll
-from tests.scoring.test_zoo import many
+from tests.scoring.test_zoo import cache, many
 
+__all__ = ["cache"]
 pytest.importorskip("transformers")
-
-
-@pytest.fixture(scope="module")
-def cache():
-    """Cells of 36 to 76 tokens."""
-    return cells(inputs=(60, 60, 34))
 
 
 # What the verdict is remembered by, and what it costs.
