@@ -10,7 +10,6 @@ from datasets import Dataset
 
 from sapo_kernels.files import read_json
 from sapo_peft import PromptPool, SapoConfig, attach_sapo
-from sapo_peft.trainer.records import CARD_TITLE, write_beside_adapter
 from tests.oracles import CHATML, THINKING, byte_tokenizer
 from tests.trainer.training_helpers import colours, plain_trainer, pool_of, sapo_trainer
 
@@ -183,25 +182,6 @@ def test_the_prompts_are_beside_the_adapter_wherever_it_is_saved(tmp_path):
     losses = callback.history[-1].losses["colours"]
     assert (entry["loss"], entry["original_loss"], entry["suffix"]) == (losses[index], losses[0], "One word.")
     assert wanted["version"] == 1 and wanted["step"] == 0 and wanted["mode"] == "hard"
-
-
-def test_whatever_stands_in_a_prompt_stays_inside_its_block(tmp_path):
-    (tmp_path / "README.md").write_text(f"---\na: 1\n---\n# Card\n\n{CARD_TITLE}\n\nold\n")
-    text = "First\n## A heading\n\n```\n<script>\n" + CARD_TITLE
-    record = {"tasks": {"a\n# b": {"prompt": text}}}
-    for _ in range(3):
-        write_beside_adapter(tmp_path, record)
-        lines = (tmp_path / "README.md").read_text().splitlines()
-        start = lines.index(CARD_TITLE)
-        assert "old" not in lines and lines[:4] == ["---", "a: 1", "---", "# Card"]
-        assert 'Task "a\\n# b":' in lines
-        after = lines[start + 1 :]
-        block = after[
-            after.index('Task "a\\n# b":') + 2 : next(i for i, one in enumerate(after) if "sapo try" in one) - 1
-        ]
-        assert block == ["    " + line for line in text.splitlines()]
-        assert not any(line.startswith("#") for line in after)
-    assert read_json(tmp_path / "sapo_prompts.json", max_bytes=10**6) == record
 
 
 def test_a_run_without_scoring_says_so(tmp_path):

@@ -117,16 +117,18 @@ def test_the_section_comes_before_the_empty_form_of_peft(tmp_path):
     assert "sapo try FOLDER" in card and "PeftModel.from_pretrained(" not in card
 
 
-def test_what_others_wrote_around_the_section_stays(tmp_path):
-    card = tmp_path / "README.md"
+def test_what_others_wrote_around_the_section_stays_and_a_prompt_stays_inside_its_block(tmp_path):
+    card, head = tmp_path / "README.md", "---\na: 1\n---\n# Mine\n\nText.\n\n"
     # Also with the line ends of Windows.
-    card.write_text(f"# Mine\n\nText.\n\n{CARD_TITLE}\r\n\nold\n\n    # yours\n\n### Framework\n\n- PEFT\n\n## X")
-    record = {"tasks": {"a": {"prompt": "Say it.\n# It"}}}
-    for _ in range(2):
+    card.write_text(f"{head}{CARD_TITLE}\r\n\nold\n\n    # yours\n\n### Framework\n\n- PEFT\n\n## X")
+    prompt = "First\n## A heading\n\n```\n<script>\n" + CARD_TITLE
+    record = {"tasks": {"a\n# b": {"prompt": prompt}}}
+    block = "\n".join("    " + line for line in prompt.split("\n"))
+    for _ in range(3):
         write_beside_adapter(tmp_path, record)
         text = card.read_bytes().decode()
-        assert text.startswith(f"# Mine\n\nText.\n\n{CARD_TITLE}\n\nChosen by"), text
-        assert 'Task "a":\n\n    Say it.\n    # It\n\n`sapo try FOLDER' in text, text
+        assert text.startswith(f"{head}{CARD_TITLE}\n\nChosen by"), text
+        assert f'Task "a\\n# b":\n\n{block}\n\n`sapo try FOLDER' in text, text
         assert text.endswith("skip_special_tokens=True))\n\n### Framework\n\n- PEFT\n\n## X\n"), text
         assert "\nold" not in text and "yours" not in text
     card.write_bytes(b"\xff\xfe no text")
