@@ -14,13 +14,8 @@ from sapo_peft import plain_loop, tiny_model, tiny_tokenizer
 from sapo_peft.assets import task_names
 from sapo_peft.cli import outputs, ranking
 from sapo_peft.cli import score as score_command
-from tests.cli import cli_helpers
 from tests.cli.cli_helpers import PROMPTS, ROWS, SCORE, one_line_error, put, ranks
 from tests.oracles import DATED
-
-files = cli_helpers.files
-model = cli_helpers.model
-sapo = cli_helpers.sapo
 
 
 def test_score_prints_a_ranked_table(files, sapo, model):

@@ -8,12 +8,9 @@ import re
 import pytest
 
 from sapo_peft.assets import BUNDLED_DIR
-from tests.cli import cli_helpers
 from tests.cli.cli_helpers import one_line_error, put
 from tests.sequence.sequence_helpers import everything
 
-sapo = cli_helpers.sapo
-tiny = cli_helpers.tiny
 SMALL = ("--train-examples", 2, "--test-examples", 2, "--probe-examples", 1, "--epochs", 1, "--max-new-tokens", 3,
          "--batch-size", 2, "--device", "cpu")  # fmt: skip
 

@@ -15,11 +15,7 @@ from sapo_peft.cli import outputs, train
 from sapo_peft.data.prompt_pool import PoolPrompt
 from sapo_peft.locks import alone
 from sapo_peft.paraphrase import LocalModelSource
-from tests.cli import cli_helpers
 from tests.cli.cli_helpers import one_line_error, put
-
-sapo = cli_helpers.sapo
-tiny = cli_helpers.tiny
 
 TASK = "task01_product_note_polarity"
 DATA = str(BUNDLED_DIR / "SUPERNI" / TASK)
