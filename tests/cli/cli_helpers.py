@@ -10,6 +10,7 @@ import pytest
 
 from sapo_peft import tiny_model
 from sapo_peft.cli import main as cli
+from tests.oracles import small_qwen3
 
 PROMPTS = ["Is it good?", "Say yes or no.", "Answer with one word: is the text below kind?"]
 ROWS = [{"sentence": f"text {i}", "label": "yes" if i % 2 else "no, never"} for i in range(4)]
@@ -29,6 +30,12 @@ def files(tmp_path, model, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setattr("sapo_peft.tiny_random.tiny_model", lambda: model)
     return tmp_path
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """`tiny`, smaller still."""
+    monkeypatch.setattr("sapo_peft.tiny_random.tiny_model", lambda: small_qwen3(2816))
 
 
 @pytest.fixture
@@ -82,11 +89,7 @@ def child(*arguments, **variables):
     )
 
 
-SENTENCES = [
-    {"sentence": "s0", "label": "l0"},
-    {"sentence": "s1", "label": "l1"},
-    {"sentence": "s2", "label": "l2"},
-]
+SENTENCES = [{"sentence": f"s{i}", "label": f"l{i}"} for i in range(3)]
 
 
 def put(path, value):

@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import sys
 
 import pytest
 
+from sapo_peft.assets import BUNDLED_DIR
+from sapo_peft.cli.main import main
+from sapo_peft.sequence import load_adapters, read_tasks
 from sapo_peft.sequence.evaluate import Evaluator
 from sapo_peft.tiny_base import load_tiny_base, sequence_tasks
 from sapo_peft.trainer.records import CARD_TITLE
-from tests.cli import cli_helpers
 from tests.cli.cli_helpers import one_line_error
 from tests.sequence.sequence_helpers import small_config
 
-sapo = cli_helpers.sapo
 TASKS = ("task04_active_to_passive", "task03_message_field")
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """A run of two tasks on the trained tiny base, and its one adapter."""
-    from sapo_peft.cli.main import main
-
     folder = tmp_path_factory.mktemp("runs")
     words = ["sequence", "--model", "tiny-base", "--tasks", ",".join(TASKS), "--output", str(folder / "run"),
              "--max-steps", "8", "--lr", "6e-3", "--lora-dropout", "0", "--probe-examples", "4", "--test-examples",
@@ -44,9 +44,6 @@ def test_the_answer_is_that_of_the_evaluation(runs, sapo, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(row["input"].encode() + b"\n")))
     assert sapo("try", adapter, "--task", task, "--quiet") == (0, out, "")
     # As the sequence itself evaluates, with all its adapters.
-    from sapo_peft.assets import BUNDLED_DIR
-    from sapo_peft.sequence import load_adapters, read_tasks
-
     model, tokenizer = load_tiny_base()
     model = load_adapters(model, runs / "run")
     (whole,) = read_tasks(BUNDLED_DIR, [task])
@@ -71,10 +68,8 @@ def test_the_snippet_of_the_card_answers_as_sapo_try(runs, sapo, monkeypatch, ca
     monkeypatch.chdir(runs / "one")
     exec(compile(code.replace('"the input"', "TEXT"), "card", "exec"), {"TEXT": "Anna painted the door."})
     printed = capsys.readouterr().out.strip()
-    assert (
-        printed
-        and sapo("try", ".", "--task", TASKS[0], "--input", "Anna painted the door.", "--quiet")[1].strip() == printed
-    )
+    again = sapo("try", ".", "--task", TASKS[0], "--input", "Anna painted the door.", "--quiet")[1].strip()
+    assert printed and again == printed
 
 
 def test_faults_are_one_line(runs, sapo, tmp_path, monkeypatch):
@@ -97,8 +92,6 @@ def test_faults_are_one_line(runs, sapo, tmp_path, monkeypatch):
 
 
 def test_a_layout_of_the_callers_is_kept_or_refused(runs, sapo, tmp_path):
-    import shutil
-
     shutil.copytree(runs / "one", tmp_path / "a")
     (tmp_path / "a" / "sapo_manifest.json").unlink()
     place = tmp_path / "a" / "sapo_prompts.json"

@@ -10,12 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import sapo_kernels as sk
 from sapo_peft import tiny_model, tiny_tokenizer
-from tests.cli import cli_helpers
 from tests.cli.cli_helpers import PROMPTS, ROWS, SCORE, one_line_error, put, ranks
-
-files = cli_helpers.files
-model = cli_helpers.model
-sapo = cli_helpers.sapo
 
 
 @pytest.fixture

@@ -12,12 +12,7 @@ import sapo_kernels as sk
 from sapo_peft import terminal
 from sapo_peft.cli import main as cli
 from sapo_peft.cli import score as score_command
-from tests.cli import cli_helpers
 from tests.cli.cli_helpers import CHILD, SCORE, child, one_line_error, put
-
-files = cli_helpers.files
-model = cli_helpers.model
-sapo = cli_helpers.sapo
 
 
 def test_help_version_and_nothing(sapo):

@@ -8,20 +8,11 @@ import re
 import pytest
 
 from sapo_peft.assets import BUNDLED_DIR
-from tests.cli import cli_helpers
 from tests.cli.cli_helpers import one_line_error, put
-from tests.oracles import small_qwen3
 from tests.sequence.sequence_helpers import everything
 
-sapo = cli_helpers.sapo
 SMALL = ("--train-examples", 2, "--test-examples", 2, "--probe-examples", 1, "--epochs", 1, "--max-new-tokens", 3,
          "--batch-size", 2, "--device", "cpu")  # fmt: skip
-
-
-@pytest.fixture
-def tiny(monkeypatch):
-    """`tiny`, smaller still."""
-    monkeypatch.setattr("sapo_peft.tiny_random.tiny_model", lambda: small_qwen3(2816))
 
 
 def test_a_run_its_report_and_going_on(tiny, sapo, tmp_path, monkeypatch):

@@ -9,16 +9,13 @@ from dataclasses import fields
 import pytest
 from transformers import Trainer, TrainingArguments
 
-from sapo_peft import last_good_checkpoint
+from sapo_peft import last_good_checkpoint, tiny_model, tiny_tokenizer
 from sapo_peft.assets import BUNDLED_DIR
-from sapo_peft.cli import train
+from sapo_peft.cli import outputs, train
 from sapo_peft.data.prompt_pool import PoolPrompt
 from sapo_peft.locks import alone
-from tests.cli import cli_helpers
+from sapo_peft.paraphrase import LocalModelSource
 from tests.cli.cli_helpers import one_line_error, put
-from tests.oracles import small_qwen3
-
-sapo = cli_helpers.sapo
 
 TASK = "task01_product_note_polarity"
 DATA = str(BUNDLED_DIR / "SUPERNI" / TASK)
@@ -35,10 +32,7 @@ lora-r: 2
 """
 
 
-@pytest.fixture(autouse=True)
-def tiny(monkeypatch):
-    """`tiny`, smaller still."""
-    monkeypatch.setattr("sapo_peft.tiny_random.tiny_model", lambda: small_qwen3(2816))
+pytestmark = pytest.mark.usefixtures("tiny")
 
 
 @pytest.fixture
@@ -56,12 +50,7 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(tmp_
     assert {entry.name for entry in fields(TrainingArguments) if entry.init} <= set(train._options(words[1:]))
     found = train._options([*words[1:], "--max-steps", "7", "--adam_beta2", "0.98", "--each-epoch"])
     assert (found["max_steps"], found["learning_rate"], found["every_steps"]) == (7, 1e-3, 2)
-    assert (found["mode"], found["num_train_epochs"], found["each_epoch"], found["resume"]) == (
-        "hard",
-        1.0,
-        True,
-        False,
-    )
+    assert (found["mode"], found["num_train_epochs"]) == ("hard", 1.0) and found["each_epoch"] and not found["resume"]
     arguments = train._arguments(found, evaluated=False)
     assert (arguments.weight_decay, arguments.adam_beta2, arguments.bf16) == (0.1, 0.98, False)
     assert arguments.lr_scheduler_kwargs == {"num_cycles": 2} and arguments.include_for_metrics == ["loss", "inputs"]
@@ -82,19 +71,18 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(tmp_
         ("", "expected options by name, got None"),
         ("max-steps: null", "max-steps: expected a value, got none"),
         ("[" * 5000, "expected YAML"),
+        (bytes(range(256)), ""),
+        ("# " + "x" * 2**21, ""),
+        (None, "No such file"),
+        (".", ""),
     ],
-    ids=range(10),
+    ids=range(14),
 )
 def test_a_faulty_file_is_one_line(tmp_path, sapo, text, expected):
-    path = put(tmp_path / "bad.yaml", text)
+    path = tmp_path if text == "." else tmp_path / "bad.yaml"
+    if text not in (None, "."):
+        put(path, text)
     one_line_error(sapo("train", "--config", path), str(path), expected)
-
-
-def test_no_file_and_no_text_is_one_line(tmp_path, sapo):
-    put(tmp_path / "bytes.yaml", bytes(range(256)))
-    put(tmp_path / "large.yaml", "# " + "x" * 2**21)
-    for name in ("none.yaml", "bytes.yaml", "large.yaml", "."):
-        one_line_error(sapo("train", "--config", tmp_path / name), str(tmp_path))
 
 
 REFUSED = [
@@ -175,8 +163,6 @@ def test_evaluation_and_early_stopping(tmp_path, words, sapo):
 
 
 def test_a_write_that_fails_names_the_folder_and_the_cause(tmp_path, words, sapo, monkeypatch):
-    from sapo_peft.cli import outputs
-
     def full(*args, **options):
         raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
 
@@ -206,9 +192,6 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, words, sapo, monkeypatch):
 
 def test_paraphrases_from_a_local_model_are_kept(tmp_path, words, sapo, monkeypatch):
     """A random model says nothing that passes: the run goes on with the prompts that are there, and says so."""
-    from sapo_peft import tiny_model, tiny_tokenizer
-    from sapo_peft.paraphrase import LocalModelSource
-
     # It never ends by itself; a shorter answer is as bad.
     defaults = {**LocalModelSource.__init__.__kwdefaults__, "max_new_tokens": 24}
     monkeypatch.setattr(LocalModelSource.__init__, "__kwdefaults__", defaults)

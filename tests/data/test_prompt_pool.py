@@ -8,7 +8,6 @@ import pytest
 
 from sapo_kernels.files import DataError
 from sapo_peft import read_prompts
-from sapo_peft.assets import BUNDLED_DIR, task_names
 from sapo_peft.data.names import TaskNameError
 from sapo_peft.data.prompt_pool import MAX_CHARACTERS, MAX_REJECTED, PoolPrompt, PromptPool
 from sapo_peft.data.tasks import read_task
@@ -300,14 +299,6 @@ def test_the_task_of_two_files(data_folder, tmp_path):
                                 (paraphrases, rows, None), (flat, data_folder, "x")):  # fmt: skip
         with pytest.raises(TaskNameError, match="expected"):
             read_task(prompts, data, task)
-
-
-def test_bundled_tasks_pass(tmp_path):
-    assert len(task_names()) >= 3
-    for task in task_names():
-        made, examples = read_task(BUNDLED_DIR, BUNDLED_DIR, task)
-        assert len(made.checked(tiny_tokenizer()).prompts) == 21 and not made.notes() and not examples.notes()
-        assert len(examples) == examples.total > 0
 
 
 def test_hostile_texts_take_no_time():

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
+from sapo_kernels import ResponseCache, score_prompts
 from sapo_kernels.files import DataError, read_json
 from sapo_peft.sequence import load_adapters, orthogonality
 from sapo_peft.sequence.config import derived_seed
@@ -38,17 +40,13 @@ def same(one, other) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
-def _all_active_the_newest_trainable(adapters: Adapters) -> None:
-    assert adapters.model.active_adapters == ["task0003", "task0001", "task0002"]
-    trainable = [name for name, parameter in adapters.model.named_parameters() if parameter.requires_grad]
-    assert trainable and all("task0003" in name for name in trainable)
-
-
 @pytest.mark.parametrize("method", ["lora-inc", "o-lora"])
 def test_earlier_adapters_and_the_base_keep_their_bytes(method):
     adapters, _, kept = trained(method)
     assert adapters.names == ["task0001", "task0002", "task0003"]
-    _all_active_the_newest_trainable(adapters)
+    assert adapters.model.active_adapters == ["task0003", "task0001", "task0002"]
+    trainable = [name for name, parameter in adapters.model.named_parameters() if parameter.requires_grad]
+    assert trainable and all("task0003" in name for name in trainable)
     for name, before in zip(adapters.names, kept, strict=True):
         assert same(weights(adapters, name), before)
         # Each of them has learned something: B begins as zeros.
@@ -146,13 +144,9 @@ def test_a_step_has_the_penalty_once_however_many_batches_it_has(accumulation, m
 
 def _mean_loss(model, tokenizer, task, found, accumulation):
     """Mean over response tokens of the rows that the one step saw: those whose loss is what was reported."""
-    import itertools
-
-    from sapo_kernels import ResponseCache
-
     cache = ResponseCache.build(tokenizer, [task.pool.prompts[0]], task.train, suffix=task.pool.suffix)
     sums, counts = [], []
-    for context, response in zip(cache.contexts[0], [row[:] for row in cache.responses[0]], strict=True):
+    for context, response in zip(cache.contexts[0], cache.responses[0], strict=True):
         ids = torch.tensor([context + response])
         logits = model(input_ids=ids).logits[0, len(context) - 1 : -1].log_softmax(-1)
         sums.append(-logits.gather(1, torch.tensor(response)[:, None]).sum())
@@ -195,8 +189,6 @@ def test_a_finished_run_is_loaded_onto_a_base_model(tmp_path, method, caplog):
     assert len(loaded.active_adapters) == (2 if method == "lora-inc" else 1) and not loaded.training
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
     # The loss of the last evaluation, by this model.
-    from sapo_kernels import score_prompts
-
     task = small_tasks(2)[0]
     scores = score_prompts(loaded, [task.pool.prompts[result.choices[0]["index"]]], task.test, tokenizer=tokenizer,
                            suffix=task.pool.suffix)  # fmt: skip

@@ -184,14 +184,11 @@ def test_a_folder_with_something_else_is_refused(tmp_path):
 
 
 def test_two_processes_on_one_folder(tmp_path):
-    handle = os.open(tmp_path / ".lock", os.O_RDWR | os.O_CREAT)
-    try:
+    with open(tmp_path / ".lock", "w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         with pytest.raises(RuntimeError, match="another process is at work"):
             run_small(tmp_path)
         assert [path.name for path in tmp_path.iterdir()] == [".lock"]
-    finally:
-        os.close(handle)
     run_small(tmp_path, count=1, max_steps=1)
 
 

@@ -5,18 +5,27 @@ from __future__ import annotations
 import json
 
 import pytest
+from datasets import Dataset
 
 from sapo_kernels.files import DataError
 from sapo_peft import PromptPool
 from sapo_peft.assets import BUNDLED_DIR
 from sapo_peft.sequence import SequenceTask, read_order, read_tasks
+from sapo_peft.tiny_random import tiny_tokenizer
 from tests.cli.cli_helpers import put
 
 POOL = PromptPool.build("t", "Say it.", ["Speak."])
 
 
-def entry(name, **other):
-    return {"sampling strategy": "full", "dataset_name": name, **other}
+def pairs(*texts):
+    return [{"input": text, "target": target} for text, target in texts]
+
+
+def entry(name):
+    return {"sampling strategy": "full", "dataset_name": name}
+
+
+RANDOM = {**entry("task1_a_long"), "sampling strategy": "random"}
 
 
 @pytest.fixture
@@ -59,10 +68,7 @@ def train(stage, value):
         (lambda d, s: train(s, []), "expected one task to train on, which no earlier stage has, got []"),
         (lambda d, s: train(s, {"a": 1}), "expected a valid array, got {'a': 1}"),
         (lambda d, s: train(s, [{"dataset_name": 3}]), "0 'dataset_name': expected a valid string, got 3"),
-        (
-            lambda d, s: train(s, [entry("task1_a_long", **{"sampling strategy": "random"})]),
-            "'sampling strategy': expected 'full', got 'random'",
-        ),
+        (lambda d, s: train(s, [RANDOM]), "'sampling strategy': expected 'full', got 'random'"),
         (lambda d, s: train(s, "[{"), "not valid JSON"),
         (lambda d, s: put(s / "test_tasks.json", [entry("task9")]), "that the order trains on, got 'task9'"),
         (lambda d, s: (s / "train_tasks.json").unlink(), "train_tasks.json"),
@@ -89,15 +95,8 @@ def test_an_unknown_order_names_those_there_are(data):
 
 
 def test_rows_are_conserved_and_faults_are_said():
-    train = [
-        {"input": "a", "target": "1"},
-        {"input": "a", "target": "1"},
-        {"input": "b", "target": "1"},
-        {"input": "b", "target": "2"},
-        {"input": "c", "target": " "},
-        {"input": "d", "target": ""},
-    ]
-    test = [{"input": "a", "target": "1"}, {"input": "b", "target": "3"}, {"input": "new", "target": "1"}]
+    train = pairs(("a", "1"), ("a", "1"), ("b", "1"), ("b", "2"), ("c", " "), ("d", ""))
+    test = pairs(("a", "1"), ("b", "3"), ("new", "1"))
     task = SequenceTask.build("t", train, test, POOL, dev=test[:2])
     assert task.rows == {"train": 6, "dev": 2, "test": 3}
     assert len(task.train) == 4 and len(task.test) == 3
@@ -114,12 +113,10 @@ def test_rows_are_conserved_and_faults_are_said():
 
 
 def test_rows_come_from_files_lists_and_datasets(tmp_path):
-    from datasets import Dataset
-
     rows = [{"question": f"q{i}", "answer": f"a{i}"} for i in range(3)]
     jsonl = put(tmp_path / "t.jsonl", "\n".join(json.dumps(row) for row in rows))
     table = put(tmp_path / "t.csv", "question,answer\n" + "\n".join(f"q{i},a{i}" for i in range(3)))
-    wanted = tuple({"input": f"q{i}", "target": f"a{i}"} for i in range(3))
+    wanted = tuple(pairs(("q0", "a0"), ("q1", "a1"), ("q2", "a2")))
     digests = set()
     for source in (jsonl, str(table), rows, Dataset.from_list(rows)):
         task = SequenceTask.build("t", source, source, POOL)
@@ -148,14 +145,14 @@ def test_rows_come_from_files_lists_and_datasets(tmp_path):
 ])  # fmt: skip
 def test_rows_of_another_kind_are_refused(rows, error, words):
     with pytest.raises(error) as found:
-        SequenceTask.build("t", rows, [{"input": "a", "target": "b"}], POOL)
+        SequenceTask.build("t", rows, pairs(("a", "b")), POOL)
     assert words in str(found.value)
 
 
 @pytest.mark.parametrize("name", [" ", "a\nb", "x" * 301, 3])
 def test_names_of_another_kind_are_refused(name):
     with pytest.raises(DataError, match="task: expected a printable name"):
-        SequenceTask.build(name, [{"input": "a", "target": "b"}], [{"input": "a", "target": "b"}], POOL)
+        SequenceTask.build(name, pairs(("a", "b")), pairs(("a", "b")), POOL)
 
 
 @pytest.mark.parametrize("order", ["bundled_a", "bundled_b"])
@@ -164,7 +161,7 @@ def test_the_bundled_orders(order):
     assert len(tasks) == 6 and len({task.name for task in tasks}) == 6
     for task in tasks:
         assert len(task.train) >= 1000 and len(task.test) >= 200 and len(task.pool.prompts) >= 21
-        assert task.notes == () and task.pool.notes() == []
+        assert task.notes == () and task.pool.checked(tiny_tokenizer()).notes() == []
 
 
 def test_tasks_by_name_in_any_order():

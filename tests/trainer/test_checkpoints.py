@@ -92,20 +92,15 @@ def test_a_damaged_one_is_refused_by_the_trainer_and_as_an_adapter(copied):
         trainer.train(resume_from_checkpoint=str(newest))
 
 
-def test_other_names_are_no_checkpoints(copied):
+def test_other_names_are_no_checkpoints_and_there_may_be_none(copied):
     for name in ("checkpoint-", "checkpoint-8x", "checkpoint-8.tmp", "xcheckpoint-9", "tmp-checkpoint-9"):
         shutil.copytree(copied / "checkpoint-6", copied / name)
     (copied / "checkpoint-99").write_text("a file")
     assert last_good_checkpoint(copied) == str(copied / "checkpoint-6")
-
-
-def test_nothing_to_resume_from(tmp_path, copied):
-    assert last_good_checkpoint(tmp_path / "none") is None
-    (tmp_path / "empty").mkdir()
-    assert last_good_checkpoint(tmp_path / "empty") is None
-    for path in copied.glob("checkpoint-*"):
-        (path / "optimizer.pt").write_bytes(b"")
-    assert last_good_checkpoint(copied) is None
+    for number in (2, 4, 6):
+        (copied / f"checkpoint-{number}" / "optimizer.pt").write_bytes(b"")
+    for folder in (copied, copied.parent, copied / "none"):
+        assert last_good_checkpoint(folder) is None
 
 
 def test_a_checkpoint_of_the_model_alone_is_resumed_and_said(tmp_path, caplog):

@@ -15,11 +15,11 @@ from sapo_kernels.training.trie_batch import padded_rows
 from sapo_peft.trainer.choice import Choice
 from sapo_peft.trainer.collator import CARRIED, SapoCollator
 from tests.oracles import CHATML, OPENED, THINKING, UNCLOSED, byte_tokenizer
-from tests.trainer.training_helpers import colours, pool_of
+from tests.trainer.training_helpers import colours, pool_of, record_batches, sapo_trainer, texts_of
 
 
-def collator_of(pools=None, mode="hard", template=CHATML, **options):
-    tokenizer = byte_tokenizer(chat_template=template, bos=options.pop("bos", False))
+def collator_of(pools=None, mode="hard", chat=CHATML, bos=False, **options):
+    tokenizer = byte_tokenizer(chat_template=chat, bos=bos)
     return SapoCollator(tokenizer, Choice(pools or {"colours": pool_of(3)}, mode, 0), **options)
 
 
@@ -36,26 +36,17 @@ def rows_of(batch):
     return rows
 
 
-@pytest.mark.parametrize(
-    "template",
-    [None, CHATML, THINKING, OPENED, *UNCLOSED.values()],
-    ids=["plain", "chatml", "thinking", "opened", *UNCLOSED],
-)
+@pytest.mark.parametrize("chat", [None, CHATML, THINKING, OPENED, *UNCLOSED.values()],
+                         ids=["plain", "chatml", "thinking", "opened", *UNCLOSED])  # fmt: skip
 @pytest.mark.parametrize("bos", [False, True])
 @pytest.mark.parametrize("sizes", [(1536, 128), (70, 3)], ids=["whole", "cut"])
 @pytest.mark.parametrize("layout", [None, "{input} <- {prompt}"])
-def test_the_tokens_are_those_that_are_scored(template, bos, sizes, layout):
-    collator = collator_of(template=template, bos=bos, max_source=sizes[0] + 60 * bool(template),
-                           max_target=sizes[1], )  # fmt: skip
+def test_the_tokens_are_those_that_are_scored(chat, bos, sizes, layout):
+    limits = {"max_source": sizes[0] + 60 * bool(chat), "max_target": sizes[1]}
+    collator = collator_of(chat=chat, bos=bos, template=layout, **limits)
     pool = collator.choice.pools["colours"]
-    collator = SapoCollator(
-        collator.tokenizer, collator.choice, max_source=collator.max_source, max_target=sizes[1], template=layout
-    )
     examples = [*colours(5), {"input": "long " * 30, "target": "and a long answer"}]
-    cache = sk.ResponseCache.build(
-        collator.tokenizer, pool.prompts, examples, layout, suffix=pool.suffix, max_source=collator.max_source,
-        max_target=sizes[1],
-    )  # fmt: skip
+    cache = sk.ResponseCache.build(collator.tokenizer, pool.prompts, examples, layout, suffix=pool.suffix, **limits)
     for k in range(3):
         collator.choice.chosen[0] = k
         wanted = list(zip(cache.contexts[k], cache.responses[k], strict=True))
@@ -69,7 +60,7 @@ def test_the_tokens_are_those_that_are_scored(template, bos, sizes, layout):
 ])  # fmt: skip
 def test_the_last_label_of_a_response_is_an_end_token_once(template, ends):
     """Whether the template closes the assistant's turn (by <|im_end|>, 258) or not."""
-    for (_, response), row in zip(rows_of(collator_of(template=template)(colours(3))), colours(3), strict=True):
+    for (_, response), row in zip(rows_of(collator_of(chat=template)(colours(3))), colours(3), strict=True):
         assert response[-len(ends) :] == ends and response.count(258) == 1
         assert bytes(response[: -len(ends)]).decode().strip() == row["target"]
 
@@ -224,8 +215,6 @@ def test_evaluation_does_not_draw():
 
 def test_responses_are_trained_on_whole_whatever_is_scored(tmp_path):
     """The limit of scoring is the paper's; a response without its end would teach the model not to stop."""
-    from tests.trainer.training_helpers import record_batches, sapo_trainer, texts_of
-
     data = [{"input": f"{i}", "target": f"{i} " + "and so on " * 30} for i in range(6)]
     trainer, callback = sapo_trainer(tmp_path, data=data, max_steps=2)
     assert callback.config.max_target == 128 < len(data[0]["target"])

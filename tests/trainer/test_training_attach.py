@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset
 
 from sapo_kernels.files import read_json
 from sapo_peft import PromptPool, SapoConfig, attach_sapo
-from sapo_peft.trainer.records import CARD_TITLE, write_beside_adapter
-from tests.trainer.training_helpers import (
-    colours,
-    plain_trainer,
-    pool_of,
-    sapo_trainer,
-)
+from tests.oracles import CHATML, THINKING, byte_tokenizer
+from tests.trainer.training_helpers import colours, plain_trainer, pool_of, sapo_trainer
 
 
 def everything(trainer) -> dict:
@@ -86,7 +82,7 @@ def test_a_refusal_leaves_the_trainer_as_it_was(tmp_path, options, arguments, er
     assert everything(trainer) == before
 
 
-def test_attached_twice(tmp_path):
+def test_attached_twice_and_to_something_that_is_no_trainer(tmp_path):
     trainer, callback = sapo_trainer(tmp_path, max_steps=1)
     before = everything(trainer)
     with pytest.raises(ValueError, match="got one that it is attached to already"):
@@ -94,14 +90,9 @@ def test_attached_twice(tmp_path):
     assert everything(trainer) == before
     trainer.train()
     assert len(callback.history) == 1
-
-
-def test_something_that_is_no_trainer():
-    class Almost:
-        processing_class, args, train_dataset = object(), object(), colours(2)
-
+    almost = SimpleNamespace(processing_class=object(), args=object(), train_dataset=colours(2))
     with pytest.raises(TypeError, match="expected a transformers Trainer with train"):
-        attach_sapo(Almost(), pool_of())
+        attach_sapo(almost, pool_of())
 
 
 @pytest.mark.parametrize(
@@ -155,16 +146,10 @@ def test_prompts_that_the_tokenizer_rules_out_are_said(tmp_path, caplog):
 
 def test_the_chat_template_of_a_processor_counts(tmp_path):
     """Processors of several kinds of input keep it themselves; their tokenizer may have none, or an older one."""
-    from tests.oracles import CHATML, THINKING, byte_tokenizer
-
-    class Processor:
-        def __init__(self, tokenizer, template):
-            self.tokenizer, self.chat_template = tokenizer, template
-
     for inner, outer in ((None, CHATML), (THINKING, CHATML), (CHATML, None), (CHATML, CHATML)):
         trainer = plain_trainer(tmp_path)
         tokenizer = byte_tokenizer(chat_template=inner)
-        trainer.processing_class = Processor(tokenizer, outer)
+        trainer.processing_class = SimpleNamespace(tokenizer=tokenizer, chat_template=outer)
         attach_sapo(trainer, pool_of())
         (row,) = trainer.data_collator(colours(1))["input_ids"].tolist()
         text = tokenizer.decode(row)
@@ -182,18 +167,12 @@ def test_the_collator_was_chosen_for_this_trainer_only(tmp_path):
 # Beside the adapter.
 
 
-@pytest.fixture
-def saved(tmp_path):
+def test_the_prompts_are_beside_the_adapter_wherever_it_is_saved(tmp_path):
     trainer, callback = sapo_trainer(tmp_path, save_strategy="steps", save_steps=3)
     trainer.train()
     trainer.save_model()
-    return trainer, callback, tmp_path
-
-
-def test_the_prompts_are_beside_the_adapter_wherever_it_is_saved(saved):
-    trainer, callback, folder = saved
     wanted = json.loads(json.dumps(callback.prompts()))
-    for place in (folder, folder / "checkpoint-3", folder / "checkpoint-6"):
+    for place in (tmp_path, tmp_path / "checkpoint-3", tmp_path / "checkpoint-6"):
         assert read_json(place / "sapo_prompts.json", max_bytes=10**6) == wanted
         assert (place / "adapter_model.safetensors").is_file()
     entry = wanted["tasks"]["colours"]
@@ -203,38 +182,6 @@ def test_the_prompts_are_beside_the_adapter_wherever_it_is_saved(saved):
     losses = callback.history[-1].losses["colours"]
     assert (entry["loss"], entry["original_loss"], entry["suffix"]) == (losses[index], losses[0], "One word.")
     assert wanted["version"] == 1 and wanted["step"] == 0 and wanted["mode"] == "hard"
-
-
-def test_the_card_has_one_section_however_often_it_is_saved(saved):
-    trainer, callback, folder = saved
-    trainer.save_model()
-    trainer.save_model(str(folder))
-    card = (folder / "README.md").read_text()
-    assert card.count(CARD_TITLE) == 1 and card.count("arXiv 2606.01967") == 1
-    assert card.count("    " + callback.prompts()["tasks"]["colours"]["prompt"]) == 1
-    assert card.count("Framework versions") == 1 and card.startswith("---\n")
-    before = card
-    trainer.save_model()
-    assert (folder / "README.md").read_text() == before
-
-
-def test_whatever_stands_in_a_prompt_stays_inside_its_block(tmp_path):
-    (tmp_path / "README.md").write_text(f"---\na: 1\n---\n# Card\n\n{CARD_TITLE}\n\nold\n")
-    text = "First\n## A heading\n\n```\n<script>\n" + CARD_TITLE
-    record = {"tasks": {"a\n# b": {"prompt": text}}}
-    for _ in range(3):
-        write_beside_adapter(tmp_path, record)
-        lines = (tmp_path / "README.md").read_text().splitlines()
-        start = lines.index(CARD_TITLE)
-        assert "old" not in lines and lines[:4] == ["---", "a: 1", "---", "# Card"]
-        assert 'Task "a\\n# b":' in lines
-        after = lines[start + 1 :]
-        block = after[
-            after.index('Task "a\\n# b":') + 2 : next(i for i, one in enumerate(after) if "sapo try" in one) - 1
-        ]
-        assert block == ["    " + line for line in text.splitlines()]
-        assert not any(line.startswith("#") for line in after)
-    assert read_json(tmp_path / "sapo_prompts.json", max_bytes=10**6) == record
 
 
 def test_a_run_without_scoring_says_so(tmp_path):

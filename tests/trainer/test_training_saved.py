@@ -7,6 +7,8 @@ import json
 import logging
 import re
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -103,7 +105,10 @@ def test_the_section_comes_before_the_empty_form_of_peft(tmp_path):
         card = (tmp_path / "README.md").read_text()
         assert card.startswith("---\n") and card.index("library_name: peft") < card.index("\n---\n\n" + CARD_TITLE)
         assert card.index("PeftModel.from_pretrained(") < card.index("# Model Card for Model ID")
-        assert sections(tmp_path) == 1
+        assert sections(tmp_path) == card.count("arXiv 2606.01967") == card.count("Framework versions") == 1
+        assert card.count("    " + callback.prompts()["tasks"]["colours"]["prompt"]) == 1
+    trainer.save_model()
+    assert (tmp_path / "README.md").read_text() == card, "however often it is saved"
     # A layout of the caller's is in the record, and the snippet does not claim to make it.
     callback.config = dataclasses.replace(callback.config, template="{prompt}: {input}")
     trainer.save_model()
@@ -112,16 +117,18 @@ def test_the_section_comes_before_the_empty_form_of_peft(tmp_path):
     assert "sapo try FOLDER" in card and "PeftModel.from_pretrained(" not in card
 
 
-def test_what_others_wrote_around_the_section_stays(tmp_path):
-    card = tmp_path / "README.md"
+def test_what_others_wrote_around_the_section_stays_and_a_prompt_stays_inside_its_block(tmp_path):
+    card, head = tmp_path / "README.md", "---\na: 1\n---\n# Mine\n\nText.\n\n"
     # Also with the line ends of Windows.
-    card.write_text(f"# Mine\n\nText.\n\n{CARD_TITLE}\r\n\nold\n\n    # yours\n\n### Framework\n\n- PEFT\n\n## X")
-    record = {"tasks": {"a": {"prompt": "Say it.\n# It"}}}
-    for _ in range(2):
+    card.write_text(f"{head}{CARD_TITLE}\r\n\nold\n\n    # yours\n\n### Framework\n\n- PEFT\n\n## X")
+    prompt = "First\n## A heading\n\n```\n<script>\n" + CARD_TITLE
+    record = {"tasks": {"a\n# b": {"prompt": prompt}}}
+    block = "\n".join("    " + line for line in prompt.split("\n"))
+    for _ in range(3):
         write_beside_adapter(tmp_path, record)
         text = card.read_bytes().decode()
-        assert text.startswith(f"# Mine\n\nText.\n\n{CARD_TITLE}\n\nChosen by"), text
-        assert 'Task "a":\n\n    Say it.\n    # It\n\n`sapo try FOLDER' in text, text
+        assert text.startswith(f"{head}{CARD_TITLE}\n\nChosen by"), text
+        assert f'Task "a\\n# b":\n\n{block}\n\n`sapo try FOLDER' in text, text
         assert text.endswith("skip_special_tokens=True))\n\n### Framework\n\n- PEFT\n\n## X\n"), text
         assert "\nold" not in text and "yours" not in text
     card.write_bytes(b"\xff\xfe no text")
@@ -132,26 +139,16 @@ def test_what_others_wrote_around_the_section_stays(tmp_path):
     assert card.read_text().startswith(CARD_TITLE)
 
 
-class Hub:
-    """What would be uploaded: the card and the prompts as they are at that moment."""
-
-    def __init__(self):
-        self.seen = []
-
-    def upload_folder(self, folder_path, path_in_repo=None, **kwargs):
-        files = {name: (folder_path / name) for name in ("README.md", PROMPTS_FILE)}
-        self.seen.append({name: file.read_text() if file.is_file() else None for name, file in files.items()})
-        return None
-
-
 @pytest.mark.parametrize("trl", [False, True])
 def test_what_is_pushed_has_the_section_and_the_prompts(tmp_path, monkeypatch, trl):
-    import transformers.trainer
+    uploaded = []
 
-    hub = Hub()
-    plain = hub.upload_folder
-    monkeypatch.setattr(hub, "upload_folder", lambda folder_path, **kw: plain(type(tmp_path)(folder_path), **kw))
-    monkeypatch.setattr(transformers.trainer, "hf_api", lambda: hub)
+    def upload_folder(folder_path, **options):
+        """The card and the prompts as they are at that moment."""
+        files = [Path(folder_path) / name for name in ("README.md", PROMPTS_FILE)]
+        uploaded.append([file.read_text() if file.is_file() else None for file in files])
+
+    monkeypatch.setattr("transformers.trainer.hf_api", lambda: SimpleNamespace(upload_folder=upload_folder))
     if trl:
         pytest.importorskip("trl", reason="TRL is not installed")
         from sapo_peft import attach_sapo
@@ -167,13 +164,13 @@ def test_what_is_pushed_has_the_section_and_the_prompts(tmp_path, monkeypatch, t
     trainer.args.push_to_hub = trainer.args.hub_always_push = True
     monkeypatch.setattr("transformers.trainer.PushInProgress", lambda jobs: None)
     trainer.train()
-    assert len(hub.seen) == 2, "once for each checkpoint"
+    assert len(uploaded) == 2, "once for each checkpoint"
     trainer.push_to_hub()
-    for i, seen in enumerate(hub.seen):
-        assert json.loads(seen[PROMPTS_FILE])["tasks"]["colours"]
+    for i, (card, prompts) in enumerate(uploaded):
+        assert json.loads(prompts)["tasks"]["colours"]
         # The plain trainer makes no card before the end.
-        assert (seen["README.md"] or CARD_TITLE).count(CARD_TITLE) == 1, i
-    assert hub.seen[-1]["README.md"].count(CARD_TITLE) == 1
+        assert (card or CARD_TITLE).count(CARD_TITLE) == 1, i
+    assert uploaded[-1][0].count(CARD_TITLE) == 1
 
 
 def test_a_folder_that_is_not_there_yet_is_made(tmp_path):

@@ -56,24 +56,21 @@ def test_it_trains_on_the_completion_under_the_chosen_prompt(tmp_path, options):
     assert len(curve(trainer)) == 4 and all(math.isfinite(loss) for _, loss, _ in curve(trainer))
 
 
-@pytest.mark.parametrize("role", ["user", "system"])
-def test_conversations(tmp_path, role):
-    """TRL's two layouts of messages; the instruction is in the turn that is asked for, in scoring and training."""
+def test_conversations(tmp_path):
+    """TRL's two layouts of messages; the instruction is in the turn that is asked for."""
     talks = [[{"role": "system", "content": "Be brief."}, {"role": "user", "content": row["input"]},
               {"role": "assistant", "content": row["target"]}] for row in colours(16)]  # fmt: skip
     seen = []
     for rows in ([{"messages": talk} for talk in talks],
                  [{"prompt": talk[:2], "completion": talk[2:]} for talk in talks]):  # fmt: skip
         trainer = sft_trainer(tmp_path, rows, max_steps=2)
-        config = SapoConfig(probe_examples=2, instruction_role=role)
+        config = SapoConfig(probe_examples=2, instruction_role="system")
         callback = attach_sapo(trainer, pool_of(), config=config)
         batches = record_batches(trainer)
         trainer.train()
         (entry,) = callback.prompts()["tasks"].values()
-        assert entry["instruction_role"] == role
-        wanted = (
-            f"Be brief.\n\n{entry['prompt']}<|im_end|>" if role == "system" else f"user\n{entry['prompt']}\n\nText:"
-        )
+        assert entry["instruction_role"] == "system"
+        wanted = f"Be brief.\n\n{entry['prompt']}<|im_end|>"
         seen.append([text for batch in batches for text in texts_of(trainer, batch)])
         assert len(seen[-1]) == 4 and all(wanted in context for context, _ in seen[-1])
     assert seen[0] == seen[1]

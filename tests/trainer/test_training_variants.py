@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
 from peft import LoraConfig
 
 from sapo_peft import SapoConfig
-from tests.trainer.training_helpers import curve, environment, lora_model, pool_of, prefer, sapo_trainer
-
-# Seconds until a child process must have ended; two of them on two busy cores need about 15.
-DEADLINE = 180
+from tests.trainer.test_training_ranks import pytestmark as needs_gloo
+from tests.trainer.test_training_ranks import torchrun
+from tests.trainer.training_helpers import curve, lora_model, pool_of, prefer, sapo_trainer
 
 
 def run(tmp_path, model=None, **options):
@@ -161,17 +158,14 @@ torch.distributed.destroy_process_group()
 """
 
 
+@needs_gloo
 @pytest.mark.parametrize("mode", ["hard", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("soft", "race"))])
 def test_two_processes_choose_the_same(tmp_path, mode):
     """DDP over gloo; the second process measures something else, and still follows the first."""
-    if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
-        pytest.skip("this PyTorch was built without gloo")
     script = tmp_path / "child.py"
     script.write_text(CHILD)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1",
-               "--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:0", str(script), str(tmp_path), mode]  # fmt: skip
-    done = subprocess.run(command, env=environment(), capture_output=True, timeout=DEADLINE)
-    assert done.returncode == 0, done.stderr.decode()[-4000:]
+    done = torchrun(str(script), str(tmp_path), mode)
+    assert done.returncode == 0, done.stderr[-4000:]
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
     assert first["world"] == 2 and first["steps"] == second["steps"] == 6
     assert first["refused"] == "rank 1: expected the pools and template and probe of rank 0, got others"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import weakref
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,14 +85,14 @@ def choices(callback) -> list[tuple[int, dict[str, int]]]:
     return [(scoring.step, scoring.chosen) for scoring in callback.history]
 
 
-def prefer(callback, wanted: Mapping[int, int] | list[int]) -> list[torch.Tensor]:
-    """Make the i-th scoring of this trainer choose prompt ``wanted[i]`` of every pool; returns what was measured."""
+def prefer(callback, wanted: list[int] | list[list[int]]) -> list[torch.Tensor]:
+    """Make the i-th scoring choose prompt ``wanted[i]`` of every pool (or one by pool); returns what was measured."""
     seen: list[torch.Tensor] = []
 
     def agree(sums):
         if sums.ndim == 3:
             forced = sums.clone()
-            forced[0, :, wanted[len(seen)]] = 0.0
+            forced[0, torch.arange(sums.shape[1]), wanted[len(seen)]] = 0.0
             seen.append(sums)
             return forced
         return sums
