@@ -122,11 +122,6 @@ def reset(handler: Handler) -> None:
     handler.close_connection = True
 
 
-def hang_up(handler: Handler) -> None:
-    """No reply at all, the connection is closed."""
-    handler.close_connection = True
-
-
 def silence(handler: Handler) -> None:
     """Never a byte."""
     handler.server.stopped.wait(60)

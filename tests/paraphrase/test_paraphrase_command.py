@@ -7,6 +7,7 @@ import time
 import pytest
 
 from sapo_peft.data.prompt_pool import PromptPool
+from sapo_peft.paraphrase import LocalModelSource
 from tests.cli import cli_helpers
 from tests.cli.cli_helpers import child, one_line_error
 from tests.paraphrase import bad_server
@@ -101,8 +102,6 @@ def test_from_a_file(sapo, files):
 
 def test_from_a_model(sapo, model, monkeypatch):
     # Random weights write no tags: the pool stays as it was, and that is said.
-    from sapo_peft.paraphrase import LocalModelSource
-
     seeds = []
     monkeypatch.setattr(LocalModelSource, "_generate", lambda *given: seeds.append(given[2]) or "x")
     one_line_error(sapo(*ASK, "--paraphrase-with", "tiny", "--seed", "5", "--quiet"), "at least 1", "got 0", "without")

@@ -7,9 +7,12 @@ import os
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from sapo_kernels.files import read_json
 from sapo_peft import PromptPool
 from sapo_peft.sequence import SequenceConfig, SequenceTask, run_sequence
+from sapo_peft.sequence import runner as runner_module
 from tests.oracles import CHATML, byte_tokenizer, small_qwen3
 from tests.trainer.training_helpers import PHRASINGS, WORDS
 
@@ -54,6 +57,14 @@ def small_config(**options) -> SequenceConfig:
 def run_small(output=None, count: int = 2, model=None, tasks=None, order: str = "", **options):
     pair = model or model_and_tokenizer()
     return run_sequence(pair, tasks or small_tasks(count), output, small_config(**options), order=order, progress=False)
+
+
+def run_begun(output, done: int, **options) -> None:
+    """A run that ends with an error when it has done that many tasks."""
+    plain, left = runner_module.train_task, iter(range(1, done + 1))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(StopIteration):
+        patch.setattr(runner_module, "train_task", lambda *args: next(left) and plain(*args))
+        run_small(output, **options)
 
 
 def adapter_bytes(folder: Path) -> dict[str, str]:

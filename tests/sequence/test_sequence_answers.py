@@ -10,11 +10,7 @@ from sapo_peft.sequence import SequenceConfig, SequenceTask, run_sequence
 from sapo_peft.sequence.evaluate import Evaluator, greedy
 from tests import families
 from tests.oracles import CHATML, UNCLOSED, byte_tokenizer, small_qwen3
-from tests.sequence.sequence_helpers import (
-    model_and_tokenizer,
-    small_config,
-    small_task,
-)
+from tests.sequence.sequence_helpers import model_and_tokenizer, small_config, small_task
 
 
 def test_greedy_answers_equal_one_at_a_time_without_cache_or_padding():
@@ -36,6 +32,13 @@ def test_greedy_answers_equal_one_at_a_time_without_cache_or_padding():
                 break
             ids.append(token)
         assert found[m] == ids[len(context) :], m
+
+
+def evaluator_of(model, tokenizer, target: str, **options) -> Evaluator:
+    """Of one task with one row."""
+    row = {"input": "a", "target": target}
+    task = SequenceTask.build("t", [row], [row], small_task(1).pool)
+    return Evaluator(model, [task], tokenizer, small_config(**options))
 
 
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
@@ -78,13 +81,11 @@ def test_the_end_of_an_answer_does_not_depend_on_a_target(target, gap):
     """Short targets stand in what closes a turn, which is not the end-of-sequence token here."""
     tokenizer = byte_tokenizer(chat_template=CHATML.replace("<|im_end|>", f"{gap}<|im_end|>"))
     tokenizer.eos_token = "<|endoftext|>"
-    row = {"input": "a", "target": target}
-    task = SequenceTask.build("t", [row], [row], small_task(1).pool)
-    assert Evaluator(None, [task], tokenizer, small_config()).closing(0) == ([256, 258], [])
+    assert evaluator_of(None, tokenizer, target).closing(0) == ([256, 258], [])
     # Every end token that the model's configuration names ends an answer too.
     model = small_qwen3()
     model.generation_config.eos_token_id = [258, 9]
-    assert Evaluator(model, [task], tokenizer, small_config()).closing(0) == ([9, 256, 258], [])
+    assert evaluator_of(model, tokenizer, target).closing(0) == ([9, 256, 258], [])
 
 
 def test_an_answer_ends_where_the_next_turn_would_begin():
@@ -93,9 +94,7 @@ def test_an_answer_ends_where_the_next_turn_would_begin():
         chat_template="{% for m in messages %}{{ m['role'] | upper }}: {{ m['content'] }}\n{% endfor %}"
         "{% if add_generation_prompt %}ASSISTANT: {% endif %}"
     )
-    row = {"input": "a", "target": "ok"}
-    task = SequenceTask.build("t", [row], [row], small_task(1).pool)
-    evaluator = Evaluator(None, [task], tokenizer, small_config(max_new_tokens=20))
+    evaluator = evaluator_of(None, tokenizer, "ok", max_new_tokens=20)
     assert evaluator.closing(0)[1] == ["USER:"]
     model = model_and_tokenizer()[0]
     texts = iter(["ok\nUSER: again", "ok"])

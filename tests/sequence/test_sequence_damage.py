@@ -15,7 +15,7 @@ from sapo_kernels.manifest import MANIFEST
 from sapo_peft.report import write_report
 from sapo_peft.sequence import load_adapters
 from sapo_peft.sequence import runner as runner_module
-from tests.sequence.sequence_helpers import everything, model_and_tokenizer, run_small, small_tasks
+from tests.sequence.sequence_helpers import everything, model_and_tokenizer, run_begun, run_small, small_tasks
 
 OPTIONS = {"max_steps": 2, "generate": False}
 PAIR, TASKS = model_and_tokenizer(), small_tasks(3)
@@ -35,11 +35,7 @@ def folder(request, finished, tmp_path_factory):
     if request.param == "done":
         return finished
     path = tmp_path_factory.mktemp("damage") / "run"
-    plain, calls = runner_module.train_task, iter((1, 2))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner_module, "train_task", lambda *args: next(calls) and plain(*args))
-        with pytest.raises(StopIteration):
-            run_small(path, model=PAIR, tasks=TASKS, **OPTIONS)
+    run_begun(path, 2, model=PAIR, tasks=TASKS, **OPTIONS)
     return path
 
 
