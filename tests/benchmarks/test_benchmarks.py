@@ -12,7 +12,6 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-import sapo_kernels as sk
 from benchmarks import aot, documents, exactness, plots, racing, tables, train_step
 from benchmarks.__main__ import main as run_benchmarks
 from benchmarks.ops import end_to_end
@@ -171,63 +170,6 @@ def test_peak_memory_sees_what_a_provider_holds():
     if turns.peak["a"] < 0:
         pytest.skip("this kernel does not let a process reset its peak")
     assert turns.peak["a"] > 50 * 2**20 > turns.peak["b"]
-
-
-@pytest.fixture(scope="module")
-def jobs():
-    """A model, and for each layout a job with our scores."""
-    model = small_qwen3()
-    made = {}
-    for last in (False, True):
-        cache = Cells(3, 9, 12, 9, 3, last).cache(200)
-        made[last] = cache, sk.score_prompts(model, cache)
-    return model, made
-
-
-@pytest.mark.parametrize("last", [False, True], ids=["instruction first", "instruction last"])
-@pytest.mark.parametrize("name", list(PEERS))
-def test_peers_agree_with_ours_and_leave_the_model_alone(name, last, jobs):
-    peer = PEERS[name]
-    if peer.missing():
-        pytest.skip(f"not installed: {peer.missing()}")
-    model, made = jobs
-    cache, ours = made[last]
-    if peer.gpu:
-        peer = dataclasses.replace(peer, options={"compiled": False})
-    wanted = ours.reduce("batch", 8) if peer.gives == "batch8" else ours.nll.flatten()
-    sizes = {"batch_size": (4, 64), "tokens": (1, 100)}[peer.size_name] if peer.sizes else None
-    for run in peer.variants(sizes).values():
-        got = run(model, cache)
-        assert got.dtype == torch.float64 and got.shape == wanted.shape
-        assert float((got - wanted).abs().max()) < 1e-4 * float(ours.tokens.max())
-    assert "forward" not in vars(model) and model.config._attn_implementation == "sdpa" and not model.training
-
-
-def test_a_prefix_cache_of_equal_contexts_leaves_a_token_to_predict_from(jobs):
-    model, _ = jobs
-    cache = sk.ResponseCache.from_token_ids([[[1, 2, 3]] * 2, [[1, 2, 4]] * 2], [[5, 6], [7]])
-    got = PEERS["prefix_cache"].run(model, cache)
-    assert float((got - sk.score_prompts(model, cache).nll.flatten()).abs().max()) < 1e-4
-
-
-@pytest.mark.parametrize("name", ["tuned_plain", "packed", "prefix_cache"])
-def test_tuned_peers_without_masks_in_logits_to_keep(name, jobs, monkeypatch):
-    """As in transformers 5.17."""
-    from transformers import modeling_utils
-
-    monkeypatch.delattr(modeling_utils, "slice_logits_to_keep", raising=False)
-    model, made = jobs
-    cache, ours = made[False]
-    got = PEERS[name].run(model, cache)
-    assert float((got - ours.nll.flatten()).abs().max()) < 1e-4 * float(ours.tokens.max())
-    assert not model.get_output_embeddings()._forward_pre_hooks
-
-
-def test_ours_agrees_with_each_sequence_alone(jobs):
-    model, made = jobs
-    for cache, ours in made.values():
-        chosen = [0, 5, 26]
-        assert float((end_to_end.alone(model, cache, chosen) - ours.nll.flatten()[chosen]).abs().max()) < 1e-4
 
 
 def some_results(folder: Path) -> Path:
