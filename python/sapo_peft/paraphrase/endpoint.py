@@ -147,8 +147,10 @@ class EndpointSource:
 
         # A reply that points elsewhere would have the texts sent to a host nobody named.
         http = openai.DefaultAsyncHttpxClient(
-            follow_redirects=False, trust_env=self._host not in _LOOPBACK, event_hooks={"response": [_bound]}
-        )
+            follow_redirects=False, trust_env=self._host not in _LOOPBACK, event_hooks={"response": [_bound]},
+            # A compressed reply could unpack to any size.
+            headers={"Accept-Encoding": "identity"},
+        )  # fmt: skip
         # Local servers without keys take any; an empty one is refused by the client.
         key = self._key() or "none"
         async with openai.AsyncOpenAI(api_key=key, base_url=self.base_url, max_retries=0, http_client=http) as client:
