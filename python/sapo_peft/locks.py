@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+
+MAX_NAME_BYTES = 200
 
 
 @contextlib.contextmanager
@@ -43,7 +46,10 @@ def only_writer(path: str | os.PathLike | None) -> Iterator[None]:
     place = Path(os.path.realpath(path))
     if not place.parent.is_dir():  # which the lock would make
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(path))
-    lock = place.parent / f".{place.name}.lock"
+    name = place.name
+    if len(os.fsencode(name)) > MAX_NAME_BYTES:
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()
+    lock = place.parent / f".{name}.lock"
     with alone(lock, path):
         remove_temporary(place)
         try:

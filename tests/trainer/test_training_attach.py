@@ -54,7 +54,7 @@ MIXED = [*colours(2, "colours"), *colours(2, "other")]
         ({}, {"pools": None}, TypeError, "pools: expected a PromptPool, a list of them or one by task, got NoneType"),
         ({}, {"probe": "abc"}, TypeError, "probe: expected a list of examples, or one by task, got str"),
         ({}, {"probe": [1, 2]}, TypeError, "expected a mapping with two texts, got int"),
-        ({}, {"probe": {"colours": "abc"}}, TypeError, "expected a mapping with 'input' and 'target', got str"),
+        ({}, {"probe": {"colours": "abc"}}, TypeError, "probe: task 'colours': expected a list of examples, got str"),
         ({}, {"config": {"every_steps": 2}}, TypeError, "config: expected a SapoConfig, got dict"),
         ({"logging_strategy": "no"}, {"config": SapoConfig(drift=4.0)}, ValueError, "expected a logging_strategy, got"),
         ({"accelerator_config": {"dispatch_batches": True}}, {}, ValueError, "dispatch_batches=True cannot"),

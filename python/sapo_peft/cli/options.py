@@ -110,7 +110,9 @@ def _mapping(path: str) -> dict[str, Any]:
     """A YAML file with options by name; nothing in it is executed."""
     try:
         document = yaml.safe_load(read_text(path, max_bytes=MAX_CONFIG_BYTES))
-    except (yaml.YAMLError, RecursionError) as error:
+    except DataError:
+        raise
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # a date that there is none of, too
         raise DataError(f"{path}: expected YAML, got {excerpt(' '.join(str(error).split()), 200)}") from None
     if not isinstance(document, dict):
         raise DataError(f"{path}: expected options by name, got {excerpt(document)}")

@@ -85,6 +85,10 @@ def _parquet(file: Path) -> Table:
     from pyarrow import ArrowException, parquet
 
     try:
+        found = parquet.read_metadata(file)
+        size = sum(found.row_group(index).total_byte_size for index in range(found.num_row_groups))
+        if size > MAX_DATA_BYTES:
+            raise DataError(f"{file}: expected at most {MAX_DATA_BYTES} bytes, got {size}")
         return rows_of(datasets.Dataset(parquet.read_table(file)), str(file))
     except ArrowException as error:
         raise DataError(f"{file}: expected a Parquet file, got: {excerpt(str(error), 200)}") from None

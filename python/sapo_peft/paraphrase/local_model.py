@@ -14,7 +14,7 @@ from sapo_kernels.scoring.render import PLAIN_ANSWER, special_tokens
 
 from ..terminal import plain
 from .answers import AnswerFault, Request
-from .source import Answer, Deadline
+from .source import Answer, Deadline, SourceError
 
 
 class LocalModelSource:
@@ -50,7 +50,10 @@ class LocalModelSource:
 
     def paraphrase(self, request: Request, deadline: Deadline) -> Iterator[Answer]:
         """One answer after the other; see the class."""
-        ids = self._encode(request.message(min(self.per_call, request.wanted)))
+        message = request.message(min(self.per_call, request.wanted))
+        if special := next((special for special in self._specials if special in message), None):
+            raise SourceError(f"{self.name}: expected plain text, got the special token {special!r} in the prompts")
+        ids = self._encode(message)
         for _ in range(-(-request.wanted // self.per_call)):
             if deadline.over:
                 return

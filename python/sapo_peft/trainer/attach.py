@@ -147,8 +147,6 @@ def _check_trainer(trainer: Any, config: SapoConfig) -> None:
     for name in METHODS:
         if not callable(getattr(trainer, name, None)):
             raise TypeError(f"trainer: expected a transformers Trainer with {name}(), got {type(trainer).__name__}")
-        if name in vars(trainer):
-            raise ValueError(f"trainer: expected the {name}() of its class, got one that was put on this very object")
     if isinstance(trainer.data_collator, SapoCollator):
         raise ValueError("trainer: expected one without SAPO, got one that it is attached to already")
     for option in ("packing", "padding_free"):
@@ -156,6 +154,7 @@ def _check_trainer(trainer: Any, config: SapoConfig) -> None:
             raise ValueError(
                 f"trainer: {option}=True joins examples tokenised ahead with one fixed prompt; expected it off"
             )
+    _check_sampling(trainer)
     # Of TRL; None means: on the completion if there is one.
     if getattr(args, "completion_only_loss", None) is False:
         raise ValueError("trainer: completion_only_loss=False asks for a loss on the prompt; expected it on or unset")
@@ -166,6 +165,22 @@ def _check_trainer(trainer: Any, config: SapoConfig) -> None:
         )
     if config.drift is not None and args.logging_strategy == "no":
         raise ValueError("config: drift is seen in the losses that are logged; expected a logging_strategy, got 'no'")
+
+
+def _check_sampling(trainer: Any) -> None:
+    """Samplers by length look at tokens, which raw examples have not; or at a column of a dataset of Hugging Face."""
+    args = trainer.args
+    strategy = "group_by_length" if getattr(args, "group_by_length", False) else None
+    strategy = strategy or getattr(args, "train_sampling_strategy", "random")
+    column, evaluation = getattr(args, "length_column_name", "length"), getattr(trainer, "eval_dataset", None)
+    datasets = [trainer.train_dataset, *(evaluation.values() if isinstance(evaluation, dict) else [evaluation])]
+    if strategy in ("group_by_length", "batch_rebalance") and not all(
+        one is None or column in (getattr(one, "column_names", None) or ()) for one in datasets
+    ):
+        raise ValueError(
+            f"trainer: train_sampling_strategy={strategy!r} needs the length of every example, which is not tokenised "
+            f"ahead: expected datasets.Dataset with a column {column!r} (say, of characters), or 'random'"
+        )
 
 
 def _check_dataset(dataset: Any, name: str, choice: Choice) -> None:
@@ -214,6 +229,9 @@ def _probes(trainer: Any, choice: Choice, probe: Any, config: SapoConfig) -> dic
         unknown = sorted(map(str, set(probe) - set(choice.tasks)))
         if unknown:
             raise ValueError(f"probe: expected tasks among {choice.tasks[:20]}, got {unknown[:20]}")
+        for task, found in probe.items():
+            if isinstance(found, str) or not _indexed(found):
+                raise TypeError(f"probe: task {task!r}: expected a list of examples, got {type(found).__name__}")
         probes = {task: probe.get(task, ()) for task in choice.tasks}
     elif isinstance(probe, str) or not (probe is None or _indexed(probe)):
         raise TypeError(f"probe: expected a list of examples, or one by task, got {type(probe).__name__}")

@@ -139,6 +139,10 @@ def padding_token(tokenizer: Any) -> int:
     return next(one for one in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if one is not None)
 
 
+# Columns of an example's two texts; the first pair that a row has counts.
+PAIRS = (("input", "target"), ("sentence", "label"), ("prompt", "completion"))
+
+
 def checked_examples(features: Sequence[Any]) -> list[dict[str, Any]]:
     """The examples with their two texts as "input" and "target".
 
@@ -146,8 +150,10 @@ def checked_examples(features: Sequence[Any]) -> list[dict[str, Any]]:
     """
     named = []
     for feature in features:
-        if isinstance(feature, Mapping) and isinstance(feature.get("prompt"), str) and "completion" in feature:
+        pair = isinstance(feature, Mapping) and next((pair for pair in PAIRS if set(pair) <= set(feature)), None)
+        # Conversations stand in `messages`, or in lists of TRL's `prompt` and `completion`.
+        if pair and not (pair == PAIRS[2] and ("messages" in feature or not isinstance(feature["prompt"], str))):
             kept = {name: feature[name] for name in ("history",) if name in feature}
-            feature = {"input": feature["prompt"], "target": feature["completion"], **kept}
+            feature = {"input": feature[pair[0]], "target": feature[pair[1]], **kept}
         named.append(feature)
     return check_examples(named)

@@ -67,6 +67,9 @@ class _Attached:
     def _newest(self, batches) -> Iterator[dict[str, Any]]:
         """Each batch under the choice that is in force now, without what it carries."""
         for batch in batches:
+            if CARRIED not in batch:
+                got = sorted(map(str, batch))[:20]
+                raise ValueError(f"trainer: expected batches of its data_collator, got one made without it: {got}")
             with self._sapo.timed():
                 batch = self._sapo_collator.newest(batch)
                 self._sapo.fetched(batch.pop(CARRIED).counts)
