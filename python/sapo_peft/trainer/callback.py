@@ -61,6 +61,7 @@ class SapoCallback(TrainerCallback):
         self.trained = Trained()
         self.switches = self.scorings = 0
         self.score_seconds, self.seconds = 0.0, self._attached
+        self._overhead_logged = False
         self._started, self._attached = time.perf_counter() - self._attached, 0.0
         self._due: str | None = None
         self._scored_epoch: int | None = None
@@ -127,12 +128,14 @@ class SapoCallback(TrainerCallback):
     def on_epoch_end(self, args, state, control, **kwargs):
         # Not in on_train_end: reporters are called before this callback, and some have closed their run by then.
         if control.should_training_stop:
-            self._log({"sapo/score_seconds": self.score_seconds, "sapo/overhead_fraction": self._overhead()[1]})
+            self._log_overhead()
 
     def on_train_end(self, args, state, control, **kwargs):
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._take_best(state.best_model_checkpoint)
         self.keep()
+        if not self._overhead_logged:  # an evaluation after the epoch's end stopped the run
+            self._log_overhead()
         total, share = self._overhead()
         self._say(
             f"SAPO: {self.scorings} scorings took {self.score_seconds:.2f} s, all of SAPO {self.seconds:.2f} s of "
@@ -231,6 +234,10 @@ class SapoCallback(TrainerCallback):
             yield
         finally:
             self.seconds += time.perf_counter() - started
+
+    def _log_overhead(self) -> None:
+        self._overhead_logged = True
+        self._log({"sapo/score_seconds": self.score_seconds, "sapo/overhead_fraction": self._overhead()[1]})
 
     def _overhead(self) -> tuple[float, float]:
         """Seconds since the run began, and the share of them that SAPO took."""
