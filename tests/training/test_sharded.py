@@ -42,6 +42,9 @@ for checkpoint in (False, True):
 if dist.get_rank() == 0:
     open(sys.argv[1] + "/made.json", "w").write(json.dumps(made))
 dist.destroy_process_group()
+# Without the teardown: one process in eight of a plain FSDP2 training over gloo aborts there ("terminate called without
+# an active exception"), with nothing of ours in it.
+os._exit(0)
 """
 
 
