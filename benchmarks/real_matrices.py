@@ -24,21 +24,11 @@ import sapo_kernels as sk
 from sapo_kernels.files import atomic_write
 from sapo_kernels.training.trie_batch import padded_rows
 
-from .workload import Task, load_tasks
+from .workload import Task, cut, load_pretrained, load_tasks
 
 STATES = ("base", "tuned")
 STEPS, BATCH, RATE, RANK = 30, 8, 1e-3, 16
 INPUT_TOKENS, MAX_EXAMPLES, MIN_EXAMPLES = 64, 250, 100
-
-
-def cut(task: Task, tokenizer, limit: int) -> list[dict[str, str]]:
-    """The task's first examples with at most `limit` tokens of their inputs."""
-    texts = [row["input"] for row in task.examples[:MAX_EXAMPLES]]
-    ids = [tokenizer(text, add_special_tokens=False)["input_ids"][:limit] for text in texts]
-    return [
-        {"input": tokenizer.decode(row), "target": example["target"]}
-        for row, example in zip(ids, task.examples, strict=False)
-    ]
 
 
 def build_cache(task: Task, tokenizer, examples: list[dict[str, str]], budget: int) -> sk.ResponseCache:
@@ -67,18 +57,6 @@ def tune(model, cache: sk.ResponseCache, prompt: int = 0):
     return model.merge_and_unload().eval()
 
 
-def load(name: str):
-    """(model in float32, tokenizer) of weights that are installed or a GGUF file."""
-    from sapo_peft.gguf import load_gguf, resolve
-    from sapo_peft.loading import quiet_libraries
-
-    quiet_libraries()
-    folder, file = resolve(name)
-    if file is None:
-        raise SystemExit(f"{name}: its package is not installed; see sapo_peft/gguf.py")
-    return load_gguf(folder, file)
-
-
 def make(name: str, dtype: torch.dtype, tasks: list[Task], out: Path, budget: int) -> None:
     """Every matrix of `tasks` that is not there."""
     from safetensors.torch import save
@@ -90,12 +68,12 @@ def make(name: str, dtype: torch.dtype, tasks: list[Task], out: Path, budget: in
             if path.exists():
                 continue
             started = time.perf_counter()
-            model, tokenizer = load(name)
+            model, tokenizer = load_pretrained(name)
             if state == "tuned":
                 other = tasks[(at + 1) % len(tasks)]
-                model = tune(model, build_cache(other, tokenizer, cut(other, tokenizer, INPUT_TOKENS), 0))
+                model = tune(model, build_cache(other, tokenizer, cut(other, tokenizer, INPUT_TOKENS, MAX_EXAMPLES), 0))
             model = model.to(dtype)
-            cache = build_cache(task, tokenizer, cut(task, tokenizer, INPUT_TOKENS), budget)
+            cache = build_cache(task, tokenizer, cut(task, tokenizer, INPUT_TOKENS, MAX_EXAMPLES), budget)
             prepared = time.perf_counter() - started
             scores = sk.score_prompts(model, cache, progress=False)
             atomic_write(path, save({"nll": scores.nll.float(), "tokens": scores.tokens.short()}))

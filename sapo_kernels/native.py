@@ -21,7 +21,7 @@ logger = logging.getLogger("sapo_kernels")
 
 # Raised when an operator's arguments change. It is part of the file names, so that a module compiled for other
 # arguments (a checkout pulled without building it again) is not found instead of being called wrongly.
-ABI = 1
+ABI = 2
 FOLDER = Path(__file__).resolve().parent
 
 
@@ -91,8 +91,6 @@ def _import_planner():
         return None, _refused("_planner", str(error), "numpy")
     if module.ABI != ABI:
         return None, f"built for interface {module.ABI}, expected {ABI}: build it again"
-    if not hasattr(module, "tiles"):
-        return None, "built from earlier sources: build it again"
     return module, "loaded"
 
 

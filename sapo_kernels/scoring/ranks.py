@@ -113,11 +113,9 @@ class Ranks:
         if self.others:
             # Each call has a place of its own, whether the one before failed on all ranks, on some or on none: all
             # make the same calls, so they meet again in the next, and nothing of before is read there.
-            store = _Answering(store, self.timeout)
             place = f"sapo_kernels/{members}"
-            self._store = _Answering(
-                dist.PrefixStore(f"{place}/{store.add(f'{place}/{rank}', 1)}", store._store), self.timeout
-            )
+            call = _Answering(store, self.timeout).add(f"{place}/{rank}", 1)
+            self._store = _Answering(dist.PrefixStore(f"{place}/{call}", store), self.timeout)
 
     def follow(self, before: Ranks) -> None:
         """Delete what this rank has left of the call before, once nobody can be in it any more."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 # Two texts that make an example; beside them ``messages`` are not looked at.
-_PAIRS = ({"input", "target"}, {"sentence", "label"})
+PAIRS = (("input", "target"), ("sentence", "label"))
 # Where the instruction stands: in front of the last user turn's text, or in the system turn.
 INSTRUCTION_ROLES = ("user", "system")
 _ROLES = ("system", "developer", "user", "assistant")
@@ -21,7 +21,7 @@ def example_of(row: Mapping[str, Any]) -> dict[str, Any] | None:
 
     Raises: ValueError naming the message, what was expected and what was got.
     """
-    if any(pair <= set(row) for pair in _PAIRS):
+    if any(set(pair) <= set(row) for pair in PAIRS):
         return None
     if "messages" in row:
         messages = row["messages"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
@@ -257,22 +258,27 @@ def test_a_model_spread_in_another_way_is_refused():
         sk.score_prompts_sharded(model, cache_of(1))
 
 
+def two(store, timeout=20.0):
+    return [Ranks((0, 1), rank, store, timeout) for rank in (0, 1)]
+
+
+def together(*calls):
+    """Each call in a thread of its own; what it returns or raises."""
+    with ThreadPoolExecutor(len(calls)) as pool:
+        made = [pool.submit(call) for call in calls]
+        return [one.exception(60) or one.result() for one in made]
+
+
 def test_a_value_of_many_pieces_is_read_whole_and_old_ones_are_deleted(monkeypatch):
     """Two ranks of one process, in threads."""
     monkeypatch.setattr("sapo_kernels.scoring.ranks.PIECE", 64)
     store = torch.distributed.HashStore()
     values = [list(range(300)), "b" * 1000, None]
-    found = {}
 
-    def rank_of(rank):
-        ranks = Ranks((0, 1), rank, store, 20.0)
-        found[rank] = [ranks.exchange((rank, value)) for value in values]
+    def exchanges(ranks):
+        return [ranks.exchange((ranks.rank, value)) for value in values]
 
-    threads = [threading.Thread(target=rank_of, args=(rank,)) for rank in (0, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
+    found = together(*(functools.partial(exchanges, ranks) for ranks in two(store)))
     assert found[0] == found[1] == [[[0, value], [1, value]] for value in values]
     # Two attempts, two signs at most, and the last exchange.
     assert store.num_keys() < 10
@@ -281,7 +287,7 @@ def test_a_value_of_many_pieces_is_read_whole_and_old_ones_are_deleted(monkeypat
 def test_an_exchange_that_is_complete_is_read_though_a_rank_has_failed_since(monkeypatch):
     """All ranks fail by the same values, each for itself: none may hear of another's failure instead."""
     store = torch.distributed.HashStore()
-    first, second = (Ranks((0, 1), rank, store, 20.0) for rank in (0, 1))
+    first, second = two(store)
 
     def failing():
         with pytest.raises(ValueError), first.together():
@@ -299,28 +305,17 @@ def test_an_exchange_that_is_complete_is_read_though_a_rank_has_failed_since(mon
     assert second.exchange(1) == [0, 1]
 
 
-def two(store, timeout=20.0):
-    return [Ranks((0, 1), rank, store, timeout) for rank in (0, 1)]
-
-
-def together(*calls):
-    """Each call in a thread of its own; what it returns or raises."""
-    with ThreadPoolExecutor(len(calls)) as pool:
-        made = [pool.submit(call) for call in calls]
-        return [one.exception(60) or one.result() for one in made]
-
-
 def test_ranks_of_which_one_failed_after_the_last_exchange_meet_again():
     store = torch.distributed.HashStore()
     first, second = two(store)
-    assert together(lambda: first.exchange("call 1"), lambda: second.exchange("call 1")) == [["call 1"] * 2] * 2
+    assert together(*(functools.partial(one.exchange, "call 1") for one in (first, second))) == [["call 1"] * 2] * 2
     with pytest.raises(ValueError), second.together():
         raise ValueError("afterwards")
     for call in ("call 2", "call 3"):
         again = two(store)
         for one, before in zip(again, (first, second), strict=True):
             one.follow(before)
-        assert together(*(lambda one=one: one.exchange(call) for one in again)) == [[call] * 2] * 2  # noqa: B023
+        assert together(*(functools.partial(one.exchange, call) for one in again)) == [[call] * 2] * 2
         first, second = again
 
 

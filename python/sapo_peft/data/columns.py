@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from sapo_kernels.files import DataError, excerpt
-from sapo_kernels.scoring.turns import example_of
+from sapo_kernels.scoring import turns
 
 from .tables import Table, keys_of, shown
 
 # Taken as they are where both are there; else exactly one of each list.
-PAIRS = (("input", "target"), ("sentence", "label"), ("input", "output"))
+PAIRS = (*turns.PAIRS, ("input", "output"))
 INPUTS = ("input", "sentence", "text", "question", "prompt")
 TARGETS = ("target", "label", "output", "answer", "answerKey", "completion", "response")
 # Columns of conversations; those of ShareGPT have turns of "from" and "value".
@@ -58,7 +58,7 @@ class Columns:
         if self.input == SHAREGPT:
             talk = {MESSAGES: [_turn(turn) for turn in row[SHAREGPT]]}
         try:
-            return example_of(talk)
+            return turns.example_of(talk)
         except ValueError as error:
             raise DataError(f"{place}: {error}") from None
 

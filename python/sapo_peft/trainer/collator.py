@@ -13,6 +13,7 @@ import torch
 
 from sapo_kernels.scoring.render import Renderer, Template, check_examples
 from sapo_kernels.scoring.response_cache import CellBuilder
+from sapo_kernels.scoring.turns import PAIRS
 from sapo_kernels.training.trie_batch import TrieBatch, padded_rows
 
 from .choice import Choice
@@ -139,8 +140,8 @@ def padding_token(tokenizer: Any) -> int:
     return next(one for one in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if one is not None)
 
 
-# Columns of an example's two texts; the first pair that a row has counts.
-PAIRS = (("input", "target"), ("sentence", "label"), ("prompt", "completion"))
+# Of TRL; counts where a row has none of `PAIRS`.
+COMPLETION = ("prompt", "completion")
 
 
 def checked_examples(features: Sequence[Any]) -> list[dict[str, Any]]:
@@ -150,10 +151,12 @@ def checked_examples(features: Sequence[Any]) -> list[dict[str, Any]]:
     """
     named = []
     for feature in features:
-        pair = isinstance(feature, Mapping) and next((pair for pair in PAIRS if set(pair) <= set(feature)), None)
+        pairs = [pair for pair in (*PAIRS, COMPLETION) if isinstance(feature, Mapping) and set(pair) <= set(feature)]
         # Conversations stand in `messages`, or in lists of TRL's `prompt` and `completion`.
-        if pair and not (pair == PAIRS[2] and ("messages" in feature or not isinstance(feature["prompt"], str))):
+        talk = pairs == [COMPLETION] and ("messages" in feature or not isinstance(feature["prompt"], str))
+        if pairs and not talk:
+            text, answer = pairs[0]
             kept = {name: feature[name] for name in ("history",) if name in feature}
-            feature = {"input": feature[pair[0]], "target": feature[pair[1]], **kept}
+            feature = {"input": feature[text], "target": feature[answer], **kept}
         named.append(feature)
     return check_examples(named)

@@ -47,7 +47,7 @@ class Setup:
         options = {field.name: getattr(config, field.name) for field in fields(config) if field.name != "now"}
         options = {name: None if callable(value) else value for name, value in options.items()}
         if config.race is not None:
-            options["race"] = {name: value for name, value in vars(config.race).items() if name != "memory"}
+            options["race"] = dict(vars(config.race))
         adapters = getattr(trainer.model, "peft_config", None) or {}
         self.record: dict[str, Any] = _plain({
             "pools": {
@@ -115,16 +115,15 @@ class Setup:
         for name, what in (("rendering", "template and tokenizer"), ("probe", "probe")):
             if begun[name] != own[name]:
                 raise ValueError(f"checkpoint: expected the {what} that the run began with, got another; {again}")
-        fixed = _differences("", begun["options"], own["options"])
+        changed = _differences("", begun["options"], own["options"])
         soft = "soft" in (begun["options"]["mode"], own["options"]["mode"])
-        fixed = [one for one in fixed if one[0] == "mode" or (soft and one[0] == "seed")]
+        fixed = [one for one in changed if one[0] == "mode" or (soft and one[0] == "seed")]
         for name, adapter in begun.get("adapters", {}).items():
             now = own["adapters"].get(name)
             place = f"adapter {name!r}"
             fixed += [(place, "it", "none")] if now is None else _differences(f"{place}: ", adapter, now)
         for what, old, new in fixed:
             raise ValueError(f"checkpoint: {what}: expected {old!r} as before, got {new!r}; {again}")
-        changed = _differences("", begun["options"], own["options"])
         changed += _differences("the trainer's ", begun.get("training", {}), own["training"])
         if changed:
             said = ", ".join(f"{what} {old!r} -> {new!r}" for what, old, new in changed)
