@@ -58,7 +58,7 @@ bench-gpu:
 
 # torch first and by its pin: a later package must not choose another build of it. The marker is written last, so an
 # interrupted installation is done again; a change in csrc/ compiles the native modules again.
-$(READY): .ci/constraints.txt pyproject.toml setup.py csrc/build_native.py $(NATIVE)
+$(READY): .ci/constraints.txt pyproject.toml setup.py csrc/build_native.py sapo_kernels/native.py $(NATIVE)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -c .ci/constraints.txt torch numpy setuptools wheel pybind11 ninja
 	$(PIP) install -q -c .ci/constraints.txt --no-build-isolation -e '.[train,dev]'
