@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import sapo_kernels as sk
 from sapo_peft import tiny_model, tiny_tokenizer
@@ -75,9 +75,26 @@ def test_damaged_model_folders(sapo, folder):
     put(folder / "config.json", {**config, "num_hidden_layers": 1, "layer_types": config["layer_types"][:1]})
     refused("--model m", "of layers that config.json does not have", "model.layers.1.")
     put(folder / "config.json", config)
+    # In several files: none of them is missing or cut, and the list of them is one.
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="100KB")
+    index, shards = folder / "model.safetensors.index.json", sorted(folder.glob("model-*"))
+    assert len(shards) > 2 and sapo(*SCORE, "--model", "m")[0] == 0
+    content, listed = shards[1].read_bytes(), index.read_text()
+    shards[1].write_bytes(content[:-1])
+    refused("--model m", f"expected whole weights in {shards[1].name}, got: ")
+    shards[1].unlink()
+    refused("--model m", f"expected {len(shards)} files with weights, got none named {shards[1].name}")
+    for text, words in (("[]", "expected an object"), ("{}", "expected the key 'metadata', got none"),
+                        (listed.replace('"metadata"', '"weight_map"'), "expected each key once")):  # fmt: skip
+        put(index, text)
+        refused("model.safetensors.index.json", words)
     put(folder / "model.safetensors", (2**63).to_bytes(8, "little") + b"{}")
-    refused("--model m")
+    refused("--model m", "model.safetensors")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    for shard in folder.glob("*.safetensors"):
+        shard.unlink()
     refused("--model m", ".safetensors")
     put(folder / "config.json", '{"model_type": "qwen3", "model_type": "gpt2"}')
     refused("config.json", "each key once")
