@@ -13,14 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
-from safetensors import SafetensorError, safe_open
 
 from sapo_kernels.files import DataError, excerpt, read_json
 from sapo_kernels.scoring.render import with_end_token
 
 from .assets import tiny_base_folder
-from .data.schema import validated
 from .gguf import MODELS, load_gguf, resolve
 from .hub import hub_answers
 from .trainer.checkpoints import check_adapter
@@ -132,10 +129,11 @@ def _load_model(name: str, dtype: Any, option: str) -> Any:
 
     source, local = _source(option, name, "config.json")
     if local:
-        read_json(Path(source, "config.json"))  # one clear message if it is damaged
+        for file in (Path(source, "config.json"), Path(source, "model.safetensors.index.json")):
+            if file.is_file() and not isinstance(found := read_json(file), dict):  # one clear message if it is damaged
+                raise DataError(f"{file}: expected an object, got {excerpt(found)}")
         if not list(Path(source).glob("*.safetensors")):
             raise DataError(f"{option} {name}: expected weights as .safetensors in this folder, got none")
-        _check_files(Path(source), f"{option} {name}")
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             source,
@@ -157,30 +155,6 @@ def _load_model(name: str, dtype: Any, option: str) -> Any:
             expected = f"all weights of {type(model).__name__}"
             raise DataError(f"{option} {name}: expected {expected}, got {len(keys)} {what} ({first}, ...)")
     return model
-
-
-class _Index(BaseModel):
-    """Which file each weight lies in, where there are several."""
-
-    model_config = ConfigDict(strict=True)
-    metadata: dict[str, Any]
-    weight_map: dict[str, str]
-
-
-def _check_files(folder: Path, place: str) -> None:
-    """Every file of weights is there and whole by its own header: transformers does not name the one that is not."""
-    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    files = [whole] if whole.is_file() else []
-    if not files and index.is_file():
-        listed = validated(_Index, read_json(index), str(index)).weight_map
-        files = [folder / file for file in sorted(set(listed.values()))]
-    for file in files:
-        if not file.is_file():
-            raise DataError(f"{place}: expected {len(files)} files with weights, got none named {file.name}")
-        try:
-            safe_open(file, framework="pt")
-        except SafetensorError as error:
-            raise DataError(f"{place}: expected whole weights in {file.name}, got: {_first_line(error)}") from None
 
 
 def _load_tokenizer(name: str) -> Any:
@@ -227,6 +201,7 @@ def _load_adapter(model: Any, name: str) -> Any:
 def _check_adapter(model: Any, weights: Path, name: str) -> None:
     """Every tensor of the file must be in the model and the reverse: PEFT itself only warns."""
     from peft import get_peft_model_state_dict
+    from safetensors import safe_open
 
     with safe_open(weights, framework="pt") as file:
         stored = set(file.keys())

@@ -75,23 +75,20 @@ def test_damaged_model_folders(sapo, folder):
     put(folder / "config.json", {**config, "num_hidden_layers": 1, "layer_types": config["layer_types"][:1]})
     refused("--model m", "of layers that config.json does not have", "model.layers.1.")
     put(folder / "config.json", config)
-    # In several files: none of them is missing or cut, and the list of them is one.
+    # In several files: none of them is missing, and the list of them is one.
     model = AutoModelForCausalLM.from_pretrained(folder)
     (folder / "model.safetensors").unlink()
     model.save_pretrained(folder, max_shard_size="100KB")
     index, shards = folder / "model.safetensors.index.json", sorted(folder.glob("model-*"))
     assert len(shards) > 2 and sapo(*SCORE, "--model", "m")[0] == 0
-    content, listed = shards[1].read_bytes(), index.read_text()
-    shards[1].write_bytes(content[:-1])
-    refused("--model m", f"expected whole weights in {shards[1].name}, got: ")
     shards[1].unlink()
-    refused("--model m", f"expected {len(shards)} files with weights, got none named {shards[1].name}")
-    for text, words in (("[]", "expected an object"), ("{}", "expected the key 'metadata', got none"),
-                        (listed.replace('"metadata"', '"weight_map"'), "expected each key once")):  # fmt: skip
+    refused("--model m", "No such file", shards[1].name)
+    for text, words in (("[]", "expected an object, got []"), ('{"a": 1, "a": 2}', "expected each key once")):
         put(index, text)
         refused("model.safetensors.index.json", words)
     put(folder / "model.safetensors", (2**63).to_bytes(8, "little") + b"{}")
-    refused("--model m", "model.safetensors")
+    index.unlink()
+    refused("--model m")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     for shard in folder.glob("*.safetensors"):
         shard.unlink()

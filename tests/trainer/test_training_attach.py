@@ -70,6 +70,8 @@ MIXED = [*colours(2, "colours"), *colours(2, "other")]
         ({"data": Dataset.from_list([*colours(9), {"input": "a", "target": None}])}, {}, TypeError,
          "row 9: 'target': expected a string, got NoneType"),
         ({"data": Dataset.from_list(MIXED)}, {}, ValueError, "row 2: .*'task' among .* got 'other'"),
+        ({"data": [{"messages": [{"role": "tool", "content": "a"}]}]}, {"config": SapoConfig(at_start=False)},
+         ValueError, "row 0: .*message 0: expected one of the roles .* without tools, got 'tool'"),
         ({"eval_dataset": TOKENISED}, {}, ValueError, r"eval_dataset: expected raw examples .* got \['attention_mask'"),
         ({"eval_dataset": {"x": colours(2), "y": TOKENISED}}, {}, ValueError, r"eval_dataset\['y'\]: expected raw"),
         ({"eval_dataset": MIXED}, {}, ValueError, r"eval_dataset: row 2: example: .* 'task' among .* 'other'"),

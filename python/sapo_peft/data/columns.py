@@ -46,28 +46,21 @@ class Columns:
         """Every column that goes into an example."""
         return [name for name in (self.input, self.target, self.instruction, self.choices) if name]
 
-    def talk(self, row: Mapping[str, Any], place: str) -> dict[str, Any] | None:
-        """A row of messages as an example with the turns before its input; None for a row of texts."""
-        if self.input not in turns.MESSAGES and not isinstance(row.get(self.input), list):
-            return None
+    def read(self, row: Mapping[str, Any], place: str) -> tuple[dict[str, Any], list[str]]:
+        """One row as an example, with the turns before its input, and its target texts.
+
+        These are several only where an ``output`` list holds several.
+        """
+        history = row.get("history")
         try:
-            found = turns.example_of({name: row.get(name) for name in (self.input, self.target)})
+            if self.input in turns.MESSAGES or isinstance(row.get(self.input), list):
+                example = turns.example_of({name: row.get(name) for name in (self.input, self.target)})
+                if "history" in example:
+                    return example, [example["target"]]
+            messages = isinstance(history, list) and history and isinstance(history[0], Mapping)
+            before = {"history": turns.check_history(history)} if messages else {}
         except ValueError as error:
             raise DataError(f"{place}: {error}") from None
-        return found if "history" in found else None
-
-    def history(self, row: Mapping[str, Any], place: str) -> dict[str, Any]:
-        """The turns before a row's input as {"history": turns}; nothing where that column holds no messages."""
-        found = row.get("history")
-        if not isinstance(found, list) or not found or not isinstance(found[0], Mapping):
-            return {}
-        try:
-            return {"history": turns.check_history(found)}
-        except ValueError as error:
-            raise DataError(f"{place}: {error}") from None
-
-    def read(self, row: Mapping[str, Any], place: str) -> tuple[str, list[str]]:
-        """Input text and the target texts (several only where an ``output`` list holds several) of one row."""
         for column in self.used:
             if column not in row:
                 got = shown(list(row)) or "an empty object"
@@ -88,7 +81,8 @@ class Columns:
         if not targets:
             raise DataError(f"{place}: expected a label in {excerpt(self.target)}, got an empty list")
         where = f"{place}: {excerpt(self.target)}"
-        return text, [self._label(one, letters, where) for one in targets]
+        targets = [self._label(one, letters, where) for one in targets]
+        return {"input": text, "target": targets[0], **before}, targets
 
     def _label(self, value: Any, letters: list[str], place: str) -> str:
         if not isinstance(value, int) or isinstance(value, bool):

@@ -121,19 +121,17 @@ def _examples(
         other_pair = not known.issuperset(names) and {columns.input, columns.target} <= set(names)
         if other_pair and Columns.of(table._replace(columns=names), chosen, place) != columns:
             raise DataError(f"{place}: expected the columns of the first row, got {shown(names)}")
-        talk = columns.talk(row, place)
-        text, targets = (talk["input"], [talk["target"]]) if talk else columns.read(row, place)
+        example, targets = columns.read(row, place)
         if not targets[0].strip():
             if not skip_empty:
                 raise DataError(f"{place}: expected a label in {excerpt(columns.target)}, got an empty one")
             skipped.append(where)
             continue
-        kept.append(talk or {"input": text, "target": targets[0], **columns.history(row, place)})
+        kept.append(example)
         references.append(targets)
         numbers |= isinstance(row.get(columns.target), int)
-        unused |= {
-            name for name in other if name not in unused | ({"history"} & kept[-1].keys()) and _has_words(row.get(name))
-        }
+        known_too = unused | ({"history"} & example.keys())
+        unused |= {name for name in other if name not in known_too and _has_words(row.get(name))}
         if len(kept) == limit:
             break
     if not kept:
