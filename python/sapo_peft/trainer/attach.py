@@ -74,18 +74,16 @@ def attach_sapo(
     config = SapoConfig() if config is None else config
     if not isinstance(config, SapoConfig):
         raise TypeError(f"config: expected a SapoConfig, got {type(config).__name__}")
-    named = _by_task(pools)
-    tokenizer = _tokenizer(trainer)
     _check_trainer(trainer, config)
-    tokenizer = with_end_token(tokenizer, trainer.model)
-    choice = Choice({task: _checked(task, pool, tokenizer, trainer) for task, pool in named.items()},
-                    config.mode, config.seed)  # fmt: skip
+    tokenizer = with_end_token(_tokenizer(trainer), trainer.model)
+    named = {task: _checked(task, pool, tokenizer, trainer) for task, pool in _by_task(pools).items()}
+    choice = Choice(named, config.mode, config.seed)
+    _check_dataset(trainer.train_dataset, "train_dataset", choice)
+    _check_evaluation(getattr(trainer, "eval_dataset", None), choice)
     collator = SapoCollator(
         tokenizer, choice, max_source=config.max_source, max_target=config.train_max_target, template=config.template,
         instruction_role=config.instruction_role, packed=config.packing != "padded", carry=True,
     )  # fmt: skip
-    _check_dataset(trainer.train_dataset, "train_dataset", choice)
-    _check_evaluation(getattr(trainer, "eval_dataset", None), choice)
     rescorer = None
     if config.scores:
         timeout = float(getattr(trainer.args, "ddp_timeout", 0) or DEFAULT_TIMEOUT)
