@@ -92,7 +92,7 @@ def read_matrices() -> list[Matrix]:
 def replay(full: PromptScores, race: Race) -> RaceState:
     """The race over a matrix that is known in full, to its end."""
     state, losses = RaceState(race, full.tokens.numpy()), full.nll.numpy().ravel()
-    while (cells := state.wanted()) is not None:
+    while (cells := state.next_cells()) is not None:
         state.add(cells, losses[cells])
     return state
 

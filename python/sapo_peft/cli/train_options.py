@@ -24,7 +24,7 @@ class ModelArguments:
 
     _argument_group_name = "model"
     model: str = option("tiny", MODEL_HELP)
-    tokenizer: str | None = option(None, "tokenizer, if it does not lie beside the model")
+    tokenizer: str | None = option(None, "tokenizer, if it is not beside the model")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "of the weights")
     device: Literal["auto", "cpu", "cuda"] = option("auto")
 
