@@ -43,6 +43,11 @@ class Setting:
     device: str
     part: tuple[int, int]
 
+    @property
+    def single(self) -> design.SingleConfig:
+        """The options of its single-task runs."""
+        return design.single_config(self.base)
+
     def kind(self, kind: str) -> str:
         """The name of the rows: ``single_smollm2``."""
         return f"{kind}_{self.base}"
@@ -58,7 +63,7 @@ class Setting:
         return {
             "base": MODELS[self.base].sha256,
             "data": hashlib.sha256(digests.encode()).hexdigest(),
-            "single": {**asdict(design.SINGLE), "warm_steps": design.WARM_STEPS, "input_tokens": design.INPUT_TOKENS},
+            "single": {**asdict(self.single), "warm_steps": design.WARM_STEPS, "input_tokens": design.INPUT_TOKENS},
             "sequence": {**design.SEQUENCE_OPTIONS, "order": list(design.ORDER)},
             "versions": {one.__name__: one.__version__ for one in (torch, transformers, peft)},
             "machine": machine,
@@ -228,19 +233,19 @@ class Warm:
     """A model that has learned the earlier tasks, and what is measured on it."""
 
     def __init__(self, setting: Setting, seed: int):
-        self.seed, started = seed, time.perf_counter()
+        self.seed, self.config, started = seed, setting.single, time.perf_counter()
         base, self.tokenizer = setting.load()
         self.tasks = setting.tasks((*design.EARLIER, *design.TRAINED), seed, self.tokenizer)
         self.damage = Damage(self.tokenizer, self.tasks)
         self.cold = base.bfloat16()
-        self.model = warm_start(self.cold, self.tokenizer, self.tasks, seed, design.SINGLE)
+        self.model = warm_start(self.cold, self.tokenizer, self.tasks, seed, setting.single)
         self.before = self.damage.losses(self.model)
         learned = ", ".join(f"{name.partition('_')[0]} {loss:.2f}" for name, loss in self.before.items())
         print(f"warm start, seed {seed}: {time.perf_counter() - started:.0f} s; losses {learned}", flush=True)
 
     def run(self, name: str, chosen: list[int], wanted: list[int], until: float) -> Iterator[tuple[int, dict]]:
         """(prompt, its row) for each wanted one of the `chosen` prompts, until the time is up."""
-        task, config = self.tasks[name], design.SINGLE
+        task, config = self.tasks[name], self.config
         prompts = [task.pool.prompts[k] for k in chosen]
         probe = cache_of(self.tokenizer, task, prompts, task.train[: config.probe_examples])
         seen = before_learning(self.model, probe)

@@ -18,7 +18,7 @@ from ..racing import Matrix, read_matrices
 from . import pretrained_design as design
 from . import rows
 from .policies import CANDIDATES
-from .statistics import Interval, bold, correlations, group_means, spearman, student_mean
+from .statistics import Interval, bold, correlations, differences, group_means, spearman, student_mean
 
 Rows = list[dict[str, Any]]
 Groups = dict[tuple[str, int], Rows]
@@ -163,6 +163,33 @@ def _agreement(one: Matrix, kind: str, count: int | None) -> tuple[float, float]
     return float(np.mean(np.asarray(chosen) == loss.argmin())), float(regret.mean())
 
 
+def sequences_table(found: Rows) -> list[str]:
+    """Sequences under each policy: means over seeds and, in brackets, how much more than with the original."""
+    columns = (("loss", "AP"), ("loss", "BWT"), ("rougeL", "AP"), ("rougeL", "BWT"))
+    lines = [
+        f"| method, policy | seeds | {' | '.join(f'{measure}, {metric}' for metric, measure in columns)} |",
+        "|---|---|" + "---|" * len(columns),
+    ]
+    for method, policy in dict.fromkeys((row["method"], row["policy"]) for row in found):
+        cells = []
+        for metric, measure in columns:
+            mine, original = (
+                {
+                    (row["seed"],): row[metric][measure]
+                    for row in found
+                    if (row["method"], row["policy"]) == (method, name)
+                }
+                for name in (policy, "original")
+            )
+            cells.append(f"{fmean(mine.values()):.3f}")
+            if policy != "original" and mine.keys() & original.keys():
+                more = list(differences(mine, original).values())
+                interval = student_mean(more) if len(more) > 1 else Interval(more[0], math.nan, math.nan)
+                cells[-1] += f" ({bold(interval, 3)})"
+        lines.append(f"| {method}, {policy} | {len(mine)} | {' | '.join(cells)} |")
+    return lines
+
+
 def _single(make: Callable[[Groups], list[str]], base: str = "smollm2") -> Callable[[Path], list[str]]:
     return lambda results: make(complete(rows.load(f"single_{base}", results)["rows"]))
 
@@ -173,5 +200,6 @@ TABLES: dict[str, Callable[[Path], list[str]]] = {
     "pretrained correlation": _single(correlation_table),
     "pretrained choice": _single(choice_table),
     "pretrained policies": _single(policy_table),
+    "pretrained sequences": lambda results: sequences_table(rows.load("sequences_smollm2", results)["rows"]),
     "pretrained rests": lambda _: rests_table([one for one in read_matrices() if one.set.startswith("smollm2")]),
 }

@@ -131,6 +131,27 @@ def test_tables_by_hand(monkeypatch):
     assert {line.split(" | ")[2] for line in pretrained_table.rests_table([one])[2:]} == {"100 %"}
 
 
+def test_the_table_of_sequences_by_hand():
+    found = [
+        {
+            "method": "seq-lora",
+            "policy": policy,
+            "seed": seed,
+            **{m: {"AP": ap, "BWT": 0.0} for m in ("loss", "rougeL")},
+        }
+        for policy, seed, ap in (
+            ("original", 1, 1.0),
+            ("original", 2, 2.0),
+            ("sapo", 1, 0.9),
+            ("sapo", 2, 1.9),
+            ("random", 2, 4.0),
+        )
+    ]
+    original, sapo, random = (line.split(" | ")[1:3] for line in pretrained_table.sequences_table(found)[2:])
+    assert original == ["2", "1.500"] and random == ["1", "4.000 (+2.000)"], "pairs are of one seed"
+    assert sapo == ["2", "1.400 (**-0.100 [-0.100, -0.100]**)"]
+
+
 def test_options(capsys):
     with pytest.raises(SystemExit):
         main(["run", "single", "--base", "smollm2", "--data", "x", "--work", "x", "--part", "2/2"])
