@@ -44,7 +44,7 @@ def report() -> str:
             because = (
                 why if chosen == "triton" or not usable else "the interpreter is for tests: only with impl='triton'"
             )
-            lines.append(f"  {op:<16}{chosen:<10} {because}; can be asked for: {', '.join(names)}")
+            lines.append(f"  {op:<16}{chosen:<10} {because}; available: {', '.join(names)}")
     return "\n".join(lines)
 
 

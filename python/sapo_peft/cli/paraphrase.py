@@ -27,7 +27,7 @@ outage: it resumes and asks only for what is missing. The key of an endpoint is 
 def options(add: Callable) -> None:
     """Declare the options of `sapo paraphrase`."""
     add("--prompts", required=True, metavar="FILE", help="the instruction, as for `sapo score` (the first one)")
-    add("--task", metavar="NAME", help="task, where the file holds several")
+    add("--task", metavar="NAME", help="which task, if the file has several")
     add("--paraphrase-with", metavar="URL_OR_DIR", help="OpenAI-compatible endpoint, or folder or hub name of a model")
     add("--model", metavar="NAME", help="the model to ask for at the endpoint")
     add("--from", dest="from_file", metavar="FILE", help="take the paraphrases from a file")
@@ -38,9 +38,9 @@ def options(add: Callable) -> None:
     add("--deadline", type=float, default=600.0, metavar="S", help="longest time in seconds (default 600)")
     add("--request-seconds", type=float, default=58.0, metavar="S", help="longest time for one request (default 58)")
     add("--concurrency", type=int, default=4, metavar="N", help="requests at a time (default 4)")
-    add("--seed", type=int, default=0, metavar="N", help="of a local model's sampling")
+    add("--seed", type=int, default=0, metavar="N", help="seed of a local model's sampling")
     add("--key-variable", metavar="NAME", help="environment variable with the key (default OPENAI_API_KEY)")
-    add("--marker", action="append", default=[], metavar="TEXT", help="text that every prompt must hold; repeatable")
+    add("--marker", action="append", default=[], metavar="TEXT", help="text that every prompt must contain; repeatable")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     add("--quiet", action="store_true", help="no notes, the result only")

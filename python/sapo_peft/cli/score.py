@@ -46,7 +46,7 @@ def options(add: Callable) -> None:
     add("--prompts", metavar="FILE", help="prompts: JSON, one per line in a .txt file, a saved pool, or a folder")
     data = "examples: .json, .jsonl, .csv, .tsv, .parquet, a task folder, or a dataset of the hub (owner/name)"
     add("--data", metavar="FILE_OR_DIR", help=data)
-    add("--task", metavar="NAME", help="task, where the files hold several")
+    add("--task", metavar="NAME", help="which task, if the files have several")
     counts = f"number of examples (default {EXAMPLES}, of the bundled task {BUNDLED_EXAMPLES})"
     add("--examples", type=_positive, metavar="N", help=counts)
     add("--input-column", metavar="NAME", help="field with the input text")

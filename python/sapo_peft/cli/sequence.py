@@ -81,7 +81,7 @@ def _options(words: list[str]) -> tuple[argparse.Namespace, Any]:
     add("--tasks", metavar="A,B,...", help="task folders in this order, instead of --order")
     add("--prompts", metavar="PATH", help="prompts, if they are not with the data: folder or JSON file")
     add("--output", metavar="DIR", help="folder of the run")
-    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the weights")
+    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="dtype of the weights")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--quiet", action="store_true", help="no notes and no progress")
     options = parser.read(words)
