@@ -118,7 +118,7 @@ def replay(full: PromptScores, race: Race, before: np.ndarray | None = None) -> 
     """The race over a matrix that is known in full, to its end; before: with a memory."""
     tokens, losses = full.tokens.numpy(), full.nll.numpy().ravel()
     state = RaceState(race, tokens) if before is None else RaceWithMemory(race, tokens, before)
-    while (cells := state.wanted()) is not None:
+    while (cells := state.next_cells()) is not None:
         state.add(cells, losses[cells])
     return state
 

@@ -89,7 +89,7 @@ def _temporary(path: str) -> str:
 
 
 def remove_temporary(path: str | os.PathLike) -> None:
-    """Remove what killed writers of the file at `path` have left. Only for who knows that nobody writes to it now."""
+    """Remove what killed writers of the file at `path` have left. Call it only if no process writes to it now."""
     path = os.path.realpath(os.fspath(path))
     directory, start = os.path.dirname(path), _temporary(path)
     for name in os.listdir(directory):

@@ -39,8 +39,8 @@ def _cut_off(path: Path) -> str:
     # The table of sections stands at the end of the file.
     (table,) = struct.unpack_from("<Q", header, 40)
     entry, count = struct.unpack_from("<HH", header, 58)
-    wanted, got = table + entry * count, path.stat().st_size
-    return f"{path.name} is cut off: expected {wanted} bytes, got {got}" if got < wanted else ""
+    expected, got = table + entry * count, path.stat().st_size
+    return f"{path.name} is cut off: expected {expected} bytes, got {got}" if got < expected else ""
 
 
 def _refused(name: str, reason: str, instead: str) -> str:

@@ -119,7 +119,7 @@ def _source(option: str, name: str, *needed: str) -> tuple[str, bool]:
         try:
             return snapshot_download(name, local_files_only=True), True
         except Exception as error:
-            why = "no such folder, and not loaded from the hub, which gives no answer"
+            why = "no such folder, and the hub does not answer"
             raise DataError(f"{option} {name}: {why}") from error
     return name, False
 

@@ -1,6 +1,6 @@
 """Modules whose forward has a fused counterpart, and the switch to it for the length of a block.
 
-Modules of transformers' own families only, and only those that nobody patched: a forward on the instance (accelerate,
+Modules of transformers' own families only, and only unpatched ones: a forward on the instance (accelerate,
 Liger, a user) or another class stays as it is. A counterpart is used where it computes what the module's own forward
 does (`agrees`), for the dtypes and shapes at hand. Linear layers are called as modules, so adapters take part.
 """

@@ -102,7 +102,7 @@ class PromptState:
         clock = torch.empty((self.num_pools, n, self.num_prompts), dtype=torch.float64, device=source)
         clock = clock.exponential_(generator=generator).to(self.device)
         usable = self.live & self.mean.isfinite()
-        # Where nothing finite is known, the probabilities that were there go on.
+        # Where nothing finite is known, the earlier probabilities stay.
         usable = torch.where(usable.any(-1, keepdim=True), usable, self.live)
         rates = torch.where(usable, self.probs, 0.0)[:, None]
         drawn = torch.where(rates > 0, clock / rates, torch.inf).argmin(-1)

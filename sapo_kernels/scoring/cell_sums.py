@@ -40,10 +40,12 @@ class CellSums:
         if self._sums is None:
             return np.zeros(len(self._lists[1]) - 1)
         nll, tokens = (values.cpu() for values in self._sums)
-        wanted = self._lists[1].diff()
-        if not torch.equal(tokens, wanted):
-            cell = int((tokens != wanted).nonzero()[0])
-            raise RuntimeError(f"cell {cell}: expected {int(wanted[cell])} log-probabilities, got {int(tokens[cell])}")
+        expected = self._lists[1].diff()
+        if not torch.equal(tokens, expected):
+            cell = int((tokens != expected).nonzero()[0])
+            raise RuntimeError(
+                f"cell {cell}: expected {int(expected[cell])} log-probabilities, got {int(tokens[cell])}"
+            )
         # Surplus ones would have moved all that came after them to other cells.
         total = int(self._lists[0].max()) + 1
         if self._start != total:

@@ -135,8 +135,8 @@ class ShardedJob(ScoringJob):
         reason = unshareable(self.model)
         if reason:
             raise ValueError(
-                f"model: {reason}; expected one that each rank holds whole, or one sharded by FSDP2 alone; "
-                "score_prompts runs all cells on every rank"
+                f"model: {reason}; expected one that is whole on each rank, or sharded by FSDP2 alone; "
+                "score_prompts can score it, all cells on every rank"
             )
         self.gathers = gathers_in_forward(self.model)
         self.world, self.own = len(ranks.members), ranks.members.index(ranks.rank)
@@ -241,8 +241,8 @@ class ShardedJob(ScoringJob):
             for rank, value in zip(self.ranks.members, column, strict=True):
                 if value != usual:
                     raise ValueError(
-                        f"rank {rank}: {what}: expected the same on all {len(column)} ranks, got others than "
-                        f"{column.count(usual)} of them have"
+                        f"rank {rank}: {what}: expected the same on all {len(column)} ranks, got what "
+                        f"differs from {column.count(usual)} of them"
                     )
 
 

@@ -88,7 +88,7 @@ def fastest_path(model: nn.Module, inner: nn.Module, longest: int) -> tuple[str,
     if reason := length_dependent(inner, longest):
         return "equal", reason
     if padding_matters(inner):
-        return "equal", f"{type(inner).__name__} chooses its keys by the batch's length"
+        return "equal", f"{type(inner).__name__} selects attention keys by the length of the batch"
     if reason := adapter_by_row(model) or tree_refusal(inner):
         return "padded", reason
     return "tree", None

@@ -35,7 +35,7 @@ class Lines:
         self.said = now
 
     def __call__(self, cells: int, tokens: int) -> None:
-        """For `score_prompts`, whose count begins anew with each round of a race."""
+        """For `score_prompts`, whose count starts over with each round of a race."""
         if cells < self._newest:
             self._before += self._newest
         self._newest = cells

@@ -20,7 +20,7 @@ _PLACEHOLDER = re.compile(r"\{(prompt|input)\}")
 _DIRECTIVES = "aAwdbBmyYHIpMSfzZjUWcxXGuVeDFTRnt"
 PLAIN_ANSWER = "\n\nAnswer:"
 # Stands for an answer where only what a template puts around one is of interest; none has it in its own text.
-PROBE = "zqxjk"
+MARKER = "zqxjk"
 # What templates that show a date or the time are shown: one moment in a process, or a run past midnight would score
 # with one date and train with another.
 STARTED = datetime.now().replace(microsecond=0)
@@ -80,7 +80,7 @@ class Renderer:
         if isinstance(template, str):
             missing = {"prompt", "input"} - set(_PLACEHOLDER.findall(template))
             if missing:
-                raise ValueError(f"template: expected {{prompt}} and {{input}}, got none of {sorted(missing)}")
+                raise ValueError(f"template: expected {{prompt}} and {{input}}, got one without {sorted(missing)}")
         elif template is not None and not callable(template):
             raise TypeError(f"template: expected a string, a callable or None, got {type(template).__name__}")
 
@@ -121,10 +121,12 @@ class Renderer:
             if not lost:
                 break
         else:
-            raise ValueError(f"tokenizer: expected a chat template that shows the {lost[0]} turn, got one without it")
+            raise ValueError(
+                f"tokenizer: expected a chat template that shows the {lost[0]} turn, got one that drops it"
+            )
         answered = lambda text: self._text(shaped([*turns, {"role": "assistant", "content": text}]))
         if self._closing is None:
-            self._closing = self._closing_of(answered(PROBE))
+            self._closing = self._closing_of(answered(MARKER))
         last = turns[-1]["content"].strip()
         thought = open_thought(context[context.rindex(last) + len(last) if last else 0 :])
         if thought:
@@ -151,27 +153,27 @@ class Renderer:
 
     def _closing_of(self, full: str) -> tuple[str, str]:
         """(what the template puts behind an answer, the end token if a generation would not stop at anything in it)."""
-        closing = full.rpartition(PROBE)[2] if PROBE in full else ""
+        closing = full.rpartition(MARKER)[2] if MARKER in full else ""
         if any(token in closing for token in special_tokens(self.tokenizer, added=True)):
             return closing, ""
         end = self.tokenizer.eos_token or ""
-        said = f"the end token {end!r} is put behind every response" if end else "and the tokenizer has no end token"
+        said = f"the end token {end!r} is appended to every response" if end else "and the tokenizer has no end token"
         warn_once(f"the chat template does not close the assistant's turn: {said}")
         return closing, end
 
     def _thought_closing(self, thought: re.Match, context: str, answered: Callable[[str], str]) -> str:
         """What ends the thought that the template's generation prompt begins: as the template would, where it does."""
-        warn_once(f"the chat template begins a thought with {thought[0]!r}: it is closed in front of every response")
-        full = answered(PROBE)
-        between = full[len(context) :].partition(PROBE)[0] if full.startswith(context) else ""
+        warn_once(f"the chat template opens a thought with {thought[0]!r}: it is closed before every response")
+        full = answered(MARKER)
+        between = full[len(context) :].partition(MARKER)[0] if full.startswith(context) else ""
         if THOUGHT_END.search(between):
             return between
         mark = closing_of(thought[0])
         known = special_tokens(self.tokenizer, added=True)
         if mark is None or (thought[0] in known and mark not in known):
             raise ValueError(
-                f"tokenizer: expected a chat template whose thought {thought[0]!r} can be closed, got one that begins "
-                "it in the generation prompt and no known closing; use a template without it"
+                f"tokenizer: expected a chat template whose thought {thought[0]!r} can be closed, got one that opens "
+                "it in the generation prompt with no known end tag; use a template without thoughts"
             )
         blank = context[len(context.rstrip()) :]
         return f"\n{mark}\n\n" if "\n" in blank else mark
@@ -204,7 +206,7 @@ def special_tokens(tokenizer, added: bool = False) -> list[str]:
     known = getattr(tokenizer, "added_tokens_decoder", {})
     if not isinstance(known, Mapping) or getattr(tokenizer, "split_special_tokens", False):
         raise ValueError(
-            f"tokenizer: expected one that reads special tokens in a text, got {type(tokenizer).__name__}"
+            f"tokenizer: expected one that parses special tokens in a text, got {type(tokenizer).__name__}"
             + (", which encodes conversations by itself; load the model's tokenizer.json as a PreTrainedTokenizerFast"
                if not isinstance(known, Mapping) else " with split_special_tokens=True")
         )  # fmt: skip

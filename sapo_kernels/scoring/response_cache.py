@@ -144,7 +144,7 @@ class ResponseCache:
 
     def _nested(self, first, stop) -> list[list[list[int]]]:
         if self.selected is not None:
-            raise ValueError("cache: expected one of all cells, got a selection")
+            raise ValueError("cache: expected a cache of all cells, got one of selected cells")
         flat = [self.ids[a:b].tolist() for a, b in zip(first, stop, strict=True)]
         return [flat[k * self.num_examples : (k + 1) * self.num_examples] for k in range(self.num_prompts)]
 
@@ -288,8 +288,8 @@ class CellBuilder:
         if broken and self.warn:
             k, m = divmod(broken[0], size)
             logger.warning(
-                "%d of %d cells (first: prompt %d, example %d): the context is no token prefix of context + response; "
-                "context and response were tokenised apart", len(broken), len(whole), k, m,
+                "%d of %d cells (first: prompt %d, example %d): the tokens of the context are not the first ones of "
+                "context + response, so both were tokenised separately", len(broken), len(whole), k, m,
             )  # fmt: skip
 
         cells = []

@@ -202,7 +202,7 @@ def test_paraphrases_from_a_local_model_are_kept(tmp_path, words, sapo, monkeypa
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     more = ("--max-steps", 1, "--paraphrase-with", tmp_path / "model", "--paraphrases", 1)
     code, _, err = sapo(*words, *more)
-    assert code == 0 and err.count("0 of the 1 paraphrases asked for are there") == 1
+    assert code == 0 and err.count("0 of the 1 paraphrases arrived") == 1
     assert (tmp_path / "out" / "sapo_pool.json").is_file() and (tmp_path / "out" / "sapo_prompts.json").is_file()
 
 
@@ -243,7 +243,7 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path, words, sapo):
     (tmp_path / "out").mkdir()
     with alone(tmp_path / "out" / ".lock", tmp_path):
         code, _, err = sapo(*words)
-    assert code != 0 and "another process is at work here" in err
+    assert code != 0 and "another process is writing here" in err
 
 
 def test_a_run_killed_while_it_wrote_its_first_checkpoint_begins_anew(tmp_path, words, sapo):

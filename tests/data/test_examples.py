@@ -72,7 +72,7 @@ def test_datasets_and_the_hub(tmp_path, monkeypatch):
     # Without a network: what is cached, and no retries for what is not.
     monkeypatch.setattr(tables, "hub_answers", lambda name, kind: False)
     started = time.monotonic()
-    with pytest.raises(DataError, match="nobody/nothing: no such file, and not loaded from the hub, which gives no an"):
+    with pytest.raises(DataError, match="nobody/nothing: no such file, and the hub does not answer"):
         read_examples("nobody/nothing")
     assert time.monotonic() - started < 5 and offline == datasets.config.HF_HUB_OFFLINE
     with pytest.raises(DataError, match=r"b\.parquet: expected a Parquet file"):
@@ -80,19 +80,19 @@ def test_datasets_and_the_hub(tmp_path, monkeypatch):
 
 
 COLUMNS = {
-    "Alpaca": ({"instruction": "Do.", "input": "x", "output": "y"}, "Do.\n\nx", "y", "'instruction' stands in front"),
-    "Alpaca without input": ({"instruction": "Do.", "input": "", "output": "y"}, "Do.", "y", "stands in front"),
+    "Alpaca": ({"instruction": "Do.", "input": "x", "output": "y"}, "Do.\n\nx", "y", "'instruction' is put in front"),
+    "Alpaca without input": ({"instruction": "Do.", "input": "", "output": "y"}, "Do.", "y", "is put in front"),
     "Alpaca in one column too": ({"instruction": "Do.", "input": "x", "output": "y", "text": "Do. x y"}, "Do.\n\nx",
-                                 "y", "columns with text that are not used: 'text'"),
+                                 "y", "unused text columns: 'text'"),
     "instruction alone": ({"instruction": "Do.", "response": "y"}, "Do.", "y", None),
-    "choices by index": ({"question": "q", "choices": ["u", "v"], "answer": 1}, "q\nA. u\nB. v", "B", "stand below"),
+    "choices by index": ({"question": "q", "choices": ["u", "v"], "answer": 1}, "q\nA. u\nB. v", "B", "are put below"),
     "choices with labels": ({"question": "q", "choices": {"label": ["1", "2"], "text": ["u", "v"]}, "answerKey": "2"},
-                            "q\n1. u\n2. v", "2", "stand below"),
+                            "q\n1. u\n2. v", "2", "are put below"),
     "options by letter": ({"question": "q", "options": {"A": "u", "B": "v"}, "answer": "B"}, "q\nA. u\nB. v", "B",
                           None),
     "choices in the text": ({"question": "q: u or v", "choices": ["u", "v"], "answer": "u"}, "q: u or v", "u", None),
     "unused texts": ({"question": "q", "answer": "a", "context": "Long.", "id": "x", "n": 3, "tags": ["t"]}, "q", "a",
-                     "columns with text that are not used: 'context', 'tags'"),
+                     "unused text columns: 'context', 'tags'"),
     "whole numbers": ({"text": "q", "label": -3}, "q", "-3", "'label' holds numbers, taken as text"),
 }  # fmt: skip
 

@@ -54,7 +54,7 @@ REFUSED = {
     "only thinking": (f"<think>\n<{T}>a</{T}>", "after the thinking"),
     "thinking again": (f"<think>x</think>\n[THINK]\n<{T}>a</{T}>", "after the thinking"),
     "only analysis": (f"<|channel|>analysis<|message|>\n<{T}>a</{T}>", "after the thinking"),
-    "dots": (f"<{T}>...</{T}>", "without a word"),
+    "dots": (f"<{T}>...</{T}>", "an empty <"),
     "a bracket and a quarter of a million spaces": ("<" + " " * 260_000, "an answer without"),
     "a million openings": (f"<{T}" * 23_000, "an answer without"),
     "many ends of thoughts": ("</think>" * 32_000, "an answer without"),

@@ -117,7 +117,7 @@ def test_too_few(caplog):
         return Scripted(["a yes no", Answer((), "script", "why not")], [SourceError("it is gone")])
 
     gather(POOL, script(), 4, minimum=1)
-    assert "script: 1 of the 4 paraphrases asked for are there: it is gone; 1 answer: why not" in caplog.text
+    assert "script: 1 of the 4 paraphrases arrived: it is gone; 1 answer: why not" in caplog.text
     with pytest.raises(TooFewPrompts, match="at least 2 paraphrases, got 1; 1 of the 4 .* it is gone"):
         gather(POOL, script(), 4, minimum=2)
     assert gather(POOL, Scripted(), 4).prompts == POOL.prompts and "3 times in a row" in caplog.text

@@ -186,7 +186,7 @@ def test_a_folder_with_something_else_is_refused(tmp_path):
 def test_two_processes_on_one_folder(tmp_path):
     with open(tmp_path / ".lock", "w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
-        with pytest.raises(RuntimeError, match="another process is at work"):
+        with pytest.raises(RuntimeError, match="another process is writing"):
             run_small(tmp_path)
         assert [path.name for path in tmp_path.iterdir()] == [".lock"]
     run_small(tmp_path, count=1, max_steps=1)
@@ -201,7 +201,7 @@ def test_other_versions_are_said(tmp_path, monkeypatch, caplog):
             run_small(tmp_path, count=1, max_steps=1)
         patch.undo()
         result = run_small(tmp_path, count=1, max_steps=1)
-    assert any("continued with other versions: torch" in warning for warning in result.run["warnings"])
+    assert any("resumed with other versions: torch" in warning for warning in result.run["warnings"])
     assert "was 1.0" in caplog.text
 
 

@@ -24,7 +24,7 @@ def options(add: Callable) -> None:
     add("--input", metavar="TEXT", help="the input (default: the standard input)")
     add("--task", metavar="NAME", help="task whose prompt is used, where the adapter has several")
     add("--model", metavar="DIR_OR_ID", help="base model (default: the one that the adapter names)")
-    add("--tokenizer", metavar="DIR_OR_ID", help="tokenizer, if it does not lie beside the base model")
+    add("--tokenizer", metavar="DIR_OR_ID", help="tokenizer, if it is not beside the base model")
     add("--max-source", type=int, default=MOST_SOURCE, metavar="N", help="longest context in tokens (%(default)s)")
     add("--max-new-tokens", type=int, default=MOST_ANSWER, metavar="N", help="longest answer (%(default)s)")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
@@ -102,7 +102,7 @@ def _prompt(adapter: str, task: str | None) -> tuple[Any, int]:
     prompt = found.tasks[task if task is not None else next(iter(found.tasks))]
     if prompt.template and not ("{prompt}" in prompt.template and "{input}" in prompt.template):
         got = excerpt(prompt.template)
-        raise DataError(f"{adapter}: expected a layout that is a text, got one that a function makes: {got}")
+        raise DataError(f"{adapter}: expected a template that is a text, got one that a function makes: {got}")
     return prompt, found.earlier
 
 

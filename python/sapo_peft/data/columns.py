@@ -98,11 +98,11 @@ class Columns:
         """What was done with columns other than input and target."""
         notes = []
         if self.instruction:
-            notes.append(f"each row's {excerpt(self.instruction)} stands in front of its {excerpt(self.input)}")
+            notes.append(f"each row's {excerpt(self.instruction)} is put in front of its {excerpt(self.input)}")
         if self.choices:
-            notes.append(f"each row's {excerpt(self.choices)} stand below its {excerpt(self.input)}")
+            notes.append(f"each row's {excerpt(self.choices)} are put below its {excerpt(self.input)}")
         if unused:
-            notes.append(f"columns with text that are not used: {shown(unused)}")
+            notes.append(f"unused text columns: {shown(unused)}")
         if numbers and self.label_name is None and not self.choices:
             notes.append(f"{excerpt(self.target)} holds numbers, taken as text")
         return notes

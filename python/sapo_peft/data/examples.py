@@ -54,7 +54,7 @@ class Examples(list):
         counts = (
             (len(self.skipped), "with an empty label left out"),
             (self.duplicates, "repeat an earlier one exactly"),
-            (self.conflicts, "have an input that stands earlier with another label"),
+            (self.conflicts, "have an input that an earlier row has with another label"),
             (self.empty_inputs, "have an empty input"),
             (self.several_targets, "have several outputs (the first one is used; an evaluation takes any)"),
         )

@@ -78,7 +78,7 @@ class Request:
             if tag == CLOSING and any(character.isalnum() for character in inside):
                 found.append(inside)
             elif tag == CLOSING:  # the dots of an example
-                fault = f"a pair of {OPENING} without a word was left out"
+                fault = f"an empty {OPENING} was left out"
         if len(parts) % 4 == 3:
             fault = "the answer was cut off inside a paraphrase, which is left out"
         if not found:
