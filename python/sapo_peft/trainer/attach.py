@@ -26,7 +26,7 @@ from .collator import PACKED, SapoCollator
 from .config import SapoConfig
 from .records import excerpt_line, write_beside_adapter
 from .rescoring import Rescorer
-from .run_state import digests
+from .run_state import alike
 
 logger = logging.getLogger("sapo_peft")
 
@@ -89,7 +89,7 @@ def attach_sapo(
         timeout = float(getattr(trainer.args, "ddp_timeout", 0) or DEFAULT_TIMEOUT)
         rescorer = Rescorer(choice, _probes(trainer, choice, probe, config), tokenizer, config, timeout)
     callback = SapoCallback(trainer, collator, rescorer, config, _ranks.first_of(config.now or STARTED), started)
-    _ranks.check_same(digests(choice.tasks, callback.setup))
+    _ranks.check_same(alike(choice.tasks, callback.setup))
 
     # Nothing of the trainer has been changed up to here.
     trainer.args.remove_unused_columns = False

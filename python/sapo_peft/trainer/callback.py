@@ -288,7 +288,7 @@ class SapoCallback(TrainerCallback):
             "due": self._due,
             "switches": self.switches,
             "drift": {name: list(getattr(self.drift, name)) for name in ("first", "newest", "squares")},
-            "trained": numbers(self.trained.numbers()),
+            "trained": numbers(vars(self.trained)),
             "history": [scoring.record() for scoring in self.history[-HISTORY:]],
         }
 
