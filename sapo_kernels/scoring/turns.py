@@ -1,4 +1,4 @@
-"""Conversations: rows of ``messages``, and in which turn an instruction stands."""
+"""Conversations: rows of ``messages``, and which turn the instruction is in."""
 
 from __future__ import annotations
 
