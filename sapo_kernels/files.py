@@ -15,6 +15,7 @@ import errno
 import json
 import math
 import os
+import re
 import reprlib
 import secrets
 import stat
@@ -22,6 +23,8 @@ import zlib
 from typing import Any
 
 MAX_BYTES = 64 * 2**20
+# Of JSON: what opens and ends objects, a string (before a colon: a key), a number or a word.
+_TOKEN = re.compile(r'[{}]|("(?:[^"\\]|\\.)*")(\s*:)?|[^\s"{}\[\]:,]+')
 
 
 class DataError(ValueError):
@@ -159,7 +162,11 @@ def read_text(path: str | os.PathLike, *, max_bytes: int = MAX_BYTES) -> str:
 
     Raises: `DataError` for other encodings and NUL characters; `OSError` from opening or reading.
     """
-    data, name = read_bytes(path, max_bytes=max_bytes), os.fspath(path)
+    return decode(read_bytes(path, max_bytes=max_bytes), os.fspath(path))
+
+
+def decode(data: bytes, name: str) -> str:
+    """UTF-8 text as `read_text` takes it; `name` says in messages where it is from."""
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise DataError(f"{name}: expected UTF-8 text, got UTF-16 or UTF-32; save it again as UTF-8")
     data = data.removeprefix(b"\xef\xbb\xbf")
@@ -199,16 +206,37 @@ def parse_json(text: str, name: str) -> Any:
     except RecursionError:
         raise DataError(f"{name}: expected some hundred levels of nesting at most, got more") from None
     except ValueError as error:  # from below, or an integer of thousands of digits
-        raise DataError(f"{name}: {error}") from None
+        raise DataError(f"{name}: {_placed(text, error)}") from None
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        seen: set[str] = set()
-        again = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise ValueError(f"expected each key once, got {excerpt(again)} again")
+        raise ValueError("expected each key once, got one again")
     return found
+
+
+def _placed(text: str, error: ValueError) -> str:
+    """What `parse_json` refuses in `text` with line and column, which `json` does not tell its hooks."""
+    objects: list[set[str]] = []
+    for token in _TOKEN.finditer(text):
+        found, string, colon = token[0], token[1], token[2]
+        try:
+            if found == "{":
+                objects.append(set())
+            elif found == "}":
+                objects.pop()
+            elif colon is not None:
+                key = json.loads(string)
+                if key in objects[-1]:
+                    raise ValueError(f"expected each key once, got {excerpt(key)} again")
+                objects[-1].add(key)
+            elif string is None:
+                json.loads(found, parse_constant=_finite, parse_float=_finite)
+        except ValueError as fault:
+            place = json.JSONDecodeError("", text, token.start())
+            return f"line {place.lineno} column {place.colno}: {fault}"
+    return str(error)
 
 
 def _finite(token: str) -> float:

@@ -46,11 +46,8 @@ class Setting:
     @property
     def single(self) -> design.SingleConfig:
         """The options of its single-task runs."""
-        return design.single_config(self.base)
-
-    def kind(self, kind: str) -> str:
-        """The name of the rows: ``single_smollm2``."""
-        return f"{kind}_{self.base}"
+        config = design.single_config(self.base)
+        return replace(config, learning_rate=self.rate) if self.rate else config
 
     def made_by(self) -> dict[str, Any]:
         """What decides the rows."""

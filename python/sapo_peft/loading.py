@@ -129,7 +129,9 @@ def _load_model(name: str, dtype: Any, option: str) -> Any:
 
     source, local = _source(option, name, "config.json")
     if local:
-        read_json(Path(source, "config.json"))  # one clear message if it is damaged
+        for file in (Path(source, "config.json"), Path(source, "model.safetensors.index.json")):
+            if file.is_file() and not isinstance(found := read_json(file), dict):  # one clear message if it is damaged
+                raise DataError(f"{file}: expected an object, got {excerpt(found)}")
         if not list(Path(source).glob("*.safetensors")):
             raise DataError(f"{option} {name}: expected weights as .safetensors in this folder, got none")
     try:

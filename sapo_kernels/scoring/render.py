@@ -12,7 +12,7 @@ from datetime import datetime
 from typing import Any
 
 from .thoughts import THOUGHT_END, closing_of, open_thought
-from .turns import Turn, check_history, check_role, example_of, turns_of
+from .turns import Turn, check_history, check_role, columns_of, example_of, turns_of
 
 logger = logging.getLogger("sapo_kernels")
 _PLACEHOLDER = re.compile(r"\{(prompt|input)\}")
@@ -288,25 +288,18 @@ def check_examples(examples: Sequence[Mapping[str, str]], *, empty_targets: bool
     for m, example in enumerate(examples):
         if not isinstance(example, Mapping):
             raise TypeError(f"example {m}: expected a mapping with 'input' and 'target', got {type(example).__name__}")
-        row = {}
         try:
-            example = example_of(example) or example
-            if "history" in example:
-                row["history"] = check_history(example["history"])
+            row = example_of(example)
+            if "history" in row:
+                row["history"] = check_history(row["history"])
         except ValueError as error:
             raise ValueError(f"example {m}: {error}") from None
         for number, turn in enumerate(row.get("history", ())):
             _check_characters(turn["content"], f"example {m}: history: message {number}")
-        for key, other in (("input", "sentence"), ("target", "label")):
-            found = key if key in example else other
-            if found not in example:
-                raise ValueError(
-                    f"example {m}: expected the key {key!r} (or {other!r}), got {sorted(map(str, example))}"
-                )
-            if not isinstance(example[found], str):
-                raise TypeError(f"example {m}: {found!r}: expected a string, got {type(example[found]).__name__}")
-            _check_characters(example[found], f"example {m}: {found!r}")
-            row[key] = example[found]
+        for key, name in zip(("input", "target"), columns_of(example), strict=True):
+            if not isinstance(row[key], str):
+                raise TypeError(f"example {m}: {name!r}: expected a string, got {type(row[key]).__name__}")
+            _check_characters(row[key], f"example {m}: {name!r}")
         if not empty_targets and not row["target"].strip():
             raise ValueError(f"example {m}: expected a target, got an empty string")
         checked.append(row)

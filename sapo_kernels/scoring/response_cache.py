@@ -213,8 +213,8 @@ class ResponseCache:
         Args:
             tokenizer: a transformers tokenizer; its chat template is used if it has one.
             prompts: K instructions, not empty, free of the tokenizer's special tokens.
-            examples: M mappings with "input" and "target" (or "sentence" and "label"), targets not empty, or with
-                ``messages``, the last of them the assistant's.
+            examples: M mappings with "input" and "target" (or "sentence" and "label", or other columns that
+                `turns.columns_of` knows), targets not empty, or with ``messages``, the last of them the assistant's.
             template, suffix, text_word: the layout, see `sapo_kernels.scoring.render.Renderer`.
             max_source: longest context in tokens; a longer one loses the end of its *input*, never of the instruction,
                 the suffix or the closing of the turn.

@@ -69,6 +69,9 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(tmp_
         ("a: b: c", "expected YAML"),
         ("x: !!python/object/apply:os.system ['echo hi']", "expected YAML"),
         ("", "expected options by name, got None"),
+        ("max-steps: 1\nlr: 0.1\n'max-steps': 2", "line 3 column 1: expected each key once, got 'max-steps' again"),
+        ("lr_scheduler_kwargs: {a: 1, b: 2, a: 3}", "line 1 column 35: expected each key once, got 'a' again"),
+        ("lr: 0.1\nlearning_rate: 0.2", "expected each option once, got 'learning_rate' beside another name of it"),
         ("max-steps: null", "max-steps: expected a value, got none"),
         ("[" * 5000, "expected YAML"),
         (bytes(range(256)), ""),
@@ -76,7 +79,7 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(tmp_
         (None, "No such file"),
         (".", ""),
     ],
-    ids=range(14),
+    ids=range(17),
 )
 def test_a_faulty_file_is_one_line(tmp_path, sapo, text, expected):
     path = tmp_path if text == "." else tmp_path / "bad.yaml"

@@ -268,10 +268,10 @@ def test_examples_are_checked():
         (
             [good, {"input": "i"}],
             ValueError,
-            r"example 1: expected the key 'target' \(or 'label'\), got \['input'\]",
+            r"example 1: expected the target column \(exactly one of target, .*, got the columns 'input'$",
         ),
-        ([{"target": "t"}], ValueError, r"example 0: expected the key 'input' \(or 'sentence'\)"),
-        ([{}], ValueError, r"example 0: expected the key .*got \[\]"),
+        ([{"target": "t"}], ValueError, r"example 0: expected the input column \(exactly one of input, sentence"),
+        ([{}], ValueError, "example 0: expected the input column .*got the columns none"),
         ([{"input": None, "target": "t"}], TypeError, "example 0: 'input': expected a string, got NoneType"),
         ([good, {"input": "i", "target": 5}], TypeError, "example 1: 'target': expected a string, got int"),
         ([{"sentence": "s", "label": ["l"]}], TypeError, "example 0: 'label': expected a string, got list"),

@@ -88,7 +88,7 @@ def test_what_cannot_be_shown_is_refused():
     (TALK[:4], "turn at the end, got ['system', 'user', 'assistant', 'user']"),
     ([{"role": "assistant", "content": "4"}], "turn at the end, got ['assistant']"),
     (["hi", "there"], "message 0: expected an object with a role and a content, got str"),
-    ([{"from": "human", "value": "x"}], "message 0: expected an object with a role and a content, got ['from'"),
+    ([{"from": "human", "value": "x"}], "turn at the end, got ['user']"),
     ([{"role": "tool", "content": "x"}, *TALK[3:]], "message 0: expected one of the roles"),
     ([*TALK[3:4], {"role": "assistant", "content": "x", "tool_calls": [{}]}], "message 1: expected one of the roles"),
     ([*TALK[3:4], {"role": "assistant", "content": None}], "message 1: expected a text, got NoneType"),

@@ -286,3 +286,6 @@ def test_everything_of_the_state_comes_back(tmp_path):
     for name in ("_due", "_scored_epoch", "switches"):
         assert getattr(other, name) == getattr(callback, name), name
     assert json.dumps(other.state()) == json.dumps(callback.state())
+    # Of a long run the newest scorings alone: each checkpoint has them again.
+    callback.history *= 1000
+    assert callback.state()["history"] == [scoring.record() for scoring in callback.history[-1000:]]

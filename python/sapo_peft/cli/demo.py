@@ -17,15 +17,15 @@ MODELS = ("smollm2", "tiny-base")
 POLICIES = ("original", "sapo", "random")
 OPTIONS: dict[str, dict[str, Any]] = {
     "smollm2": {
-        "max_steps": 6, "learning_rate": 1e-3, "train_examples": 64, "test_examples": 12, "probe_examples": 64,
-        "generate": False, "evaluate": "seen", "lora_r": 16,
+        "max_steps": 6, "batch_size": 6, "learning_rate": 1e-3, "train_examples": 64, "test_examples": 12,
+        "probe_examples": 64, "generate": False, "evaluate": "seen", "lora_r": 16,
     },
     "tiny-base": {
-        "max_steps": 20, "learning_rate": 6e-3, "train_examples": 160, "test_examples": 40, "probe_examples": 32,
-        "eval_batch_size": 40,
+        "max_steps": 20, "batch_size": 8, "learning_rate": 6e-3, "train_examples": 160, "test_examples": 40,
+        "probe_examples": 32, "eval_batch_size": 40,
     },
 }  # fmt: skip
-SHARED = {"method": "lora-inc", "batch_size": 8, "lora_dropout": 0.0, "eval_loss": True}
+SHARED = {"method": "lora-inc", "lora_dropout": 0.0, "eval_loss": True}
 # Cells that the published loop is timed on, as one batch of its size.
 SLICE = 8
 

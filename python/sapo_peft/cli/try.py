@@ -107,9 +107,13 @@ def _prompt(adapter: str, task: str | None) -> tuple[Any, int]:
 
 
 def _input(text: str | None) -> str:
-    from sapo_kernels.files import DataError
+    from sapo_kernels.files import MAX_BYTES, DataError, decode
 
-    text = sys.stdin.read().removesuffix("\n") if text is None else text
+    if text is None:
+        data = sys.stdin.buffer.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise DataError(f"standard input: expected at most {MAX_BYTES} bytes, got more")
+        text = decode(data, "standard input").removesuffix("\n")
     if not text.strip():
         raise DataError("--input or standard input: expected a text, got an empty one")
     return text
