@@ -36,12 +36,20 @@ REDUCTIONS = ("token", "example", "batch")
 
 @dataclass(frozen=True)
 class Setting:
-    """A base, the data folder and where to run. part: (i, n) takes every n-th group of runs, from the i-th on."""
+    """A base, the data folder and where to run. part: (i, n) takes every n-th group of runs, from the i-th on.
+
+    rate: the learning rate of single-task runs, instead of the base's.
+    """
 
     base: str
     data: Path
     device: str
     part: tuple[int, int]
+    rate: float | None = None
+
+    def kind(self, kind: str) -> str:
+        """The name of the rows: ``single_smollm2``, ``single_smollm2_0.0005``."""
+        return f"{kind}_{self.base}" + (f"_{self.rate:g}" if self.rate else "")
 
     @property
     def single(self) -> design.SingleConfig:

@@ -69,7 +69,7 @@ def example_of(row: Mapping[str, Any]) -> dict[str, Any]:
     elif (text, answer) == COMPLETION and _is_list(row[text]) and _is_list(row[answer]):
         messages = [*row[text], *row[answer]]
     else:
-        parts = [name for name in PARTS if name in row and name != text]
+        parts = [name for name in PARTS if row.get(name) is not None and name != text]
         if parts:
             raise ValueError(
                 f"expected one text in {text!r}, got {parts[0]!r} beside it; sapo_peft.read_examples joins them"
@@ -110,7 +110,7 @@ def check_role(role: Any) -> None:
 
 
 def _turn(message: Any, place: str) -> Turn:
-    if isinstance(message, Mapping) and "from" in message:
+    if isinstance(message, Mapping) and message.get("role") is None and "from" in message:
         message = {"role": _SHAREGPT.get(str(message["from"]), message["from"]), "content": message.get("value")}
     if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
         got = sorted(map(str, message)) if isinstance(message, Mapping) else type(message).__name__

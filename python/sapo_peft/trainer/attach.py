@@ -8,7 +8,7 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sapo_kernels.files import DataError
@@ -22,11 +22,11 @@ from . import ranks as _ranks
 from .callback import SapoCallback
 from .checkpoints import checkpoint_fault
 from .choice import Choice
-from .collator import CARRIED, PACKED, SapoCollator
+from .collator import PACKED, SapoCollator
 from .config import SapoConfig
 from .records import excerpt_line, write_beside_adapter
 from .rescoring import Rescorer
-from .run_state import digests
+from .run_state import alike
 
 logger = logging.getLogger("sapo_peft")
 
@@ -89,7 +89,7 @@ def attach_sapo(
         timeout = float(getattr(trainer.args, "ddp_timeout", 0) or DEFAULT_TIMEOUT)
         rescorer = Rescorer(choice, _probes(trainer, choice, probe, config), tokenizer, config, timeout)
     callback = SapoCallback(trainer, collator, rescorer, config, _ranks.first_of(config.now or STARTED), started)
-    _ranks.check_same(digests(choice.tasks, callback.setup))
+    _ranks.check_same(alike(choice.tasks, callback.setup))
 
     # Nothing of the trainer has been changed up to here.
     trainer.args.remove_unused_columns = False
@@ -127,15 +127,7 @@ class _Attached:
         # A run that was killed after its last checkpoint is complete; the trainer would make a step more.
         if self.control.should_training_stop:
             return [], None
-        return super().get_batch_samples(self._newest(epoch_iterator), *args, **kwargs)
-
-    def _newest(self, batches) -> Iterator[dict[str, Any]]:
-        """Each batch under the choice that is in force now, without what it carries."""
-        for batch in batches:
-            if CARRIED not in batch:
-                got = sorted(map(str, batch))[:20]
-                raise ValueError(f"trainer: expected batches of its data_collator, got one made without it: {got}")
-            yield self._sapo.newest(batch)
+        return super().get_batch_samples(map(self._sapo.newest, epoch_iterator), *args, **kwargs)
 
     def training_step(self, model, inputs, *args, **kwargs):
         packing, step = self._sapo.packing, super().training_step

@@ -202,6 +202,9 @@ class SapoCallback(TrainerCallback):
 
     def newest(self, batch: dict[str, Any]) -> dict[str, Any]:
         """A batch that is going to be trained on, under the choice in force now and without what it carries."""
+        if CARRIED not in batch:
+            got = sorted(map(str, batch))[:20]
+            raise ValueError(f"trainer: expected batches of its data_collator, got one made without it: {got}")
         with self.timed():
             batch = self.collator.newest(batch)
             self.trained.batch(batch.pop(CARRIED).counts, self.history[-1].losses if self.history else {})
@@ -285,7 +288,7 @@ class SapoCallback(TrainerCallback):
             "due": self._due,
             "switches": self.switches,
             "drift": {name: list(getattr(self.drift, name)) for name in ("first", "newest", "squares")},
-            "trained": numbers(self.trained.numbers()),
+            "trained": numbers(vars(self.trained)),
             "history": [scoring.record() for scoring in self.history[-HISTORY:]],
         }
 

@@ -60,11 +60,10 @@ def setup_of(trainer: Any, collator: SapoCollator, rescorer: Rescorer | None, co
     })  # fmt: skip
 
 
-def digests(tasks: Sequence[str], setup: Mapping[str, Any]) -> dict[str, str]:
+def alike(tasks: Sequence[str], setup: Mapping[str, Any]) -> dict[str, Any]:
     """What the ranks of a run compare, by name."""
     found = {"pools": [tasks, setup["pools"]], "template": setup["rendering"]}
-    found |= {"probe": setup["probe"], "options": setup["options"]}
-    return {name: json.dumps(value, sort_keys=True) for name, value in found.items()}
+    return {**found, "probe": setup["probe"], "options": setup["options"]}
 
 
 def check_setup(kept: Mapping[str, Any], tasks: Sequence[str], own: Mapping[str, Any]) -> None:
