@@ -251,5 +251,5 @@ def test_a_run_killed_while_it_wrote_its_first_checkpoint_begins_anew(tmp_path, 
     cut.mkdir(parents=True)
     (cut / "optimizer.pt").write_bytes(b"PK")
     code, out, err = sapo(*words, "--resume")
-    assert code == 0 and "No checkpoint to resume from: a new run." in out and "is not whole" in err
+    assert code == 0 and "No checkpoint to resume from: a new run." in out and "is incomplete" in err
     assert last_good_checkpoint(tmp_path / "out") == str(tmp_path / "out" / "checkpoint-4")

@@ -192,7 +192,7 @@ def test_two_processes_on_one_folder(tmp_path):
     run_small(tmp_path, count=1, max_steps=1)
 
 
-def test_other_versions_are_said(tmp_path, monkeypatch, caplog):
+def test_other_versions_are_reported(tmp_path, monkeypatch, caplog):
     plain, torchs = runner_module.metadata.version, iter(["1.0", "1.1"])
     with monkeypatch.context() as patch:
         patch.setattr(runner_module.metadata, "version", lambda name: next(torchs) if name == "torch" else plain(name))
