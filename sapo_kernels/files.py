@@ -186,7 +186,7 @@ def read_json(path: str | os.PathLike, *, max_bytes: int = MAX_BYTES) -> Any:
 
 
 def parse_json(text: str, name: str) -> Any:
-    """One JSON document, equal to `json.loads(text)`; `name` says in messages where the text is from.
+    """One JSON document, equal to `json.loads(text)`; `name` is the text's origin in messages.
 
     Raises: `DataError` for anything that is not exactly one JSON document, NaN and Infinity, numbers that overflow a
     float, duplicate keys, lone surrogates, and nesting or integers too long for Python.

@@ -70,7 +70,7 @@ def _decide(key: tuple, sample: torch.Tensor, choices, test: Callable[[Any], boo
 
 
 def _stand_in(module: nn.Module, **parts: dict) -> nn.Module:
-    """The module with other parameters or children; nothing of it is changed."""
+    """A copy of the module with other parameters or children; the module itself is not changed."""
     other = object.__new__(type(module))
     vars(other).update(vars(module))
     vars(other).update(parts)
@@ -119,7 +119,7 @@ def _dense(x: torch.Tensor) -> bool:
 
 
 class _Given(nn.Module):
-    """Stands for a linear layer: returns what it was given, and refuses another input than the one expected."""
+    """A stand-in for a linear layer: returns a given result, and refuses any input but the expected one."""
 
     def __init__(self, value: torch.Tensor, expected: torch.Tensor):
         super().__init__()
@@ -225,7 +225,7 @@ def _attention_forward(module: nn.Module, copies: dict) -> Callable | None:
 
 @functools.cache
 def _parameters(function: types.FunctionType) -> tuple[str, ...]:
-    """Names, looked up once a function: there is one for thousands of modules."""
+    """Names, looked up once for a function that thousands of modules share."""
     return tuple(inspect.signature(function).parameters)
 
 

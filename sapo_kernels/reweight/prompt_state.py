@@ -1,4 +1,4 @@
-"""PromptState: what is known of every prompt of every pool, as tensors on one device."""
+"""PromptState: the scores of every prompt of every pool, as tensors on one device."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ class PromptState:
         return torch.where((rates > 0).any(-1), drawn, -1)
 
     def to(self, device: torch.device | str) -> PromptState:
-        """This state on `device`: itself if it is there, else a copy."""
+        """This state on `device`: itself if it is there already, else a copy."""
         # "cuda" and "cuda:0" may be the same place, and then `Tensor.to` returns the tensor itself.
         if self.mean.to(device) is self.mean:
             return self

@@ -34,7 +34,7 @@ running = threading.local()
 
 
 class NotTreeable(RuntimeError):
-    """The model asked its attention for something that the tree path cannot give; the message says what."""
+    """The model asks its attention for something that the tree path does not have; the message names it."""
 
 
 @dataclass

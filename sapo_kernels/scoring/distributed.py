@@ -174,7 +174,7 @@ class ShardedJob(ScoringJob):
         return nll, total
 
     def _shard(self, path, cells, cache, checks, plain, found: list) -> str:
-        """Append what one shard gave to `found`; or say why no rank may take this path."""
+        """Append the result of one shard to `found`; or return why no rank may take this path."""
         job = Paths(self.model, cache, self.op_impl, self.max_tokens, False, self.fuse)
         job.through_model, job.put_rope_back = self.through_model, self.put_rope_back
         places = {int(cell): place for place, cell in enumerate(cells)}

@@ -45,7 +45,7 @@ _DEPTH, _CALLS, _ITEMS = 6, 5, 64
 
 
 def foreign_code(model: nn.Module, configs: list) -> str | None:
-    """The first piece of code in a model's forward that is none of `LIBRARIES`' own, in words; None if there is none.
+    """The first piece of code in a model's forward that is not from `LIBRARIES`, in words; None if there is none.
 
     Looked at: hooks and instance attributes of every module, the functions of its class and what its forward calls by
     name, the classes of its parameters; the attention and mask functions of `configs`; torch's functions, its global

@@ -43,7 +43,7 @@ class Lines:
 
 
 def duration(seconds: float) -> str:
-    """About how long, in the largest unit that says something."""
+    """About how long, in a fitting unit."""
     minutes = seconds / 60
     return f"about {minutes / 60:.1f} h" if minutes >= 90 else f"about {max(1, round(minutes))} min"
 

@@ -81,7 +81,7 @@ class Race:
 
     @property
     def quantile(self) -> float:
-        """Standard errors that a prompt must lie behind the leader to be dropped: 2.81 by default."""
+        """How many standard errors behind the leader a prompt is dropped: 2.81 by default."""
         return -NormalDist().inv_cdf(self.delta / RIVALS) if self.delta else math.inf
 
 

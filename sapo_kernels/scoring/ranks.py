@@ -1,4 +1,4 @@
-"""Ranks that do one job together, and what each of them learns when another is lost.
+"""Ranks that do one job together, and how each learns that another is lost.
 
 Everything they tell each other goes through the store of the process group, which torchrun's agent or rank 0 keeps:
 values, signs of life, and the first loss that anybody finds. A rank gives a sign before each forward and whenever it
@@ -123,7 +123,7 @@ class Ranks:
             self._sent = [*before._sent, (before._store, f"beat/{self.rank}")]
 
     def beat(self) -> None:
-        """A sign of life. Raises `RankError` if another rank has told of a loss."""
+        """A sign of life. Raises `RankError` if another rank has reported a loss."""
         if not self.others or time.monotonic() - self._beaten < BEAT:
             return
         self._beaten = time.monotonic()
@@ -240,5 +240,5 @@ def collective_timeout(groups, seconds: float):
 
 
 def is_of_a_collective(error: Exception) -> bool:
-    """Whether an error says that other ranks did not come to a collective; not one of this rank's own."""
+    """Whether an error says that other ranks did not join a collective, rather than being this rank's own."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)

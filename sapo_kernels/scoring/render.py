@@ -152,7 +152,7 @@ class Renderer:
             raise ValueError(f"tokenizer: the chat template refuses the turns {roles}: {error}") from error
 
     def _closing_of(self, full: str) -> tuple[str, str]:
-        """(what the template puts behind an answer, the end token if a generation would not stop at anything in it)."""
+        """(what the template appends to an answer, the end token if a generation would not stop at anything in it)."""
         closing = full.rpartition(MARKER)[2] if MARKER in full else ""
         if any(token in closing for token in special_tokens(self.tokenizer, added=True)):
             return closing, ""
@@ -179,7 +179,7 @@ class Renderer:
         return f"\n{mark}\n\n" if "\n" in blank else mark
 
     def leading_ids(self) -> list[int]:
-        """Tokens that stand in front of every sequence: those that the tokenizer puts there by itself, BOS or others.
+        """The tokens that the tokenizer puts in front of every sequence by itself, BOS or others.
 
         A chat template writes its own.
         """
@@ -248,7 +248,7 @@ def _as_of(template: str, now: datetime) -> str:
 
 @functools.cache
 def warn_once(message: str) -> None:
-    """A line in the log, once a process: renderers are made anew for every task and every scoring."""
+    """A line in the log, once a process: every task and every scoring makes a new renderer."""
     logger.warning("%s", message)
 
 

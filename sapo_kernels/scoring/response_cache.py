@@ -252,7 +252,7 @@ class ResponseCache:
 
 
 class CellBuilder:
-    """Tokenises every (prompt, example) in batches and counts what it had to change; `warn` says so in the log too."""
+    """Tokenises every (prompt, example) in batches and counts what it had to change; `warn`: logs it too."""
 
     def __init__(self, renderer: Renderer, prompts, examples, max_source: int, max_target: int, warn: bool = True):
         self.renderer, self.prompts, self.examples, self.warn = renderer, prompts, examples, warn

@@ -196,7 +196,7 @@ class ScoringJob(VerifiedPaths):
         return ScoringJob(self.model, self.cache.select(cells), self.impl, self.max_tokens, self.progress, self.fuse)
 
     def _race(self, race: Race, tokens: np.ndarray) -> tuple[RaceState, list[Measured]]:
-        """Score what a race asks for, round by round; from the beginning if a round needs another path."""
+        """Score the cells of a race, round by round; from the beginning if a round needs another path."""
         state, rounds, settled, prefixes = self._state(race, tokens), [], None, self._prefix_cache()
         while (cells := state.next_cells()) is not None:
             job = self.part(cells)

@@ -1,4 +1,4 @@
-"""Rows as examples: which columns are their texts, conversations, and in which turn an instruction stands."""
+"""Rows as examples: which columns are their texts, conversations, and which turn the instruction is in."""
 
 from __future__ import annotations
 

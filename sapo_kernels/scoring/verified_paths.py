@@ -142,7 +142,7 @@ class VerifiedPaths(Paths):
     def _first_that_agrees(
         self, before: Settled | None, foreign: str | None, plain: PlainModel
     ) -> tuple[Measured, bool]:
-        """(what was found, whether its path may be remembered)."""
+        """(the result, whether its path may be remembered)."""
         start, reason = self._start(foreign)
         if before is not None and PATHS.index(before.path) > PATHS.index(start):
             start, reason = self._allowed(before.path, before.reason)
@@ -177,7 +177,7 @@ class VerifiedPaths(Paths):
     def _try(
         self, path: str, checks: list[Check], plain: PlainModel
     ) -> tuple[tuple[np.ndarray, int] | None, str | None]:
-        """What `attempt` gives, or (None, why another path is to be taken); what none would mend is raised."""
+        """What `attempt` gives, or (None, why another path is needed); errors that no path avoids are raised."""
         try:
             return self.attempt(path, checks, plain), None
         except (Disagreement, NotTreeable) as error:

@@ -1,4 +1,4 @@
-"""Whether a model trains over a trie as it does on padded rows: what is known to differ, and a comparison."""
+"""Whether a model trains over a trie as on padded rows: known differences, then a comparison."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ def _plain_losses(model, rows, device, options) -> torch.Tensor:
 
 
 def _run(parameters: Sequence[torch.Tensor], losses_of: Callable[[], torch.Tensor]):
-    """(losses on the CPU, gradients of their sum); what was in ``.grad`` before is there afterwards."""
+    """(losses on the CPU, gradients of their sum); ``.grad`` is restored afterwards."""
     losses = losses_of()
     if losses is None:
         return None
@@ -200,7 +200,7 @@ def _norm(gradients) -> torch.Tensor:
 
 
 def _difference(one, other) -> list[torch.Tensor]:
-    """A gradient that one side lacks is zero there."""
+    """A gradient that one side lacks counts as zero."""
     return [
         a if b is None else b if a is None else a.detach().float() - b.detach().float()
         for a, b in zip(one, other, strict=True)

@@ -271,7 +271,7 @@ def stopped(files, sapo, monkeypatch):
     return sizes
 
 
-def test_a_stopped_call_is_gone_on_from(files, sapo, stopped):
+def test_a_stopped_call_is_resumed(files, sapo, stopped):
     one_line_error(sapo(*SCORE, "--out", "s.json"), "s.json.part", "--resume", "--overwrite")
     assert sapo(*SCORE, "--out", "s.json", "--resume")[0] == 0 and stopped[3:] == [20]
     resumed = (files / "s.json").read_bytes()
@@ -289,7 +289,7 @@ def dated(monkeypatch):
     monkeypatch.setattr("sapo_peft.tiny_random.CHAT_TEMPLATE", DATED)
 
 
-def test_a_call_that_is_gone_on_from_on_another_day_keeps_its_date(files, sapo, dated, stopped, monkeypatch):
+def test_a_call_that_is_resumed_on_another_day_keeps_its_date(files, sapo, dated, stopped, monkeypatch):
     begun = json.loads((files / "s.json.part").read_text())["made_with"]["now"]
     monkeypatch.setattr("sapo_peft.cli.parts.STARTED", datetime(2001, 1, 1))
     assert sapo(*SCORE, "--out", "s.json", "--resume")[0] == 0 and stopped[3:] == [20]
@@ -298,7 +298,7 @@ def test_a_call_that_is_gone_on_from_on_another_day_keeps_its_date(files, sapo, 
     assert one["now"] == begun != two["now"] == "2001-01-01T00:00:00" and one["nll"] != two["nll"]
 
 
-def test_only_the_same_call_is_gone_on_from(files, sapo, stopped):
+def test_only_the_same_call_is_resumed(files, sapo, stopped):
     for change, words in (
         (("--suffix", "S"), ("suffix: expected 'S' as in this call, got ''",)),
         (("--max-target", "5"), ("max_target",)),

@@ -246,10 +246,10 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path, words, sapo):
     assert code != 0 and "another process is writing here" in err
 
 
-def test_a_run_killed_while_it_wrote_its_first_checkpoint_begins_anew(tmp_path, words, sapo):
+def test_a_run_killed_while_it_wrote_its_first_checkpoint_starts_over(tmp_path, words, sapo):
     cut = tmp_path / "out" / "checkpoint-2"
     cut.mkdir(parents=True)
     (cut / "optimizer.pt").write_bytes(b"PK")
     code, out, err = sapo(*words, "--resume")
-    assert code == 0 and "No checkpoint to resume from: a new run." in out and "is not whole" in err
+    assert code == 0 and "No checkpoint to resume from: a new run." in out and "is incomplete" in err
     assert last_good_checkpoint(tmp_path / "out") == str(tmp_path / "out" / "checkpoint-4")

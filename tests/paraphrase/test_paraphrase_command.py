@@ -51,7 +51,7 @@ def test_from_an_endpoint(sapo, files, endpoint, monkeypatch):
     assert len(made.prompts) == 5 and made.suffix == "One word." and made.task == "o"
 
 
-def test_an_outage_is_gone_on_from(sapo, endpoint):
+def test_an_outage_is_resumed(sapo, endpoint):
     with BadServer(says(tagged("1 positive negative")), status(401)) as server:
         arguments = (*endpoint(server), "--count", "6")
         code, out, err = sapo(*arguments)
@@ -71,7 +71,7 @@ def saved():
     return len(PromptPool.read("pool.json").prompts) if os.path.exists("pool.json") else 0
 
 
-def test_one_run_at_a_time_and_one_that_is_killed_is_gone_on_from(sapo, endpoint):
+def test_one_run_at_a_time_and_one_that_is_killed_is_resumed(sapo, endpoint):
     with BadServer(fresh(), fresh(), silence) as server:
         arguments = endpoint(server)
         process = child(*arguments)

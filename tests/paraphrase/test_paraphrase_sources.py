@@ -99,7 +99,7 @@ def test_a_store_of_something_else_is_refused_before_anything_is_asked(tmp_path)
     assert PromptPool.read(tmp_path / "u.json").prompts == ("Say yes or no", "a yes no")
 
 
-def test_a_file_that_is_gone_on_with_gives_what_one_run_gives(tmp_path):
+def test_a_file_that_is_resumed_gives_what_one_run_gives(tmp_path):
     """It offers all it holds again: what was taken from it before is no repetition, what it has twice is one."""
     texts = ["A", "B", "Original", "A", "C", "bad\x07", "D", "B", "E"]
     source = FileSource(put(tmp_path / "more.json", texts))

@@ -184,7 +184,7 @@ def test_the_turn_of_the_instruction(tmp_path):
         run_small(tmp_path / "system", count=1, max_steps=2)
 
 
-def test_limits_on_rows_and_lengths_are_kept_and_said(tmp_path):
+def test_limits_on_rows_and_lengths_are_kept_and_reported(tmp_path):
     tasks = [
         SequenceTask.build("t", rows_of(1, 20), [{"input": "x" * 400, "target": "y" * 60}] * 4, small_task(1).pool)
     ]

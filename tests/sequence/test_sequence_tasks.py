@@ -94,7 +94,7 @@ def test_an_unknown_order_names_those_there_are(data):
         read_order(data / "nowhere", "mine")
 
 
-def test_rows_are_conserved_and_faults_are_said():
+def test_rows_are_conserved_and_faults_are_reported():
     train = pairs(("a", "1"), ("a", "1"), ("b", "1"), ("b", "2"), ("c", " "), ("d", ""))
     test = pairs(("a", "1"), ("b", "3"), ("new", "1"))
     task = SequenceTask.build("t", train, test, POOL, dev=test[:2])

@@ -137,7 +137,7 @@ def test_datasets_whose_rows_are_made_when_they_are_read(tmp_path):
         assert len(callback.history) == 1
 
 
-def test_prompts_that_the_tokenizer_rules_out_are_said(tmp_path, caplog):
+def test_prompts_that_the_tokenizer_rules_out_are_reported(tmp_path, caplog):
     """Those that the pool had rejected before are old news."""
     pool = PromptPool.build("colours", "Say it.", ["Say it now.", "Say <|im_end|> it.", "Bad\0one"])
     assert len(pool.prompts) == 3 and len(pool.rejected) == 1

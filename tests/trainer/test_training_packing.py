@@ -90,8 +90,8 @@ REFUSED = {
     ),
     "foreign code": (dict(model=hooked), "is not code of a known library"),
     "attention dropout": (dict(model=dropping), "its attention has a dropout of 0.1"),
-    "label smoothing": (dict(label_smoothing_factor=0.1), "label_smoothing_factor looks at whole batches"),
-    "noise": (dict(neftune_noise_alpha=5.0), "neftune_noise_alpha looks at whole batches"),
+    "label smoothing": (dict(label_smoothing_factor=0.1), "label_smoothing_factor needs whole batches"),
+    "noise": (dict(neftune_noise_alpha=5.0), "neftune_noise_alpha needs whole batches"),
 }
 
 

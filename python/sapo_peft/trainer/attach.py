@@ -107,7 +107,7 @@ def attach_sapo(
 
 
 class _Attached:
-    """The methods of a trainer that SAPO stands in front of, in the order in which a run calls them."""
+    """The methods of a trainer that SAPO overrides, in the order in which a run calls them."""
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         # Before anything is loaded from it.

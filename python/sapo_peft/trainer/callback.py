@@ -1,4 +1,4 @@
-"""SapoCallback: scores when it is time, says every switch, and keeps its state in the trainer's checkpoints."""
+"""SapoCallback: scores when it is time, logs every switch, and keeps its state in the trainer's checkpoints."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ class SapoCallback(TrainerCallback):
             if kept is None:
                 raise ValueError("it was written without SAPO")
         except (OSError, ValueError) as error:
-            logger.warning("the best model is that of %s, the prompts stay the last ones: %s", checkpoint, error)
+            logger.warning("the best model is from %s, without its prompts; the last ones stay: %s", checkpoint, error)
             return
         switches = self.choice.load(kept, clock=False)
         self._of_best = Scoring.of_record(kept["history"][-1]) if kept["history"] else None
@@ -220,7 +220,7 @@ class SapoCallback(TrainerCallback):
                 "training has diverged, nothing is saved; a lower learning rate may help"
             )
 
-    # What is said, logged and timed.
+    # Messages, logs and times.
 
     def metrics(self, scoring: Scoring) -> dict[str, float]:
         """What is logged after a scoring: means over tasks, in nats per token; the entropy in nats."""

@@ -82,7 +82,7 @@ class Packing:
         """What the trie saved so far, to be put behind a sentence; nothing where it was not taken."""
         if not self.tokens:
             return ""
-        return f"; trained on {self.tokens:,} tokens of tries for {self.padded_tokens:,} of padded rows"
+        return f"; trained on {self.tokens:,} trie tokens instead of {self.padded_tokens:,} padded ones"
 
     def _takes(self, trainer: Any, model, batch: TrieBatch) -> bool:
         """Whether this batch goes over its trie; the first one of a run decides for all, but for longer ones."""
@@ -101,11 +101,11 @@ class Packing:
         args = trainer.args
         for name in ("label_smoothing_factor", "neftune_noise_alpha"):
             if getattr(args, name, None):
-                return f"{name} looks at whole batches"
+                return f"{name} needs whole batches"
         if args.n_gpu > 1:
             return "nn.DataParallel cuts batches into rows"
         if trainer.compute_loss_func is not None:
-            return "compute_loss_func wants the logits of whole batches"
+            return "compute_loss_func needs the logits of whole batches"
         try:
             outer, inner = model_support.unwrap(model)
         except (TypeError, ValueError) as error:  # virtual tokens, a model that is none of transformers'
@@ -124,7 +124,7 @@ class Packing:
         if reasons and self.mode == "trie":
             raise RuntimeError(f"packing='trie': {reasons[0]}")
         if reasons and trainer.is_world_process_zero():
-            logger.warning("batches are padded, not packed into a trie: %s", reasons[0])
+            logger.warning("batches are padded, not packed into tries: %s", reasons[0])
 
     def _cut(self, inputs, batch: TrieBatch, inner) -> list[tuple[dict[str, Any], Forward]]:
         """The batch in pieces of at most `max_tokens`, each with its rows; whole where ranks wait for each forward."""

@@ -1,4 +1,4 @@
-"""Several processes that train one model: that all were given the same, that all decide the same, and who speaks."""
+"""Several processes that train one model: they get the same, decide the same, and one of them logs."""
 
 from __future__ import annotations
 

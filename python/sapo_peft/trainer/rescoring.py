@@ -140,7 +140,7 @@ class Rescorer:
                 return sk.score_prompts_sharded(model, cache, timeout=self.timeout, race=race, **options)
             if race is not None:
                 # Ranks that each judge by their own rounding may want different rounds, and then wait for ever.
-                warn_once(f"no race, every cell is scored: the ranks cannot share it out: {closed}")
+                warn_once(f"no race, every cell is scored: the ranks cannot share the work: {closed}")
                 race = None
         told = self.progress(f"scoring {task}", cache.num_prompts * cache.num_examples) if self.progress else False
         return sk.score_prompts(model, cache, progress=told, race=race, **options)

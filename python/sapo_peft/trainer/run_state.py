@@ -105,7 +105,7 @@ def check_setup(kept: Mapping[str, Any], tasks: Sequence[str], own: Mapping[str,
     changed += _differences("the trainer's ", begun.get("training", {}), own["training"])
     if changed:
         said = ", ".join(f"{what} {old!r} -> {new!r}" for what, old, new in changed)
-        logger.warning("resuming with other options than the run began with: %s", said[:500])
+        logger.warning("resuming with options that have changed since the run began: %s", said[:500])
 
 
 def _differences(place: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
