@@ -175,7 +175,7 @@ def summary_table(results: Path) -> list[str]:
     )
     lines = [f"| model, learning rate | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
     sapo = CANDIDATES["lowest loss (SAPO)"]
-    for kind, name in SINGLE.items():
+    for kind, (_, name) in SINGLE.items():
         groups = complete(rows.load(kind, results)["rows"])
         less = {key: sapo(group)["forgetting"] - group[0]["forgetting"] for key, group in groups.items()}
         cells = [bold(of_tasks(correlations(groups, "forgetting")), 2)]
@@ -199,11 +199,11 @@ def _tiny(make: Callable[[Groups], list[str]], *, unmet: bool = False) -> Callab
     return made
 
 
-# Rows of single-task runs on pretrained models.
+# Rows of single-task runs on pretrained models: what their tables are called, and what is told of them.
 SINGLE = {
-    "single_smollm2": "SmolLM2-135M, 2e-3",
-    "single_smollm2_0.0005": "SmolLM2-135M, 5e-4",
-    "single_gemma3-270m": "Gemma 3 270M, 5e-4",
+    "single_smollm2": ("smollm2", "SmolLM2-135M, 2e-3"),
+    "single_smollm2_0.0005": ("smollm2-slow", "SmolLM2-135M, 5e-4"),
+    "single_gemma3-270m": ("gemma3", "Gemma 3 270M, 5e-4"),
 }
 MAKERS = {
     "differ": differ_table,
@@ -213,7 +213,7 @@ MAKERS = {
     "policies": policy_table,
 }
 TABLES: dict[str, Callable[[Path], list[str]]] = {
-    **{f"{kind} {name}": _single(make, kind) for kind in SINGLE for name, make in MAKERS.items()},
+    **{f"{told} {name}": _single(make, kind) for kind, (told, _) in SINGLE.items() for name, make in MAKERS.items()},
     "summary": summary_table,
     "rests": lambda _: rests_table([one for one in read_matrices() if one.set.startswith("smollm2")]),
     "tiny correlation": _tiny(correlation_table),

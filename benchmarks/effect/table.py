@@ -76,7 +76,7 @@ def sequences_table(found: Rows) -> list[str]:
 
 TABLES: dict[str, Callable[[Path], list[str]]] = {
     **single_table.TABLES,
-    "sequences_smollm2": lambda results: sequences_table(rows.load("sequences_smollm2", results)["rows"]),
+    "smollm2 sequences": lambda results: sequences_table(rows.load("sequences_smollm2", results)["rows"]),
     "tiny sequences": lambda results: comparison_table(rows.load("sequences", results)["rows"]),
 }
 
