@@ -13,7 +13,7 @@ class CellSums:
     """
 
     def __init__(self, cell_target: np.ndarray, cell_ptr: np.ndarray):
-        self._lists = [torch.from_numpy(np.ascontiguousarray(values)) for values in (cell_target, cell_ptr)]
+        self._lists = cell_target, cell_ptr
         self._pieces: list[torch.Tensor] = []
 
     def add(self, logprob: torch.Tensor) -> None:
@@ -22,17 +22,17 @@ class CellSums:
 
     def nll(self) -> np.ndarray:
         """[C] float64, the negative log-likelihoods, after the last piece."""
-        target, pointer = self._lists
-        wanted = pointer.diff()
-        nll, tokens = torch.zeros(wanted.shape, dtype=torch.float64, device="cpu"), torch.zeros_like(wanted)
         # Four bytes a target in one copy; to sum every piece where it is would take a launch for each.
         logprob = torch.cat(self._pieces).cpu()
-        torch.ops.sapo_kernels.accumulate_(nll, tokens, logprob, target, pointer, 0)
-        if not torch.equal(tokens, wanted):
-            cell = int((tokens != wanted).nonzero()[0])
-            raise RuntimeError(f"cell {cell}: expected {int(wanted[cell])} log-probabilities, got {int(tokens[cell])}")
+        target, pointer = map(np.ascontiguousarray, self._lists)
+        wanted = np.diff(pointer)
+        nll, tokens = np.zeros(len(wanted)), np.zeros_like(wanted)
+        lists = map(torch.from_numpy, (nll, tokens, target, pointer))
+        torch.ops.sapo_kernels.accumulate_(next(lists), next(lists), logprob, *lists, 0)
+        if (tokens != wanted).any():
+            cell = int((tokens != wanted).argmax())
+            raise RuntimeError(f"cell {cell}: expected {wanted[cell]} log-probabilities, got {tokens[cell]}")
         # Surplus ones would have moved all that came after them to other cells.
-        total = int(target.max()) + 1
-        if len(logprob) != total:
-            raise RuntimeError(f"cells: expected {total} log-probabilities, got {len(logprob)}")
-        return nll.numpy()
+        if len(logprob) != target.max() + 1:
+            raise RuntimeError(f"cells: expected {target.max() + 1} log-probabilities, got {len(logprob)}")
+        return nll

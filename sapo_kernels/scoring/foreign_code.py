@@ -202,7 +202,10 @@ def _of_process(configs: list) -> Iterator[tuple[str, Any]]:
         yield "a torch dispatch mode", type(mode).__torch_dispatch__
     for owner in (torch, torch.nn.functional, torch.Tensor, nn.Module):
         for name, value in vars(owner).items():
-            if isinstance(value, types.FunctionType) and name not in _NOT_IN_FORWARD:
+            if not isinstance(value, types.FunctionType) or name in _NOT_IN_FORWARD:
+                continue
+            # Hundreds that torch brought along and that hold no other code: `code` would find nothing in them.
+            if value.__closure__ or not str(value.__globals__.get("__name__")).startswith("torch."):
                 yield f"{owner.__name__}.{name}", value
     try:
         from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS

@@ -77,11 +77,7 @@ class PrefixCache:
         """The plan of a round that scores the cells of `cache`, a selection: its passes hold what is kept."""
         trie, (prompts, first) = cache.trie, np.unique(cache.selected // cache.num_examples, return_index=True)
         # A leaf predicts something and is no part of a prefix.
-        paths = [
-            trie.path(leaf)[:length]
-            for leaf, length in zip(trie.leaf[first].tolist(), self.lengths[prompts].tolist(), strict=True)
-        ]
-        paths = np.concatenate(paths)
+        paths = trie.paths(trie.leaf[first], self.lengths[prompts])
         places = ranges(self._ptr[prompts], self.lengths[prompts])
         kept, slots = self._slots[places], np.full(len(trie), -1)
         # Prompts that begin alike share tokens; one that was not in the round before has none of its own.
@@ -132,8 +128,9 @@ class PrefixCache:
                 # One call after the other is let go, so that never more than one is there twice.
                 pairs = zip(*(one.taken.pop(call) for one in self._added), strict=True)
                 self._kept[call] = tuple(torch.cat(parts) for parts in pairs)
-            at = np.minimum(tokens.searchsorted(self._paths), len(tokens) - 1)
-            self._slots[self._places] = np.where(tokens[at] == self._paths, at, -1)
+            slots = np.full(self._paths.max() + 1, -1)
+            slots[tokens] = np.arange(len(tokens))
+            self._slots[self._places] = slots[self._paths]
         self._reset()
         return len(tokens)
 
