@@ -196,8 +196,7 @@ def agree(got: torch.Tensor, own: torch.Tensor, low: bool) -> bool:
 
 def chosen_cells(cache: ResponseCache, count: int) -> list[int]:
     """`count` different cells to verify: the longest, the shortest, then others evenly by length."""
-    cells = np.unique(cache.first_equal)
-    cells = cells[np.argsort(-cache.lengths[cells], kind="stable")]
+    cells = cache.by_length
     places = np.linspace(0, len(cells) - 1, max(2, min(count, len(cells)))).round().astype(int)
     order = dict.fromkeys([0, len(cells) - 1, *places.tolist()])
     return [int(cells[place]) for place in order][:count]

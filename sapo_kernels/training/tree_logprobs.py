@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..scoring import model_support
-from ..scoring.attention import is_installed, mask_of, trie_attention_installed
+from ..scoring.attention import TrieAttention, is_installed, mask_of
 from ..scoring.fingerprint import configurations, fingerprint
 from ..scoring.head import Batch, HeadReader
 from ..scoring.model_state import claimed
@@ -33,7 +33,7 @@ def use_tree_attention(model: nn.Module) -> Iterator[None]:
     if is_installed(inner):
         yield
         return
-    with trie_attention_installed(inner):
+    with TrieAttention(inner).installed():
         yield
 
 
@@ -112,7 +112,7 @@ def logprobs_of(model: nn.Module, inner: nn.Module, batch: TrieBatch, statistics
             "inside `with use_tree_attention(model):`, got the forward alone"
         )
     with (
-        contextlib.nullcontext() if installed else trie_attention_installed(inner),
+        contextlib.nullcontext() if installed else TrieAttention(inner).installed(),
         claimed(inner),
         reader.installed(),
         reader.reading(Batch.of_pass(trie)),
