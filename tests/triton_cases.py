@@ -58,7 +58,7 @@ def attention_oracle(q, k, v, part, sinks, scale, window, softcap) -> tuple[torc
 def plain_attention(q, k, v, part, sinks, scale, window, softcap) -> torch.Tensor:
     """Attention as a model writes it, with products and probabilities rounded to q's dtype."""
     groups = q.shape[1] // k.shape[1]
-    seen = visible_keys(part.position, part.subtree_end, window)[part.carried :]
+    seen = visible_keys(part.position, part.subtree_end, window)[part.num_past :]
     key, value = (t.repeat_interleave(groups, 1).transpose(0, 1) for t in (k, v))
     logits = (q.transpose(0, 1) @ key.transpose(1, 2)) * scale
     if softcap is not None:

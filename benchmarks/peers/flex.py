@@ -26,10 +26,10 @@ def block_mask(plan, device: torch.device):
     """The pass's visibility as a BlockMask: key j is seen by query i iff ``j <= i < subtree_end[j]``."""
     _, create = _compiled()
     # A tensor, because a number in the mask would compile it again for every pass.
-    carried, end = torch.tensor(plan.carried, device=device), plan.to(device).subtree_end
+    num_past, end = torch.tensor(plan.num_past, device=device), plan.to(device).subtree_end
 
     def visible(batch, head, query, key):
-        at = query + carried
+        at = query + num_past
         return (key <= at) & (at < end[key])
 
     return create(visible, None, None, len(plan.input_ids), len(plan.position), device=device)

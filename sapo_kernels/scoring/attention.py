@@ -39,45 +39,45 @@ class NotTreeable(RuntimeError):
 
 @dataclass
 class TreeState:
-    """Attention state of one scoring pass: the layers' carried keys and values, by order of attention calls.
+    """Attention state of one scoring pass: the layers' past keys and values, by order of attention calls.
 
     The order of calls, not the layer, is the key: some models attend twice in a layer.
     """
 
     trie: TriePass
     impl: str
-    carried: dict[int, tuple[torch.Tensor, torch.Tensor]]
+    past: dict[int, tuple[torch.Tensor, torch.Tensor]]
     prefixes: PassPrefixes | None = None
-    carry_on: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    next_past: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     calls: int = 0
 
     def keys_of(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tuple | None]:
-        """(k, v, past) for `tree_attention`, of k, v [T, Hkv, D] of this pass; what the next one carries is kept."""
+        """(k, v, past) for `tree_attention`, of k, v [T, Hkv, D] of this pass; the past of the next one is kept."""
         call, self.calls = self.calls, self.calls + 1
-        past = self.carried[call] if self.trie.carried > self.trie.held else None
-        if self.trie.held or self.prefixes is not None:
+        past = self.past[call] if self.trie.num_past > self.trie.num_cached else None
+        if self.trie.num_cached or self.prefixes is not None:
             before = [past] if past is not None else []
-            if self.trie.held:
-                before.append(self.prefixes.held(call))
+            if self.trie.num_cached:
+                before.append(self.prefixes.cached(call))
             if before:
                 k, v = (torch.cat(parts) for parts in zip(*before, (k, v), strict=True))
                 past = None
             if self.prefixes is not None:
                 self.prefixes.take(call, k, v)
-        if len(self.trie.carry_index):
-            self.carry_on[call] = tuple(self._carry(*pair) for pair in zip(past or (None, None), (k, v), strict=True))
+        if len(self.trie.next_past):
+            self.next_past[call] = tuple(self._kept(*pair) for pair in zip(past or (None, None), (k, v), strict=True))
         return k, v, past
 
-    def _carry(self, past: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
-        """What the next pass carries of keys or values: the first `_again` of those before, and some of the new."""
-        index = self.trie.to(new.device).carry_index
+    def _kept(self, past: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
+        """Past keys or values of the next pass: the first `_again` of those before, and some of the new."""
+        index = self.trie.to(new.device).next_past
         if past is None:
             return new[index]
         return torch.cat([past[: self._again], new[index[self._again :] - len(past)]])
 
     @cached_property
     def _again(self) -> int:
-        return int((self.trie.to("cpu").carry_index < self.trie.carried).sum())
+        return int((self.trie.to("cpu").next_past < self.trie.num_past).sum())
 
 
 _recent: OrderedDict[bytes, TriePass] = OrderedDict()
@@ -85,7 +85,7 @@ _recent_lock = threading.Lock()
 
 
 def mask_of(trie: TriePass, device: torch.device) -> torch.Tensor:
-    """The attention mask [1, 1, T, 2] int32 that brings a pass without carried keys to `trie_attention`."""
+    """The attention mask [1, 1, T, 2] int32 that brings a pass without past keys to `trie_attention`."""
     on_host = trie.to("cpu")
     content = torch.stack([on_host.position, on_host.subtree_end], -1)[None, None].contiguous()
     with _recent_lock:

@@ -17,7 +17,7 @@ from .prefix_cache import PrefixCache
 
 
 class TreeRunner:
-    """Runs the passes of one trie in order, carrying each layer's keys and values of the current path.
+    """Runs the passes of one trie in order, with each layer's past keys and values, those of the current path.
 
     prefixes: where the tokens are that the passes hold; None: they hold none.
     """
@@ -27,18 +27,18 @@ class TreeRunner:
     ):
         self.model, self.reader, self.impl, self.device, self.prefixes = model, reader, impl, device, prefixes
         self.options = reader.options
-        self._carried: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._past: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def run(self, trie: TriePass, checks=()) -> torch.Tensor:
         """Log-probabilities that became ready, in the order of the trie's targets; the last pass brings the rest.
 
         checks: cells to verify that have rows in this pass, see `Batch`.
 
-        If it raises, the carried keys and waiting rows are those of the pass before.
+        If it raises, the past keys and waiting rows are those of the pass before.
         """
         plan = trie.to(self.device)
         prefixes = None if self.prefixes is None else self.prefixes.of_pass(trie, self.device)
-        state = TreeState(plan, self.impl, self._carried, prefixes)
+        state = TreeState(plan, self.impl, self._past, prefixes)
         # A 4-D integer mask reaches every attention layer untouched and keeps the model from building one of its own.
         carrier = torch.zeros(1, 1, len(plan.input_ids), 2, dtype=torch.int32, device=self.device)
         running.state = state
@@ -46,7 +46,7 @@ class TreeRunner:
             with self.reader.reading(Batch.of_pass(plan, checks)):
                 made = self.model(
                     input_ids=plan.input_ids[None],
-                    position_ids=plan.position[None, plan.carried :].long(),
+                    position_ids=plan.position[None, plan.num_past :].long(),
                     attention_mask=carrier,
                     **self.options,
                 )
@@ -55,7 +55,7 @@ class TreeRunner:
             running.state = None
         if not state.calls:
             raise NotTreeable("it never calls transformers' attention interface")
-        self._carried = state.carry_on
+        self._past = state.next_past
         if prefixes is not None:
             self.prefixes.add(prefixes)
         return logprob

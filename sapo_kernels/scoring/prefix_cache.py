@@ -31,29 +31,29 @@ class PassPrefixes:
     """What one pass has of a prefix cache, and leaves to it.
 
     Attributes:
-        slots: [H] int64 rows of `kept` that are the keys this pass holds.
+        slots: [H] int64 rows of `kept` that are the cached keys of this pass.
         kept: by number of the attention call, ([S, Hkv, D], [S, Hkv, Dv]).
-        wanted: [W] int64 key indices that are to be kept, of the tokens `places` of the trie.
+        keep: [W] int64 key indices that are to be kept, of the tokens `places` of the trie.
         taken: by number of the attention call, keys and values of these.
     """
 
     slots: torch.Tensor
     kept: dict[int, KeysAndValues]
-    wanted: torch.Tensor
+    keep: torch.Tensor
     places: np.ndarray
     taken: dict[int, KeysAndValues] = field(default_factory=dict)
 
-    def held(self, call: int) -> KeysAndValues:
-        """([H, Hkv, D], [H, Hkv, Dv]) of the tokens that this pass holds."""
+    def cached(self, call: int) -> KeysAndValues:
+        """([H, Hkv, D], [H, Hkv, Dv]) of the cached tokens of this pass."""
         key, value = self.kept[call]
         slots = self.slots.to(key.device)
         return key[slots], value[slots]
 
     def take(self, call: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Keep what is wanted of all keys and values of a call, [Tk, Hkv, D] and [Tk, Hkv, Dv]."""
-        if len(self.wanted):
-            wanted = self.wanted.to(key.device)
-            self.taken[call] = key[wanted], value[wanted]
+        """Take `keep` of all keys and values of a call, [Tk, Hkv, D] and [Tk, Hkv, Dv]."""
+        if len(self.keep):
+            keep = self.keep.to(key.device)
+            self.taken[call] = key[keep], value[keep]
 
 
 class PrefixCache:
@@ -88,18 +88,18 @@ class PrefixCache:
         inside[paths] = True
         tokens = np.flatnonzero(inside)
         self._reset(places, paths, tokens, slots[tokens])
-        return ScorePlan(trie, trie.passes(max_tokens, held=slots >= 0))
+        return ScorePlan(trie, trie.passes(max_tokens, cached=slots >= 0))
 
     def of_pass(self, step: TriePass, device: torch.device) -> PassPrefixes:
         """What a pass of this round holds and leaves, on `device`."""
         lo, hi = self._tokens.searchsorted((step.start, step.stop))
         tokens, slots = self._tokens[lo:hi], self._slot_of_token[lo:hi]
-        held = slots >= 0
-        before = np.cumsum(held) - held
-        keys = np.where(held, step.carried - step.held + before, step.carried + tokens - step.start - before)
+        cached = slots >= 0
+        before = np.cumsum(cached) - cached
+        keys = np.where(cached, step.num_past - step.num_cached + before, step.num_past + tokens - step.start - before)
         space = self._space()
-        slots, wanted = copied([torch.from_numpy(slots[held]), torch.from_numpy(keys[:space])], device)
-        return PassPrefixes(slots, self._kept, wanted, tokens[:space])
+        slots, keep = copied([torch.from_numpy(slots[cached]), torch.from_numpy(keys[:space])], device)
+        return PassPrefixes(slots, self._kept, keep, tokens[:space])
 
     def _space(self) -> int | None:
         """How many tokens more may be kept; None: that is not known yet."""

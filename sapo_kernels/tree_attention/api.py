@@ -36,7 +36,7 @@ def tree_attention(
 
     Args:
         q: [Tq, Hq, Dk] float32, bfloat16, float16 or float64; Tq is the number of tokens of the pass.
-        k: [Tk, Hkv, Dk], same dtype; ``Tk = carried + Tq``, in the order that `TriePass` says. Hq = G * Hkv for an
+        k: [Tk, Hkv, Dk], same dtype; ``Tk = num_past + Tq``, in the order that `TriePass` says. Hq = G * Hkv for an
             integer G, query head ``h * G + g`` reads kv head h.
         v: [Tk, Hkv, Dv], same dtype; Dv may differ from Dk.
         trie: the pass that says who sees whom (`TokenTrie.passes`), or a whole trie (then ``Tk == Tq``).
@@ -44,7 +44,7 @@ def tree_attention(
         window: sliding window in positions, at least 1; None is unlimited.
         softcap: ``s <- softcap * tanh(s / softcap)``, positive; None is off.
         sinks: [Hq] float, one extra logit per head that takes part in the softmax's denominator only.
-        past: keys and values [carried, Hkv, Dk] and [carried, Hkv, Dv] in front of those of the pass; k and v are then
+        past: keys and values [num_past, Hkv, Dk] and [num_past, Hkv, Dv] in front of those of the pass; k and v are
             [Tq, Hkv, Dk] and [Tq, Hkv, Dv]. As if joined; Triton reads both where they are.
         impl: "auto", "triton", "sdpa" or "reference".
 
@@ -68,9 +68,9 @@ def tree_attention(
             raise ValueError("tree_attention: trie: expected at least one token, got an empty trie")
         trie = passes[0]
     _check(q, k, v, trie, scale, window, softcap, sinks, past)
-    if trie.held and impl == "reference":
-        # It reads who sees whom from the order of the keys, and held ones stand out of it.
-        raise ValueError("tree_attention: trie: expected a pass without held tokens for impl='reference', got some")
+    if trie.num_cached and impl == "reference":
+        # It reads which token sees which from the order of the keys, and cached ones are out of it.
+        raise ValueError("tree_attention: trie: expected a pass without cached tokens for impl='reference', got some")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     plan, group = trie.to(q.device), q.shape[1] // k.shape[1]
     inputs = [q, k, v, *(past or (None, None)), sinks]

@@ -16,7 +16,7 @@ def tree_attention_sdpa(
     q, k, v, position, subtree_end, block_start, span_ptr, span, sinks, scale, window, softcap, block_tokens, with_lse
 ):
     """Arguments and result as in `sapo_kernels.ops`: q [Tq, Hq, Dk] -> [Tq, Hq, Dv], and lse [Tq, Hq] or [0]."""
-    carried = k.shape[0] - q.shape[0]
+    num_past = k.shape[0] - q.shape[0]
     out = q.new_empty(q.shape[0], q.shape[1], v.shape[-1])
     lse = q.new_empty(q.shape[:2] if with_lse else 0, dtype=_compute(q))
     # A masked NaN still spreads through a matrix product: 0 * NaN is NaN. A sum is the cheapest test for one.
@@ -25,7 +25,7 @@ def tree_attention_sdpa(
     attend = _written_out if not plain else _fused if not with_lse else _fused_with_lse
     for block in _blocks(position, subtree_end, block_start, span_ptr, span, window, block_tokens):
         keys, values = (_gather(t, block.pieces).transpose(0, 1) for t in (k, v))
-        rows = slice(block.first - carried, block.stop - carried)
+        rows = slice(block.first - num_past, block.stop - num_past)
         found, own_lse = attend(q[rows].transpose(0, 1), keys, values, block.hidden, sinks, scale, softcap)
         out[rows] = found.transpose(0, 1)
         if with_lse:
@@ -41,14 +41,14 @@ def tree_attention_backward_sdpa(
 
     Weights are computed again block by block. A key's gradient is summed over blocks in their order, in float32.
     """
-    carried, kv_heads, groups = k.shape[0] - q.shape[0], k.shape[1], q.shape[1] // k.shape[1]
+    num_past, kv_heads, groups = k.shape[0] - q.shape[0], k.shape[1], q.shape[1] // k.shape[1]
     compute = _compute(q)
     # of the weights' softmax: what a row's gradient has in common
     delta = (grad.to(compute) * out.to(compute)).sum(-1)  # [Tq, Hq]
     dq = torch.empty_like(q)
     dk, dv = (torch.zeros(t.shape, dtype=compute, device=t.device) for t in (k, v))
     for block in _blocks(position, subtree_end, block_start, span_ptr, span, window, block_tokens):
-        rows = slice(block.first - carried, block.stop - carried)
+        rows = slice(block.first - num_past, block.stop - num_past)
         size = block.stop - block.first
 
         def folded(t, rows=rows, size=size):

@@ -151,7 +151,7 @@ def tree_attention_triton(
     """Same arguments and results as the reference; float32, bfloat16 or float16, head dimensions up to 512.
 
     tiles, tokens: what `build_tiles` made of the pass and how many queries a tile has, or None. With past_k and past_v
-    [carried, Hkv, D], k and v are those of the pass alone.
+    [num_past, Hkv, D], k and v are those of the pass alone.
     """
     (queries, q_heads, head_k), (_, kv_heads, head_v), keys = q.shape, v.shape, position.shape[0]
     check(q, k, v, past_k, past_v)

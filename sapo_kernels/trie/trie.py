@@ -2,7 +2,7 @@
 
 The trie stores each distinct prefix once, in depth-first (preorder) order, so "j is an ancestor of i" is the
 interval test ``j <= i < subtree_end[j]``. A *pass* is a contiguous piece of that order under a token budget. The
-keys and values of the ancestors of its first token are carried over from the passes before, so no token is ever
+keys and values of the ancestors of its first token come from the passes before, so no token is ever
 computed twice, however small the budget is, and memory is bounded by the budget plus the longest sequence.
 
 `plan_trie` is the one function behind it. Planning and cutting are done on the host by the compiled planner
@@ -42,20 +42,20 @@ def copied(tensors: list[torch.Tensor], device: torch.device) -> list[torch.Tens
 class TriePass:
     """A contiguous piece ``[start, stop)`` of a trie's depth-first order, ready to run as one forward.
 
-    Key indices: first the carried ancestors (position id = index), then the `held` tokens of this piece, which the
-    caller has keys and values of, in their order; ``carried + i`` is the i-th of the others, which the forward
+    Key indices: first the past ones, ancestors (position id = index), then the cached tokens of this piece, which the
+    caller has keys and values of, in their order; ``num_past + i`` is the i-th of the others, which the forward
     computes. All tensors live on the CPU unless `to` moved them; index tensors of the attention are int32.
 
     Attributes:
-        carried: keys in front of those that the forward computes, T tokens.
-        held: how many of these, the last ones, are tokens of this piece.
+        num_past: keys in front of those that the forward computes, T tokens.
+        num_cached: how many of these, the last ones, are cached tokens of this piece.
         input_ids: [T] int64 tokens of this pass.
-        position: [carried + T] int32, depth of every key.
-        subtree_end: [carried + T] int32; key j is visible to query i iff ``j <= i < subtree_end[j]``.
+        position: [num_past + T] int32, depth of every key.
+        subtree_end: [num_past + T] int32; key j is visible to query i iff ``j <= i < subtree_end[j]``.
         block_start: [B + 1] int32 key indices; query block b is ``[block_start[b], block_start[b + 1])``.
         span_ptr, span: [B + 1] and [S, 2] int32; the key ranges outside block b that all its queries see whole.
         block_tokens: the largest length of a block.
-        carry_index: [C] int64 key indices that the next pass carries.
+        next_past: [C] int64 key indices that are past keys of the next pass.
         rows: [R] int64 rows of this pass (0..T-1) whose hidden state predicts a response token.
         target_ptr, targets: [R + 1] and [P] int64; row r predicts ``targets[target_ptr[r]:target_ptr[r + 1]]``.
         target_start: index of this pass's first target among the targets of the whole trie.
@@ -65,8 +65,8 @@ class TriePass:
 
     start: int
     stop: int
-    carried: int
-    held: int
+    num_past: int
+    num_cached: int
     block_tokens: int
     target_start: int
     cells_done: int
@@ -77,7 +77,7 @@ class TriePass:
     block_start: torch.Tensor
     span_ptr: torch.Tensor
     span: torch.Tensor
-    carry_index: torch.Tensor
+    next_past: torch.Tensor
     rows: torch.Tensor
     target_ptr: torch.Tensor
     targets: torch.Tensor
@@ -201,48 +201,48 @@ class TokenTrie:
         return ranges(self.node_start[nodes].ravel(), count.ravel())
 
     def passes(
-        self, max_tokens: int | None = None, block_tokens: int = DEFAULT_BLOCK_TOKENS, held: np.ndarray | None = None
+        self, max_tokens: int | None = None, block_tokens: int = DEFAULT_BLOCK_TOKENS, cached: np.ndarray | None = None
     ) -> list[TriePass]:
         """Cut the depth-first order into passes of at most `max_tokens` new tokens each (None: one pass).
 
-        held: [U] bool, tokens that need not be computed, none of them a row; None: every token is new.
+        cached: [U] bool, tokens that need not be computed, none of them a row; None: every token is new.
         """
         if max_tokens is not None and max_tokens < 1:
             raise ValueError(f"max_tokens: expected at least 1, got {max_tokens}")
         if block_tokens < 1:
             raise ValueError(f"block_tokens: expected at least 1, got {block_tokens}")
-        if held is not None and held[self.row_token].any():
-            raise ValueError("held: expected no token that predicts something, got some")
+        if cached is not None and cached[self.row_token].any():
+            raise ValueError("cached: expected no token that predicts something, got some")
         compiled = native.planner()
         if compiled:
             made = compiled.passes(
                 self.depth, self.node_start, self.node_stop, self.node_parent, self.node_end, self.row_token,
-                None if held is None else np.require(held, bool, "CA"),
+                None if cached is None else np.require(cached, bool, "CA"),
                 max(1, min(len(self), max_tokens or len(self))), min(len(self) + 1, block_tokens),
             )  # fmt: skip
             return [self._pass(block_tokens, **one) for one in made]
-        new = np.arange(len(self)) if held is None else np.flatnonzero(~held)
+        new = np.arange(len(self)) if cached is None else np.flatnonzero(~cached)
         total, start, done, result = len(self), 0, 0, []
         while start < total:
             end = len(new) if max_tokens is None else min(len(new), done + max_tokens)
             limit = total if end == len(new) else int(new[end])
-            # Ending at a shallow boundary keeps the carried path short and siblings together.
+            # Ending at a shallow boundary keeps the past short and siblings together.
             after = int(new[done + (3 * (end - done)) // 4])
             stop = limit if limit == total else self._cut(after, limit)
-            result.append(self.make_pass(start, stop, block_tokens, held))
+            result.append(self.make_pass(start, stop, block_tokens, cached))
             start, done = stop, int(np.searchsorted(new, stop))
         return result
 
     def make_pass(
-        self, start: int, stop: int, block_tokens: int = DEFAULT_BLOCK_TOKENS, held: np.ndarray | None = None
+        self, start: int, stop: int, block_tokens: int = DEFAULT_BLOCK_TOKENS, cached: np.ndarray | None = None
     ) -> TriePass:
         """The pass over the depth-first range ``[start, stop)``."""
-        keys = _Keys(start, stop, int(self.depth[start]), held)
-        tokens = np.concatenate([self.paths(np.array([start]), self.depth[[start]]), keys.held, keys.new])
+        keys = _Keys(start, stop, int(self.depth[start]), cached)
+        tokens = np.concatenate([self.paths(np.array([start]), self.depth[[start]]), keys.cached, keys.new])
         block_start, span_ptr, spans = self._blocks(keys, block_tokens)
-        carry = np.zeros(0, np.int64)
+        next_past = np.zeros(0, np.int64)
         if stop < len(self):
-            carry = np.concatenate([np.arange(a, b) for a, b in keys.of_path(self.path_spans(stop))] or [carry])
+            next_past = np.concatenate([np.arange(a, b) for a, b in keys.of_path(self.path_spans(stop))] or [next_past])
         first_row, last_row = np.searchsorted(self.row_token, [start, stop])
         int32 = {
             "position": self.depth[tokens],
@@ -252,22 +252,23 @@ class TokenTrie:
             "span": [edge for span in spans for edge in span],
         }
         return self._pass(
-            block_tokens, start, stop, keys.first_new, len(keys.held), first_row, last_row,
-            keys.new if len(keys.held) else keys.held, carry_index=carry,
+            block_tokens, start, stop, keys.first_new, len(keys.cached), first_row, last_row,
+            keys.new if len(keys.cached) else keys.cached, carry_index=next_past,
             rows=keys.new_before(self.row_token[first_row:last_row]),
             **{name: np.asarray(values, np.int32) for name, values in int32.items()},
         )  # fmt: skip
 
-    def _pass(self, block_tokens, start, stop, carried, held, first_row, last_row, new, span, **arrays) -> TriePass:
+    def _pass(self, block_tokens, start, stop, carried, held, first_row, last_row, new, span, carry_index,
+              **arrays) -> TriePass:  # fmt: skip
         """The pass of which either planner made these arrays; `new`: the tokens it computes, empty if all of it."""
         target_ptr = self.target_ptr[first_row : last_row + 1]
         first, last = target_ptr[[0, -1]].tolist()
-        arrays["span"] = span.reshape(-1, 2)
+        arrays["span"], arrays["next_past"] = span.reshape(-1, 2), carry_index
         # Copies: a model may write into the ids it is given.
         arrays["input_ids"] = self.tokens[new] if len(new) else self.tokens[start:stop].copy()
         arrays["target_ptr"], arrays["targets"] = target_ptr - first, self.targets[first:last].copy()
         return TriePass(
-            start=start, stop=stop, carried=carried, held=held, block_tokens=block_tokens, target_start=first,
+            start=start, stop=stop, num_past=carried, num_cached=held, block_tokens=block_tokens, target_start=first,
             cells_done=int(self._leaf_sorted.searchsorted(stop)), last=stop == len(self),
             **{name: torch.from_numpy(values) for name, values in arrays.items()},
         )  # fmt: skip
@@ -283,7 +284,7 @@ class TokenTrie:
         """Query blocks of a pass and, for each, the key ranges outside it that all its queries see.
 
         A block ends where an ancestor from outside the block ends its subtree, so those keys need no mask; and before
-        a held token, which may be an ancestor of some of its queries only.
+        a cached token, which may be an ancestor of some of its queries only.
         """
         block_start, span_ptr, spans = [keys.first_new], [0], []
         for first, stop in keys.new_runs:
@@ -304,18 +305,18 @@ class TokenTrie:
 class _Keys:
     """Where the tokens of a pass and of the path to it stand among its keys; see `TriePass`.
 
-    held, new: the tokens of the pass of each kind. new_runs: the same, as ranges. first_new: key of the first new one.
+    cached, new: tokens of the pass of each kind. new_runs: the same, as ranges. first_new: key of the first new one.
     """
 
-    def __init__(self, start: int, stop: int, depth: int, held: np.ndarray | None):
+    def __init__(self, start: int, stop: int, depth: int, cached: np.ndarray | None):
         self.start, self.stop = start, stop
-        if held is None or not held[start:stop].any():  # most passes: cutting them must stay cheap
-            self.held, self.new = np.zeros(0, np.int64), np.arange(start, stop)
+        if cached is None or not cached[start:stop].any():  # most passes: cutting them must stay cheap
+            self.cached, self.new = np.zeros(0, np.int64), np.arange(start, stop)
             self.first_new, self.new_runs, self._breaks = depth, [(start, stop)], []
             return
-        inside = held[start:stop]
-        self.held, self.new = start + np.flatnonzero(inside), start + np.flatnonzero(~inside)
-        self.first_new = depth + len(self.held)
+        inside = cached[start:stop]
+        self.cached, self.new = start + np.flatnonzero(inside), start + np.flatnonzero(~inside)
+        self.first_new = depth + len(self.cached)
         # At each place of the pass, the new tokens before it; at each token, its key.
         self._before = np.concatenate([[0], np.cumsum(~inside)])
         place = np.arange(stop - start)
@@ -328,19 +329,19 @@ class _Keys:
     def new_before(self, tokens: np.ndarray) -> np.ndarray:
         """How many new tokens of the pass stand before each of `tokens`."""
         place = np.clip(tokens - self.start, 0, self.stop - self.start)
-        return self._before[place] if len(self.held) else place
+        return self._before[place] if len(self.cached) else place
 
     def of_path(self, path: list[tuple[int, int]]) -> list[tuple[int, int]]:
         """Token ranges of a path as key ranges.
 
-        The part of the path before the pass is a prefix of the carried path, and a carried key's index is its depth.
+        The part of the path before the pass is a prefix of the past path, and a past key's index is its depth.
         """
         keys, depth = [], 0
         for first, stop in path:
             if first < self.start:
                 depth += min(stop, self.start) - first
                 first = self.start
-            if first < stop and not len(self.held):
+            if first < stop and not len(self.cached):
                 keys.append((self.first_new + first - self.start, self.first_new + stop - self.start))
             elif first < stop:
                 edges = [first, *(edge for edge in self._breaks if first < edge < stop), stop]

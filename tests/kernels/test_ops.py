@@ -12,11 +12,11 @@ from tests.oracles import flatten, random_cells
 
 ops = torch.ops.sapo_kernels
 STEP = plan_trie(*flatten(random_cells(5))).passes(24)[1]
-assert STEP.carried and len(STEP.span) and len(STEP.carry_index)
+assert STEP.num_past and len(STEP.span) and len(STEP.next_past)
 
 
 def attention_arguments(dtype=torch.float32, device="cpu", impl="sdpa", window=None, softcap=None, sinks=False):
-    """Arguments of the operator for a pass with carried keys."""
+    """Arguments of the operator for a pass with past keys."""
     generator = torch.Generator().manual_seed(0)
     fresh, keys = len(STEP.input_ids), len(STEP.position)
     shapes = ((fresh, 4, 16), (keys, 2, 16), (keys, 2, 8))

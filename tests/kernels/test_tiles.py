@@ -26,14 +26,14 @@ JOBS = {
 
 
 def passes(job: str, budget: int | None, share: float):
-    """(pass, trie tokens of its keys) of a job of which a share of the tokens is held; and the oracle."""
+    """(pass, trie tokens of its keys) of a job of which a share of the tokens is cached; and the oracle."""
     cells = JOBS[job]
     trie, oracle = sk.plan_trie(*flatten(cells)), PrefixOracle(cells)
-    held = np.random.default_rng(len(trie)).random(len(trie)) < share
-    held[trie.row_token] = False
-    for step in trie.passes(budget, 8, held if share else None):
+    cached = np.random.default_rng(len(trie)).random(len(trie)) < share
+    cached[trie.row_token] = False
+    for step in trie.passes(budget, 8, cached if share else None):
         inside = np.arange(step.start, step.stop)
-        yield step, [*oracle.path(step.start)[:-1], *inside[held[inside]], *inside[~held[inside]]], oracle
+        yield step, [*oracle.path(step.start)[:-1], *inside[cached[inside]], *inside[~cached[inside]]], oracle
 
 
 @pytest.mark.parametrize("build", [build_tiles, tiles_numpy])
@@ -45,7 +45,7 @@ def test_every_tile_lists_what_its_queries_see(job, budget, share, chunk, build,
     monkeypatch.setattr(tiles, "CHUNK", chunk)
     for step, tokens, oracle in passes(job, budget, share):
         keys, queries, end = len(step.position), len(step.input_ids), step.subtree_end.numpy()
-        seen = np.array([np.isin(tokens, oracle.path(t)) for t in tokens[step.carried :]])  # [Tq, Tk]
+        seen = np.array([np.isin(tokens, oracle.path(t)) for t in tokens[step.num_past :]])  # [Tq, Tk]
         for size in (1, 3, 16):
             packed = build(*layout(step)[1:], size)
             begin, chunks, seen_from, entries = split_tiles(packed, keys, queries, size)
@@ -56,16 +56,16 @@ def test_every_tile_lists_what_its_queries_see(job, budget, share, chunk, build,
                 single = mine[chunks[tile] :]
                 listed = np.concatenate([whole.ravel(), single])
                 assert truth[:, whole.ravel()].all(), "all queries see the keys of the chunks"
-                assert ((whole[:, 0] < step.carried) == (whole[:, -1] < step.carried)).all(), "of one memory each"
+                assert ((whole[:, 0] < step.num_past) == (whole[:, -1] < step.num_past)).all(), "of one memory each"
                 assert len(set(listed.tolist())) == len(listed)
                 hidden = np.setdiff1d(np.arange(keys), listed)
                 assert not truth[:, hidden].any() and (share or truth[:, listed].any(0).all())
-                query = step.carried + np.arange(first, min(first + size, queries))[:, None]
+                query = step.num_past + np.arange(first, min(first + size, queries))[:, None]
                 assert (((seen_from[listed] <= query) & (query < end[listed])) == truth[:, listed]).all()
                 # What skipping by a window counts on.
                 position, least = step.position.numpy()[whole[:, 0]], chunk * np.arange(len(whole))
                 assert (least <= position).all() and (position <= least + len(single)).all()
-        assert (np.diff(seen_from[: step.carried]) >= 0).all()
+        assert (np.diff(seen_from[: step.num_past]) >= 0).all()
 
 
 @pytest.mark.parametrize("rows, more", [(10**6, 10**6), (24, 10**6), (1, 10**6), (1, 3)])
@@ -86,7 +86,7 @@ def test_pieces_cover_the_queries_of_every_key(job, share, rows, more, monkeypat
             assert (mine[1:, 1] == mine[:-1, 2]).all() and (
                 more < 10**6 or (mine[:, 2] - mine[:, 1] <= max(1, rows // 2)).all()
             )
-            for query in range(step.carried, len(tokens)):
+            for query in range(step.num_past, len(tokens)):
                 seen = np.isin(tokens[16 * tile : 16 * tile + 16], oracle.path(tokens[query])).any()
                 assert not seen or mine[0, 1] <= query < mine[-1, 2]
 
@@ -147,8 +147,8 @@ def random_case(seed, monkeypatch):
     size = rng.choice([1, 5, 16])
     walk = (torch.from_numpy(build_tiles(*layout(step)[1:], size)), size)
     out, lse = tree_attention_triton(q, k, v, *layout(step), *options, True, *walk)
-    apart = (k[step.carried :].clone(), v[step.carried :].clone())
-    past = (k[: step.carried].clone(), v[: step.carried].clone()) if step.carried else (None, None)
+    apart = (k[step.num_past :].clone(), v[step.num_past :].clone())
+    past = (k[: step.num_past].clone(), v[: step.num_past].clone()) if step.num_past else (None, None)
     again, _ = tree_attention_triton(q, *apart, *layout(step), *options, False, *walk, *past)
     assert torch.equal(out.nan_to_num(9.0), again.nan_to_num(9.0)), "the same bits wherever the keys lie"
     expected, wanted_lse = attention_oracle(q, k, v, step, *options[:-1])

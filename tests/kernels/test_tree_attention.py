@@ -127,7 +127,7 @@ def test_every_sequence_is_what_it_is_alone(case, precision, impl, device, poiso
 
 
 def in_passes(trie, q, k, v, impl, options, apart=False, budget=7, block_tokens=4):
-    """[outputs of each pass]: keys and values go from pass to pass by carry_index alone, as the decoder does it."""
+    """[outputs of each pass]: keys and values go from pass to pass by `next_past` alone, as the decoder does it."""
     past, parts = (k[:0], v[:0]), []
     for step in trie.passes(budget, block_tokens):
         step = step.to(q.device)
@@ -135,7 +135,7 @@ def in_passes(trie, q, k, v, impl, options, apart=False, budget=7, block_tokens=
         joined = [torch.cat(pair) for pair in zip(past, (k[own], v[own]), strict=True)]
         given = {"k": k[own], "v": v[own], "past": past} if apart else dict(zip("kv", joined, strict=True))
         parts.append(sk.tree_attention(q[own], trie=step, impl=impl, **given, **options))
-        past = tuple(t[step.carry_index] for t in joined)
+        past = tuple(t[step.next_past] for t in joined)
     return parts
 
 
@@ -218,30 +218,30 @@ def test_carried_keys_behind_the_window_cannot_hurt(impl, device, poisoned_outpu
     assert touched.tolist() == [True] + [False] * 9, "key 53 is the oldest that query 60 sees"
 
 
-def held_passes(case, device):
+def cached_passes(case, device):
     """(mask of tokens that are keys in front and no queries, [(pass, its queries, trie tokens of its keys)])."""
     trie, oracle = TREES[CASES[case][0]]
-    held = np.random.default_rng(7).random(len(trie)) < 0.4
-    held[trie.row_token] = False
+    cached = np.random.default_rng(7).random(len(trie)) < 0.4
+    cached[trie.row_token] = False
     steps = []
-    for step in trie.passes(30, 8, held):
+    for step in trie.passes(30, 8, cached):
         inside = np.arange(step.start, step.stop)
-        new = inside[~held[inside]]
-        keys = torch.from_numpy(np.concatenate([oracle.path(step.start)[:-1], inside[held[inside]], new])).long()
+        new = inside[~cached[inside]]
+        keys = torch.from_numpy(np.concatenate([oracle.path(step.start)[:-1], inside[cached[inside]], new])).long()
         steps.append((step.to(device), new, keys))
-    assert sum(step.held for step, *_ in steps) == held.sum() > 5
-    return held, steps
+    assert sum(step.num_cached for step, *_ in steps) == cached.sum() > 5
+    return cached, steps
 
 
 @pytest.mark.parametrize("case", ["job deep", "window 5", "everything"])
 def test_keys_that_the_caller_holds(case, impl, device, poisoned_outputs):
-    """What the others see is as in a trie of which nothing is held."""
+    """What the others see is as in a trie of which nothing is cached."""
     q, k, v, options = inputs(case, torch.float32, device)
     expected = each_alone(CASES[case][0], q, k, v, options, torch.float64)
-    for step, new, keys in held_passes(case, device)[1]:
+    for step, new, keys in cached_passes(case, device)[1]:
         call = functools.partial(sk.tree_attention, q[new], k[keys], v[keys], step, impl=impl, **options)
-        if step.held and impl == "reference":
-            with pytest.raises(ValueError, match="trie: expected a pass without held tokens"):
+        if step.num_cached and impl == "reference":
+            with pytest.raises(ValueError, match="trie: expected a pass without cached tokens"):
                 call()
         else:
             assert_close("tree_attention fp32", call(), expected[new])

@@ -11,8 +11,8 @@ from tests.kernels.test_tree_attention import (
     DTYPES,
     LOW,
     TREES,
+    cached_passes,
     each_alone,
-    held_passes,
     impl,
     in_passes,
     inputs,
@@ -110,14 +110,14 @@ def test_keys_carried_from_earlier_passes_get_their_gradients(case, apart, impl,
 
 @pytest.mark.parametrize("case", ["job random", "window 5"])
 def test_keys_that_the_caller_holds_get_their_gradients(case, impl, device, poisoned_outputs):
-    """Keys in front of a pass that are seen from its middle on, as in a trie of which nothing is held."""
+    """Keys in front of a pass that are seen from its middle on, as in a trie of which nothing is cached."""
     if impl == "reference":
-        pytest.skip("the reference refuses passes with held tokens")
+        pytest.skip("the reference refuses passes with cached tokens")
     q, k, v, options = inputs(case, torch.float32, device)
-    held, steps = held_passes(case, device)
+    cached, steps = cached_passes(case, device)
 
     def alone(q, k, v, options):
-        return each_alone(CASES[case][0], q, k, v, options, torch.float64)[~held]
+        return each_alone(CASES[case][0], q, k, v, options, torch.float64)[~cached]
 
     def of_the_others(q, k, v, options):
         return torch.cat(
@@ -125,7 +125,7 @@ def test_keys_that_the_caller_holds_get_their_gradients(case, impl, device, pois
         )
 
     tensors = {"q": q, "k": k, "v": v}
-    up = torch.randn(int((~held).sum()), q.shape[1], v.shape[2]).to(device)
+    up = torch.randn(int((~cached).sum()), q.shape[1], v.shape[2]).to(device)
     got, expected = (gradients(attend, tensors, options, up) for attend in (of_the_others, alone))
     for name in expected:
         assert_close("tree_attention gradient fp32", got[name], expected[name].double())

@@ -114,7 +114,7 @@ def check_blocks(step, seen: np.ndarray, block_tokens: int, ascending: bool = Tr
     ascending: spans stand in the order of the keys; else in that of the path only.
     """
     starts, pointers = step.block_start.tolist(), step.span_ptr.tolist()
-    assert starts[0] == step.carried and starts[-1] == len(step.position)
+    assert starts[0] == step.num_past and starts[-1] == len(step.position)
     assert len(pointers) == len(starts) and pointers[0] == 0 and pointers[-1] == len(step.span)
     for b, (first, stop) in enumerate(zip(starts, starts[1:], strict=False)):
         assert 1 <= stop - first <= block_tokens
@@ -129,7 +129,7 @@ def check_blocks(step, seen: np.ndarray, block_tokens: int, ascending: bool = Tr
         assert (seen[first:stop, :first] == outside).all()
 
 
-@pytest.mark.parametrize("share", [0.0, 0.4], ids=lambda share: f"{share:.0%} held")
+@pytest.mark.parametrize("share", [0.0, 0.4], ids=lambda share: f"{share:.0%} cached")
 @pytest.mark.parametrize("budget, block_tokens", CUTS)
 def test_passes(job, budget, block_tokens, share):
     """Also of tries of which the caller has keys and values of some tokens, wherever these stand."""
@@ -138,46 +138,46 @@ def test_passes(job, budget, block_tokens, share):
     for i in range(len(trie)):
         ancestors[i, oracle.path(i)] = True
     leaves = np.asarray(oracle.leaf)
-    held = np.random.default_rng(len(trie)).random(len(trie)) < share
-    held[trie.row_token] = False
-    at, targets, rows, carried_tokens = 0, 0, [], []
-    for step in trie.passes(budget, block_tokens, held if share else None):
+    cached = np.random.default_rng(len(trie)).random(len(trie)) < share
+    cached[trie.row_token] = False
+    at, targets, rows, past_tokens = 0, 0, [], []
+    for step in trie.passes(budget, block_tokens, cached if share else None):
         assert step.start == at < step.stop <= len(trie)
         inside = np.arange(step.start, step.stop)
-        mine, new = inside[held[inside]].tolist(), inside[~held[inside]].tolist()
+        mine, new = inside[cached[inside]].tolist(), inside[~cached[inside]].tolist()
         assert new and (budget is None or len(new) <= budget)
         assert step.last or len(new) >= max(1, 3 * budget // 4), "not much less full than it may be"
         assert step.block_tokens == block_tokens
         at = step.stop
         # What the pass before handed over is the path to the first token, root first.
-        assert carried_tokens == oracle.path(step.start)[:-1]
-        assert len(carried_tokens) == trie.depth[step.start]
-        assert (step.carried, step.held) == (len(carried_tokens) + len(mine), len(mine))
-        keys = [*carried_tokens, *mine, *new]
+        assert past_tokens == oracle.path(step.start)[:-1]
+        assert len(past_tokens) == trie.depth[step.start]
+        assert (step.num_past, step.num_cached) == (len(past_tokens) + len(mine), len(mine))
+        keys = [*past_tokens, *mine, *new]
         assert step.input_ids.tolist() == trie.tokens[new].tolist()
         assert step.position.tolist() == trie.depth[keys].tolist()
         truth = ancestors[np.ix_(keys, keys)]
         i, j = np.arange(len(keys))[:, None], np.arange(len(keys))
         seen = (j <= i) & (i < step.subtree_end.numpy())
-        assert not (truth & ~seen)[step.carried :].any(), "no ancestor is hidden, held or not"
+        assert not (truth & ~seen)[step.num_past :].any(), "no ancestor is hidden, cached or not"
         exact = np.ones(len(keys), dtype=bool)
-        exact[step.carried - step.held : step.carried] = False  # those are seen through the spans alone
-        assert (seen == truth)[step.carried :, exact].all()
+        exact[step.num_past - step.num_cached : step.num_past] = False  # those are seen through the spans alone
+        assert (seen == truth)[step.num_past :, exact].all()
         check_blocks(step, truth, block_tokens, share == 0)
-        carried_tokens = [keys[key] for key in step.carry_index.tolist()]
+        past_tokens = [keys[key] for key in step.next_past.tolist()]
         owned = np.diff(step.target_ptr).tolist()
         assert step.target_start == targets and step.target_ptr[0] == 0 and sum(owned) == len(step.targets)
         assert step.targets.tolist() == trie.targets[targets : targets + len(step.targets)].tolist()
         targets += len(step.targets)
         rows += [(new[row], n) for row, n in zip(step.rows.tolist(), owned, strict=True)]
         assert step.cells_done == int((leaves < step.stop).sum())
-    assert at == len(trie) and not carried_tokens and targets == len(trie.targets)
+    assert at == len(trie) and not past_tokens and targets == len(trie.targets)
     assert rows == list(zip(trie.row_token.tolist(), np.diff(trie.target_ptr).tolist(), strict=True))
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_any_pass_may_be_cut_in_two(seed):
-    """A pass that ran out of memory is halved: both halves carry what the whole would have carried."""
+    """A pass that ran out of memory is halved: both halves leave the past keys that the whole would leave."""
     trie = plan_trie(*flatten(random_cells(100 + seed)))
     rng = random.Random(seed)
     for step in trie.passes(17):
@@ -186,8 +186,8 @@ def test_any_pass_may_be_cut_in_two(seed):
         middle = rng.randrange(step.start + 1, step.stop)
         first, second = trie.make_pass(step.start, middle), trie.make_pass(middle, step.stop)
         # Key indices of the whole pass, seen through the second half.
-        keys = [*first.carry_index.tolist(), *range(step.carried + middle - step.start, len(step.position))]
-        assert [keys[k] for k in second.carry_index.tolist()] == step.carry_index.tolist()
+        keys = [*first.next_past.tolist(), *range(step.num_past + middle - step.start, len(step.position))]
+        assert [keys[k] for k in second.next_past.tolist()] == step.next_past.tolist()
         assert torch.equal(torch.cat([first.targets, second.targets]), step.targets)
 
 
@@ -207,10 +207,10 @@ def test_the_order_of_cells_does_not_matter(seed):
 
 
 def test_a_shallow_boundary_is_preferred():
-    """With room to choose, a pass ends between prompts, where nothing is carried on."""
+    """With room to choose, a pass ends between prompts, where no past is left."""
     cells = [([p, *range(20, 50)], [1, 2, 3]) for p in range(8)]
     steps = plan_trie(*flatten(cells)).passes(40)
-    assert len(steps) == 8 and [step.carried for step in steps] == [0] * 8
+    assert len(steps) == 8 and [step.num_past for step in steps] == [0] * 8
 
 
 def test_to_moves_once_and_keeps_the_rest():
@@ -218,7 +218,7 @@ def test_to_moves_once_and_keeps_the_rest():
     moved = step.to("meta")
     assert moved is step.to(torch.device("meta")) and step.to("cpu") is step
     assert moved.input_ids.is_meta and moved.span.shape == step.span.shape
-    assert (moved.start, moved.carried, moved.cells_done) == (step.start, step.carried, step.cells_done)
+    assert (moved.start, moved.num_past, moved.cells_done) == (step.start, step.num_past, step.cells_done)
 
 
 @pytest.mark.parametrize(("ids", "offsets", "context_lengths", "error", "expected"), [
@@ -240,12 +240,12 @@ def test_bad_sequences_and_arrays_that_do_not_fit_are_named(ids, offsets, contex
 @pytest.mark.parametrize(("arguments", "expected"), [
     ({"max_tokens": 0}, "max_tokens: expected at least 1"), ({"max_tokens": -3}, "max_tokens: expected at least 1"),
     ({"block_tokens": 0}, "block_tokens: expected at least 1"),
-    ({"max_tokens": 7, "held": "a row"}, "held: expected no token that predicts something"),
+    ({"max_tokens": 7, "cached": "a row"}, "cached: expected no token that predicts something"),
 ])  # fmt: skip
 def test_bad_options_of_passes_are_named(arguments, expected):
     trie = plan_trie(*flatten(random_cells(4)))
-    if "held" in arguments:
-        arguments = {**arguments, "held": np.arange(len(trie)) == trie.row_token[0]}
+    if "cached" in arguments:
+        arguments = {**arguments, "cached": np.arange(len(trie)) == trie.row_token[0]}
     with pytest.raises(ValueError, match=expected):
         trie.passes(**arguments)
 

@@ -27,7 +27,7 @@ from tests.families import (
 
 pytest.importorskip("transformers")
 
-SMALL = 24  # tokens of a pass, less than one sequence: the keys of every path are carried over
+SMALL = 24  # tokens of a pass, less than one sequence: every path has past keys
 LARGE = 4096
 
 

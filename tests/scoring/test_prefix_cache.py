@@ -168,7 +168,7 @@ def test_memory_comes_before_prefixes(when, monkeypatch, caplog):
     def fails(runner, step):
         passes.append(step)
         if when == "a pass with prefixes":
-            return step.held
+            return step.num_cached
         long = sum(len(one.position) > 8 for one in passes)
         return when != "end of a round" and runner.prefixes is not None and long == 1 + (when == "second pass")
 
@@ -176,7 +176,7 @@ def test_memory_comes_before_prefixes(when, monkeypatch, caplog):
         if not failed and fails(runner, step):
             failed.append(step)
             raise torch.OutOfMemoryError("CUDA out of memory (staged)")
-        assert not (failed and step.held)
+        assert not (failed and step.num_cached)
         return run(runner, step, checks)
 
     def no_end(self):
