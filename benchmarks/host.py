@@ -90,7 +90,7 @@ def measure() -> dict[str, float]:
     clock.watch("planning", response_cache, "plan_trie")
     clock.watch("passes", TokenTrie, "passes")
     clock.watch("prefixes", prefix_cache.PrefixCache, "__init__", "begin", "of_pass", "add", "end")
-    clock.watch("rules", race.RaceState, "__init__", "wanted", "add", "report")
+    clock.watch("rules", race.RaceState, "__init__", "next_cells", "add", "report")
     clock.watch("sums", cell_sums.CellSums, "__init__", "add", "nll")
     clock.watch("selections", response_cache.ResponseCache, "select")
     clock.watch("whose code", verified, "foreign_code", "fingerprint")
@@ -140,7 +140,7 @@ def rounds_of_races(seeds: int = 4) -> str:
         for fill in (0, TOKENS // 4, TOKENS // 2, TOKENS):
             for seed in range(seeds):
                 state, forwards = RaceState(Race(seed=seed), full.tokens.numpy(), cost, fill), []
-                while (cells := state.wanted()) is not None:
+                while (cells := state.next_cells()) is not None:
                     tokens = int(cost.flat[cells].sum())
                     forwards += [TOKENS] * (tokens // TOKENS) + [tokens % TOKENS] * (tokens % TOKENS > 0)
                     state.add(cells, full.nll.numpy().ravel()[cells])

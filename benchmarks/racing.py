@@ -4,8 +4,9 @@
     python -m benchmarks.racing --sets smollm2/held-out --csv benchmarks/results/racing.csv
 
 A replay is a race over a matrix that is known in full: what it chose is compared with what scoring every cell chooses.
-Rules: `race` (the defaults) and `strict` (no tolerance). Regret is the loss of the prompt chosen above the lowest, in
-percent of the lowest.
+Rules: `race` (the defaults) and `strict` (no tolerance). `memory` and `memory-4` (first rounds of 16 and 4 examples)
+know the loss of every cell under the model's state before, which is more than any run does: what a memory could save at
+most. Regret is the loss of the prompt chosen above the lowest, in percent of the lowest.
 
 Sets: ``smollm2`` and ``gemma3-270m`` are pretrained models, each as it comes and after 30 LoRA steps on another task;
 all claims are judged on these (`benchmarks.real_matrices` makes them). ``tiny-base`` is the base
@@ -30,19 +31,20 @@ from sapo_kernels.scoring.race import RaceState
 from .rows import RESULTS, csv_text
 
 MATRICES = tuple(RESULTS / f"race_matrices_{name}.safetensors" for name in ("real", "tiny"))
-RULES = {"race": {}, "strict": {"relative": 0.0}}
+RULES = {"race": {}, "strict": {"relative": 0.0}, "memory": {}, "memory-4": {"first": 4}}
 # A choice is wrong only if it costs more than this share of the loss.
 SHARE = 0.005
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """Full scores of one task under one state of a model."""
+    """Full scores of one task under one state of a model. before: [K, M] nats as the model came, if this is later."""
 
     set: str
     task: str
     state: str
     scores: PromptScores
+    before: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -85,22 +87,46 @@ def read_matrices() -> list[Matrix]:
             model, task, state = name.split("/")
             nll, tokens = tensors[f"{name}/nll"].double(), tensors[f"{model}/{task}/tokens"].long()
             scores = PromptScores(nll, tokens, [f"prompt {k}" for k in range(len(nll))])
-            found.append(Matrix(f"{model}/{half(task)}", task, state, scores))
+            before = tensors.get(f"{model}/{task}/base/nll") if state != "base" else None
+            found.append(
+                Matrix(
+                    f"{model}/{half(task)}", task, state, scores, None if before is None else before.double().numpy()
+                )
+            )
     return found
 
 
-def replay(full: PromptScores, race: Race) -> RaceState:
-    """The race over a matrix that is known in full, to its end."""
-    state, losses = RaceState(race, full.tokens.numpy()), full.nll.numpy().ravel()
-    while (cells := state.wanted()) is not None:
+class RaceWithMemory(RaceState):
+    """A race whose losses are compared less what the losses before predict of them: `before` is a control variate."""
+
+    def __init__(self, race: Race, tokens: np.ndarray, before: np.ndarray):
+        super().__init__(race, tokens)
+        self.before = before - before.mean(1, keepdims=True)
+
+    def _judge(self) -> None:
+        own, seen = self.nll, np.ix_(self.active, self.order[: self.size])
+        if self.size < self.num_examples:
+            # One slope for all prompts: that of how prompts differ on an example, now and before.
+            now, then = (losses[seen] - losses[seen].mean(0) for losses in (own, self.before))
+            now, then = (apart - apart.mean(1, keepdims=True) for apart in (now, then))
+            self.nll = own - (now * then).sum() / max((then * then).sum(), 1e-12) * self.before
+        super()._judge()
+        self.nll = own
+
+
+def replay(full: PromptScores, race: Race, before: np.ndarray | None = None) -> RaceState:
+    """The race over a matrix that is known in full, to its end; before: with a memory."""
+    tokens, losses = full.tokens.numpy(), full.nll.numpy().ravel()
+    state = RaceState(race, tokens) if before is None else RaceWithMemory(race, tokens, before)
+    while (cells := state.next_cells()) is not None:
         state.add(cells, losses[cells])
     return state
 
 
 def replays(one: Matrix, rule: str, count: int) -> Replays:
     """`count` replays of a rule on one matrix."""
-    full, loss = one.scores, one.scores.loss.numpy()
-    ended = [replay(full, Race(seed=seed, **RULES[rule])).report() for seed in range(count)]
+    full, loss, before = one.scores, one.scores.loss.numpy(), one.before if rule.startswith("memory") else None
+    ended = [replay(full, Race(seed=seed, **RULES[rule]), before).report() for seed in range(count)]
     regret = np.asarray([loss[report.winner] / loss.min() - 1 for report in ended])
     p10, p50, p90 = np.quantile([report.saved for report in ended], [0.1, 0.5, 0.9]).tolist()
     return Replays(
@@ -132,7 +158,10 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     matrices = [one for one in read_matrices() if args.sets is None or one.set in args.sets]
-    rows = [replays(one, rule, args.replays) for rule in RULES for one in matrices]
+    rows = [
+        replays(one, rule, args.replays)
+        for rule in RULES for one in matrices if one.before is not None or not rule.startswith("memory")
+    ]  # fmt: skip
     print(summary(rows))
     if args.csv:
         atomic_write(args.csv, csv_text(rows))

@@ -41,8 +41,10 @@ def report() -> str:
         for op, backends in BACKENDS.items():
             chosen = resolve_impl(op, "auto", device)
             names = [name for name in backends if name != "triton" or usable]
-            because = why if chosen == "triton" or not usable else "interpreted kernels are for tests, ask by name"
-            lines.append(f"  {op:<16}{chosen:<10} {because}; can be asked for: {', '.join(names)}")
+            because = (
+                why if chosen == "triton" or not usable else "the interpreter is for tests: only with impl='triton'"
+            )
+            lines.append(f"  {op:<16}{chosen:<10} {because}; available: {', '.join(names)}")
     return "\n".join(lines)
 
 

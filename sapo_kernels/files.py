@@ -15,6 +15,7 @@ import errno
 import json
 import math
 import os
+import re
 import reprlib
 import secrets
 import stat
@@ -22,6 +23,8 @@ import zlib
 from typing import Any
 
 MAX_BYTES = 64 * 2**20
+# Of JSON: what opens and ends objects, a string (before a colon: a key), a number or a word.
+_TOKEN = re.compile(r'[{}]|("(?:[^"\\]|\\.)*")(\s*:)?|[^\s"{}\[\]:,]+')
 
 
 class DataError(ValueError):
@@ -86,7 +89,7 @@ def _temporary(path: str) -> str:
 
 
 def remove_temporary(path: str | os.PathLike) -> None:
-    """Remove what killed writers of the file at `path` have left. Only for who knows that nobody writes to it now."""
+    """Remove what killed writers of the file at `path` have left. Call it only if no process writes to it now."""
     path = os.path.realpath(os.fspath(path))
     directory, start = os.path.dirname(path), _temporary(path)
     for name in os.listdir(directory):
@@ -159,7 +162,11 @@ def read_text(path: str | os.PathLike, *, max_bytes: int = MAX_BYTES) -> str:
 
     Raises: `DataError` for other encodings and NUL characters; `OSError` from opening or reading.
     """
-    data, name = read_bytes(path, max_bytes=max_bytes), os.fspath(path)
+    return decode(read_bytes(path, max_bytes=max_bytes), os.fspath(path))
+
+
+def decode(data: bytes, name: str) -> str:
+    """UTF-8 text as `read_text` takes it; `name` says in messages where it is from."""
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise DataError(f"{name}: expected UTF-8 text, got UTF-16 or UTF-32; save it again as UTF-8")
     data = data.removeprefix(b"\xef\xbb\xbf")
@@ -179,7 +186,7 @@ def read_json(path: str | os.PathLike, *, max_bytes: int = MAX_BYTES) -> Any:
 
 
 def parse_json(text: str, name: str) -> Any:
-    """One JSON document, equal to `json.loads(text)`; `name` says in messages where the text is from.
+    """One JSON document, equal to `json.loads(text)`; `name` is the text's origin in messages.
 
     Raises: `DataError` for anything that is not exactly one JSON document, NaN and Infinity, numbers that overflow a
     float, duplicate keys, lone surrogates, and nesting or integers too long for Python.
@@ -199,16 +206,37 @@ def parse_json(text: str, name: str) -> Any:
     except RecursionError:
         raise DataError(f"{name}: expected some hundred levels of nesting at most, got more") from None
     except ValueError as error:  # from below, or an integer of thousands of digits
-        raise DataError(f"{name}: {error}") from None
+        raise DataError(f"{name}: {_placed(text, error)}") from None
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        seen: set[str] = set()
-        again = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise ValueError(f"expected each key once, got {excerpt(again)} again")
+        raise ValueError("expected each key once, got one again")
     return found
+
+
+def _placed(text: str, error: ValueError) -> str:
+    """What `parse_json` refuses in `text` with line and column, which `json` does not tell its hooks."""
+    objects: list[set[str]] = []
+    for token in _TOKEN.finditer(text):
+        found, string, colon = token[0], token[1], token[2]
+        try:
+            if found == "{":
+                objects.append(set())
+            elif found == "}":
+                objects.pop()
+            elif colon is not None:
+                key = json.loads(string)
+                if key in objects[-1]:
+                    raise ValueError(f"expected each key once, got {excerpt(key)} again")
+                objects[-1].add(key)
+            elif string is None:
+                json.loads(found, parse_constant=_finite, parse_float=_finite)
+        except ValueError as fault:
+            place = json.JSONDecodeError("", text, token.start())
+            return f"line {place.lineno} column {place.colno}: {fault}"
+    return str(error)
 
 
 def _finite(token: str) -> float:

@@ -25,7 +25,7 @@ from .files import DataError, atomic_write, excerpt, flush, parse_json, read_jso
 MANIFEST = "sapo_manifest.json"
 VERSION = 1
 MAX_MANIFEST_BYTES = 16 * 2**20
-# Left by `atomic_write` where a process was killed; nobody reads them.
+# Left by `atomic_write` where a process was killed; never read.
 TEMPORARY = ".sapo-*.tmp"
 Skip = Callable[[str], bool]
 
@@ -70,11 +70,11 @@ def check_manifest(folder: str | os.PathLike, schema: str | tuple[str, ...], *, 
     found = dict(_files(folder, skip))
     for name in kept:
         if name not in found and not skip(name):
-            raise DataError(f"{os.path.join(folder, name)}: expected this file, which is in {MANIFEST}, got none")
+            raise DataError(f"{os.path.join(folder, name)}: expected this file, as {MANIFEST} lists it, got none")
     for name, path in found.items():
         allowed = [one[name] for one in (kept, pending) if name in one]
         if not allowed:
-            raise DataError(f"{path}: expected no such file, as it is not in {MANIFEST}, got one")
+            raise DataError(f"{path}: expected only files that {MANIFEST} lists, got this one")
         got = _entry(path)
         if got not in allowed:
             key = "size" if all(got["size"] != one["size"] for one in allowed) else "sha256"
@@ -105,7 +105,7 @@ def _read(place: str, schema: str | tuple[str, ...]) -> tuple[dict[str, Any], di
     try:
         text = read_text(place, max_bytes=MAX_MANIFEST_BYTES)
     except FileNotFoundError:
-        raise DataError(f"{place}: expected the manifest of this folder, got none; it was not written whole") from None
+        raise DataError(f"{place}: expected the manifest of this folder, got none: its writing was cut short") from None
     document = parse_json(text, place)
     known = (schema,) if isinstance(schema, str) else schema
     if not isinstance(document, dict) or document.get("schema") not in known or document.get("version") != VERSION:
@@ -113,7 +113,7 @@ def _read(place: str, schema: str | tuple[str, ...]) -> tuple[dict[str, Any], di
         raise DataError(f"{place}: expected a manifest of {names}, version {VERSION}, got {excerpt(document)}")
     digest = document.pop("sha256", None)
     if text != _text(document):
-        raise DataError(f"{place}: expected the manifest as it was written, sha256 {excerpt(digest)}, got another text")
+        raise DataError(f"{place}: expected an unchanged manifest, sha256 {excerpt(digest)}, got an edited one")
     return document["files"], document.get("pending", {})
 
 

@@ -1,4 +1,4 @@
-"""The compiled modules: which are there, whether they fit, and why not.
+"""The compiled modules: which exist, whether they fit, and why not.
 
 `_C` and `_C_cuda` hold the CPU and CUDA kernels of ``accumulate_`` and ``reweight_`` on LibTorch's stable ABI, so one
 binary serves every torch from 2.10 on; `_planner` holds the token-trie planner and knows no torch. All are optional:
@@ -26,7 +26,7 @@ FOLDER = Path(__file__).resolve().parent
 
 
 def library_path(name: str) -> Path:
-    """Where the stable-ABI library `name` (``_C`` or ``_C_cuda``) stands if it was built."""
+    """Path of the stable-ABI library `name` (``_C`` or ``_C_cuda``) if it was built."""
     return FOLDER / f"{name}.abi{ABI}.so"
 
 
@@ -39,8 +39,8 @@ def _cut_off(path: Path) -> str:
     # The table of sections stands at the end of the file.
     (table,) = struct.unpack_from("<Q", header, 40)
     entry, count = struct.unpack_from("<HH", header, 58)
-    wanted, got = table + entry * count, path.stat().st_size
-    return f"{path.name} is cut off: expected {wanted} bytes, got {got}" if got < wanted else ""
+    expected, got = table + entry * count, path.stat().st_size
+    return f"{path.name} is cut off: expected {expected} bytes, got {got}" if got < expected else ""
 
 
 def _refused(name: str, reason: str, instead: str) -> str:

@@ -51,11 +51,11 @@ _library.define(
     "float? softcap, str impl, bool with_mean=False) -> (Tensor logprob, Tensor lse, Tensor mean)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-# Gradients of hidden, weight and bias; None for those that are not wanted.
+# Gradients of hidden, weight and bias; None where the mask is false.
 _library.define(
     "linear_logprob_backward(Tensor? grad_logprob, Tensor? grad_lse, Tensor logprob, Tensor lse, Tensor mean, "
     "Tensor hidden, Tensor weight, Tensor targets, Tensor target_ptr, Tensor? bias, float scale, float? softcap, "
-    "str impl, bool[3] wanted) -> (Tensor, Tensor, Tensor)",
+    "str impl, bool[3] output_mask) -> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -202,13 +202,13 @@ def _linear_logprob_fake(hidden, weight, targets, target_ptr=None, bias=None, sc
 
 @torch.library.impl(_library, "linear_logprob_backward", "CompositeExplicitAutograd")
 def _linear_logprob_backward(grad_logprob, grad_lse, logprob, lse, mean, hidden, weight, targets, target_ptr, bias,
-                             scale, softcap, impl, wanted):  # fmt: skip
+                             scale, softcap, impl, output_mask):  # fmt: skip
     if hidden.shape[0] == 0:
-        found = _linear_logprob_backward_fake(None, None, None, None, None, hidden, weight, *[None] * 6, wanted)
+        found = _linear_logprob_backward_fake(None, None, None, None, None, hidden, weight, *[None] * 6, output_mask)
         return tuple(None if t is None else t.zero_() for t in found)
     run = _backend("linear_logprob", impl, hidden, backward=True)
     return run(grad_logprob, grad_lse, logprob, lse, mean, hidden, weight, targets, target_ptr, bias, scale, softcap,
-               wanted)  # fmt: skip
+               output_mask)  # fmt: skip
 
 
 @torch.library.register_fake("sapo_kernels::linear_logprob_backward", lib=_library)
@@ -301,7 +301,7 @@ def _watched(op: str):
         for i, value in enumerate(outputs):
             # torch would run the kernel on a copy, and fail after the other arguments have been written.
             if value.is_neg():
-                raise RuntimeError(f"{op}: {arguments[i].name}: expected memory as it is, got a negated view")
+                raise RuntimeError(f"{op}: {arguments[i].name}: expected a plain tensor, got a lazily negated view")
         redispatch(keyset & below, *args)
         # A backward pass that saved one of them raises instead of using the new values.
         try:

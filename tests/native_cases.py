@@ -55,22 +55,22 @@ needs_cuda_kernels = pytest.mark.skipif(
 )
 
 
-def same_bits(got: torch.Tensor, wanted: torch.Tensor) -> bool:
+def same_bits(got: torch.Tensor, expected: torch.Tensor) -> bool:
     """Equal dtype, shape and bits, -0.0 apart from 0.0; NaN is one value, as its payload differs between devices."""
-    if got.dtype != wanted.dtype or got.shape != wanted.shape:
+    if got.dtype != expected.dtype or got.shape != expected.shape:
         return False
-    got, wanted = got.detach().cpu(), wanted.detach().cpu()
+    got, expected = got.detach().cpu(), expected.detach().cpu()
     if not got.is_floating_point():
-        return torch.equal(got, wanted)
+        return torch.equal(got, expected)
     integer = {8: torch.int64, 4: torch.int32, 2: torch.int16}[got.element_size()]
-    both_nan = got.isnan() & wanted.isnan()
-    return bool(((got.contiguous().view(integer) == wanted.contiguous().view(integer)) | both_nan).all())
+    both_nan = got.isnan() & expected.isnan()
+    return bool(((got.contiguous().view(integer) == expected.contiguous().view(integer)) | both_nan).all())
 
 
-def assert_same_bits(got, wanted, what="") -> None:
-    """All tensors of `got` against those of `wanted`, in their order."""
-    for i, (a, b) in enumerate(zip(got, wanted, strict=True)):
-        assert same_bits(a, b), f"{what} tensor {i}: got {a}, wanted {b}"
+def assert_same_bits(got, expected, what="") -> None:
+    """All tensors of `got` against those of `expected`, in their order."""
+    for i, (a, b) in enumerate(zip(got, expected, strict=True)):
+        assert same_bits(a, b), f"{what} tensor {i}: got {a}, expected {b}"
 
 
 def storage_bytes(arguments) -> list[bytes]:

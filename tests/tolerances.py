@@ -60,7 +60,7 @@ TOLERANCES = {
 def assert_close(row: str, got: torch.Tensor, exact: torch.Tensor, same_dtype=None) -> None:
     """Shapes equal, all finite, error within the row; `same_dtype`: PyTorch's result, with a factor."""
     tolerance = TOLERANCES[row]
-    assert got.shape == exact.shape, f"{row}: shape {list(got.shape)}, wanted {list(exact.shape)}"
+    assert got.shape == exact.shape, f"{row}: shape {list(got.shape)}, expected {list(exact.shape)}"
     assert (same_dtype is not None) == (tolerance.factor > 0), f"{row}: same_dtype goes with a factor"
     got, exact = got.detach().cpu().double(), exact.detach().cpu().double()
     assert exact.isfinite().all(), f"{row}: the oracle is not finite"

@@ -1,6 +1,7 @@
 """``python -m benchmarks.effect``: does training on the prompt that SAPO chooses help?
 
     python -m benchmarks.effect run single --base smollm2 --data DIR --work DIR       # single-task runs, every prompt
+    python -m benchmarks.effect run single --base smollm2 --rate 5e-4 --data DIR --work DIR
     python -m benchmarks.effect run sequences --base smollm2 --data DIR --work DIR    # sequences under every policy
     python -m benchmarks.effect run single --base gemma3-270m --data DIR --work DIR --device cuda --minutes 9 --part 0/4
     python -m benchmarks.effect table            # write the tables of docs/effect.md from the rows
@@ -34,6 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     run.add_argument("--minutes", type=float, default=24 * 60.0, help="begin no run after so long")
     run.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     run.add_argument("--part", type=part, default=(0, 1), help="I/N: for N processes side by side")
+    run.add_argument("--rate", type=float, help="learning rate of single-task runs, kept as rows of their own")
     run.add_argument("--threads", type=int, default=1)
     tables = commands.add_parser("table", help="write the tables in the documents")
     tables.add_argument("--check", action="store_true")
@@ -46,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     from . import pretrained
 
     torch.set_num_threads(args.threads)
-    setting = pretrained.Setting(args.base, args.data, args.device, args.part)
+    setting = pretrained.Setting(args.base, args.data, args.device, args.part, args.rate)
     work = pretrained.run_singles if args.kind == "single" else pretrained.run_sequences
     left, kind = work(setting, args.work, time.time() + 60 * args.minutes), setting.kind(args.kind)
     count = rows.collect(args.work, kind, setting.made_by())

@@ -1,8 +1,9 @@
 """Which prompt to train with: rules on what scoring has found before learning, a few lines each.
 
 A rule gets the rows of one task and seed, the original first, and gives the row that it would have trained with. Rows
-have the losses ``pre_REDUCTION_ROWS``, ``pre_error_ROWS`` (standard error of the difference to the original),
-``pre_cold_8`` (under the model before it learned the earlier tasks) and ``near`` (the words shared with the original).
+have the losses ``pre`` and ``pre_REDUCTION_ROWS``, ``pre_error_ROWS`` (standard error of the difference to the
+original), ``pre_cold_8`` (under the model before it learned the earlier tasks) and ``near`` (the words shared with the
+original).
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def average_of_states(group: list[Row]) -> Row:
 
 
 CANDIDATES: dict[str, Rule] = {
-    "lowest loss (SAPO)": lowest("pre_token_16"),
+    "lowest loss (SAPO)": lowest("pre"),
     "lowest loss on 8 rows": lowest("pre_token_8"),
     "lowest example mean": lowest("pre_example_16"),
     "lowest batch mean": lowest("pre_batch_16"),

@@ -36,16 +36,26 @@ REDUCTIONS = ("token", "example", "batch")
 
 @dataclass(frozen=True)
 class Setting:
-    """A base, the data folder and where to run. part: (i, n) takes every n-th group of runs, from the i-th on."""
+    """A base, the data folder and where to run. part: (i, n) takes every n-th group of runs, from the i-th on.
+
+    rate: the learning rate of single-task runs, instead of the base's.
+    """
 
     base: str
     data: Path
     device: str
     part: tuple[int, int]
+    rate: float | None = None
 
     def kind(self, kind: str) -> str:
-        """The name of the rows: ``single_smollm2``."""
-        return f"{kind}_{self.base}"
+        """The name of the rows: ``single_smollm2``, ``single_smollm2_0.0005``."""
+        return f"{kind}_{self.base}" + (f"_{self.rate:g}" if self.rate else "")
+
+    @property
+    def single(self) -> design.SingleConfig:
+        """The options of its single-task runs."""
+        config = design.single_config(self.base)
+        return replace(config, learning_rate=self.rate) if self.rate else config
 
     def made_by(self) -> dict[str, Any]:
         """What decides the rows."""
@@ -58,7 +68,7 @@ class Setting:
         return {
             "base": MODELS[self.base].sha256,
             "data": hashlib.sha256(digests.encode()).hexdigest(),
-            "single": {**asdict(design.SINGLE), "warm_steps": design.WARM_STEPS, "input_tokens": design.INPUT_TOKENS},
+            "single": {**asdict(self.single), "warm_steps": design.WARM_STEPS, "input_tokens": design.INPUT_TOKENS},
             "sequence": {**design.SEQUENCE_OPTIONS, "order": list(design.ORDER)},
             "versions": {one.__name__: one.__version__ for one in (torch, transformers, peft)},
             "machine": machine,
@@ -228,19 +238,19 @@ class Warm:
     """A model that has learned the earlier tasks, and what is measured on it."""
 
     def __init__(self, setting: Setting, seed: int):
-        self.seed, started = seed, time.perf_counter()
+        self.seed, self.config, started = seed, setting.single, time.perf_counter()
         base, self.tokenizer = setting.load()
         self.tasks = setting.tasks((*design.EARLIER, *design.TRAINED), seed, self.tokenizer)
         self.damage = Damage(self.tokenizer, self.tasks)
         self.cold = base.bfloat16()
-        self.model = warm_start(self.cold, self.tokenizer, self.tasks, seed, design.SINGLE)
+        self.model = warm_start(self.cold, self.tokenizer, self.tasks, seed, setting.single)
         self.before = self.damage.losses(self.model)
         learned = ", ".join(f"{name.partition('_')[0]} {loss:.2f}" for name, loss in self.before.items())
         print(f"warm start, seed {seed}: {time.perf_counter() - started:.0f} s; losses {learned}", flush=True)
 
     def run(self, name: str, chosen: list[int], wanted: list[int], until: float) -> Iterator[tuple[int, dict]]:
         """(prompt, its row) for each wanted one of the `chosen` prompts, until the time is up."""
-        task, config = self.tasks[name], design.SINGLE
+        task, config = self.tasks[name], self.config
         prompts = [task.pool.prompts[k] for k in chosen]
         probe = cache_of(self.tokenizer, task, prompts, task.train[: config.probe_examples])
         seen = before_learning(self.model, probe)

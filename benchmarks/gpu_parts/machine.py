@@ -123,10 +123,10 @@ def _product(job: Job) -> Case:
     width = 8192 if job.device == "cuda" else 64
     draw = torch.Generator(job.device).manual_seed(0)
     a, b = (torch.randn(width, width, device=job.device, generator=draw).bfloat16() for _ in range(2))
-    wanted = a[:4].double() @ b.double()
+    expected = a[:4].double() @ b.double()
 
     def error(out: torch.Tensor) -> float:
-        return float((out[:4].double() - wanted).norm() / wanted.norm())
+        return float((out[:4].double() - expected).norm() / expected.norm())
 
     return Case(
         "ceiling", "matmul", {"torch": Provider(lambda: a @ b, 10)}, error, 1e-2, shape=f"N={width}", dtype="bf16",

@@ -50,14 +50,14 @@ def tensors(state: sk.PromptState) -> tuple[torch.Tensor, ...]:
 
 
 def make(setting: Setting, name: str, pools: int, prompts: int):
-    """One run is `UPDATES` updates of a state that begins anew, so that its end can be checked."""
+    """One run is `UPDATES` updates of a fresh state, so that its end can be checked."""
     given, fresh = losses(pools, prompts), tensors(sk.PromptState(pools, prompts))
-    wanted = [t.clone() for t in fresh]
+    expected = [t.clone() for t in fresh]
     for _ in range(UPDATES):
-        reweight_reference(*wanted, *given, *NUMBERS)
+        reweight_reference(*expected, *given, *NUMBERS)
 
     def check(state) -> float:
-        pairs = [(a.cpu().double(), b.double()) for a, b in zip(state, wanted, strict=True)]
+        pairs = [(a.cpu().double(), b.double()) for a, b in zip(state, expected, strict=True)]
         gaps = [torch.where((a == b) | (a.isnan() & b.isnan()), 0.0, (a - b).abs()) for a, b in pairs]
         return float(torch.stack([gap.nan_to_num(nan=torch.inf).max() for gap in gaps]).max())
 

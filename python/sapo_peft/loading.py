@@ -119,7 +119,7 @@ def _source(option: str, name: str, *needed: str) -> tuple[str, bool]:
         try:
             return snapshot_download(name, local_files_only=True), True
         except Exception as error:
-            why = "no such folder, and not loaded from the hub, which gives no answer"
+            why = "no such folder, and the hub does not answer"
             raise DataError(f"{option} {name}: {why}") from error
     return name, False
 
@@ -129,7 +129,9 @@ def _load_model(name: str, dtype: Any, option: str) -> Any:
 
     source, local = _source(option, name, "config.json")
     if local:
-        read_json(Path(source, "config.json"))  # one clear message if it is damaged
+        for file in (Path(source, "config.json"), Path(source, "model.safetensors.index.json")):
+            if file.is_file() and not isinstance(found := read_json(file), dict):  # one clear message if it is damaged
+                raise DataError(f"{file}: expected an object, got {excerpt(found)}")
         if not list(Path(source).glob("*.safetensors")):
             raise DataError(f"{option} {name}: expected weights as .safetensors in this folder, got none")
     try:

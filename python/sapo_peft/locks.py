@@ -26,7 +26,7 @@ def alone(lock: str | os.PathLike, place: str | os.PathLike) -> Iterator[None]:
         with FileLock(lock, timeout=0):
             yield
     except Timeout:
-        raise RuntimeError(f"{os.fspath(place)}: another process is at work here") from None
+        raise RuntimeError(f"{os.fspath(place)}: another process is writing here") from None
 
 
 @contextlib.contextmanager

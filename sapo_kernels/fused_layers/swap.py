@@ -1,6 +1,6 @@
 """Modules whose forward has a fused counterpart, and the switch to it for the length of a block.
 
-Modules of transformers' own families only, and only those that nobody patched: a forward on the instance (accelerate,
+Modules of transformers' own families only, and only unpatched ones: a forward on the instance (accelerate,
 Liger, a user) or another class stays as it is. A counterpart is used where it computes what the module's own forward
 does (`agrees`), for the dtypes and shapes at hand. Linear layers are called as modules, so adapters take part.
 """
@@ -76,7 +76,7 @@ def _decide(key: tuple, sample: torch.Tensor, choices, test: Callable[[Any], boo
 
 
 def _stand_in(module: nn.Module, **parts: dict) -> nn.Module:
-    """The module with other parameters or children; nothing of it is changed."""
+    """A copy of the module with other parameters or children; the module itself is not changed."""
     other = object.__new__(type(module))
     vars(other).update(vars(module))
     vars(other).update(parts)
@@ -125,7 +125,7 @@ def _dense(x: torch.Tensor) -> bool:
 
 
 class _Given(nn.Module):
-    """Stands for a linear layer: returns what it was given, and refuses another input than the one expected."""
+    """A stand-in for a linear layer: returns a given result, and refuses any input but the expected one."""
 
     def __init__(self, value: torch.Tensor, expected: torch.Tensor):
         super().__init__()
@@ -231,7 +231,7 @@ def _attention_forward(module: nn.Module, copies: dict) -> Callable | None:
 
 @functools.cache
 def _parameters(function: types.FunctionType) -> tuple[str, ...]:
-    """Names, looked up once a function: there is one for thousands of modules."""
+    """Names, looked up once for a function that thousands of modules share."""
     return tuple(inspect.signature(function).parameters)
 
 

@@ -93,15 +93,15 @@ def _check(hidden, weight, targets, target_ptr, bias, scale, softcap) -> None:
         raise ValueError(f"linear_logprob: bias: expected [{weight.shape[0]}], got {list(bias.shape)}")
     for name, t, size in (("targets", targets, None), ("target_ptr", target_ptr, hidden.shape[0] + 1)):
         if t.dtype != torch.int64 or t.dim() != 1 or (size is not None and t.shape[0] != size):
-            wanted = "1-D" if size is None else f"[{size}]"
-            raise ValueError(f"linear_logprob: {name}: expected int64 {wanted}, got {t.dtype} {list(t.shape)}")
+            what = "1-D" if size is None else f"[{size}]"
+            raise ValueError(f"linear_logprob: {name}: expected int64 {what}, got {t.dtype} {list(t.shape)}")
     if not math.isfinite(scale):
         raise ValueError(f"linear_logprob: scale: expected a finite number, got {scale}")
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"linear_logprob: softcap: expected a positive number or None, got {softcap}")
     steps = target_ptr.diff()
     if int(target_ptr[0]) != 0 or int(target_ptr[-1]) != len(targets) or (len(steps) and int(steps.min()) < 0):
-        raise ValueError(f"linear_logprob: target_ptr: expected 0 to {len(targets)} without a step back")
+        raise ValueError(f"linear_logprob: target_ptr: expected ascending offsets from 0 to {len(targets)}")
     if len(targets):
         low, high = int(targets.min()), int(targets.max())
         if low < 0 or high >= weight.shape[0]:

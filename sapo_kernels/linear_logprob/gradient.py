@@ -72,16 +72,16 @@ def from_mean(a, g, logprob, lse, mean, weight, targets, target_ptr, scale, soft
     return found.mul_(scale).to(mean.dtype)
 
 
-def from_logits(coefficients, a, g, lse, hidden, weight, targets, target_ptr, bias, wanted):
-    """Gradients of (hidden, weight, bias), None where not `wanted`, from logits that are computed again by chunks.
+def from_logits(coefficients, a, g, lse, hidden, weight, targets, target_ptr, bias, output_mask):
+    """Gradients of (hidden, weight, bias), None where not `output_mask`, from logits that are computed again by chunks.
 
     ``coefficients(rows of hidden, a, g, lse, targets, target_ptr)`` gives d of a chunk, [n, V] in hidden's dtype.
     """
-    of_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if wanted[0] else None
+    of_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if output_mask[0] else None
     # Sums over chunks are kept in float32 at least.
     of_weight, of_bias = (
         t.new_zeros(t.shape, dtype=lse.dtype) if want else None
-        for t, want in zip((weight, lse.new_empty(len(weight))), wanted[1:], strict=True)
+        for t, want in zip((weight, lse.new_empty(len(weight))), output_mask[1:], strict=True)
     )
     for rows, mine, pointer in chunks(target_ptr, len(weight)):
         d = coefficients(hidden[rows], a[rows], g[mine], lse[rows], targets[mine], pointer)
@@ -96,9 +96,9 @@ def from_logits(coefficients, a, g, lse, hidden, weight, targets, target_ptr, bi
 
 
 def gradients(coefficients, grad_logprob, grad_lse, logprob, lse, mean, hidden, weight, targets, target_ptr, bias,
-              scale, softcap, wanted):  # fmt: skip
-    """Gradients of (hidden, weight, bias), None where not `wanted`: from the mean if that is enough."""
+              scale, softcap, output_mask):  # fmt: skip
+    """Gradients of (hidden, weight, bias), None where not `output_mask`: from the mean if that is enough."""
     a, g = of_softmax(grad_logprob, grad_lse, lse, targets, target_ptr)
-    if wanted == [True, False, False] and len(mean) == len(hidden):
+    if output_mask == [True, False, False] and len(mean) == len(hidden):
         return from_mean(a, g, logprob, lse, mean, weight, targets, target_ptr, scale, softcap), None, None
-    return from_logits(coefficients, a, g, lse, hidden, weight, targets, target_ptr, bias, wanted)
+    return from_logits(coefficients, a, g, lse, hidden, weight, targets, target_ptr, bias, output_mask)

@@ -31,8 +31,8 @@ def linear_logprob_reference(hidden, weight, targets, target_ptr, bias, scale, s
 
 
 def linear_logprob_backward_reference(grad_logprob, grad_lse, logprob, lse, mean, hidden, weight, targets, target_ptr,
-                                      bias, scale, softcap, wanted):  # fmt: skip
-    """Gradients of (hidden, weight, bias), None where not `wanted`; the saved values are computed again."""
+                                      bias, scale, softcap, output_mask):  # fmt: skip
+    """Gradients of (hidden, weight, bias), None where not `output_mask`; the saved values are computed again."""
     logits, slope, row = _logits(hidden, weight, target_ptr, bias, scale, softcap)
     d = torch.zeros_like(logits)
     if grad_logprob is not None:
@@ -40,4 +40,4 @@ def linear_logprob_backward_reference(grad_logprob, grad_lse, logprob, lse, mean
     of_lse = -d.sum(-1) + (0 if grad_lse is None else grad_lse)
     d = (d + torch.softmax(logits, -1) * of_lse[:, None]) * slope * scale
     found = d @ weight.to(d.dtype), d.T @ hidden.to(d.dtype), d.sum(0)
-    return tuple(t.to(hidden.dtype) if want else None for t, want in zip(found, wanted, strict=True))
+    return tuple(t.to(hidden.dtype) if want else None for t, want in zip(found, output_mask, strict=True))

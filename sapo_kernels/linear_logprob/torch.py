@@ -61,8 +61,8 @@ def linear_logprob_torch(hidden, weight, targets, target_ptr, bias, scale, softc
 
 
 def linear_logprob_backward_torch(grad_logprob, grad_lse, logprob, lse, mean, hidden, weight, targets, target_ptr,
-                                  bias, scale, softcap, wanted):  # fmt: skip
-    """Gradients of (hidden, weight, bias), None where not `wanted`."""
+                                  bias, scale, softcap, output_mask):  # fmt: skip
+    """Gradients of (hidden, weight, bias), None where not `output_mask`."""
 
     def coefficients(rows, a, g, lse, ids, pointer):
         part, slope = torch.nn.functional.linear(rows, weight, bias).to(lse.dtype).mul_(scale), None
@@ -77,4 +77,4 @@ def linear_logprob_backward_torch(grad_logprob, grad_lse, logprob, lse, mean, hi
         return part.mul_(scale).to(rows.dtype)
 
     return gradient.gradients(coefficients, grad_logprob, grad_lse, logprob, lse, mean, hidden, weight, targets,
-                              target_ptr, bias, scale, softcap, wanted)  # fmt: skip
+                              target_ptr, bias, scale, softcap, output_mask)  # fmt: skip

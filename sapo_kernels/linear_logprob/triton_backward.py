@@ -106,13 +106,15 @@ def mean_weight(logprob, lse, hidden, weight, targets, target_ptr, bias, scale, 
     g = -MEAN_UNIT * gradient.target_share(logprob, targets, row, len(weight))
     turn = coefficients(weight, bias, scale, softcap, 1.0)
     a = torch.full_like(lse, MEAN_UNIT)
-    wanted = (True, False, False)
-    return gradient.from_logits(turn, a, g, lse, hidden, weight, targets, target_ptr, bias, wanted)[0].div_(MEAN_UNIT)
+    output_mask = (True, False, False)
+    return gradient.from_logits(turn, a, g, lse, hidden, weight, targets, target_ptr, bias, output_mask)[0].div_(
+        MEAN_UNIT
+    )
 
 
 def linear_logprob_backward_triton(grad_logprob, grad_lse, logprob, lse, mean, hidden, weight, targets, target_ptr,
-                                   bias, scale, softcap, wanted):  # fmt: skip
-    """Gradients of (hidden, weight, bias), None where not `wanted`."""
+                                   bias, scale, softcap, output_mask):  # fmt: skip
+    """Gradients of (hidden, weight, bias), None where not `output_mask`."""
     turn = coefficients(weight, bias, scale, softcap, scale)
     return gradient.gradients(turn, grad_logprob, grad_lse, logprob, lse, mean, hidden, weight, targets, target_ptr,
-                              bias, scale, softcap, wanted)  # fmt: skip
+                              bias, scale, softcap, output_mask)  # fmt: skip

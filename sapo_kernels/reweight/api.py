@@ -1,4 +1,4 @@
-"""The public reweight_: quick checks of what changes from call to call, then one call of the operator."""
+"""The public reweight_: quick checks of the arguments of one call, then one call of the operator."""
 
 from __future__ import annotations
 

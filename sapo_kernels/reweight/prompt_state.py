@@ -1,4 +1,4 @@
-"""PromptState: what is known of every prompt of every pool, as tensors on one device."""
+"""PromptState: the scores of every prompt of every pool, as tensors on one device."""
 
 from __future__ import annotations
 
@@ -102,14 +102,14 @@ class PromptState:
         clock = torch.empty((self.num_pools, n, self.num_prompts), dtype=torch.float64, device=source)
         clock = clock.exponential_(generator=generator).to(self.device)
         usable = self.live & self.mean.isfinite()
-        # Where nothing finite is known, the probabilities that were there go on.
+        # Where nothing finite is known, the earlier probabilities stay.
         usable = torch.where(usable.any(-1, keepdim=True), usable, self.live)
         rates = torch.where(usable, self.probs, 0.0)[:, None]
         drawn = torch.where(rates > 0, clock / rates, torch.inf).argmin(-1)
         return torch.where((rates > 0).any(-1), drawn, -1)
 
     def to(self, device: torch.device | str) -> PromptState:
-        """This state on `device`: itself if it is there, else a copy."""
+        """This state on `device`: itself if it is there already, else a copy."""
         # "cuda" and "cuda:0" may be the same place, and then `Tensor.to` returns the tensor itself.
         if self.mean.to(device) is self.mean:
             return self

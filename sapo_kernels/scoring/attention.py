@@ -1,8 +1,8 @@
 """`tree_attention` behind transformers' attention interface, under the name "sapo_trie".
 
-Who sees whom comes with the attention mask: an int32 tensor [1, 1, T, 2], position and subtree end of each token, that
-reaches every layer untouched and keeps the model from building a mask of its own. Scoring, whose passes carry keys from
-one to the next, sets its state for the thread instead.
+The attention mask says which token sees which: an int32 tensor [1, 1, T, 2], position and subtree end of each token.
+It reaches every layer untouched and keeps the model from building a mask of its own. Scoring, whose passes have past
+keys, sets its state for the thread instead.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ running = threading.local()
 
 
 class NotTreeable(RuntimeError):
-    """The model asked its attention for something that the tree path cannot give; the message says what."""
+    """The model asks its attention for something that the tree path does not have; the message names it."""
 
 
 @dataclass
@@ -105,7 +105,7 @@ def _trie_of(mask: torch.Tensor) -> TriePass:
         with _recent_lock:
             trie = _recent.get(mask.detach().cpu().contiguous().numpy().tobytes())
     if trie is None:
-        raise NotTreeable("its attention got the mask of a trie that is not known (any more) in this process")
+        raise NotTreeable("its attention got the mask of a trie that this process does not know (any more)")
     return trie
 
 

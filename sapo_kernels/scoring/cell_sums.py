@@ -25,13 +25,13 @@ class CellSums:
         # Four bytes a target in one copy; to sum every piece where it is would take a launch for each.
         logprob = torch.cat(self._pieces).cpu()
         target, pointer = map(np.ascontiguousarray, self._lists)
-        wanted = np.diff(pointer)
-        nll, tokens = np.zeros(len(wanted)), np.zeros_like(wanted)
+        expected = np.diff(pointer)
+        nll, tokens = np.zeros(len(expected)), np.zeros_like(expected)
         lists = map(torch.from_numpy, (nll, tokens, target, pointer))
         torch.ops.sapo_kernels.accumulate_(next(lists), next(lists), logprob, *lists, 0)
-        if (tokens != wanted).any():
-            cell = int((tokens != wanted).argmax())
-            raise RuntimeError(f"cell {cell}: expected {wanted[cell]} log-probabilities, got {tokens[cell]}")
+        if (tokens != expected).any():
+            cell = int((tokens != expected).argmax())
+            raise RuntimeError(f"cell {cell}: expected {expected[cell]} log-probabilities, got {tokens[cell]}")
         # Surplus ones would have moved all that came after them to other cells.
         if len(logprob) != target.max() + 1:
             raise RuntimeError(f"cells: expected {target.max() + 1} log-probabilities, got {len(logprob)}")

@@ -136,8 +136,8 @@ class ShardedJob(ScoringJob):
         reason = unshareable(self.model)
         if reason:
             raise ValueError(
-                f"model: {reason}; expected one that each rank holds whole, or one sharded by FSDP2 alone; "
-                "score_prompts runs all cells on every rank"
+                f"model: {reason}; expected one that is whole on each rank, or sharded by FSDP2 alone; "
+                "score_prompts can score it, all cells on every rank"
             )
         self.gathers = gathers_in_forward(self.model)
         self.world, self.own = len(ranks.members), ranks.members.index(ranks.rank)
@@ -176,7 +176,7 @@ class ShardedJob(ScoringJob):
         return nll, total
 
     def _shard(self, path, cells, cache, checks, plain, found: list) -> str:
-        """Append what one shard gave to `found`; or say why no rank may take this path."""
+        """Append the result of one shard to `found`; or return why no rank may take this path."""
         job = copy.copy(self)
         job.cache = cache
         places = {int(cell): place for place, cell in enumerate(cells)}
@@ -243,8 +243,8 @@ class ShardedJob(ScoringJob):
             for rank, value in zip(self.ranks.members, column, strict=True):
                 if value != usual:
                     raise ValueError(
-                        f"rank {rank}: {what}: expected the same on all {len(column)} ranks, got others than "
-                        f"{column.count(usual)} of them have"
+                        f"rank {rank}: {what}: expected the same on all {len(column)} ranks, got what "
+                        f"differs from {column.count(usual)} of them"
                     )
 
 

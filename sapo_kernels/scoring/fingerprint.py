@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-# Of a module's own dictionary, what is said otherwise or decides nothing.
+# Entries of a module's own dictionary that are covered elsewhere or decide nothing.
 _STRUCTURE = frozenset(vars(nn.Module())) | {"forward"}
 # How deep and how much of a container is looked at.
 _LEVELS, _ITEMS = 4, 256

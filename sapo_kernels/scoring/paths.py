@@ -142,7 +142,7 @@ class Paths:
         if size == 1:
             ends = (trie.leaf >= step.start) & (trie.leaf < trie.subtree_end[step.start])
             cell = self.cache.cell_name(int(np.flatnonzero(ends)[0]))
-            raise torch.OutOfMemoryError(f"cell {cell}: does not fit, not even one token at a time")
+            raise torch.OutOfMemoryError(f"cell {cell}: does not fit in memory, even at one token a pass")
         logger.warning("out of memory in a pass of %d tokens; halving it", size)
         middle = step.start + size // 2
         return [trie.make_pass(middle, step.stop), trie.make_pass(step.start, middle)]
@@ -166,7 +166,7 @@ class Paths:
                 if logprob is None:
                     if len(cells) == 1:
                         name = self.cache.cell_name(cells[0])
-                        raise torch.OutOfMemoryError(f"cell {name}: does not fit, not even alone")
+                        raise torch.OutOfMemoryError(f"cell {name}: does not fit in memory, even in a batch of its own")
                     logger.warning("out of memory in a batch of %d sequences; halving it", len(cells))
                     waiting += [cells[len(cells) // 2 :], cells[: len(cells) // 2]]
                     continue
@@ -190,7 +190,7 @@ class Paths:
                 found = _unless_out_of_memory(lambda cell=cell: plain.score(self.cache, cell))
                 if found is None:
                     name = self.cache.cell_name(cell)
-                    raise torch.OutOfMemoryError(f"cell {name}: does not fit, not even alone")
+                    raise torch.OutOfMemoryError(f"cell {name}: does not fit in memory, even in a batch of its own")
                 logits, nll[cell] = found
                 if check := by_cell.get(cell):
                     check.compare(torch.arange(len(logits)), logits)

@@ -35,7 +35,7 @@ class Lines:
         self.said = now
 
     def __call__(self, cells: int, tokens: int) -> None:
-        """For `score_prompts`, whose count begins anew with each round of a race."""
+        """For `score_prompts`, whose count starts over with each round of a race."""
         if cells < self._newest:
             self._before += self._newest
         self._newest = cells
@@ -43,7 +43,7 @@ class Lines:
 
 
 def duration(seconds: float) -> str:
-    """About how long, in the largest unit that says something."""
+    """About how long, in a fitting unit."""
     minutes = seconds / 60
     return f"about {minutes / 60:.1f} h" if minutes >= 90 else f"about {max(1, round(minutes))} min"
 

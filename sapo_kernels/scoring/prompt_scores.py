@@ -1,4 +1,4 @@
-"""PromptScores: the loss matrix of K prompts x M examples and what is read from it."""
+"""PromptScores: the loss matrix of K prompts x M examples and what follows from it."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ class PromptScores:
         return cls(nll, tokens, prompts, stats, race)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write as JSON, atomically: the file is the old one or the new one, never half of it."""
+        """Write as JSON, atomically: the file is the old one or the new one, never half a file."""
         write_json(path, self.to_dict())
 
     @classmethod
@@ -204,7 +204,7 @@ def _plain(nll: float, tokens: int) -> float | str | None:
 
 
 def _loss(value: Any, counts: list[list[int]], k: int, m: int) -> float | None:
-    """A cell's loss, in words where JSON has no number; null stands for NaN in a cell that was not scored only."""
+    """A cell's loss, a word where JSON has no number; null is NaN, only in cells that were not scored."""
     if value is None:
         return None if k >= len(counts) or m >= len(counts[k]) or counts[k][m] > 0 else math.nan
     if type(value) not in (int, float) and value not in ("nan", "inf", "-inf"):

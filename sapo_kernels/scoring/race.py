@@ -1,4 +1,4 @@
-"""Race: score all prompts on a few examples, then go on with those that may still be the best.
+"""Race: score all prompts on a few examples, then only those that may still be the best on more.
 
 `Race` says how, `RaceState` holds one: it names the cells of the next round, takes their losses, and drops prompts.
 """
@@ -28,11 +28,11 @@ class Race:
     prompt is compared with the one that leads, example by example: a prompt is dropped when its mean loss lies above
     the leader's, less the tolerance, by `quantile` standard errors of the difference. The standard deviation of a
     difference counts as no less than the median one, and the error shrinks to 0 as the sample becomes all M examples.
-    The race ends when one prompt is left; those that are left after all examples are told apart exactly as without a
-    race. A prompt with a loss that is not finite is out, and who was dropped before is compared with the next leader.
+    The race ends when one prompt is left; those left after all examples are compared exactly as without a race. A
+    prompt with a loss that is not finite is out, and those dropped because of it are compared with the next leader.
 
-    What this is worth was measured, not proven: a prompt that is best because of a few examples that nobody has scored
-    yet is dropped by any rule. `benchmarks.racing` replays the rule on loss matrices of trained models and counts what
+    What this is worth was measured, not proven: a prompt that is best because of a few examples not yet scored is
+    dropped by any rule. `benchmarks.racing` replays the rule on loss matrices of trained models and counts what
     it saves and how often it chooses a prompt whose loss is more than half a percent above the lowest.
 
     Args:
@@ -81,7 +81,7 @@ class Race:
 
     @property
     def quantile(self) -> float:
-        """Standard errors that a prompt must lie behind the leader to be dropped: 2.81 by default."""
+        """How many standard errors behind the leader a prompt is dropped: 2.81 by default."""
         return -NormalDist().inv_cdf(self.delta / RIVALS) if self.delta else math.inf
 
 
@@ -92,11 +92,11 @@ class RaceState:
         race: the options.
         tokens: [K, M] int64, response tokens of every cell, also of those never scored.
         cost: [K, M] int64, tokens that the model computes for each cell, about; with `fill` only.
-        fill: rounds are filled up with examples to whole multiples of so many tokens; 0: they are not.
+        fill: rounds are filled up with examples to whole multiples of this many tokens; 0: they are not.
 
     Use::
 
-        while (cells := state.wanted()) is not None:      # flat numbers k * M + m, ascending
+        while (cells := state.next_cells()) is not None:      # flat numbers k * M + m, ascending
             state.add(cells, nll)                         # [len(cells)] float64, nats
         state.report()
     """
@@ -115,7 +115,7 @@ class RaceState:
         self.close = np.zeros(self.num_prompts, dtype=bool)  # dropped within the tolerance
         self.size, self.rounds = self._filled(race.first), []
 
-    def wanted(self) -> np.ndarray | None:
+    def next_cells(self) -> np.ndarray | None:
         """The cells of the next round, or None if the race is over."""
         if self.rounds and self.active.sum() <= 1:
             return None
@@ -124,13 +124,13 @@ class RaceState:
         return np.flatnonzero(block & ~self.scored)
 
     def add(self, cells: np.ndarray, nll: np.ndarray) -> None:
-        """The losses of the cells that `wanted` named; decides who is dropped."""
+        """Take the losses of the cells that `next_cells` named and decide which prompts are dropped."""
         self.nll.flat[cells], self.scored.flat[cells] = nll, True
         self.rounds.append(self.size)
         self.left[self.active] = len(self.rounds)
         broken = (self.scored & ~np.isfinite(self.nll)).any(1)
         if (broken & ~self.broken).any():
-            # Who was dropped because of it gets what it has missed.
+            # Prompts that were dropped because of it get the cells that they have missed.
             self.broken, self.active = broken, ~broken
             if not self.scored[np.ix_(self.active, self.order[: self.size])].all():
                 return
@@ -174,7 +174,7 @@ class RaceState:
         self.close[live] = behind <= margin
 
     def report(self) -> RaceReport:
-        """What came out; call it when `wanted` has said None."""
+        """The outcome; call it when `next_cells` has returned None."""
         winner = int(np.argmax(self.active)) if self.active.any() else -1
         reason = np.where(self.close, "within tolerance", "worse")
         reason = np.where(self.broken, "not finite", np.where(np.arange(self.num_prompts) == winner, "winner", reason))

@@ -1,4 +1,4 @@
-"""RaceReport: what a race did to every prompt."""
+"""RaceReport: how far every prompt came in a race."""
 
 from __future__ import annotations
 

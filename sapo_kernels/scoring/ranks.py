@@ -1,4 +1,4 @@
-"""Ranks that do one job together, and what each of them learns when another is lost.
+"""Ranks that do one job together, and how each learns that another is lost.
 
 Everything they tell each other goes through the store of the process group, which torchrun's agent or rank 0 keeps:
 values, signs of life, and the first loss that anybody finds. A rank gives a sign before each forward and whenever it
@@ -59,7 +59,7 @@ class _Answering:
             thread.join(self._timeout)
             if not found:
                 who = "or the process that keeps the store"
-                raise RankError(0, f"{who} was not heard of for {self._timeout:g} s ({SILENT})")
+                raise RankError(0, f"{who} was not heard from for {self._timeout:g} s ({SILENT})")
             value, error = found[0]
             if error is not None:
                 raise error
@@ -69,7 +69,7 @@ class _Answering:
 
 
 class RankError(Unrecoverable):
-    """Another rank failed, was killed, or was not heard of within the deadline; `rank` is its global number."""
+    """Another rank failed, was killed, or was not heard from within the deadline; `rank` is its global number."""
 
     def __init__(self, rank: int, reason: str):
         super().__init__(f"rank {rank} {reason}")
@@ -118,12 +118,12 @@ class Ranks:
             self._store = _Answering(dist.PrefixStore(f"{place}/{call}", store), self.timeout)
 
     def follow(self, before: Ranks) -> None:
-        """Delete what this rank has left of the call before, once nobody can be in it any more."""
+        """Delete what this rank has left of the previous call, once no rank can be in it any more."""
         if self.others:
             self._sent = [*before._sent, (before._store, f"beat/{self.rank}")]
 
     def beat(self) -> None:
-        """A sign of life. Raises `RankError` if another rank has told of a loss."""
+        """A sign of life. Raises `RankError` if another rank has reported a loss."""
         if not self.others or time.monotonic() - self._beaten < BEAT:
             return
         self._beaten = time.monotonic()
@@ -148,7 +148,7 @@ class Ranks:
             self._store.set(sent[-1], data[begin : begin + PIECE])
         self._store.set(sent[0], str(len(data)))
         self._wait({rank: f"{number}/{rank}" for rank in self.others}, timeout or self.timeout)
-        # Who was given up for its silence may come after all, but whoever gave it up has raised.
+        # A rank that was given up for its silence may answer after all, but those that gave it up have raised.
         if self._store.check(["lost"]) and not (lost := self._told(self._store.get("lost"))).reason.startswith(FAILED):
             raise lost
         # Whoever is in this exchange has read what the one before brought.
@@ -191,10 +191,10 @@ class Ranks:
                 if sign != before:
                     heard[rank] = sign, time.monotonic()
                 elif time.monotonic() - since > timeout:
-                    raise self._lost(rank, f"was not heard of for {timeout:g} s ({SILENT})")
+                    raise self._lost(rank, f"was not heard from for {timeout:g} s ({SILENT})")
 
     def _lost(self, rank: int, reason: str) -> RankError:
-        """The first loss that anybody has told of; this one, if nobody has."""
+        """The first lost rank that any rank has reported; this one, if none has."""
         # A lone surrogate in a text of the user's has no UTF-8 form.
         reason = reason.encode("utf-8", "replace").decode()
         return self._told(self._store.compare_set("lost", "", f"{rank} {reason}"))
@@ -240,5 +240,5 @@ def collective_timeout(groups, seconds: float):
 
 
 def is_of_a_collective(error: Exception) -> bool:
-    """Whether an error says that other ranks did not come to a collective; not one of this rank's own."""
+    """Whether an error says that other ranks did not join a collective, rather than being this rank's own."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)

@@ -12,7 +12,7 @@ from datetime import datetime
 from typing import Any
 
 from .thoughts import THOUGHT_END, closing_of, open_thought
-from .turns import Turn, check_history, check_role, example_of, turns_of
+from .turns import Turn, check_history, check_role, columns_of, example_of, turns_of
 
 logger = logging.getLogger("sapo_kernels")
 _PLACEHOLDER = re.compile(r"\{(prompt|input)\}")
@@ -20,7 +20,7 @@ _PLACEHOLDER = re.compile(r"\{(prompt|input)\}")
 _DIRECTIVES = "aAwdbBmyYHIpMSfzZjUWcxXGuVeDFTRnt"
 PLAIN_ANSWER = "\n\nAnswer:"
 # Stands for an answer where only what a template puts around one is of interest; none has it in its own text.
-PROBE = "zqxjk"
+MARKER = "zqxjk"
 # What templates that show a date or the time are shown: one moment in a process, or a run past midnight would score
 # with one date and train with another.
 STARTED = datetime.now().replace(microsecond=0)
@@ -80,7 +80,7 @@ class Renderer:
         if isinstance(template, str):
             missing = {"prompt", "input"} - set(_PLACEHOLDER.findall(template))
             if missing:
-                raise ValueError(f"template: expected {{prompt}} and {{input}}, got none of {sorted(missing)}")
+                raise ValueError(f"template: expected {{prompt}} and {{input}}, got one without {sorted(missing)}")
         elif template is not None and not callable(template):
             raise TypeError(f"template: expected a string, a callable or None, got {type(template).__name__}")
 
@@ -121,10 +121,12 @@ class Renderer:
             if not lost:
                 break
         else:
-            raise ValueError(f"tokenizer: expected a chat template that shows the {lost[0]} turn, got one without it")
+            raise ValueError(
+                f"tokenizer: expected a chat template that shows the {lost[0]} turn, got one that drops it"
+            )
         answered = lambda text: self._text(shaped([*turns, {"role": "assistant", "content": text}]))
         if self._closing is None:
-            self._closing = self._closing_of(answered(PROBE))
+            self._closing = self._closing_of(answered(MARKER))
         last = turns[-1]["content"].strip()
         thought = open_thought(context[context.rindex(last) + len(last) if last else 0 :])
         if thought:
@@ -150,34 +152,34 @@ class Renderer:
             raise ValueError(f"tokenizer: the chat template refuses the turns {roles}: {error}") from error
 
     def _closing_of(self, full: str) -> tuple[str, str]:
-        """(what the template puts behind an answer, the end token if a generation would not stop at anything in it)."""
-        closing = full.rpartition(PROBE)[2] if PROBE in full else ""
+        """(what the template appends to an answer, the end token if a generation would not stop at anything in it)."""
+        closing = full.rpartition(MARKER)[2] if MARKER in full else ""
         if any(token in closing for token in special_tokens(self.tokenizer, added=True)):
             return closing, ""
         end = self.tokenizer.eos_token or ""
-        said = f"the end token {end!r} is put behind every response" if end else "and the tokenizer has no end token"
+        said = f"the end token {end!r} is appended to every response" if end else "and the tokenizer has no end token"
         warn_once(f"the chat template does not close the assistant's turn: {said}")
         return closing, end
 
     def _thought_closing(self, thought: re.Match, context: str, answered: Callable[[str], str]) -> str:
         """What ends the thought that the template's generation prompt begins: as the template would, where it does."""
-        warn_once(f"the chat template begins a thought with {thought[0]!r}: it is closed in front of every response")
-        full = answered(PROBE)
-        between = full[len(context) :].partition(PROBE)[0] if full.startswith(context) else ""
+        warn_once(f"the chat template opens a thought with {thought[0]!r}: it is closed before every response")
+        full = answered(MARKER)
+        between = full[len(context) :].partition(MARKER)[0] if full.startswith(context) else ""
         if THOUGHT_END.search(between):
             return between
         mark = closing_of(thought[0])
         known = special_tokens(self.tokenizer, added=True)
         if mark is None or (thought[0] in known and mark not in known):
             raise ValueError(
-                f"tokenizer: expected a chat template whose thought {thought[0]!r} can be closed, got one that begins "
-                "it in the generation prompt and no known closing; use a template without it"
+                f"tokenizer: expected a chat template whose thought {thought[0]!r} can be closed, got one that opens "
+                "it in the generation prompt with no known end tag; use a template without thoughts"
             )
         blank = context[len(context.rstrip()) :]
         return f"\n{mark}\n\n" if "\n" in blank else mark
 
     def leading_ids(self) -> list[int]:
-        """Tokens that stand in front of every sequence: those that the tokenizer puts there by itself, BOS or others.
+        """The tokens that the tokenizer puts in front of every sequence by itself, BOS or others.
 
         A chat template writes its own.
         """
@@ -204,7 +206,7 @@ def special_tokens(tokenizer, added: bool = False) -> list[str]:
     known = getattr(tokenizer, "added_tokens_decoder", {})
     if not isinstance(known, Mapping) or getattr(tokenizer, "split_special_tokens", False):
         raise ValueError(
-            f"tokenizer: expected one that reads special tokens in a text, got {type(tokenizer).__name__}"
+            f"tokenizer: expected one that parses special tokens in a text, got {type(tokenizer).__name__}"
             + (", which encodes conversations by itself; load the model's tokenizer.json as a PreTrainedTokenizerFast"
                if not isinstance(known, Mapping) else " with split_special_tokens=True")
         )  # fmt: skip
@@ -246,7 +248,7 @@ def _as_of(template: str, now: datetime) -> str:
 
 @functools.cache
 def warn_once(message: str) -> None:
-    """A line in the log, once a process: renderers are made anew for every task and every scoring."""
+    """A line in the log, once a process: every task and every scoring makes a new renderer."""
     logger.warning("%s", message)
 
 
@@ -286,25 +288,18 @@ def check_examples(examples: Sequence[Mapping[str, str]], *, empty_targets: bool
     for m, example in enumerate(examples):
         if not isinstance(example, Mapping):
             raise TypeError(f"example {m}: expected a mapping with 'input' and 'target', got {type(example).__name__}")
-        row = {}
         try:
-            example = example_of(example) or example
-            if "history" in example:
-                row["history"] = check_history(example["history"])
+            row = example_of(example)
+            if "history" in row:
+                row["history"] = check_history(row["history"])
         except ValueError as error:
             raise ValueError(f"example {m}: {error}") from None
         for number, turn in enumerate(row.get("history", ())):
             _check_characters(turn["content"], f"example {m}: history: message {number}")
-        for key, other in (("input", "sentence"), ("target", "label")):
-            found = key if key in example else other
-            if found not in example:
-                raise ValueError(
-                    f"example {m}: expected the key {key!r} (or {other!r}), got {sorted(map(str, example))}"
-                )
-            if not isinstance(example[found], str):
-                raise TypeError(f"example {m}: {found!r}: expected a string, got {type(example[found]).__name__}")
-            _check_characters(example[found], f"example {m}: {found!r}")
-            row[key] = example[found]
+        for key, name in zip(("input", "target"), columns_of(example), strict=True):
+            if not isinstance(row[key], str):
+                raise TypeError(f"example {m}: {name!r}: expected a string, got {type(row[key]).__name__}")
+            _check_characters(row[key], f"example {m}: {name!r}")
         if not empty_targets and not row["target"].strip():
             raise ValueError(f"example {m}: expected a target, got an empty string")
         checked.append(row)

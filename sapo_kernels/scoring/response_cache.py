@@ -154,7 +154,7 @@ class ResponseCache:
 
     def _nested(self, first, stop) -> list[list[list[int]]]:
         if self.selected is not None:
-            raise ValueError("cache: expected one of all cells, got a selection")
+            raise ValueError("cache: expected a cache of all cells, got one of selected cells")
         flat = [self.ids[a:b].tolist() for a, b in zip(first, stop, strict=True)]
         return [flat[k * self.num_examples : (k + 1) * self.num_examples] for k in range(self.num_prompts)]
 
@@ -223,8 +223,8 @@ class ResponseCache:
         Args:
             tokenizer: a transformers tokenizer; its chat template is used if it has one.
             prompts: K instructions, not empty, free of the tokenizer's special tokens.
-            examples: M mappings with "input" and "target" (or "sentence" and "label"), targets not empty, or with
-                ``messages``, the last of them the assistant's.
+            examples: M mappings with "input" and "target" (or "sentence" and "label", or other columns that
+                `turns.columns_of` knows), targets not empty, or with ``messages``, the last of them the assistant's.
             template, suffix, text_word: the layout, see `sapo_kernels.scoring.render.Renderer`.
             max_source: longest context in tokens; a longer one loses the end of its *input*, never of the instruction,
                 the suffix or the closing of the turn.
@@ -262,7 +262,7 @@ class ResponseCache:
 
 
 class CellBuilder:
-    """Tokenises every (prompt, example) in batches and counts what it had to change; `warn` says so in the log too."""
+    """Tokenises every (prompt, example) in batches and counts what it had to change; `warn`: logs it too."""
 
     def __init__(self, renderer: Renderer, prompts, examples, max_source: int, max_target: int, warn: bool = True):
         self.renderer, self.prompts, self.examples, self.warn = renderer, prompts, examples, warn
@@ -298,8 +298,8 @@ class CellBuilder:
         if broken and self.warn:
             k, m = divmod(broken[0], size)
             logger.warning(
-                "%d of %d cells (first: prompt %d, example %d): the context is no token prefix of context + response; "
-                "context and response were tokenised apart", len(broken), len(whole), k, m,
+                "%d of %d cells (first: prompt %d, example %d): the tokens of the context are not the first ones of "
+                "context + response, so both were tokenised separately", len(broken), len(whole), k, m,
             )  # fmt: skip
 
         cells = []

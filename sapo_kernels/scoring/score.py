@@ -22,7 +22,7 @@ from .verified_paths import Measured, VerifiedPaths
 IMPLS = ("auto", "tree", "padded", "alone", "triton", "sdpa", "reference")
 # New tokens in one forward. A CPU wants activations that stay in its caches, a GPU enough work to fill it.
 DEFAULT_MAX_TOKENS = {"cpu": 1024, "cuda": 16384}
-# How a cell is laid out if nobody says otherwise.
+# How a cell is laid out by default.
 _USUAL = {name: one.default for name, one in inspect.signature(ResponseCache.build).parameters.items()}
 
 
@@ -124,10 +124,10 @@ def cache_of(prompts, examples, tokenizer, layout: Mapping, model) -> ResponseCa
     if isinstance(prompts, ResponseCache):
         names = [*(["examples"] if examples is not None else []), *layout]
         if names:
-            raise ValueError(f"{', '.join(names)}: expected none beside a ResponseCache, which holds its own")
+            raise ValueError(f"{', '.join(names)}: expected none with a ResponseCache, which has its own")
         return prompts
     if tokenizer is None:
-        raise ValueError("tokenizer: expected one to read the prompts with, got None")
+        raise ValueError("tokenizer: expected one to tokenise the prompts with, got None")
     tokenizer = with_end_token(tokenizer, model)
     return ResponseCache.build(tokenizer, prompts, [] if examples is None else examples, **layout)
 
@@ -202,9 +202,9 @@ class ScoringJob(VerifiedPaths):
         return part
 
     def _race(self, race: Race, tokens: np.ndarray) -> tuple[RaceState, list[Measured]]:
-        """Score what a race asks for, round by round; from the beginning if a round needs another path."""
+        """Score the cells of a race, round by round; from the beginning if a round needs another path."""
         state, rounds, settled, prefixes = self._state(race, tokens), [], None, self._prefix_cache()
-        while (cells := state.wanted()) is not None:
+        while (cells := state.next_cells()) is not None:
             job = self.part(cells)
             job.prefixes, job.settled = prefixes, settled
             found = job.measure()

@@ -165,7 +165,7 @@ class PlainModel:
         return logits, -float(logprob.double().sum())
 
     def check(self, cache: ResponseCache, cell: int, reader: HeadReader, noise: tuple[float, float] | None) -> Check:
-        """One cell, to compare with. `noise` is what is known of the error in low precision; None: measure it."""
+        """One cell, to compare with. `noise`: its known error in low precision; None: measure it."""
         count = int(cache.response_lengths[cell])
         with reader.observed(count) as seen:
             own, nll = self.score(cache, cell)

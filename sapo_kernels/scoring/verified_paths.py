@@ -41,7 +41,7 @@ logger = logging.getLogger("sapo_kernels")
 
 # Cells from which on a second one is verified: at most one in ten.
 TWO_CHECKS = 20
-# Passes whose ends are verified where code that nobody knows is packed because the caller insists on it.
+# How many passes have their ends verified where unknown code is packed because the caller insists.
 VERIFIED_PASSES = 4
 # Of one model: it may be used in a few ways in turn (under autocast, with another adapter).
 REMEMBERED = 16
@@ -138,7 +138,7 @@ class VerifiedPaths(Paths):
     def _first_that_agrees(
         self, before: Settled | None, foreign: str | None, plain: PlainModel
     ) -> tuple[Measured, bool]:
-        """(what was found, whether its path may be remembered)."""
+        """(the result, whether its path may be remembered)."""
         start, reason = self._start(foreign)
         if before is not None and PATHS.index(before.path) > PATHS.index(start):
             start, reason = self._allowed(before.path, before.reason)
@@ -166,14 +166,14 @@ class VerifiedPaths(Paths):
             following = PATHS[min(PATHS.index(path) + 1, len(PATHS) - 1)]
             _, reason = self._allowed(following, f"{type(self.inner).__name__} by the {path} path: {problem}")
         raise RuntimeError(
-            f"model: expected the same log-probabilities each time, got others for the same sequence ({reason}); it "
-            "cannot be scored"
+            f"model: expected the same log-probabilities each time, got different ones for the same sequence "
+            f"({reason}); it cannot be scored"
         )
 
     def _try(
         self, path: str, checks: list[Check], plain: PlainModel
     ) -> tuple[tuple[np.ndarray, int] | None, str | None]:
-        """What `attempt` gives, or (None, why another path is to be taken); what none would mend is raised."""
+        """What `attempt` gives, or (None, why another path is needed); errors that no path avoids are raised."""
         try:
             return self.attempt(path, checks, plain), None
         except (Disagreement, NotTreeable) as error:
@@ -193,7 +193,7 @@ class VerifiedPaths(Paths):
     def _start(self, foreign: str | None) -> tuple[str, str | None]:
         """(the first path to try, why not a faster one), before anything is computed."""
         if foreign is not None and not self.insists:
-            return ALONE, f"{foreign} is no library's code and may look at other sequences of its batch"
+            return ALONE, f"{foreign} is not code of a known library and may look at other sequences of its batch"
         path, reason = model_support.fastest_path(self.model, self.inner, self.longest)
         return (_ASKED.get(self.impl, TREE), None) if reason is None else self._allowed(path, reason)
 

@@ -1,4 +1,4 @@
-"""verify: how far the scoring of some cells is from the plain model, for people who want to see it."""
+"""verify: show how far the scores of some cells are from the plain model."""
 
 from __future__ import annotations
 

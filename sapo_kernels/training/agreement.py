@@ -1,4 +1,4 @@
-"""Whether a model trains over a trie as it does on padded rows: what is known to differ, and a comparison."""
+"""Whether a model trains over a trie as on padded rows: known differences, then a comparison."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def refusal(model: nn.Module, inner: nn.Module, longest: int) -> str | None:
     """
     config = model_support.text_config(inner)
     if foreign := foreign_code(model, configurations(model)):
-        return f"{foreign} is no library's code and may look at other sequences of its batch"
+        return f"{foreign} is not code of a known library and may look at other sequences of its batch"
     if any(module._compiled_call_impl is not None or "_orig_mod" in module._modules for module in model.modules()):
-        return "it is compiled, and every trie has another shape"
+        return "it is compiled, and every trie has a different shape"
     if reason := model_support.too_long(inner, longest) or model_support.fastest_path(model, inner, longest)[1]:
         return reason
     if getattr(config, "output_router_logits", False):
-        return "its loss has a part over the tokens of a batch that its routers see (output_router_logits)"
+        return "its loss has a term of its routers over all tokens of a batch (output_router_logits)"
     if getattr(config, "attention_dropout", 0.0) and inner.training:
         return f"its attention has a dropout of {config.attention_dropout}"
     return None
@@ -173,7 +173,7 @@ def _plain_losses(model, rows, device, options) -> torch.Tensor:
 
 
 def _run(parameters: Sequence[torch.Tensor], losses_of: Callable[[], torch.Tensor]):
-    """(losses on the CPU, gradients of their sum); what was in ``.grad`` before is there afterwards."""
+    """(losses on the CPU, gradients of their sum); ``.grad`` is restored afterwards."""
     losses = losses_of()
     if losses is None:
         return None
@@ -200,7 +200,7 @@ def _norm(gradients) -> torch.Tensor:
 
 
 def _difference(one, other) -> list[torch.Tensor]:
-    """A gradient that one side lacks is zero there."""
+    """A gradient that one side lacks counts as zero."""
     return [
         a if b is None else b if a is None else a.detach().float() - b.detach().float()
         for a, b in zip(one, other, strict=True)

@@ -108,8 +108,8 @@ def logprobs_of(model: nn.Module, inner: nn.Module, batch: TrieBatch, statistics
     installed = is_installed(inner)
     if torch.is_grad_enabled() and not installed and _checkpoints(inner):
         raise RuntimeError(
-            "model: it checkpoints, so its layers run again during backward(): expected forward and backward inside "
-            "`with use_tree_attention(model):`, got the forward alone"
+            "model: gradient checkpointing runs its layers again during backward(): expected forward and backward "
+            "inside `with use_tree_attention(model):`, got the forward alone"
         )
     with (
         contextlib.nullcontext() if installed else TrieAttention(inner).installed(),

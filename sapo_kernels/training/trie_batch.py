@@ -112,17 +112,17 @@ class TrieBatch:
         if mask is not None and (mask.cpu().numpy().astype(bool) != inside).any():
             raise ValueError("batch: attention_mask: expected padding on the right, got another mask")
         # Nothing predicts the first token, and padding is not predicted.
-        wanted = (labels != IGNORED) & inside
-        wanted[:, :1] = False
-        if (labels != ids)[wanted].any():
+        in_loss = (labels != IGNORED) & inside
+        in_loss[:, :1] = False
+        if (labels != ids)[in_loss].any():
             raise ValueError("batch: labels: expected the token's own id or -100, got another id")
-        rows = np.flatnonzero(wanted.any(1))
-        first = wanted[rows].argmax(1)
-        stop = ids.shape[1] - wanted[rows][:, ::-1].argmax(1)
+        rows = np.flatnonzero(in_loss.any(1))
+        first = in_loss[rows].argmax(1)
+        stop = ids.shape[1] - in_loss[rows][:, ::-1].argmax(1)
         # What follows the last token of the loss changes nothing before it.
         flat = [ids[row, :end] for row, end in zip(rows, stop, strict=True)]
         offsets = np.concatenate([[0], np.cumsum(stop)])
-        kept = [wanted[row, start:end] for row, start, end in zip(rows, first, stop, strict=True)]
+        kept = [in_loss[row, start:end] for row, start, end in zip(rows, first, stop, strict=True)]
         counts = np.zeros(len(ids), np.int64)
         counts[rows] = [keep.sum() for keep in kept]
         if not len(rows):

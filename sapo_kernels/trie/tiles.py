@@ -66,7 +66,7 @@ def tiles_numpy(subtree_end, block_start, span_ptr, span, tokens: int) -> np.nda
     owner = np.concatenate([of_span, inside])
     order = np.argsort(owner, kind="stable")
     owner, low, high = owner[order], np.concatenate([low, own])[order], np.concatenate([high, own + 1])[order]
-    begins = np.ones(len(owner), bool)  # a run that goes on where the one before ended is its end
+    begins = np.ones(len(owner), bool)  # a run that continues the one before is its end
     begins[1:] = (owner[1:] != owner[:-1]) | (low[1:] != high[:-1])
     owner, low, high = owner[begins], low[begins], high[np.roll(begins, -1)]
     # Keys from before the pass may lie in a memory of their own.

@@ -25,7 +25,7 @@ DEFAULT_BLOCK_TOKENS = 64
 
 
 def copied(tensors: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
-    """int64 and int32 tensors on `device`; from the host to another device in one copy for which nobody waits."""
+    """int64 and int32 tensors on `device`; from the host to another device in one copy that is not waited for."""
     if device.type == "cpu" or tensors[0].device.type != "cpu" or torch.compiler.is_compiling():
         return [one.to(device) for one in tensors]
     # Those of 8 bytes first, so that each begins at a multiple of its own size.

@@ -239,7 +239,7 @@ def test_the_documents_and_plots_agree_with_the_committed_rows(capsys):
 
 
 @pytest.mark.parametrize(
-    ("target", "registers", "shared", "threads", "wanted"),
+    ("target", "registers", "shared", "threads", "expected"),
     [
         ("sm_90", 128, 0, 256, (16, 64, "registers")),
         ("sm_90", 32, 0, 1024, (64, 64, "registers")),
@@ -248,9 +248,9 @@ def test_the_documents_and_plots_agree_with_the_committed_rows(capsys):
         ("sm_89", 16, 0, 32, (24, 48, "blocks")),
     ],
 )
-def test_occupancy_bounds(target, registers, shared, threads, wanted):
+def test_occupancy_bounds(target, registers, shared, threads, expected):
     """By hand: 65,536 registers, 228 KiB less 1 KiB a block and so on."""
-    assert aot.occupancy(target, registers, shared, threads) == wanted
+    assert aot.occupancy(target, registers, shared, threads) == expected
 
 
 def test_the_command_runs_an_operation_and_writes_its_rows(tmp_path):
@@ -280,8 +280,10 @@ def test_a_backward_pass_is_an_operation_of_its_own(monkeypatch):
 
     def make(setting, name, n):
         x = torch.arange(1.0, n + 1, requires_grad=True)
-        wanted = 3 * x.detach() ** 2
-        return Case("cube", name, check=lambda found: float((found - wanted).abs().max()), tolerance=1e-6, tokens=n), x
+        expected = 3 * x.detach() ** 2
+        return Case(
+            "cube", name, check=lambda found: float((found - expected).abs().max()), tolerance=1e-6, tokens=n
+        ), x
 
     cube = Op("cube", make, cpu={"small": (3,), "large": (9,)}, toy=(2,))
     cube.provider("ours")(lambda x: gradients(lambda: x**3, [x], torch.ones_like(x)))

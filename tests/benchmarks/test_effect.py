@@ -1,14 +1,13 @@
 """The effect experiment: its statistics by hand, its rows, and that the documents say what the rows say."""
 
 import itertools
-import json
 import math
 
 import pytest
 
-from benchmarks.effect import again, design, rows, table
+from benchmarks.effect import rows, table
 from benchmarks.effect.__main__ import main
-from benchmarks.effect.statistics import bootstrap_mean, paired_difference, spearman, student_mean
+from benchmarks.effect.statistics import differences, spearman, student_mean
 from sapo_kernels.files import DataError, read_json
 from sapo_peft.assets import tiny_base_folder
 from tools.tiny_base.corpus import SEQUENCE
@@ -25,38 +24,12 @@ def test_spearman_by_hand():
             spearman(x, y)
 
 
-def test_bootstrap_of_two_values_by_hand():
-    # Means of two draws of {0, 1}: 0, 1/2, 1 with 1/4, 1/2, 1/4; both tails hold more than 2.5 %.
-    assert bootstrap_mean([0.0, 1.0]) == (0.5, 0.0, 1.0)
-    assert bootstrap_mean([2.0]) == (2.0, 2.0, 2.0)
-    assert bootstrap_mean([3.0, 1.0, 4.0]) == bootstrap_mean([3.0, 1.0, 4.0])
-    with pytest.raises(ValueError, match="at least one"):
-        bootstrap_mean([])
-
-
 def test_differences_are_paired():
     a = {("a", 1): 10.0, ("a", 2): 0.0, ("b", 1): 5.0}
     b = {("a", 1): 9.0, ("a", 2): -1.0, ("b", 2): 100.0}
-    assert paired_difference(a, b) == (1.0, 1.0, 1.0)
+    assert differences(a, b) == {("a", 1): 1.0, ("a", 2): 1.0}
     with pytest.raises(ValueError, match="common"):
-        paired_difference(a, {})
-
-
-def row(method, policy, order, seed, value):
-    metric = {name: value for name in table.MEASURES}
-    return {"method": method, "policy": policy, "order": order, "seed": seed, "rougeL": metric, "loss": metric}
-
-
-def test_a_table_by_hand():
-    found = [
-        row(method, policy, order, 1, value)
-        for method in design.METHODS
-        for order in design.ORDERS
-        for policy, value in (("sapo", 0.5), ("original", 0.25))
-    ]
-    lines = table.comparison_table(found, [("sapo", "original")], ("rougeL", "loss"))
-    assert lines[2] == "| ROUGE-L, lora-inc | sapo - original | " + " | ".join(["**+25.0 [+25.0, +25.0]**"] * 3) + " |"
-    assert lines[-1].count("**+0.25 [+0.25, +0.25]**") == 3
+        differences(a, {})
 
 
 def test_the_interval_of_students_distribution_by_hand():
@@ -73,21 +46,36 @@ def test_seeds_as_the_unit_by_hand():
     assert table.by_seed(a, b) == pytest.approx((2.0, -10.7062, 14.7062), abs=1e-4)
 
 
-def single(prompt, pre, forgetting):
-    row = {"task": design.ODD_ONE, "seed": 1, "prompt": prompt, "pre": pre, "forgetting": forgetting}
-    return {**row, "others": 2 * forgetting, "own": 1.0 - forgetting}
-
-
-def test_single_task_tables_by_hand():
-    # Prompts 3 and 7 are known to the base; the others' ranks agree but for one swap of four: 1 - 6 * 2 / 60 = 0.8.
-    found = [single(0, 0.5, 0.1), single(1, 0.6, 0.3), single(2, 0.7, 0.2), single(3, 0.1, 0.9), single(4, 0.8, 0.4)]
-    lines = table.correlation_table(found)
-    assert lines[-1].startswith("| mean, wordings that the base had not met |")
-    assert lines[-1].count("+0.80 [+0.80, +0.80]") == 2 and "-0.80 [-0.80, -0.80]" in lines[-1]
-    assert "| odd one out | 1 | 5 | 0.10 to 0.80 | 0.10 to 0.90 |" in lines[2]
-    # The lowest loss is prompt 3: 0.9 - 0.1, 0.9 - 0.45 and 0.9 - 0.1.
-    cells = [line.split(" | ")[1] for line in table.single_choice_table(found)[2:]]
-    assert cells == ["**+0.80 [+0.80, +0.80]**", "**+0.45 [+0.45, +0.45]**", "**+0.80 [+0.80, +0.80]**"]
+def test_tables_of_sequences_by_hand():
+    found = [
+        {
+            "method": "o-lora",
+            "policy": policy,
+            "order": "a",
+            "seed": seed,
+            **dict.fromkeys(table.LABELS, {"AP": ap, "BWT": 0.0, "FWT": 0.0}),
+        }
+        for policy, seed, ap in (
+            ("original", 1, 1.0),
+            ("original", 2, 2.0),
+            ("sapo", 1, 0.9),
+            ("sapo", 2, 1.9),
+            ("random", 2, 4.0),
+        )
+    ]
+    original, sapo, random = (line.split(" | ")[1:3] for line in table.sequences_table(found)[2:])
+    assert original == ["2", "1.500"] and random == ["1", "4.000 (+2.000)"], "pairs are of one seed"
+    assert sapo == ["2", "1.400 (**-0.100 [-0.100, -0.100]**)"]
+    found += [{**one, "method": "lora-inc"} for one in found]
+    found += [
+        {**one, "policy": policy}
+        for one in found
+        if one["policy"] == "random"
+        for policy in ("worst", "sample", "sapo-again")
+    ]
+    lines = table.comparison_table(found)
+    assert lines[7].startswith("| ROUGE-L, o-lora | sapo - original | **-10.0 [-10.0, -10.0]** | +0.0")
+    assert lines[8].startswith("| ROUGE-L, o-lora | sapo - random | -210.0 |"), "in percent; one seed has no interval"
 
 
 def test_rows_of_another_configuration_are_not_mixed_in(tmp_path):
@@ -110,53 +98,15 @@ def test_documents_agree_with_the_rows():
     assert main(["table", "--check"]) == 0
 
 
-def test_a_changed_row_changes_its_tables(tmp_path):
-    document = json.loads((rows.RESULTS / "sequences.json").read_text())
-    changed = next(one for one in document["rows"] if one["policy"] == "sapo")
-    changed["rougeL"]["AP"] += 0.1
-    (tmp_path / "sequences.json").write_text(json.dumps(document))
-    assert table.made_table("rouge", tmp_path) != table.made_table("rouge")
-    assert table.made_table("exact", tmp_path) == table.made_table("exact")
-
-
 def test_every_run_is_there_once_and_of_the_base_that_ships():
+    """What was planned at commit aa0c360, which has the code of the runs."""
     runs = [tuple(one[key] for key in ("method", "policy", "order", "seed")) for one in rows.load("sequences")["rows"]]
-    planned = itertools.product(design.METHODS, (*design.POLICIES, design.AGAIN), design.ORDERS, design.SEEDS)
-    assert sorted(runs) == sorted(planned)
+    policies = ("original", "sapo", "random", "worst", "sample", "sapo-again")
+    assert sorted(runs) == sorted(itertools.product(table.METHODS, policies, "ab", range(101, 106)))
     single = [(one["task"], one["seed"], one["prompt"]) for one in rows.load("single")["rows"]]
-    assert sorted(single) == sorted(itertools.product(SEQUENCE, design.SINGLE_SEEDS, range(21)))
+    assert sorted(single) == sorted(itertools.product(SEQUENCE, (101, 102), range(21)))
     base = read_json(tiny_base_folder() / "made_by.json")["files"]["model.safetensors"]
-    for kind in ("single", "sequences"):
-        made_by = rows.load(kind)["made_by"]
-        assert made_by["base"] == base
-        assert made_by["orders"] == {name: list(tasks) for name, tasks in design.ORDERS.items()}
-
-
-def test_what_scoring_again_changed_is_counted_by_pairs_and_tasks():
-    found = again.differences(rows.RESULTS, "again16", None)
-    repeated = {
-        (one["order"], one["seed"]): one["AP"] for one in rows.load("again")["rows"] if one["variant"] == "again16"
-    }
-    reported = [one for one in rows.load("sequences")["rows"] if one["method"] == "lora-inc"]
-    # The runs that record their choices are the reported ones, run again.
-    assert repeated == {
-        (one["order"], one["seed"]): pytest.approx(one["rougeL"]["AP"], abs=2e-5)
-        for one in reported if one["policy"] == design.AGAIN
-    }  # fmt: skip
-    assert len(found["AP"]) == 10 and len(found["own kept"]) + len(found["own switched"]) == 30
-    assert len(found["later kept"]) + len(found["later switched"]) == 20
-    once = {(one["order"], one["seed"]): one for one in reported if one["policy"] == "sapo"}
-    first = once["a", 101]
-    more = next(
-        one
-        for one in rows.load("again")["rows"]
-        if (one["variant"], one["order"], one["seed"]) == ("again16", "a", 101)
-    )
-    assert found["AP"][0] == pytest.approx(100 * (more["AP"] - first["rougeL"]["AP"]))
-    assert more["chosen"][0] == [16, 6, 17, 17]
-    own = more["loss"][1][0] - first["loss"]["R"][1][0]
-    later = (more["loss"][3][0] - more["loss"][1][0]) - (first["loss"]["R"][3][0] - first["loss"]["R"][1][0])
-    assert found["own switched"][0] == pytest.approx(own) and found["later switched"][0] == pytest.approx(later)
+    assert {rows.load(kind)["made_by"]["base"] for kind in ("single", "sequences")} == {base}
 
 
 def test_an_unknown_table_is_an_error():

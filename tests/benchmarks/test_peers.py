@@ -35,12 +35,12 @@ def test_peers_agree_with_ours_and_leave_the_model_alone(name, last, jobs):
     cache, ours = made[last]
     if peer.gpu:
         peer = dataclasses.replace(peer, options={"compiled": False})
-    wanted = ours.reduce("batch", 8) if peer.gives == "batch8" else ours.nll.flatten()
+    expected = ours.reduce("batch", 8) if peer.gives == "batch8" else ours.nll.flatten()
     sizes = {"batch_size": (4, 64), "tokens": (1, 100)}[peer.size_name] if peer.sizes else None
     for run in peer.variants(sizes).values():
         got = run(model, cache)
-        assert got.dtype == torch.float64 and got.shape == wanted.shape
-        assert float((got - wanted).abs().max()) < 1e-4 * float(ours.tokens.max())
+        assert got.dtype == torch.float64 and got.shape == expected.shape
+        assert float((got - expected).abs().max()) < 1e-4 * float(ours.tokens.max())
     assert "forward" not in vars(model) and model.config._attn_implementation == "sdpa" and not model.training
 
 

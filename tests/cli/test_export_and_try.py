@@ -83,8 +83,11 @@ def test_faults_are_one_line(runs, sapo, tmp_path, monkeypatch):
         ((runs / "one", "--task", TASKS[0], "--input", "x", "--model", "tiny"), ("an adapter for this model",)),
     ):
         one_line_error(sapo("try", *arguments), *words)
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), "utf-8"))
-    one_line_error(sapo("try", runs / "one", "--task", TASKS[0]), "can't decode byte 0xe9")
+    for data, fault in ((b"caf\xe9", "line 1: expected UTF-8 text, got byte 0xe9"), (b"x" * 101, "at most 100 bytes")):
+        monkeypatch.setattr("sapo_kernels.files.MAX_BYTES", 100)
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+        one_line_error(sapo("try", runs / "one", "--task", TASKS[0]), "standard input: ", fault)
+    monkeypatch.undo()
     one_line_error(sapo("export", tmp_path, "--out", tmp_path / "o"), "run.json")
     one_line_error(sapo("export", runs / "run", "--out", runs / "one"), "not there or is empty")
     one_line_error(sapo("export", runs / "run", "--out", "/proc/none"), "/proc/none")

@@ -14,19 +14,19 @@ from sapo_peft import gguf
 def packages(monkeypatch, tmp_path):
     """Two distributions that hold a file in two parts; returns how to put another in their place."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "cache"))
-    held = {"a-part1": b"GGUF one", "a-part2": b" and two"}
+    packages = {"a-part1": b"GGUF one", "a-part2": b" and two"}
 
     def part(distribution, file):
         path = tmp_path / f"{file}.{distribution}"
-        if distribution not in held:
+        if distribution not in packages:
             return None
-        path.write_bytes(held[distribution])
+        path.write_bytes(packages[distribution])
         return path
 
-    whole = hashlib.sha256(b"".join(held.values())).hexdigest()
+    whole = hashlib.sha256(b"".join(packages.values())).hexdigest()
     monkeypatch.setattr(gguf, "_part", part)
-    monkeypatch.setitem(gguf.MODELS, "a", gguf.Packaged("hub/a", "a.gguf", whole, tuple(held)))
-    return held
+    monkeypatch.setitem(gguf.MODELS, "a", gguf.Packaged("hub/a", "a.gguf", whole, tuple(packages)))
+    return packages
 
 
 def test_parts_are_assembled_once_and_verified(packages, tmp_path):

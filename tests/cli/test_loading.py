@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import sapo_kernels as sk
 from sapo_peft import tiny_model, tiny_tokenizer
@@ -75,9 +75,23 @@ def test_damaged_model_folders(sapo, folder):
     put(folder / "config.json", {**config, "num_hidden_layers": 1, "layer_types": config["layer_types"][:1]})
     refused("--model m", "of layers that config.json does not have", "model.layers.1.")
     put(folder / "config.json", config)
+    # In several files: none of them is missing, and the list of them is one.
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="100KB")
+    index, shards = folder / "model.safetensors.index.json", sorted(folder.glob("model-*"))
+    assert len(shards) > 2 and sapo(*SCORE, "--model", "m")[0] == 0
+    shards[1].unlink()
+    refused("--model m", "No such file", shards[1].name)
+    for text, words in (("[]", "expected an object, got []"), ('{"a": 1, "a": 2}', "expected each key once")):
+        put(index, text)
+        refused("model.safetensors.index.json", words)
     put(folder / "model.safetensors", (2**63).to_bytes(8, "little") + b"{}")
+    index.unlink()
     refused("--model m")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    for shard in folder.glob("*.safetensors"):
+        shard.unlink()
     refused("--model m", ".safetensors")
     put(folder / "config.json", '{"model_type": "qwen3", "model_type": "gpt2"}')
     refused("config.json", "each key once")

@@ -28,7 +28,7 @@ def test_score_prints_a_ranked_table(files, sapo, model):
     assert f"{scores.stats['trie_tokens']} computed for {scores.stats['dense_tokens']}" in out
     assert all(len(line) <= 100 for line in out.splitlines()[1:5])
     # One cell as the model reads it, with what counts.
-    assert "<|im_start|>assistant" in out and "tokens that count: no, never<|im_end|>" in out
+    assert "<|im_start|>assistant" in out and "response tokens that are scored: no, never<|im_end|>" in out
     saved = sk.PromptScores.load("s.json")
     assert torch.equal(saved.nll, scores.nll) and saved.prompts == PROMPTS
     record = json.loads((files / "s.json").read_text())
@@ -153,7 +153,7 @@ def test_a_bundled_task(files, sapo):
     code, out, err = sapo("score", "--examples", "1")
     assert code == 0 and out.startswith(f"{names[0]}: 21 prompts x 1 of ") and "a bundled task" in err
     assert sapo("score", "--task", names[1], "--examples", "1")[1].startswith(names[1])
-    one_line_error(sapo("score", "--task", "nothing"), "expected a task that is there")
+    one_line_error(sapo("score", "--task", "nothing"), "expected an existing task")
 
 
 BAD_CALLS = {
@@ -169,7 +169,7 @@ BAD_CALLS = {
     "missing adapter": ((*SCORE, "--adapter", "./none"), ("--adapter", "no such folder")),
     "missing tokenizer": ((*SCORE, "--tokenizer", "./none"), ("tokenizer ", "no such folder")),
     "resume without out": ((*SCORE, "--resume"), ("--resume", "--out")),
-    "out in a missing folder": ((*SCORE, "--out", "no/s.json"), ("--out no/s.json", "a folder that is there")),
+    "out in a missing folder": ((*SCORE, "--out", "no/s.json"), ("--out no/s.json", "a file in an existing folder")),
     "out is a folder": ((*SCORE, "--out", "."), ("--out .: expected a file",)),
     "out cannot be written": ((*SCORE, "--out", "/proc/s.json"), ("--out /proc: expected a folder that can be",)),
     "out is the data": ((*SCORE, "--out", "d.json"), ("--out d.json: expected another file than the input d.json",)),
@@ -267,11 +267,11 @@ def stopped(files, sapo, monkeypatch):
     monkeypatch.setattr(sk, "score_prompts", count)
     code, out, err = sapo(*SCORE, "--out", "s.json")
     assert (code, out) == (130, "") and not (files / "s.json").exists() and sizes == [16, 64, 0]
-    assert "sapo: 240 scored cells are kept in s.json.part; the same command with --resume goes on" in err
+    assert "sapo: 240 scored cells are kept in s.json.part; the same command with --resume continues" in err
     return sizes
 
 
-def test_a_stopped_call_is_gone_on_from(files, sapo, stopped):
+def test_a_stopped_call_is_resumed(files, sapo, stopped):
     one_line_error(sapo(*SCORE, "--out", "s.json"), "s.json.part", "--resume", "--overwrite")
     assert sapo(*SCORE, "--out", "s.json", "--resume")[0] == 0 and stopped[3:] == [20]
     resumed = (files / "s.json").read_bytes()
@@ -289,7 +289,7 @@ def dated(monkeypatch):
     monkeypatch.setattr("sapo_peft.tiny_random.CHAT_TEMPLATE", DATED)
 
 
-def test_a_call_that_is_gone_on_from_on_another_day_keeps_its_date(files, sapo, dated, stopped, monkeypatch):
+def test_a_call_that_is_resumed_on_another_day_keeps_its_date(files, sapo, dated, stopped, monkeypatch):
     begun = json.loads((files / "s.json.part").read_text())["made_with"]["now"]
     monkeypatch.setattr("sapo_peft.cli.parts.STARTED", datetime(2001, 1, 1))
     assert sapo(*SCORE, "--out", "s.json", "--resume")[0] == 0 and stopped[3:] == [20]
@@ -298,9 +298,9 @@ def test_a_call_that_is_gone_on_from_on_another_day_keeps_its_date(files, sapo, 
     assert one["now"] == begun != two["now"] == "2001-01-01T00:00:00" and one["nll"] != two["nll"]
 
 
-def test_only_the_same_call_is_gone_on_from(files, sapo, stopped):
+def test_only_the_same_call_is_resumed(files, sapo, stopped):
     for change, words in (
-        (("--suffix", "S"), ("suffix: expected 'S' as now, got ''",)),
+        (("--suffix", "S"), ("suffix: expected 'S' as in this call, got ''",)),
         (("--max-target", "5"), ("max_target",)),
         (("--examples", "99"), ("cells: expected",)),
     ):

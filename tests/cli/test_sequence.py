@@ -95,5 +95,5 @@ def test_control_c_says_how_to_go_on(tiny, sapo, tmp_path, monkeypatch):
 
     monkeypatch.setattr("transformers.Trainer.training_step", interrupted)
     code, out, err = sapo("sequence", "--tasks", "task02_odd_one_out", "--output", tmp_path / "r", *SMALL)
-    assert (code, out) == (130, "") and f"sapo: stopped; the same command goes on in {tmp_path}/r" in err
+    assert (code, out) == (130, "") and f"sapo: stopped; the same command continues in {tmp_path}/r" in err
     assert json.loads((tmp_path / "r" / "run.json").read_text())["status"] == "running"

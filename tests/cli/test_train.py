@@ -69,6 +69,9 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(tmp_
         ("a: b: c", "expected YAML"),
         ("x: !!python/object/apply:os.system ['echo hi']", "expected YAML"),
         ("", "expected options by name, got None"),
+        ("max-steps: 1\nlr: 0.1\n'max-steps': 2", "line 3 column 1: expected each key once, got 'max-steps' again"),
+        ("lr_scheduler_kwargs: {a: 1, b: 2, a: 3}", "line 1 column 35: expected each key once, got 'a' again"),
+        ("lr: 0.1\nlearning_rate: 0.2", "expected each option once, got 'learning_rate' beside another name of it"),
         ("max-steps: null", "max-steps: expected a value, got none"),
         ("[" * 5000, "expected YAML"),
         (bytes(range(256)), ""),
@@ -76,7 +79,7 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(tmp_
         (None, "No such file"),
         (".", ""),
     ],
-    ids=range(14),
+    ids=range(17),
 )
 def test_a_faulty_file_is_one_line(tmp_path, sapo, text, expected):
     path = tmp_path if text == "." else tmp_path / "bad.yaml"
@@ -199,7 +202,7 @@ def test_paraphrases_from_a_local_model_are_kept(tmp_path, words, sapo, monkeypa
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     more = ("--max-steps", 1, "--paraphrase-with", tmp_path / "model", "--paraphrases", 1)
     code, _, err = sapo(*words, *more)
-    assert code == 0 and err.count("0 of the 1 paraphrases asked for are there") == 1
+    assert code == 0 and err.count("0 of the 1 paraphrases arrived") == 1
     assert (tmp_path / "out" / "sapo_pool.json").is_file() and (tmp_path / "out" / "sapo_prompts.json").is_file()
 
 
@@ -240,13 +243,13 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path, words, sapo):
     (tmp_path / "out").mkdir()
     with alone(tmp_path / "out" / ".lock", tmp_path):
         code, _, err = sapo(*words)
-    assert code != 0 and "another process is at work here" in err
+    assert code != 0 and "another process is writing here" in err
 
 
-def test_a_run_killed_while_it_wrote_its_first_checkpoint_begins_anew(tmp_path, words, sapo):
+def test_a_run_killed_while_it_wrote_its_first_checkpoint_starts_over(tmp_path, words, sapo):
     cut = tmp_path / "out" / "checkpoint-2"
     cut.mkdir(parents=True)
     (cut / "optimizer.pt").write_bytes(b"PK")
     code, out, err = sapo(*words, "--resume")
-    assert code == 0 and "No checkpoint to resume from: a new run." in out and "is not whole" in err
+    assert code == 0 and "No checkpoint to resume from: a new run." in out and "is incomplete" in err
     assert last_good_checkpoint(tmp_path / "out") == str(tmp_path / "out" / "checkpoint-4")

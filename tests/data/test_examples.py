@@ -1,12 +1,15 @@
 """Reading examples: every format, how columns become text, every way a row can be wrong, rows conserved."""
 
+import itertools
 import json
+import random
 import time
 
 import datasets
 import pytest
 
 from sapo_kernels.files import DataError
+from sapo_kernels.scoring.render import check_examples
 from sapo_peft import Examples, read_examples
 from sapo_peft.data import tables
 from sapo_peft.data.names import TaskNameError
@@ -69,7 +72,7 @@ def test_datasets_and_the_hub(tmp_path, monkeypatch):
     # Without a network: what is cached, and no retries for what is not.
     monkeypatch.setattr(tables, "hub_answers", lambda name, kind: False)
     started = time.monotonic()
-    with pytest.raises(DataError, match="nobody/nothing: no such file, and not loaded from the hub, which gives no an"):
+    with pytest.raises(DataError, match="nobody/nothing: no such file, and the hub does not answer"):
         read_examples("nobody/nothing")
     assert time.monotonic() - started < 5 and offline == datasets.config.HF_HUB_OFFLINE
     with pytest.raises(DataError, match=r"b\.parquet: expected a Parquet file"):
@@ -77,19 +80,19 @@ def test_datasets_and_the_hub(tmp_path, monkeypatch):
 
 
 COLUMNS = {
-    "Alpaca": ({"instruction": "Do.", "input": "x", "output": "y"}, "Do.\n\nx", "y", "'instruction' stands in front"),
-    "Alpaca without input": ({"instruction": "Do.", "input": "", "output": "y"}, "Do.", "y", "stands in front"),
+    "Alpaca": ({"instruction": "Do.", "input": "x", "output": "y"}, "Do.\n\nx", "y", "'instruction' is put in front"),
+    "Alpaca without input": ({"instruction": "Do.", "input": "", "output": "y"}, "Do.", "y", "is put in front"),
     "Alpaca in one column too": ({"instruction": "Do.", "input": "x", "output": "y", "text": "Do. x y"}, "Do.\n\nx",
-                                 "y", "columns with text that are not used: 'text'"),
+                                 "y", "unused text columns: 'text'"),
     "instruction alone": ({"instruction": "Do.", "response": "y"}, "Do.", "y", None),
-    "choices by index": ({"question": "q", "choices": ["u", "v"], "answer": 1}, "q\nA. u\nB. v", "B", "stand below"),
+    "choices by index": ({"question": "q", "choices": ["u", "v"], "answer": 1}, "q\nA. u\nB. v", "B", "are put below"),
     "choices with labels": ({"question": "q", "choices": {"label": ["1", "2"], "text": ["u", "v"]}, "answerKey": "2"},
-                            "q\n1. u\n2. v", "2", "stand below"),
+                            "q\n1. u\n2. v", "2", "are put below"),
     "options by letter": ({"question": "q", "options": {"A": "u", "B": "v"}, "answer": "B"}, "q\nA. u\nB. v", "B",
                           None),
     "choices in the text": ({"question": "q: u or v", "choices": ["u", "v"], "answer": "u"}, "q: u or v", "u", None),
     "unused texts": ({"question": "q", "answer": "a", "context": "Long.", "id": "x", "n": 3, "tags": ["t"]}, "q", "a",
-                     "columns with text that are not used: 'context', 'tags'"),
+                     "unused text columns: 'context', 'tags'"),
     "whole numbers": ({"text": "q", "label": -3}, "q", "-3", "'label' holds numbers, taken as text"),
 }  # fmt: skip
 
@@ -130,6 +133,40 @@ def test_messages(tmp_path):
     # Beside two texts, messages are named as not used.
     both = read_examples([{**row, "input": "i", "target": "t"} for row in rows])
     assert both[0] == {"input": "i", "target": "t"} and "'messages'" in "".join(both.notes())
+
+
+TALK = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
+CELLS = {
+    **{name: name for name in ("input", "sentence", "text", "prompt", "target", "label", "output", "completion")},
+    "instruction": "instruction", "choices": ["x", "y"], "messages": TALK,
+    "conversations": [{"from": "human", "value": "u"}, {"from": "gpt", "value": "v"}], "history": TALK,
+}  # fmt: skip
+
+
+def texts_of(read, rows):
+    try:
+        return [(row["input"], row["target"], row.get("history", [])) for row in read(rows)]
+    except ValueError as error:
+        assert str(error).startswith(("rows: ", "example ")), error
+
+
+def test_rows_in_memory_are_the_texts_of_a_table():
+    """Of every set of columns, and of rows with different ones: both read the same texts, or one refuses by name."""
+    sets = [names for n in range(1, 6) for names in itertools.combinations(CELLS, n)]
+    draw, agreed = random.Random(0), 0
+    for names in [[one] for one in sets] + [draw.choices(sets, k=2) for _ in range(3000)]:
+        rows = [{name: CELLS[name] for name in row} for row in names]
+        table, memory = texts_of(read_examples, rows), texts_of(check_examples, rows)
+        assert table is None or memory is None or table == memory, names
+        agreed += table is not None and table == memory
+    assert agreed > 500
+    assert check_examples([{"input": "i", "sentence": "s", "label": "l"}]) == [{"input": "s", "target": "l"}]
+    with pytest.raises(ValueError, match="example 0: expected one text in 'input', got 'choices' beside it"):
+        check_examples([{"input": "i", "target": "t", "choices": ["x"]}])
+    with pytest.raises(DataError, match="row 1: expected the columns of the first row, got 'input', 'sentence', 'lab"):
+        read_examples([{"input": "i", "label": "l"}, {"input": "i", "sentence": "s", "label": "l"}])
+    with pytest.raises(DataError, match="row 0: messages: expected a list, got str"):
+        read_examples([{"messages": "a"}])
 
 
 def test_chosen_columns(tmp_path):

@@ -36,7 +36,7 @@ def test_build():
         made.task = "u"
 
 
-def test_repeated_prompts_are_merged_and_said():
+def test_repeated_prompts_are_merged_and_reported():
     a = "say positive or negative for <X>"
     same = ["Say  positive or\tnegative\nfor <X> ", "say positive or negative f\uff4fr <X>"]
     made = pool(a, *same, "\u200bsay positive or negative for <X>", ORIGINAL + " ", "new: positive, negative, <X>")

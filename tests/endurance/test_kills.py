@@ -29,7 +29,7 @@ def test_killed_at_file_calls(server, run, unbroken, tmp_path, job, count):
         prepare(here)
         killed = server.run(job, here, run, stop=point)
         assert killed["rc"] == -signal.SIGKILL, killed
-        # One that was killed when all was done need not be gone on with; an export may not.
+        # One that was killed when all was done need not be resumed; an export may not.
         whole = job == "export" and (here / "one").exists()
         again = {"rc": 0, "err": ""} if whole else server.run(job, here, run)
         left = left_over(here)

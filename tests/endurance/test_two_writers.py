@@ -21,5 +21,5 @@ def test_the_second_is_refused(server, run, unbroken, tmp_path, job):
     finally:
         first = server.go_on(stopped["stopped"])
     errors = [line for line in second["err"].splitlines() if line.startswith("sapo: error: ")]
-    assert second["rc"] == 2 and len(errors) == 1 and "another process is at work here" in errors[0], second
+    assert second["rc"] == 2 and len(errors) == 1 and "another process is writing here" in errors[0], second
     assert first["rc"] == 0 and JOBS[job].result(tmp_path / "here") == expected, first["err"]

@@ -62,8 +62,8 @@ def test_sums_go_on_from_what_is_there(impl):
     given = accumulate(device=impl.device)
     impl.accumulate_(*given.values())
     row = [float(v) for v in given["logprob"]]
-    wanted = float64(0.25 - row[0] - row[2] - row[5], -0.0, 3.0 - row[2] - row[4])
-    assert_same_bits([given["nll"], given["tokens"]], [wanted, int64(3, 0, 3)])
+    expected = float64(0.25 - row[0] - row[2] - row[5], -0.0, 3.0 - row[2] - row[4])
+    assert_same_bits([given["nll"], given["tokens"]], [expected, int64(3, 0, 3)])
     assert_same_bits([given[n] for n in ("logprob", "cell_target", "cell_ptr")],
                      [accumulate()[n] for n in ("logprob", "cell_target", "cell_ptr")])  # fmt: skip
 
@@ -89,16 +89,16 @@ def test_rows_that_were_added_are_not_added_again(impl):
     for seed in range(300, 315):
         job = Job(seed)
         _, logprob, lists, cuts = job.composition()
-        wanted = accumulated(impl, logprob, lists, cuts)
+        expected = accumulated(impl, logprob, lists, cuts)
         lists, logprob = [v.to(impl.device) for v in lists], logprob.to(impl.device)
-        nll, tokens = (torch.zeros_like(v, device=impl.device) for v in wanted)
+        nll, tokens = (torch.zeros_like(v, device=impl.device) for v in expected)
         for begin, end in zip(cuts, cuts[1:], strict=False):
             for back in (0, 0, int(job.rng.integers(begin + 1))):
                 impl.accumulate_(nll, tokens, logprob[begin - back : end], *lists, begin - back)
             now = nll.clone(), tokens.clone()
             impl.accumulate_(nll, tokens, logprob[:end], *lists, 0)
             assert_same_bits([nll, tokens], now)
-        assert_same_bits([nll, tokens], wanted)
+        assert_same_bits([nll, tokens], expected)
 
 
 @everywhere
@@ -151,16 +151,16 @@ def test_on_two_streams():
     """Each call runs on the stream that is current, behind what that stream still has to do."""
     jobs, results, streams = [Job(5).composition() for _ in range(2)], [], [torch.cuda.Stream() for _ in range(2)]
     for (_, logprob, lists, _), stream in zip(jobs, streams, strict=True):
-        lists, wanted = [v.cuda() for v in lists], logprob.cuda()
+        lists, expected = [v.cuda() for v in lists], logprob.cuda()
         nll = torch.zeros(len(lists[1]) - 1, dtype=torch.float64, device="cuda")
-        tokens, late = torch.zeros_like(nll, dtype=torch.int64), torch.zeros_like(wanted)
+        tokens, late = torch.zeros_like(nll, dtype=torch.int64), torch.zeros_like(expected)
         torch.cuda.synchronize()
         with torch.cuda.stream(stream):
             torch.cuda._sleep(20_000_000)
-            late.copy_(wanted)
+            late.copy_(expected)
             op(nll, tokens, late, *lists, 0)
         # What the other stream still reads may not be let go, or its memory is used again.
-        results.append((nll, tokens, late, wanted, lists))
+        results.append((nll, tokens, late, expected, lists))
     torch.cuda.synchronize()
     for (*got, _, _, _), (_, logprob, lists, _) in zip(results, jobs, strict=True):
         assert_same_bits(got, accumulated(Implementation("plain", "cpu"), logprob, lists, [0, len(logprob)]))

@@ -72,9 +72,9 @@ def make_job(rng, kind: str, cells: int, longest: int, vocabulary: int):
     return int64(pool[np.concatenate(sequences) % len(pool)], offsets, contexts)
 
 
-def check_same(ours: dict, wanted: dict) -> None:
-    assert list(ours) == list(wanted)
-    for name, value in wanted.items():
+def check_same(ours: dict, expected: dict) -> None:
+    assert list(ours) == list(expected)
+    for name, value in expected.items():
         if name == "dense_tokens":
             assert type(ours[name]) is int and ours[name] == value
             continue
@@ -224,9 +224,9 @@ def test_nothing_is_converted_silently(compiled, name, which):
 @pytest.mark.parametrize("name", [n for n in WRONG if n not in ("float64", "two dimensions", "backwards", "stride 0")])
 def test_plan_trie_takes_every_layout(compiled, name):
     job = int64(*flatten(random_cells(5)))
-    wanted = plan_numpy(*job)
+    expected = plan_numpy(*job)
     trie = plan_trie(*map(WRONG[name], job))
-    check_same({field: getattr(trie, field) for field in wanted}, wanted)
+    check_same({field: getattr(trie, field) for field in expected}, expected)
 
 
 def test_plan_trie_gives_the_same_without_the_module(compiled, monkeypatch):
@@ -239,7 +239,7 @@ def test_plan_trie_gives_the_same_without_the_module(compiled, monkeypatch):
 def test_results_own_their_memory(compiled):
     rng = np.random.default_rng(3)
     job = make_job(rng, "shared", 200, 80, 30)
-    wanted = plan_numpy(*job)
+    expected = plan_numpy(*job)
     given = [a.copy() for a in job]
     for array in given:
         array.flags.writeable = False  # reading is enough
@@ -254,14 +254,14 @@ def test_results_own_their_memory(compiled):
     gc.collect()
     # Whatever was freed is handed out again and overwritten.
     rubbish = [np.full(n, -1) for n in (10, 100, 1000, 10_000) for _ in range(20)]
-    check_same(ours, wanted)
+    check_same(ours, expected)
     kept = ours["tokens"][3:9]
     del ours, rubbish
     gc.collect()
-    assert np.array_equal(kept, wanted["tokens"][3:9])
+    assert np.array_equal(kept, expected["tokens"][3:9])
     # Writing to one plan does not show in the next.
     kept[:] = -5
-    check_same(compiled.plan(*job), wanted)
+    check_same(compiled.plan(*job), expected)
 
 
 @contextlib.contextmanager
@@ -303,12 +303,12 @@ def test_other_threads_run_meanwhile(compiled):
 def test_threads_plan_at_the_same_time(compiled):
     rng = np.random.default_rng(4)
     jobs = [make_job(rng, kind, 200, 60, 30) for kind in KINDS]
-    wanted, failed = [plan_numpy(*job) for job in jobs], []
+    expected, failed = [plan_numpy(*job) for job in jobs], []
 
     def work(i):
         for _ in range(20):
             try:
-                check_same(compiled.plan(*jobs[i]), wanted[i])
+                check_same(compiled.plan(*jobs[i]), expected[i])
             except AssertionError as error:
                 failed.append((KINDS[i], error))
 

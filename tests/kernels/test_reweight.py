@@ -38,9 +38,9 @@ op = torch.ops.sapo_kernels.reweight_
 CLOSE = {"mean": (1e-13, 1e-15), "weight": (1e-15, 0.0), "probs": (0.0, 1e-9), "effective": (1e-8, 0.0)}
 
 
-def assert_close(got, wanted, what="") -> None:
+def assert_close(got, expected, what="") -> None:
     """The written tensors of one update, in their order."""
-    for name, a, b in zip(WRITTEN, got, wanted, strict=True):
+    for name, a, b in zip(WRITTEN, got, expected, strict=True):
         a = a.cpu()
         if name == "best":
             assert torch.equal(a, b), f"{what} best: got {a}, expected {b}"
@@ -116,11 +116,11 @@ def test_ties_go_to_the_lowest_index(impl, temperature):
 @pytest.mark.parametrize("prompts", [1, 33, 97])
 def test_temperature_0_puts_exactly_everything_on_the_best(impl, prompts):
     """Also of prompts with the same loss, and where nothing is live."""
-    wanted = torch.zeros(1, prompts, dtype=torch.float64)
-    wanted[0, prompts // 2] = 1
+    expected = torch.zeros(1, prompts, dtype=torch.float64)
+    expected[0, prompts // 2] = 1
     means = [1.0] * (prompts // 2) + [0.5] * (prompts - prompts // 2)
-    assert same_bits(scored(impl, means)["probs"], wanted)
-    assert same_bits(scored(impl, means, floor=0.25)["probs"], 0.75 * wanted + 0.25 / prompts)
+    assert same_bits(scored(impl, means)["probs"], expected)
+    assert same_bits(scored(impl, means, floor=0.25)["probs"], 0.75 * expected + 0.25 / prompts)
     none, old = scored(impl, means, live=[False] * prompts), new_state(1, prompts)
     assert int(none["best"]) == -1 and same_bits(none["probs"], old[2]) and same_bits(none["effective"], old[4])
 
@@ -131,9 +131,9 @@ def test_the_softmax_by_hand(impl):
     means = [1.0, 1.0 + math.log(2), 1.0 + 2 * math.log(2)]
     for temperature, weights in ((1.0, (4, 2, 1)), (0.5, (16, 4, 1))):
         state = scored(impl, means, temperature, 0.3)
-        wanted = [0.7 * w / sum(weights) + 0.1 for w in weights]
-        assert state["probs"][0].tolist() == pytest.approx(wanted, abs=1e-15)
-        assert float(state["effective"]) == pytest.approx(1 / sum(p * p for p in wanted), rel=1e-14)
+        expected = [0.7 * w / sum(weights) + 0.1 for w in weights]
+        assert state["probs"][0].tolist() == pytest.approx(expected, abs=1e-15)
+        assert float(state["effective"]) == pytest.approx(1 / sum(p * p for p in expected), rel=1e-14)
     assert scored(impl, means, SMALLEST)["probs"].tolist() == [[1.0, 0.0, 0.0]]
     assert scored(impl, means, LARGEST)["probs"][0].tolist() == pytest.approx([1 / 3] * 3, abs=1e-15)
     # 700 temperatures apart a probability is still there, 1e5 apart it is 0.
@@ -223,10 +223,10 @@ def test_a_state_that_does_not_fit_is_refused():
 def test_the_public_function(pools, prompts):
     """Defaults, one pool in one dimension, strided losses, losses with a gradient: all the plain result."""
     for layout in ("dense", "strided", "gradient", "flat"):
-        state, wanted = sk.PromptState(pools, prompts), sk.PromptState(pools, prompts)
+        state, expected = sk.PromptState(pools, prompts), sk.PromptState(pools, prompts)
         for seed in range(3):
             nll, tokens = step(seed, pools, prompts)
-            reweight_torch(*tensors_of(wanted), nll, tokens, 1.0, 0.0, 0.0)
+            reweight_torch(*tensors_of(expected), nll, tokens, 1.0, 0.0, 0.0)
             if layout == "strided":
                 nll, tokens = strided(nll), strided(tokens)
             if layout == "gradient":
@@ -234,14 +234,14 @@ def test_the_public_function(pools, prompts):
             if layout == "flat" and pools == 1:
                 nll, tokens = nll[0], tokens[0]
             assert sk.reweight_(state, nll, tokens) is None
-            assert_close(tensors_of(state)[:5], tensors_of(wanted)[:5])
+            assert_close(tensors_of(state)[:5], tensors_of(expected)[:5])
             assert not state.mean.requires_grad
 
 
 @pytest.mark.gpu
 @needs_cuda_kernels
 def test_a_thousand_runs_on_the_gpu_have_the_same_bits():
-    wanted = played(reweight_torch, 7)[0]
+    expected = played(reweight_torch, 7)[0]
     live, nll, tokens, *rest = scenario(7)[1][0]
     inputs = [v.cuda() for v in (live, nll, tokens)]
     first = None
@@ -250,7 +250,7 @@ def test_a_thousand_runs_on_the_gpu_have_the_same_bits():
         op(*state, *inputs, *rest)
         first = first or state
         assert_same_bits(state, first)
-    assert_close(first, wanted)
+    assert_close(first, expected)
 
 
 @pytest.mark.gpu

@@ -151,10 +151,10 @@ def random_case(seed, monkeypatch):
     past = (k[: step.carried].clone(), v[: step.carried].clone()) if step.carried else (None, None)
     again, _ = tree_attention_triton(q, *apart, *layout(step), *options, False, *walk, *past)
     assert torch.equal(out.nan_to_num(9.0), again.nan_to_num(9.0)), "the same bits wherever the keys lie"
-    wanted, wanted_lse = attention_oracle(q, k, v, step, *options[:-1])
-    good = wanted.isfinite().all(-1)
+    expected, wanted_lse = attention_oracle(q, k, v, step, *options[:-1])
+    good = expected.isfinite().all(-1)
     assert torch.equal(out.isfinite().all(-1), good) and (sick or good.all())
-    assert_close("tree_attention fp32", out[good], wanted[good])
+    assert_close("tree_attention fp32", out[good], expected[good])
     assert_close("linear_logprob fp32", lse[good], wanted_lse[good])
     if not sick:
         up = torch.randn(out.shape, generator=draw)

@@ -157,7 +157,7 @@ def test_strides_do_not_matter(impl, device, poisoned_outputs):
     case = ("random", 4, 2, 16, 16, {"sinks": True})
     q, k, v, options = inputs(case, torch.float32, device)
     trie = TREES["random"][0]
-    wanted = sk.tree_attention(q, k, v, trie, impl=impl, **options)
+    expected = sk.tree_attention(q, k, v, trie, impl=impl, **options)
     fused = torch.cat([q, k, v], 1)
     spread = torch.full((*v.shape[:2], 2 * v.shape[2]), float("nan"), device=device)
     spread[..., ::2] = v
@@ -170,10 +170,10 @@ def test_strides_do_not_matter(impl, device, poisoned_outputs):
     for name, tensors in layouts.items():
         assert any(not t.is_contiguous() for t in tensors)
         got = sk.tree_attention(*tensors, trie, impl=impl, sinks=sinks)
-        assert torch.equal(got, wanted), name
+        assert torch.equal(got, expected), name
     k, v = k[:, :1], v[:, :1]
-    wanted = sk.tree_attention(q, k.expand(-1, 2, -1).contiguous(), v.repeat(1, 2, 1), trie, impl=impl)
-    assert torch.equal(sk.tree_attention(q, k.expand(-1, 2, -1), v.expand(-1, 2, -1), trie, impl=impl), wanted)
+    expected = sk.tree_attention(q, k.expand(-1, 2, -1).contiguous(), v.repeat(1, 2, 1), trie, impl=impl)
+    assert torch.equal(sk.tree_attention(q, k.expand(-1, 2, -1), v.expand(-1, 2, -1), trie, impl=impl), expected)
 
 
 def test_large_logits(impl, device):
@@ -194,14 +194,14 @@ def test_what_a_query_does_not_see_cannot_hurt_it(what, bad, options, impl, devi
     """NaN in one sibling stays in its own subtree, though siblings share a block."""
     q, k, v, _ = inputs("job short siblings", torch.float32, device)
     trie, oracle = TREES["short siblings"]
-    wanted = sk.tree_attention(q, k, v, trie, impl=impl, **options)
+    expected = sk.tree_attention(q, k, v, trie, impl=impl, **options)
     sick = oracle.leaf[17]
     (k if what == "k" else v)[sick] = bad
     got = sk.tree_attention(q, k, v, trie, impl=impl, **options)
     sees = [i for i in range(len(trie)) if sick in oracle.path(i)]
     healthy = torch.tensor([i not in sees for i in range(len(trie))])
     assert len(sees) == 1 and healthy.sum() == len(trie) - 1
-    assert_close("tree_attention fp32", got[healthy], wanted[healthy])
+    assert_close("tree_attention fp32", got[healthy], expected[healthy])
     assert not got[sick].isfinite().all(), "what it does see is not hidden either"
 
 
@@ -210,9 +210,9 @@ def test_carried_keys_behind_the_window_cannot_hurt(impl, device, poisoned_outpu
     trie = TREES["deep"][0]
     step = trie.make_pass(60, 70).to(device)
     args = q[60:70], k[:70].clone(), v[:70].clone()
-    wanted = sk.tree_attention(*args, step, window=8, impl=impl)
+    expected = sk.tree_attention(*args, step, window=8, impl=impl)
     args[1][:53], args[2][:53] = float("nan"), float("nan")
-    assert_close("tree_attention fp32", sk.tree_attention(*args, step, window=8, impl=impl), wanted)
+    assert_close("tree_attention fp32", sk.tree_attention(*args, step, window=8, impl=impl), expected)
     args[1][53] = float("nan")
     touched = ~sk.tree_attention(*args, step, window=8, impl=impl).isfinite().all(-1).all(-1)
     assert touched.tolist() == [True] + [False] * 9, "key 53 is the oldest that query 60 sees"
@@ -237,14 +237,14 @@ def held_passes(case, device):
 def test_keys_that_the_caller_holds(case, impl, device, poisoned_outputs):
     """What the others see is as in a trie of which nothing is held."""
     q, k, v, options = inputs(case, torch.float32, device)
-    wanted = each_alone(CASES[case][0], q, k, v, options, torch.float64)
+    expected = each_alone(CASES[case][0], q, k, v, options, torch.float64)
     for step, new, keys in held_passes(case, device)[1]:
         call = functools.partial(sk.tree_attention, q[new], k[keys], v[keys], step, impl=impl, **options)
         if step.held and impl == "reference":
             with pytest.raises(ValueError, match="trie: expected a pass without held tokens"):
                 call()
         else:
-            assert_close("tree_attention fp32", call(), wanted[new])
+            assert_close("tree_attention fp32", call(), expected[new])
 
 
 def good_call():

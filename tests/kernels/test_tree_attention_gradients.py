@@ -62,11 +62,11 @@ def both(case, dtype, device, impl):
 def test_gradients_of_every_sequence_alone(case, precision, impl, device, poisoned_outputs):
     ours, exact, plain = both(case, DTYPES[precision], device, impl)
     plain = plain() if precision in LOW else {}
-    for name, wanted in exact.items():
+    for name, expected in exact.items():
         if name != "sinks":
             assert ours[name].dtype == DTYPES[precision]
         row = "low" if precision in LOW else precision
-        assert_close(f"tree_attention gradient {row}", ours[name], wanted, plain.get(name))
+        assert_close(f"tree_attention gradient {row}", ours[name], expected, plain.get(name))
 
 
 @pytest.mark.parametrize("impl", ["sdpa", "reference"])
@@ -103,9 +103,9 @@ def test_keys_carried_from_earlier_passes_get_their_gradients(case, apart, impl,
         return torch.cat(in_passes(trie, q, k, v, impl, options, apart))
 
     tensors = {"q": q, "k": k, "v": v}
-    got, wanted = (gradients(attend, tensors, options, up) for attend in (pass_by_pass, whole))
-    for name in wanted:
-        assert_close("tree_attention gradient fp32", got[name], wanted[name].double())
+    got, expected = (gradients(attend, tensors, options, up) for attend in (pass_by_pass, whole))
+    for name in expected:
+        assert_close("tree_attention gradient fp32", got[name], expected[name].double())
 
 
 @pytest.mark.parametrize("case", ["job random", "window 5"])
@@ -126,9 +126,9 @@ def test_keys_that_the_caller_holds_get_their_gradients(case, impl, device, pois
 
     tensors = {"q": q, "k": k, "v": v}
     up = torch.randn(int((~held).sum()), q.shape[1], v.shape[2]).to(device)
-    got, wanted = (gradients(attend, tensors, options, up) for attend in (of_the_others, alone))
-    for name in wanted:
-        assert_close("tree_attention gradient fp32", got[name], wanted[name].double())
+    got, expected = (gradients(attend, tensors, options, up) for attend in (of_the_others, alone))
+    for name in expected:
+        assert_close("tree_attention gradient fp32", got[name], expected[name].double())
 
 
 def test_only_what_is_wanted_and_the_same_bits_again(impl, device):
@@ -168,9 +168,9 @@ def test_opcheck_and_compile(impl, device):
     def loss(q, k, v):
         return sk.tree_attention(q, k, v, trie, impl=impl, **options).square().sum()
 
-    wanted = torch.autograd.grad(loss(*leaves), leaves)
+    expected = torch.autograd.grad(loss(*leaves), leaves)
     trie._lists.clear()  # made while it compiles
     torch._dynamo.reset()
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    for a, b in zip(torch.autograd.grad(compiled(*leaves), leaves), wanted, strict=True):
+    for a, b in zip(torch.autograd.grad(compiled(*leaves), leaves), expected, strict=True):
         assert torch.equal(a, b)

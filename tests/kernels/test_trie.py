@@ -221,7 +221,7 @@ def test_to_moves_once_and_keeps_the_rest():
     assert (moved.start, moved.carried, moved.cells_done) == (step.start, step.carried, step.cells_done)
 
 
-@pytest.mark.parametrize(("ids", "offsets", "context_lengths", "error", "wanted"), [
+@pytest.mark.parametrize(("ids", "offsets", "context_lengths", "error", "expected"), [
     (*flatten([([1], [2]), ([], [2, 3])]), ValueError, "sequence 1: .*context of 0"),
     (*flatten([([1], [2]), ([3, -4], [5])]), ValueError, "sequence 1: .*negative.*-4"),
     (*flatten([([1], [-(2**40)]), ([3], [5])]), ValueError, f"sequence 0: .*negative.*-{2**40}"),
@@ -232,21 +232,21 @@ def test_to_moves_once_and_keeps_the_rest():
     ([1, 2, 3, 4], [0, 2, 4], 1, TypeError, "context_lengths: expected a flat array of integers"),
     ([[1, 2, 3]], [0, 3], [1], TypeError, r"ids: expected a flat array of integers, got int64 \[1, 3\]"),
 ])  # fmt: skip
-def test_bad_sequences_and_arrays_that_do_not_fit_are_named(ids, offsets, context_lengths, error, wanted):
-    with pytest.raises(error, match=wanted):
+def test_bad_sequences_and_arrays_that_do_not_fit_are_named(ids, offsets, context_lengths, error, expected):
+    with pytest.raises(error, match=expected):
         plan_trie(ids, offsets, context_lengths)
 
 
-@pytest.mark.parametrize(("arguments", "wanted"), [
+@pytest.mark.parametrize(("arguments", "expected"), [
     ({"max_tokens": 0}, "max_tokens: expected at least 1"), ({"max_tokens": -3}, "max_tokens: expected at least 1"),
     ({"block_tokens": 0}, "block_tokens: expected at least 1"),
     ({"max_tokens": 7, "held": "a row"}, "held: expected no token that predicts something"),
 ])  # fmt: skip
-def test_bad_options_of_passes_are_named(arguments, wanted):
+def test_bad_options_of_passes_are_named(arguments, expected):
     trie = plan_trie(*flatten(random_cells(4)))
     if "held" in arguments:
         arguments = {**arguments, "held": np.arange(len(trie)) == trie.row_token[0]}
-    with pytest.raises(ValueError, match=wanted):
+    with pytest.raises(ValueError, match=expected):
         trie.passes(**arguments)
 
 

@@ -121,8 +121,8 @@ def test_logprob_bits_do_not_depend_on_the_batch(monkeypatch):
     hidden, weight = (hidden * 4).round() / 4, (weight * 16).round() / 16
     whole, lse, _ = linear_logprob_triton(hidden, weight, targets, ptr, None, 1.0, None)
     exact = written_out(hidden, weight, targets, given)
-    for got, wanted in zip((whole, lse), exact, strict=True):
-        assert_close("linear_logprob fp32", got, wanted)
+    for got, expected in zip((whole, lse), exact, strict=True):
+        assert_close("linear_logprob fp32", got, expected)
     order = torch.randperm(40, generator=torch.Generator().manual_seed(1))
     shuffled = linear_logprob_triton(hidden[order], weight, targets.view(40, 2)[order].flatten(), ptr, None, 1.0, None)
     assert torch.equal(shuffled[0].view(40, 2), whole.view(40, 2)[order]) and torch.equal(shuffled[1], lse[order])

@@ -54,7 +54,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Row:
+class Compilation:
     """What came out. Spills are in bytes a thread on NVIDIA, in registers on AMD; shared memory in bytes."""
 
     job: Job
@@ -305,7 +305,7 @@ def prepared(job: Job):
     return source, target, launch, hashlib.sha256(parts.encode()).hexdigest()[:16]
 
 
-def build(job: Job) -> Row:
+def build(job: Job) -> Compilation:
     """Compile one job and read the machine code's use of the part."""
     from triton.compiler import compile
 
@@ -313,7 +313,7 @@ def build(job: Job) -> Row:
     try:
         done = compile(source, target=target, options=launch)
     except Exception as error:  # any failure of any compiler stage belongs in the table
-        return Row(job, digest, 0, 0, 0, f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}")
+        return Compilation(job, digest, 0, 0, 0, f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}")
 
     complaints = []
     if job.capability:
@@ -331,7 +331,7 @@ def build(job: Job) -> Row:
         registers, spills = (int(re.search(rf"\.{n}:\s*(\d+)", text)[1]) for n in ("vgpr_count", "vgpr_spill_count"))
     if done.metadata.shared > SHARED_KIB[job.target] * 1024:
         complaints.append(f"more than {SHARED_KIB[job.target]} KiB of shared memory")
-    return Row(job, digest, registers, spills, done.metadata.shared, ", ".join(complaints))
+    return Compilation(job, digest, registers, spills, done.metadata.shared, ", ".join(complaints))
 
 
 def allowed_spills() -> int:

@@ -50,11 +50,11 @@ def fuzz_planner(rng) -> str:
             if odd and run is plan_numpy:
                 return "compared"  # numpy itself refuses what the compiled one was able to read
             raise
-    ours, wanted = results
+    ours, expected = results
     if isinstance(ours, str):
-        assert ours == wanted, f"compiled: {ours}; numpy: {wanted}"
+        assert ours == expected, f"compiled: {ours}; numpy: {expected}"
         return "raised"
-    assert not isinstance(wanted, str), f"compiled took what numpy refuses: {wanted}"
-    for name, value in wanted.items():
+    assert not isinstance(expected, str), f"compiled took what numpy refuses: {expected}"
+    for name, value in expected.items():
         assert np.array_equal(ours[name], value), name
     return "compared"

@@ -29,15 +29,15 @@ def sources(tmp_path: Path, monkeypatch) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "wanted"),
+    ("name", "value", "expected"),
     [
         ("SAPO_BUILD_CUDA", "maybe", "auto, on or off, got 'maybe'"),
         ("SAPO_CUDA_ARCHS", "sm_90", "numbers like .*, got 'sm_90'"),
     ],
 )
-def test_switches_say_what_they_want(monkeypatch, name, value, wanted):
+def test_switches_say_what_they_want(monkeypatch, name, value, expected):
     monkeypatch.setenv(name, value)
-    with pytest.raises(BuildError, match=wanted) as raised:
+    with pytest.raises(BuildError, match=expected) as raised:
         Options()
     assert name in str(raised.value)
 

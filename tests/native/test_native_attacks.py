@@ -70,7 +70,7 @@ def test_tensors_with_gradient_are_refused(name):
 
 def test_a_negated_view_is_refused_before_anything_is_written():
     arguments = accumulate_arguments(nll=torch._neg_view(torch.zeros(2, dtype=F64)))
-    with pytest.raises(RuntimeError, match="accumulate_: nll: expected memory as it is, got a negated view"):
+    with pytest.raises(RuntimeError, match="accumulate_: nll: expected a plain tensor, got a lazily negated view"):
         sk.accumulate_(*arguments.values())
     assert arguments["tokens"].tolist() == [0, 0]
 

@@ -18,7 +18,7 @@ READ = {
     "other tags and braces": (f"<{T}>use <b>bold</b> & </i> {{0.x}} %s</{T}>", ["use <b>bold</b> & </i> {0.x} %s"]),
 }
 DRAFT = f"maybe:\n<{T}>draft</{T}>\nor <{T}> inside text"
-for thought in (
+THOUGHTS = (
     f"<think>{DRAFT}</think>\n",
     f"{DRAFT}</think>\n",
     f"<think>x</think>{DRAFT}</think>",
@@ -33,7 +33,8 @@ for thought in (
     f"<|channel|>analysis<|message|>{DRAFT}<|end|><|start|>assistant<|channel|>final<|message|>",
     f"analysisWe need {DRAFT}assistantfinal",
     f"<|channel>thought\n{DRAFT}<channel|>",
-):
+)
+for thought in THOUGHTS:
     READ[f"thought {thought[:12]!r} {len(thought)}"] = (f"{thought}<{T}>a</{T}>", ["a"])
 
 
@@ -53,7 +54,7 @@ REFUSED = {
     "only thinking": (f"<think>\n<{T}>a</{T}>", "after the thinking"),
     "thinking again": (f"<think>x</think>\n[THINK]\n<{T}>a</{T}>", "after the thinking"),
     "only analysis": (f"<|channel|>analysis<|message|>\n<{T}>a</{T}>", "after the thinking"),
-    "dots": (f"<{T}>...</{T}>", "without a word"),
+    "dots": (f"<{T}>...</{T}>", "an empty <"),
     "a bracket and a quarter of a million spaces": ("<" + " " * 260_000, "an answer without"),
     "a million openings": (f"<{T}" * 23_000, "an answer without"),
     "many ends of thoughts": ("</think>" * 32_000, "an answer without"),
@@ -73,6 +74,11 @@ def test_marks_of_thoughts_that_the_instruction_holds_are_text():
     request = Request("Think in <think> </think> tags.", 1)
     text = f"<{T}>Between <think> and </think>, think.</{T}>"
     assert request.read(text)[0] == [text[12:-13]]
+    # And a draft in a thought is none, whether the draft holds such marks or not.
+    for thought in (*THOUGHTS, f"<think>\n{text}\n</think>\n", f"{text}\n<think>{text}</think>"):
+        assert request.read(thought + text) == ([text[12:-13]], None), thought
+    with pytest.raises(AnswerFault, match="after the thinking"):
+        request.read(f"<think>\n{text}")
 
 
 def test_cut_answers_give_what_is_complete():

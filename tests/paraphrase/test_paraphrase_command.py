@@ -51,12 +51,12 @@ def test_from_an_endpoint(sapo, files, endpoint, monkeypatch):
     assert len(made.prompts) == 5 and made.suffix == "One word." and made.task == "o"
 
 
-def test_an_outage_is_gone_on_from(sapo, endpoint):
+def test_an_outage_is_resumed(sapo, endpoint):
     with BadServer(says(tagged("1 positive negative")), status(401)) as server:
         arguments = (*endpoint(server), "--count", "6")
         code, out, err = sapo(*arguments)
         assert code == 0 and "1 kept" in out and len(err.splitlines()) == 1
-        assert "sapo: note: endpoint:m: 1 of the 6 paraphrases asked for are there" in err and "status 401" in err
+        assert "sapo: note: endpoint:m: 1 of the 6 paraphrases arrived" in err and "status 401" in err
         assert sapo(*arguments, "--quiet")[2] == ""
         one_line_error(sapo(*arguments, "--minimum", "3"), "at least 3 paraphrases, got 1", "pool.json")
         server.script[:] = [fresh()]
@@ -71,7 +71,7 @@ def saved():
     return len(PromptPool.read("pool.json").prompts) if os.path.exists("pool.json") else 0
 
 
-def test_one_run_at_a_time_and_one_that_is_killed_is_gone_on_from(sapo, endpoint):
+def test_one_run_at_a_time_and_one_that_is_killed_is_resumed(sapo, endpoint):
     with BadServer(fresh(), fresh(), silence) as server:
         arguments = endpoint(server)
         process = child(*arguments)
@@ -79,7 +79,7 @@ def test_one_run_at_a_time_and_one_that_is_killed_is_gone_on_from(sapo, endpoint
             end = time.monotonic() + 60
             while saved() < 11 and process.poll() is None and time.monotonic() < end:
                 time.sleep(0.02)
-            one_line_error(sapo(*arguments), "pool.json: another process is at work here")
+            one_line_error(sapo(*arguments), "pool.json: another process is writing here")
         finally:
             process.kill()
             process.communicate(timeout=20)

@@ -99,7 +99,7 @@ def test_a_store_of_something_else_is_refused_before_anything_is_asked(tmp_path)
     assert PromptPool.read(tmp_path / "u.json").prompts == ("Say yes or no", "a yes no")
 
 
-def test_a_file_that_is_gone_on_with_gives_what_one_run_gives(tmp_path):
+def test_a_file_that_is_resumed_gives_what_one_run_gives(tmp_path):
     """It offers all it holds again: what was taken from it before is no repetition, what it has twice is one."""
     texts = ["A", "B", "Original", "A", "C", "bad\x07", "D", "B", "E"]
     source = FileSource(put(tmp_path / "more.json", texts))
@@ -117,7 +117,7 @@ def test_too_few(caplog):
         return Scripted(["a yes no", Answer((), "script", "why not")], [SourceError("it is gone")])
 
     gather(POOL, script(), 4, minimum=1)
-    assert "script: 1 of the 4 paraphrases asked for are there: it is gone; 1 answer: why not" in caplog.text
+    assert "script: 1 of the 4 paraphrases arrived: it is gone; 1 answer: why not" in caplog.text
     with pytest.raises(TooFewPrompts, match="at least 2 paraphrases, got 1; 1 of the 4 .* it is gone"):
         gather(POOL, script(), 4, minimum=2)
     assert gather(POOL, Scripted(), 4).prompts == POOL.prompts and "3 times in a row" in caplog.text

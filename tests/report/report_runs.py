@@ -47,7 +47,7 @@ def make_run(path: Path, policy="sapo", seed=0, tasks=TASKS, done=None, prompts=
 
     def evaluation(number: int) -> schema.Evaluation:
         row = {measure: found[number] for measure, found in matrices.items()}
-        answers = [[schema.Answer(input=f"text {j}.{m}", target="good", answer=f"answer {number}.{m}")
+        answers = [[schema.KeptAnswer(input=f"text {j}.{m}", target="good", answer=f"answer {number}.{m}")
                     for m in range(3)] for j in range(1, size + 1)]  # fmt: skip
         return schema.Evaluation(row=row, examples=[200] * size, seconds=12.5, answers=answers)
 

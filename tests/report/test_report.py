@@ -95,7 +95,7 @@ def test_one_scoring_is_ranked(tmp_path):
     ("sapo", 1, ["This run is not finished: 1 of 2 tasks are done"]),
     ("sapo", 0, ["No task is finished yet, so no prompt", "so there are no scores", "nothing has been measured"]),
     ("sample", 2, ["draws a prompt for every example"])])  # fmt: skip
-def test_what_is_missing_is_said(tmp_path, policy, done, told):
+def test_what_is_missing_is_reported(tmp_path, policy, done, told):
     html, text = page(small(tmp_path / "run", policy, done=done))
     assert all(sentence in text for sentence in told) and html.count("<section ") == 4
     assert ">None<" not in html and "nan" not in text.lower().split()
@@ -146,7 +146,7 @@ def test_other_runs_are_not_compared(tmp_path, change):
     assert "1 run given, of another method" in text and "less original" not in text and 'id="comparison"' not in html
 
 
-def test_what_a_comparison_lacks_is_said(tmp_path):
+def test_what_a_comparison_lacks_is_reported(tmp_path):
     one = small(tmp_path / "a")
     _, text = page(one, small(tmp_path / "b", "original", options={"learning_rate": 0.5}))
     assert "1 none one pair, which cannot tell an effect from chance" in text

@@ -52,8 +52,8 @@ def test_reductions():
     for kind, batch_size in (("token", 8), ("example", 8), ("batch", 1), ("batch", 2), ("batch", 3), ("batch", 99)):
         assert_close("float64 sums", made.reduce(kind, batch_size), by_hand(MATRIX, COUNTS, kind, batch_size))
     # 5 examples in batches of 2: the last batch is one example and weighs half as much as the others.
-    wanted = (2 * (3.0 + 1.0) / 4 + 2 * (8.0 + 2.5) / 7 + 0.5 / 1) / 5
-    assert made.reduce("batch", 2)[0] == pytest.approx(wanted, abs=1e-15)
+    expected = (2 * (3.0 + 1.0) / 4 + 2 * (8.0 + 2.5) / 7 + 0.5 / 1) / 5
+    assert made.reduce("batch", 2)[0] == pytest.approx(expected, abs=1e-15)
     assert torch.equal(made.reduce("batch", 1), made.reduce("example"))
     assert_close("float64 sums", made.reduce("batch", 5), made.reduce("token"))
     assert made.reduce("batch").dtype == torch.float64
@@ -63,8 +63,8 @@ def test_cells_that_were_not_scored_do_not_count():
     nll, tokens = [[3.0, NAN, 8.0, NAN, NAN], [NAN] * 5], [[3, 0, 2, 0, 0], [0] * 5]
     made = scores(nll, tokens)
     for kind, batch_size in (("token", 8), ("example", 8), ("batch", 2), ("batch", 3)):
-        got, wanted = made.reduce(kind, batch_size), by_hand(nll, tokens, kind, batch_size)
-        assert_close("float64 sums", got[:1], wanted[:1])
+        got, expected = made.reduce(kind, batch_size), by_hand(nll, tokens, kind, batch_size)
+        assert_close("float64 sums", got[:1], expected[:1])
         assert math.isnan(got[1])
     assert made.nonfinite == [], "not scored is not the same as not finite"
     assert made.best == 0 and made.ranking() == [0, 1]
@@ -117,7 +117,7 @@ def test_repr_lists_the_best_first():
 
 def test_round_trip(tmp_path):
     made = scores(
-        [[1 / 3, NAN, INF], [-INF, 1e-308, 123456789.123456789]], [[1, 0, 2], [3, 2**40, 5]], road="tree", seconds=0.5
+        [[1 / 3, NAN, INF], [-INF, 1e-308, 123456789.123456789]], [[1, 0, 2], [3, 2**40, 5]], path="tree", seconds=0.5
     )
     made.prompts[:] = ['brace {input} "quoted" \\ \n', "文本 \U0001f642 \u202e"]
     path = tmp_path / "scores.json"

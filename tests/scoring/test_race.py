@@ -26,7 +26,7 @@ def matrix(nll, tokens=None) -> sk.PromptScores:
 def hold(full: sk.PromptScores, race: sk.Race) -> sk.PromptScores:
     """The scores that a race over a matrix known in full leaves; every cell is asked for once at most."""
     state = RaceState(race, full.tokens.numpy())
-    while (cells := state.wanted()) is not None:
+    while (cells := state.next_cells()) is not None:
         assert len(cells) and not state.scored.flat[cells].any()
         state.add(cells, full.nll.numpy().ravel()[cells])
     scored = torch.from_numpy(state.scored)
@@ -87,12 +87,12 @@ def test_rounds_fill_what_takes_as_long_empty(fill):
     full, race = plausible(3, np.linspace(0.0, 0.4, 12), noise=0.5), sk.Race(seed=4)
     cost, order = np.random.default_rng(0).integers(20, 150, full.nll.shape), race.order(250)
     state, least = RaceState(race, full.tokens.numpy(), cost, fill), race.first
-    while (cells := state.wanted()) is not None:
+    while (cells := state.next_cells()) is not None:
         live, before = state.active.copy(), state.scored.copy()
         taken, more = int(cost.flat[cells].sum()), int(cost[live][:, order[state.size : state.size + 1]].sum())
-        wanted = int((cost * ~before)[np.ix_(live, order[:least])].sum())
-        room = -(-wanted // fill) * fill
-        assert state.size == 250 or (wanted <= taken <= room < taken + more)
+        least_cost = int((cost * ~before)[np.ix_(live, order[:least])].sum())
+        room = -(-least_cost // fill) * fill
+        assert state.size == 250 or (least_cost <= taken <= room < taken + more)
         state.add(cells, full.nll.numpy().ravel()[cells])
         least = min(250, math.ceil(state.rounds[-1] * race.growth))
     plain = hold(full, race).race
@@ -129,7 +129,7 @@ def test_a_leader_that_breaks_gives_back_those_it_had_beaten(bad):
     full = plausible(17, [0.0, 0.001, 1.0, 1.2])
     full.nll[0, race.order(250)[13]] = full.nll[3, race.order(250)[3]] = bad
     state = RaceState(race, full.tokens.numpy())
-    state.add(first := state.wanted(), full.nll.numpy().ravel()[first])
+    state.add(first := state.next_cells(), full.nll.numpy().ravel()[first])
     assert state.active.tolist() == [True, True, False, False]
     scores = hold(full, race)
     assert scores.race.reason == ["not finite", "winner", "worse", "not finite"] and scores.race.left[2:] == [3, 1]

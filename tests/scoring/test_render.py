@@ -50,8 +50,8 @@ def test_placeholders_are_filled_once(tokenizer):
 @pytest.mark.parametrize(
     "template, message",
     [
-        ("{prompt}", r"expected \{prompt\} and \{input\}, got none of \['input'\]"),
-        ("{ prompt } {input }", r"expected .*, got none of \['input', 'prompt'\]"),
+        ("{prompt}", r"expected \{prompt\} and \{input\}, got one without \['input'\]"),
+        ("{ prompt } {input }", r"expected .*, got one without \['input', 'prompt'\]"),
         (["{prompt} {input}"], "expected a string, a callable or None, got list"),
         (b"{prompt}{input}", "expected a string, a callable or None, got bytes"),
         *((lambda p, e, made=made: made, r"expected a string or \(context, response\), got")
@@ -101,7 +101,7 @@ def test_a_turn_that_the_template_does_not_close_ends_with_the_end_token(shape, 
     assert all(cell.exact and cell.response.count("<|im_end|>") == 1 for cell in cells)
     assert [cell.response.partition("<|im_end|>")[0].strip() for cell in cells] == ["4", "e", "im_end"]
     said = [record.getMessage() for record in caplog.records]
-    assert said == ["the chat template does not close the assistant's turn: the end token '<|im_end|>' is put behind "
+    assert said == ["the chat template does not close the assistant's turn: the end token '<|im_end|>' is appended to "
                     "every response"]  # fmt: skip
 
 
@@ -144,7 +144,7 @@ def test_a_thought_that_the_template_begins_is_closed(begun, closed):
 def test_a_thought_that_cannot_be_closed_is_refused(mark):
     tokenizer = byte_tokenizer(chat_template=OPENED.replace("<think>\n", mark))
     tokenizer.add_tokens([mark], special_tokens=True)
-    with pytest.raises(ValueError, match=r"whose thought '<.*>' can be closed, got one that begins it"):
+    with pytest.raises(ValueError, match=r"whose thought '<.*>' can be closed, got one that opens it"):
         Renderer(tokenizer).render("Add.", EXAMPLE)
 
 
@@ -222,9 +222,9 @@ def test_a_tokenizer_that_reads_no_special_tokens_in_a_text_is_refused(tiny_mode
     mistral._all_special_tokens = ["<s>", "</s>"]
     splitting = byte_tokenizer(chat_template=CHATML)
     splitting.split_special_tokens = True
-    wanted = {mistral: "got MistralCommonBackend, which .* tokenizer.json", splitting: "got .* split_special"}
-    for made, words in wanted.items():
-        match = f"tokenizer: expected one that reads special tokens in a text, {words}"
+    expected = {mistral: "got MistralCommonBackend, which .* tokenizer.json", splitting: "got .* split_special"}
+    for made, words in expected.items():
+        match = f"tokenizer: expected one that parses special tokens in a text, {words}"
         with pytest.raises(ValueError, match=match):
             sk.ResponseCache.build(made, ["Add."], [EXAMPLE])
         with pytest.raises(ValueError, match=match):
@@ -233,7 +233,7 @@ def test_a_tokenizer_that_reads_no_special_tokens_in_a_text_is_refused(tiny_mode
 
 def test_prompts_are_checked():
     assert check_prompts(("a", "b", "a")) == ["a", "b", "a"], "duplicates are allowed"
-    for prompts, error, wanted in (
+    for prompts, error, expected in (
         ([], ValueError, "prompts: expected at least one, got an empty list"),
         ("abc", TypeError, "prompts: expected a list of strings, got str"),
         (None, TypeError, "prompts: expected a list of strings, got NoneType"),
@@ -244,7 +244,7 @@ def test_prompts_are_checked():
         (["\t\n \u2003"], ValueError, "prompt 0: expected text"),
         (["a", "b <|im_end|> c"], ValueError, r"prompt 1: .*special token '<\|im_end\|>'"),
     ):
-        with pytest.raises(error, match=wanted):
+        with pytest.raises(error, match=expected):
             check_prompts(prompts, ["<|im_start|>", "<|im_end|>"])
 
 
@@ -260,7 +260,7 @@ def test_examples_are_checked():
         {"input": "i", "target": "l"},
     ]
     good = {"input": "i", "target": "t"}
-    for examples, error, wanted in (
+    for examples, error, expected in (
         ([], ValueError, "examples: expected at least one, got an empty list"),
         (good, TypeError, "examples: expected a list of mappings, got dict"),
         ("abc", TypeError, "examples: expected a list of mappings, got str"),
@@ -268,15 +268,15 @@ def test_examples_are_checked():
         (
             [good, {"input": "i"}],
             ValueError,
-            r"example 1: expected the key 'target' \(or 'label'\), got \['input'\]",
+            r"example 1: expected the target column \(exactly one of target, .*, got the columns 'input'$",
         ),
-        ([{"target": "t"}], ValueError, r"example 0: expected the key 'input' \(or 'sentence'\)"),
-        ([{}], ValueError, r"example 0: expected the key .*got \[\]"),
+        ([{"target": "t"}], ValueError, r"example 0: expected the input column \(exactly one of input, sentence"),
+        ([{}], ValueError, "example 0: expected the input column .*got the columns none"),
         ([{"input": None, "target": "t"}], TypeError, "example 0: 'input': expected a string, got NoneType"),
         ([good, {"input": "i", "target": 5}], TypeError, "example 1: 'target': expected a string, got int"),
         ([{"sentence": "s", "label": ["l"]}], TypeError, "example 0: 'label': expected a string, got list"),
         ([good, good, {"input": "i", "target": ""}], ValueError, "example 2: expected a target, got an empty"),
         ([{"input": "i", "target": " \n"}], ValueError, "example 0: expected a target, got an empty"),
     ):
-        with pytest.raises(error, match=wanted):
+        with pytest.raises(error, match=expected):
             check_examples(examples)

@@ -45,8 +45,8 @@ def test_plain_cells(tokenizer):
 
 def test_chat_cells(chat_tokenizer):
     cache = ResponseCache.build(chat_tokenizer, PROMPTS, EXAMPLES, suffix="One word.", text_word="文本")
-    wanted = [[TURN.replace("Text", "文本").format(p, i + "\n\nOne word.") for i, _ in rows()] for p in PROMPTS]
-    assert texts(chat_tokenizer, cache.contexts) == wanted
+    expected = [[TURN.replace("Text", "文本").format(p, i + "\n\nOne word.") for i, _ in rows()] for p in PROMPTS]
+    assert texts(chat_tokenizer, cache.contexts) == expected
     assert texts(chat_tokenizer, cache.responses) == [[f"{t}<|im_end|>\n" for _, t in rows()] for _ in PROMPTS]
     assert cache.responses[0][0] == [*b"4", 258, *b"\n"]
 
@@ -70,7 +70,7 @@ def test_a_tokenizer_that_joins_across_the_boundary(caplog):
     with caplog.at_level(logging.WARNING, "sapo_kernels"):
         cache = ResponseCache.build(made, ["P", "Q"], EXAMPLES[:2])
     assert cache.stats["boundary_breaks"] == 4
-    assert "4 of 4 cells (first: prompt 0, example 0)" in caplog.text and "no token prefix" in caplog.text
+    assert "4 of 4 cells (first: prompt 0, example 0)" in caplog.text and "tokenised separately" in caplog.text
     for k, prompt in enumerate("PQ"):
         for m, (text, target) in enumerate(rows()[:2]):
             context = made(PLAIN.format(prompt, text), add_special_tokens=False)["input_ids"]
@@ -241,5 +241,5 @@ def test_a_selection_names_its_cells_and_is_no_grid(chat_tokenizer):
         own, whole = part.offsets[place : place + 2], cache.offsets[cell : cell + 2]
         assert part.ids[slice(*own)].tolist() == cache.ids[slice(*whole)].tolist()
         assert part.context_lengths[place] == cache.context_lengths[cell]
-    with pytest.raises(ValueError, match="cache: expected one of all cells, got a selection"):
+    with pytest.raises(ValueError, match="cache: expected a cache of all cells, got one of selected cells"):
         _ = part.contexts

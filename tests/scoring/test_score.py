@@ -186,7 +186,10 @@ def test_what_does_not_fit_at_all_is_named(tiny_model, monkeypatch, error):
     monkeypatch.setattr(paths, "run_padded", fail)
     with pytest.raises(torch.OutOfMemoryError, match=r"cell \(prompt 0, example 0\): does not fit"):
         sk.score_prompts(tiny_model, cache)
-    with pytest.raises(torch.OutOfMemoryError, match=r"cell \(prompt 1, example 0\): does not fit, not even alone"):
+    with pytest.raises(
+        torch.OutOfMemoryError,
+        match=r"cell \(prompt 1, example 0\): does not fit in memory, even in a batch of its own",
+    ):
         sk.score_prompts(tiny_model, cache, impl="padded")
     monkeypatch.undo()
     assert torch.equal(sk.score_prompts(tiny_model, cache).nll, good.nll)
@@ -234,13 +237,15 @@ def test_rows_of_several_passes_wait_for_each_other(tiny_model, cache, rows, mon
     [
         ({"impl": "flash"}, ValueError, "impl: expected one of .*got 'flash'"),
         ({"max_tokens": 0}, ValueError, "max_tokens: expected a whole number of at least 1, got 0"),
-        ({"examples": EXAMPLES}, ValueError, "examples: expected none beside"),
-        ({"suffix": "x"}, ValueError, "suffix: expected none beside a ResponseCache"),
-        ({"instruction_role": "system"}, ValueError, "instruction_role: expected none beside a ResponseCache"),
-        ({"max_target": 3, "skip_empty": True}, ValueError, "max_target, skip_empty: expected none beside"),
+        ({"examples": EXAMPLES}, ValueError, "examples: expected none with"),
+        ({"suffix": "x"}, ValueError, "suffix: expected none with a ResponseCache"),
+        ({"instruction_role": "system"}, ValueError, "instruction_role: expected none with a ResponseCache"),
+        ({"max_target": 3, "skip_empty": True}, ValueError, "max_target, skip_empty: expected none with"),
         ({"prompts": PROMPTS, "examples": EXAMPLES}, ValueError, "tokenizer: expected one"),
         ({"prompts": PROMPTS, "tokenizer": byte_tokenizer()}, ValueError, "examples: .*an empty list"),
         ({"model": torch.nn.Linear(2, 2)}, TypeError, "model: expected a transformers causal LM .*got Linear"),
+        ({"model": "gpt2"}, TypeError, "model: expected a transformers causal LM .*got a str"),
+        ({"model": small_qwen3().to("meta")}, ValueError, "model: expected loaded weights, got .* meta device"),
         ({"race": 0.05}, TypeError, "race: expected a Race or None, got float"),
     ],
 )

@@ -251,8 +251,8 @@ def test_the_log_says_things_once(caplog):
         ({"shards": 0}, "shards: expected a whole number"),
         ({"timeout": 0}, "timeout: expected seconds above 0"),
         ({"timeout": float("nan")}, "timeout: expected seconds above 0"),
-        ({"examples": [{"input": "a", "target": "b"}]}, "expected none beside a ResponseCache"),
-        ({"suffix": "x"}, "suffix: expected none beside a ResponseCache"),
+        ({"examples": [{"input": "a", "target": "b"}]}, "expected none with a ResponseCache"),
+        ({"suffix": "x"}, "suffix: expected none with a ResponseCache"),
     ],
 )
 def test_bad_options_are_refused(options, match):
@@ -344,5 +344,5 @@ def test_a_store_that_does_not_answer_is_given_up():
         def check(self, keys):
             time.sleep(5)
 
-    with pytest.raises(RankError, match="was not heard of for 0.2 s"):
+    with pytest.raises(RankError, match="was not heard from for 0.2 s"):
         _Answering(Stopped(), 0.2).check(["key"])

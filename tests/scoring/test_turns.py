@@ -67,7 +67,7 @@ def test_what_cannot_be_shown_is_refused():
     refusing, silent = (byte_tokenizer(chat_template=start + CHATML.replace("{% for m in messages %}", loop))
                         for start, loop in ((NO_SYSTEM, "{% for m in messages %}"),
                                             ("", "{% for m in messages if m['role'] != 'system' %}")))  # fmt: skip
-    for made, options, wanted in (
+    for made, options, expected in (
         (plain, {}, "expected a chat template for examples with a history, got none"),
         (plain, {"instruction_role": "system"}, "instruction_role: expected a tokenizer with a chat template"),
         (chat, {"instruction_role": "system", "template": "{prompt}{input}"}, "expected no template beside it"),
@@ -76,19 +76,19 @@ def test_what_cannot_be_shown_is_refused():
         (
             silent,
             {"instruction_role": "system"},
-            "expected a chat template that shows the system turn, got one without",
+            "expected a chat template that shows the system turn, got one that drops",
         ),
     ):
-        with pytest.raises(ValueError, match=wanted):
+        with pytest.raises(ValueError, match=expected):
             sk.ResponseCache.build(made, ["Add."], [row], **options)
 
 
-@pytest.mark.parametrize(("messages", "wanted"), [
+@pytest.mark.parametrize(("messages", "expected"), [
     ("text", "messages: expected a list, got str"), ([], "turn at the end, got []"),
     (TALK[:4], "turn at the end, got ['system', 'user', 'assistant', 'user']"),
     ([{"role": "assistant", "content": "4"}], "turn at the end, got ['assistant']"),
     (["hi", "there"], "message 0: expected an object with a role and a content, got str"),
-    ([{"from": "human", "value": "x"}], "message 0: expected an object with a role and a content, got ['from'"),
+    ([{"from": "human", "value": "x"}], "turn at the end, got ['user']"),
     ([{"role": "tool", "content": "x"}, *TALK[3:]], "message 0: expected one of the roles"),
     ([*TALK[3:4], {"role": "assistant", "content": "x", "tool_calls": [{}]}], "message 1: expected one of the roles"),
     ([*TALK[3:4], {"role": "assistant", "content": None}], "message 1: expected a text, got NoneType"),
@@ -98,11 +98,11 @@ def test_what_cannot_be_shown_is_refused():
     ([{"role": "user", "content": "\ud800"}, TALK[4]], "expected text, got a lone surrogate"),
     ([{"role": "system", "content": "\ud800"}, *TALK[3:]], "history: message 0: expected text, got a lone surrogate"),
 ])  # fmt: skip
-def test_bad_conversations_are_named(messages, wanted):
+def test_bad_conversations_are_named(messages, expected):
     good = {"messages": TALK}
     with pytest.raises(ValueError) as found:
         check_examples([good, {"messages": messages}])
-    assert str(found.value).startswith("example 1: ") and wanted in str(found.value)
+    assert str(found.value).startswith("example 1: ") and expected in str(found.value)
 
 
 def test_parts_of_text_are_joined_and_special_tokens_counted():

@@ -142,7 +142,7 @@ def test_every_damage_is_found_on_resume(folder, tmp_path, monkeypatch, count):
     ("before.json", '"examples": [', '"examples": [9,', "before.json: expected size"),
     ("tasks/01-colours1/metrics.json", '"loss": [\n   ', '"loss": [\n   1', "01-colours1/metrics.json: expected size"),
     ("tasks/02-colours2/adapter/adapter_config.json", "32", "64", "adapter_config.json: expected sha256"),
-    (MANIFEST, '"size"', '"site"', MANIFEST + ": expected the manifest as it was written"),
+    (MANIFEST, '"size"', '"site"', MANIFEST + ": expected an unchanged manifest"),
 ])  # fmt: skip
 def test_damage_of_a_finished_run_is_named(finished, tmp_path, name, old, new, words):
     work = shutil.copytree(finished, tmp_path / "run")

@@ -72,7 +72,7 @@ def test_kill_9_at_random_points(tmp_path, unbroken, method, kills):
     expected, seconds = unbroken(method)
     folder, rng, done, starts = tmp_path / "run", random.Random(7), 0, 0
     while done < kills:
-        # A run that is not killed in time is complete, and begins anew; one may be killed before it has begun.
+        # A run that is not killed in time is complete, and starts over; one may be killed before it has begun.
         file = folder / "run.json"
         if file.exists() and json.loads(file.read_text())["status"] == "done":
             shutil.rmtree(folder)
@@ -110,7 +110,7 @@ def test_stopped_before_a_write(tmp_path, monkeypatch, stride):
         assert everything(folder) == expected, f"write {place} of {total}"
 
 
-def test_a_run_that_is_gone_on_with_on_another_day_keeps_its_date(tmp_path, monkeypatch):
+def test_a_run_that_is_resumed_on_another_day_keeps_its_date(tmp_path, monkeypatch):
     """A template with the date, which is in the tokens of every prompt."""
     counted, found = stop_at(monkeypatch, None), []
     for folder, stops in (("whole", [None]), ("stopped", [25, None])):
@@ -186,13 +186,13 @@ def test_a_folder_with_something_else_is_refused(tmp_path):
 def test_two_processes_on_one_folder(tmp_path):
     with open(tmp_path / ".lock", "w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
-        with pytest.raises(RuntimeError, match="another process is at work"):
+        with pytest.raises(RuntimeError, match="another process is writing"):
             run_small(tmp_path)
         assert [path.name for path in tmp_path.iterdir()] == [".lock"]
     run_small(tmp_path, count=1, max_steps=1)
 
 
-def test_other_versions_are_said(tmp_path, monkeypatch, caplog):
+def test_other_versions_are_reported(tmp_path, monkeypatch, caplog):
     plain, torchs = runner_module.metadata.version, iter(["1.0", "1.1"])
     with monkeypatch.context() as patch:
         patch.setattr(runner_module.metadata, "version", lambda name: next(torchs) if name == "torch" else plain(name))
@@ -201,11 +201,11 @@ def test_other_versions_are_said(tmp_path, monkeypatch, caplog):
             run_small(tmp_path, count=1, max_steps=1)
         patch.undo()
         result = run_small(tmp_path, count=1, max_steps=1)
-    assert any("continued with other versions: torch" in warning for warning in result.run["warnings"])
+    assert any("resumed with other versions: torch" in warning for warning in result.run["warnings"])
     assert "was 1.0" in caplog.text
 
 
-def test_a_run_of_version_1_can_be_loaded_but_not_gone_on_with(tmp_path, finished, caplog):
+def test_a_run_of_version_1_can_be_loaded_but_not_resumed(tmp_path, finished, caplog):
     folder = shutil.copytree(finished[0], tmp_path / "run")
     for manifest in folder.rglob("sapo_manifest.json"):
         manifest.unlink()

@@ -120,8 +120,8 @@ def test_the_chosen_prompt_is_trained_on_and_evaluated_with(policy, monkeypatch)
         model, tokenizer = model_and_tokenizer()
         pool, probe = tasks[0].pool, list(tasks[0].train[:3])
         losses = score_prompts(model, list(pool.prompts), probe, tokenizer=tokenizer, suffix=pool.suffix).loss.tolist()
-        wanted, first = {"sapo": min, "worst": max}[policy](losses), result.choices[0]
-        assert first["index"] == losses.index(wanted) and first["loss"] == pytest.approx(wanted, abs=1e-6)
+        expected, first = {"sapo": min, "worst": max}[policy](losses), result.choices[0]
+        assert first["index"] == losses.index(expected) and first["loss"] == pytest.approx(expected, abs=1e-6)
         assert first["original_loss"] == pytest.approx(losses[0], abs=1e-6)
     for place, task in enumerate(tasks):
         assert {prompt for _, prompt, _ in seen[8 * place : 8 * place + 8]} == {task.pool.prompts[chosen[place]]}
@@ -184,7 +184,7 @@ def test_the_turn_of_the_instruction(tmp_path):
         run_small(tmp_path / "system", count=1, max_steps=2)
 
 
-def test_limits_on_rows_and_lengths_are_kept_and_said(tmp_path):
+def test_limits_on_rows_and_lengths_are_kept_and_reported(tmp_path):
     tasks = [
         SequenceTask.build("t", rows_of(1, 20), [{"input": "x" * 400, "target": "y" * 60}] * 4, small_task(1).pool)
     ]

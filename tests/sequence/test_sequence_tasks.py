@@ -94,7 +94,7 @@ def test_an_unknown_order_names_those_there_are(data):
         read_order(data / "nowhere", "mine")
 
 
-def test_rows_are_conserved_and_faults_are_said():
+def test_rows_are_conserved_and_faults_are_reported():
     train = pairs(("a", "1"), ("a", "1"), ("b", "1"), ("b", "2"), ("c", " "), ("d", ""))
     test = pairs(("a", "1"), ("b", "3"), ("new", "1"))
     task = SequenceTask.build("t", train, test, POOL, dev=test[:2])
@@ -104,9 +104,9 @@ def test_rows_are_conserved_and_faults_are_said():
     for words in (
         "2 of the rows read with an empty label left out",
         "1 of the rows read repeat an earlier one exactly",
-        "1 of the rows read have an input that stands earlier with another label",
-        "1 of 3 test rows stand in train with the same label",
-        "1 of 3 test rows stand in train with another label",
+        "1 of the rows read have an input that an earlier row has with another label",
+        "1 of 3 test rows are in train too, with the same label",
+        "1 of 3 test rows are in train too, with another label",
     ):
         assert words in notes
     assert len(task.notes) == 5
@@ -116,12 +116,12 @@ def test_rows_come_from_files_lists_and_datasets(tmp_path):
     rows = [{"question": f"q{i}", "answer": f"a{i}"} for i in range(3)]
     jsonl = put(tmp_path / "t.jsonl", "\n".join(json.dumps(row) for row in rows))
     table = put(tmp_path / "t.csv", "question,answer\n" + "\n".join(f"q{i},a{i}" for i in range(3)))
-    wanted = tuple(pairs(("q0", "a0"), ("q1", "a1"), ("q2", "a2")))
+    expected = tuple(pairs(("q0", "a0"), ("q1", "a1"), ("q2", "a2")))
     digests = set()
     for source in (jsonl, str(table), rows, Dataset.from_list(rows)):
         task = SequenceTask.build("t", source, source, POOL)
-        assert task.train == task.test == wanted and task.rows["train"] == 3
-        assert any("3 of 3 test rows stand in train" in note for note in task.notes)
+        assert task.train == task.test == expected and task.rows["train"] == 3
+        assert any("3 of 3 test rows are in train too" in note for note in task.notes)
         digests.add(task.digest())
     assert len(digests) == 1
     several = [{"input": "a", "output": ["1", "2"]}, {"input": "b", "output": ["3"]}]

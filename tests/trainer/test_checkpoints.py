@@ -1,4 +1,4 @@
-"""last_good_checkpoint: what is not whole or has changed is passed over, said, and left where it is."""
+"""last_good_checkpoint: what is incomplete or has changed is passed over, logged, and left where it is."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_every_damage_is_found(copied, caplog):
     (newest / "adapter_model.safetensors").write_bytes(b"")
     with caplog.at_level(logging.WARNING, logger="sapo_peft"):
         assert last_good_checkpoint(copied) == str(earlier)
-    assert "checkpoint-6 is not whole" in caplog.text and newest.is_dir(), "nothing is deleted"
+    assert "checkpoint-6 is incomplete" in caplog.text and newest.is_dir(), "nothing is deleted"
 
 
 def test_files_that_loaders_read_and_nobody_wrote(copied):
@@ -74,7 +74,7 @@ def test_files_that_loaders_read_and_nobody_wrote(copied):
     (newest / "notes.txt").write_text("mine")
     assert checkpoint_fault(newest) is None
     (newest / "model.safetensors").write_bytes(b"x")
-    assert "model.safetensors: expected no such file" in checkpoint_fault(newest)
+    assert "model.safetensors: expected only files that" in checkpoint_fault(newest)
 
 
 def test_a_damaged_one_is_refused_by_the_trainer_and_as_an_adapter(copied):
@@ -103,14 +103,14 @@ def test_other_names_are_no_checkpoints_and_there_may_be_none(copied):
         assert last_good_checkpoint(folder) is None
 
 
-def test_a_checkpoint_of_the_model_alone_is_resumed_and_said(tmp_path, caplog):
+def test_a_checkpoint_of_the_model_alone_is_resumed_and_reported(tmp_path, caplog):
     options = dict(config=SapoConfig(every_steps=2, probe_examples=2), save_strategy="steps", save_steps=2)
     trainer, _ = sapo_trainer(tmp_path, **options, save_only_model=True, max_steps=4)
     trainer.train()
     assert not (tmp_path / "checkpoint-4" / "optimizer.pt").exists()
     with caplog.at_level(logging.WARNING, logger="sapo_peft"):
         newest = last_good_checkpoint(tmp_path)
-    assert newest == str(tmp_path / "checkpoint-4") and "optimizer and learning rate begin anew" in caplog.text
+    assert newest == str(tmp_path / "checkpoint-4") and "optimizer and learning rate start over" in caplog.text
     trainer, callback = sapo_trainer(tmp_path, **options, max_steps=7)
     trainer.train(resume_from_checkpoint=newest)
     assert trainer.state.global_step == 7 and [scoring.step for scoring in callback.history] == [0, 2, 6]

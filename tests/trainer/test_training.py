@@ -252,7 +252,7 @@ def test_a_trainer_is_freed_when_its_last_user_lets_go(tmp_path, attached):
 
 
 @pytest.mark.parametrize("at_start", [True, False])
-def test_a_second_run_of_the_same_trainer_begins_anew(tmp_path, at_start):
+def test_a_second_run_of_the_same_trainer_starts_over(tmp_path, at_start):
     """The weights are kept: the second run is that of a new trainer with those weights."""
     # What records batches stands in front of the packing.
     config = SapoConfig(at_start=at_start, every_steps=2, decay=0.5, probe_examples=4, packing="padded")

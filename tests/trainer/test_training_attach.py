@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset
+from transformers import Trainer
 
 from sapo_kernels.files import read_json
 from sapo_peft import PromptPool, SapoConfig, attach_sapo
@@ -46,7 +49,7 @@ MIXED = [*colours(2, "colours"), *colours(2, "other")]
         ({}, {"pools": [PromptPool.build("t", "Say <|im_end|> it.")]}, ValueError, "special token"),
         ({}, {"probe": []}, ValueError, "task 'colours': expected at least one example to score on, got none"),
         ({}, {"probe": {}}, ValueError, "task 'colours': expected at least one example to score on, got none"),
-        ({}, {"probe": [{"text": "x"}]}, ValueError, "input"),
+        ({}, {"probe": [{"text": "x"}]}, ValueError, "example 0: expected the target column"),
         ({}, {"probe": [{"input": "x", "target": ""}]}, ValueError, "target"),
         ({}, {"probe": {"colours": colours(2), "color": colours(2)}}, ValueError, "color"),
         ({"data": [*colours(2, "a")]}, {"pools": [pool_of(2, "a"), pool_of(2, "b")]}, ValueError,
@@ -59,7 +62,7 @@ MIXED = [*colours(2, "colours"), *colours(2, "other")]
         ({"logging_strategy": "no"}, {"config": SapoConfig(drift=4.0)}, ValueError, "expected a logging_strategy, got"),
         ({"accelerator_config": {"dispatch_batches": True}}, {}, ValueError, "dispatch_batches=True cannot"),
         # What the collator would find after hours.
-        ({"data": [*colours(9), {"input": "a"}]}, {}, ValueError, "train_dataset: row 9: expected the key 'target'"),
+        ({"data": [*colours(9), {"input": "a"}]}, {}, ValueError, "train_dataset: row 9: expected the target column"),
         ({"data": [*colours(9), 3]}, {}, TypeError, "train_dataset: row 9: .*got int"),
         ({"data": [*colours(9), {"input": "a", "target": " "}]}, {}, ValueError, "row 9: .*expected a target"),
         ({"data": Dataset.from_list([*colours(9), {"input": "a", "target": ""}])}, {}, ValueError,
@@ -67,6 +70,8 @@ MIXED = [*colours(2, "colours"), *colours(2, "other")]
         ({"data": Dataset.from_list([*colours(9), {"input": "a", "target": None}])}, {}, TypeError,
          "row 9: 'target': expected a string, got NoneType"),
         ({"data": Dataset.from_list(MIXED)}, {}, ValueError, "row 2: .*'task' among .* got 'other'"),
+        ({"data": [{"messages": [{"role": "tool", "content": "a"}]}]}, {"config": SapoConfig(at_start=False)},
+         ValueError, "row 0: .*message 0: expected one of the roles .* without tools, got 'tool'"),
         ({"eval_dataset": TOKENISED}, {}, ValueError, r"eval_dataset: expected raw examples .* got \['attention_mask'"),
         ({"eval_dataset": {"x": colours(2), "y": TOKENISED}}, {}, ValueError, r"eval_dataset\['y'\]: expected raw"),
         ({"eval_dataset": MIXED}, {}, ValueError, r"eval_dataset: row 2: example: .* 'task' among .* 'other'"),
@@ -132,7 +137,7 @@ def test_datasets_whose_rows_are_made_when_they_are_read(tmp_path):
         assert len(callback.history) == 1
 
 
-def test_prompts_that_the_tokenizer_rules_out_are_said(tmp_path, caplog):
+def test_prompts_that_the_tokenizer_rules_out_are_reported(tmp_path, caplog):
     """Those that the pool had rejected before are old news."""
     pool = PromptPool.build("colours", "Say it.", ["Say it now.", "Say <|im_end|> it.", "Bad\0one"])
     assert len(pool.prompts) == 3 and len(pool.rejected) == 1
@@ -182,6 +187,27 @@ def test_the_prompts_are_beside_the_adapter_wherever_it_is_saved(tmp_path):
     losses = callback.history[-1].losses["colours"]
     assert (entry["loss"], entry["original_loss"], entry["suffix"]) == (losses[index], losses[0], "One word.")
     assert wanted["version"] == 1 and wanted["step"] == 0 and wanted["mode"] == "hard"
+
+
+def test_a_method_that_asks_the_trainer_for_its_class_still_finds_its_base(tmp_path):
+    """``super(self.__class__, self)`` is the wrong way, and works where nobody makes a subclass."""
+
+    class Old(Trainer):
+        def training_step(self, *args, **kwargs):
+            return super(self.__class__, self).training_step(*args, **kwargs)
+
+    trainer, _ = sapo_trainer(tmp_path, trainer_class=Old, max_steps=2)
+    trainer.train()
+    assert trainer.state.global_step == 2 and trainer.__class__ is Old and isinstance(trainer, Old)
+
+
+@pytest.mark.parametrize("copied", [pickle.dumps, copy.copy, copy.deepcopy])
+def test_an_attached_trainer_is_not_copied(tmp_path, copied):
+    """Its callback would go on with the trainer that it was attached to."""
+    copied(plain_trainer(tmp_path))
+    trainer, _ = sapo_trainer(tmp_path)
+    with pytest.raises(TypeError, match="trainer: expected one without SAPO to copy or pickle"):
+        copied(trainer)
 
 
 def test_a_run_without_scoring_says_so(tmp_path):

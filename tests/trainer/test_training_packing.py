@@ -88,10 +88,10 @@ REFUSED = {
         dict(model=prompt_tuned, config={"at_start": False}),
         "adds virtual tokens in front of the text",
     ),
-    "foreign code": (dict(model=hooked), "is no library's code"),
+    "foreign code": (dict(model=hooked), "is not code of a known library"),
     "attention dropout": (dict(model=dropping), "its attention has a dropout of 0.1"),
-    "label smoothing": (dict(label_smoothing_factor=0.1), "label_smoothing_factor looks at whole batches"),
-    "noise": (dict(neftune_noise_alpha=5.0), "neftune_noise_alpha looks at whole batches"),
+    "label smoothing": (dict(label_smoothing_factor=0.1), "label_smoothing_factor needs whole batches"),
+    "noise": (dict(neftune_noise_alpha=5.0), "neftune_noise_alpha needs whole batches"),
 }
 
 

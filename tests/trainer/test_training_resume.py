@@ -220,13 +220,13 @@ def test_what_a_state_is_of_must_be_the_same(tmp_path, begun, now, change, wante
     assert callback.history == []
 
 
-def test_another_schedule_is_said_and_goes_on(tmp_path, caplog):
+def test_another_schedule_is_logged_and_the_run_resumes(tmp_path, caplog):
     *_, newest = saved_run(tmp_path)
     config = SapoConfig(every_steps=1, decay=0.5, probe_examples=2, seed=3)
     trainer, callback = sapo_trainer(tmp_path, config=config)
     with caplog.at_level("WARNING", logger="sapo_peft"):
         trainer.train(resume_from_checkpoint=newest)
-    (line,) = [record.getMessage() for record in caplog.records if "other options" in record.getMessage()]
+    (line,) = [record.getMessage() for record in caplog.records if "options that have changed" in record.getMessage()]
     assert "every_steps 2 -> 1" in line and "decay 0.0 -> 0.5" in line and "seed 0 -> 3" in line
     assert [scoring.step for scoring in callback.history] == [0, 2, 5]
 
@@ -286,3 +286,6 @@ def test_everything_of_the_state_comes_back(tmp_path):
     for name in ("_due", "_scored_epoch", "switches"):
         assert getattr(other, name) == getattr(callback, name), name
     assert json.dumps(other.state()) == json.dumps(callback.state())
+    # Of a long run the newest scorings alone: each checkpoint has them again.
+    callback.history *= 1000
+    assert callback.state()["history"] == [scoring.record() for scoring in callback.history[-1000:]]

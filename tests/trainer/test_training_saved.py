@@ -60,14 +60,14 @@ def test_the_best_model_goes_with_the_prompt_that_was_chosen_then(tmp_path, best
     assert {callback.choice.prompt_for("colours", row, sample=False) for row in colours(2)} == {index}
 
 
-def test_a_best_checkpoint_that_cannot_be_read_is_said(tmp_path, caplog):
+def test_a_best_checkpoint_that_cannot_be_read_is_reported(tmp_path, caplog):
     trainer, callback = best_run(tmp_path, 2)
     load = trainer._load_best_model
     state = tmp_path / "checkpoint-2" / "trainer_state.json"
     trainer._load_best_model = lambda: (load(), state.write_text("{"))
     with caplog.at_level(logging.WARNING, logger="sapo_peft"):
         trainer.train()
-    assert "the prompts stay the last ones" in caplog.text and callback.choice.chosen.tolist() == [0]
+    assert "the last ones stay" in caplog.text and callback.choice.chosen.tolist() == [0]
 
 
 def test_a_resumed_run_with_the_best_model_of_before(tmp_path):

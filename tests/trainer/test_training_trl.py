@@ -124,16 +124,6 @@ def test_what_cannot_be_combined_is_refused_and_the_trainer_is_as_it_was(tmp_pat
         assert trainer.state.global_step == 4
 
 
-def test_conversations_with_tools_are_refused(tmp_path):
-    rows = [{"prompt": [{"role": "tool", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]}]
-    trainer = sft_trainer(tmp_path, rows)
-    before = everything(trainer)
-    for config in (SapoConfig(), SapoConfig(at_start=False)):
-        with pytest.raises(ValueError, match="message 0: expected one of the roles .* without tools, got 'tool'"):
-            attach_sapo(trainer, pool_of(), config=config)
-        assert everything(trainer) == before
-
-
 def test_losses_and_metrics_over_tries_are_those_of_padded_rows(tmp_path):
     rows = {}
     for packing in ("padded", "trie"):

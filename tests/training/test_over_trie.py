@@ -15,9 +15,9 @@ from tests.training.test_trie_batch import padded
 def test_the_loss_of_the_model(count):
     model, batch = lora().eval(), padded(SEQUENCES)
     options = {} if count is None else {"num_items_in_batch": count}
-    wanted = model(**batch, **options).loss
+    expected = model(**batch, **options).loss
     got = sk.OverTrie(model)(**batch, use_cache=False, **options)
-    assert abs(float(got["loss"] - wanted)) < 1e-5 and got.loss is got["loss"]
+    assert abs(float(got["loss"] - expected)) < 1e-5 and got.loss is got["loss"]
 
 
 def test_the_fields_of_trls_fused_head():
@@ -27,13 +27,13 @@ def test_the_fields_of_trls_fused_head():
     fields = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
     model, batch = lora().eval(), padded(SEQUENCES)
     utils.add_fused_lm_head(model.get_base_model(), outputs=fields)
-    wanted = model(**batch, fused_lm_head=True)
+    expected = model(**batch, fused_lm_head=True)
     got = sk.OverTrie(model, verify=False)(**batch, fused_lm_head=True)
     for name in (*fields, "label_mask"):
-        own = getattr(wanted, name)
+        own = getattr(expected, name)
         assert got[name].shape == own.shape
         assert torch.allclose(got[name].float(), own.float(), atol=2e-5), name
-    assert abs(float(got.loss - wanted.loss)) < 1e-5
+    assert abs(float(got.loss - expected.loss)) < 1e-5
 
 
 def test_changed_labels_are_packed_anew():
@@ -42,8 +42,8 @@ def test_changed_labels_are_packed_anew():
     known = sk.OverTrie(model, sk.TrieBatch.of_padded(batch), batch["labels"])
     changed = batch["labels"].clone()
     changed[0] = -100
-    wanted = model(**{**batch, "labels": changed}).loss
-    assert abs(float(known(**{**batch, "labels": changed}).loss - wanted)) < 1e-5
+    expected = model(**{**batch, "labels": changed}).loss
+    assert abs(float(known(**{**batch, "labels": changed}).loss - expected)) < 1e-5
     assert known.config is model.config
 
 

@@ -18,8 +18,8 @@ from tests.oracles import small_qwen3
 
 dist.init_process_group("gloo")
 whole = small_qwen3()
-wanted = -alone(whole).sum()
-wanted.backward()
+expected = -alone(whole).sum()
+expected.backward()
 made = {"loss": 0.0, "worst": 0.0, "count": 0}
 for checkpoint in (False, True):
     model = small_qwen3()
@@ -34,7 +34,7 @@ for checkpoint in (False, True):
             # Each rank has the same batch, and gradients are averaged.
             loss = -sk.tree_logprobs(model, BATCH).sum()
             loss.backward()
-            made["loss"] = max(made["loss"], abs(float(loss - wanted)))
+            made["loss"] = max(made["loss"], abs(float(loss - expected)))
             for p, q in zip(model.parameters(), whole.parameters(), strict=True):
                 made["worst"] = max(made["worst"], float((p.grad.full_tensor() - q.grad).norm() / q.grad.norm()))
                 made["count"] += 1

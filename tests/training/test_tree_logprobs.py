@@ -48,10 +48,10 @@ def gradients(model, loss) -> list[torch.Tensor]:
             for p, g in zip(trained, torch.autograd.grad(loss, trained, allow_unused=True), strict=True)]  # fmt: skip
 
 
-def apart(got, wanted) -> float:
+def apart(got, expected) -> float:
     """Largest difference of a parameter's gradient, relative to its norm, or to the whole where it is next to none."""
-    whole = torch.stack([g.norm() for g in wanted]).norm()
-    return max(float((a - b).norm() / max(b.norm(), 1e-2 * whole)) for a, b in zip(got, wanted, strict=True))
+    whole = torch.stack([g.norm() for g in expected]).norm()
+    return max(float((a - b).norm() / max(b.norm(), 1e-2 * whole)) for a, b in zip(got, expected, strict=True))
 
 
 @pytest.mark.parametrize("kind", ["cache", "batch", "padded"])
@@ -59,10 +59,10 @@ def test_values_and_gradients_are_those_of_each_sequence_alone(kind):
     model = lora()
     cache = sk.ResponseCache.from_token_ids([[c for c, _ in SEQUENCES]], [[r for _, r in SEQUENCES]])
     given = {"cache": cache, "batch": BATCH, "padded": padded(SEQUENCES, 40)}[kind]
-    got, wanted = sk.tree_logprobs(model, given), alone(model)
-    assert got.dtype == torch.float32 and (got - wanted).abs().max() < 2e-5
+    got, expected = sk.tree_logprobs(model, given), alone(model)
+    assert got.dtype == torch.float32 and (got - expected).abs().max() < 2e-5
     weights = torch.linspace(-1, 2, len(got))
-    assert apart(gradients(model, got @ weights), gradients(model, wanted @ weights)) < 1e-5
+    assert apart(gradients(model, got @ weights), gradients(model, expected @ weights)) < 1e-5
 
 
 @pytest.mark.parametrize("family", [family.name for family in TREE])
@@ -74,19 +74,19 @@ def test_every_gradient_of_every_family(family):
     models = [model] if family == "phimoe" else [model, lora(build(family)).eval()]  # PEFT cannot wrap its router
     for model in models:
         inner = sk.scoring.model_support.unwrap(model)[1]
-        got, wanted = logprobs_of(model, inner, batch), alone(model, sequences)
-        assert (got - wanted).abs().max() < 1e-4
+        got, expected = logprobs_of(model, inner, batch), alone(model, sequences)
+        assert (got - expected).abs().max() < 1e-4
         bound = ROUNDING.get(family, 2e-5)
-        assert apart(gradients(model, got.sum()), gradients(model, wanted.sum())) < bound
+        assert apart(gradients(model, got.sum()), gradients(model, expected.sum())) < bound
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_runs_the_layers_again_over_the_same_trie(reentrant):
     model = lora().train()
-    wanted = gradients(model, alone(model).sum())
+    expected = gradients(model, alone(model).sum())
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-    with pytest.raises(RuntimeError, match="its layers run again during backward.*use_tree_attention"):
+    with pytest.raises(RuntimeError, match="runs its layers again during backward.*use_tree_attention"):
         sk.tree_logprobs(model, BATCH, verify=False)
     other = sk.TrieBatch.pack(*zip(*SEQUENCES[:2], strict=True))
     with sk.use_tree_attention(model):
@@ -95,19 +95,19 @@ def test_checkpointing_runs_the_layers_again_over_the_same_trie(reentrant):
         second.backward()
         model.zero_grad()
         first.backward()
-    assert apart([p.grad for p in model.parameters() if p.requires_grad], wanted) < 1e-5
+    assert apart([p.grad for p in model.parameters() if p.requires_grad], expected) < 1e-5
     assert model.config._attn_implementation == "sdpa"
 
 
 def test_other_batches_inside_keep_the_models_own_attention():
     model = lora().eval()
-    wanted = alone(model)
+    expected = alone(model)
     with sk.use_tree_attention(model):
-        assert torch.equal(alone(model), wanted)
-        assert (sk.tree_logprobs(model, BATCH) - wanted).abs().max() < 2e-5
+        assert torch.equal(alone(model), expected)
+        assert (sk.tree_logprobs(model, BATCH) - expected).abs().max() < 2e-5
         plain = padded(SEQUENCES)
         loss = model(**plain).loss
-    assert abs(float(loss + wanted.mean())) < 2e-5
+    assert abs(float(loss + expected.mean())) < 2e-5
 
 
 def test_the_same_bits_again_and_no_gradient_where_none_is_wanted():
@@ -125,8 +125,8 @@ def test_several_adapters_and_autocast():
         model.set_adapter(name)
         assert (sk.tree_logprobs(model, BATCH) - alone(model)).abs().max() < 2e-5
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        got, wanted = sk.tree_logprobs(model, BATCH), alone(model)
-    assert 0 < (got - wanted).abs().max() < 0.1
+        got, expected = sk.tree_logprobs(model, BATCH), alone(model)
+    assert 0 < (got - expected).abs().max() < 0.1
     half = lora(small_qwen3().to(torch.bfloat16))
     assert (sk.tree_logprobs(half, BATCH) - alone(half)).abs().max() < 0.1
 
@@ -139,7 +139,7 @@ def pooled(mlp):
 @pytest.mark.parametrize(
     "change, why",
     [
-        (lambda m: m.model.layers[0].register_forward_hook(lambda *a: None), "is no library's code"),
+        (lambda m: m.model.layers[0].register_forward_hook(lambda *a: None), "is not code of a known library"),
         (
             lambda m: setattr(m.model.layers[1], "mlp", pooled(m.model.layers[1].mlp)),
             "from those on padded rows",

@@ -49,7 +49,7 @@ class Draw:
         return self.sample(items, len(items))
 
 
-class Row(NamedTuple):
+class MadeRow(NamedTuple):
     """One generated row. `key` is its content without the wording; rows with equal keys are duplicates."""
 
     key: object
@@ -58,12 +58,12 @@ class Row(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
+class TaskRecipe:
     """A bundled task: how to make a row. Its prompts are in instructions.json and paraphrases.json, written by hand."""
 
     name: str
     seed: int
-    make_row: Callable[[Draw, int], Row]
+    make_row: Callable[[Draw, int], MadeRow]
 
 
 def normal(text: str) -> str:
@@ -81,7 +81,7 @@ def upper_first(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def make_splits(task: Task) -> dict[str, list[dict[str, str]]]:
+def make_splits(task: TaskRecipe) -> dict[str, list[dict[str, str]]]:
     """All rows of a task, by split.
 
     `make_row(draw, index)` may use the index to balance labels or kinds of row: a split is a run of

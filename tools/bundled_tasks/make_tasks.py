@@ -13,7 +13,7 @@ import pathlib
 import sys
 
 from sapo_peft.assets import BUNDLED_DIR
-from tools.bundled_tasks.common import Task, make_splits
+from tools.bundled_tasks.common import TaskRecipe, make_splits
 from tools.bundled_tasks.tasks_arithmetic import ARITHMETIC
 from tools.bundled_tasks.tasks_extract import EXTRACT
 from tools.bundled_tasks.tasks_odd_one import ODD_ONE
@@ -21,7 +21,7 @@ from tools.bundled_tasks.tasks_order import ORDER
 from tools.bundled_tasks.tasks_passive import PASSIVE
 from tools.bundled_tasks.tasks_polarity import POLARITY
 
-TASKS: tuple[Task, ...] = (POLARITY, ODD_ONE, EXTRACT, PASSIVE, ARITHMETIC, ORDER)
+TASKS: tuple[TaskRecipe, ...] = (POLARITY, ODD_ONE, EXTRACT, PASSIVE, ARITHMETIC, ORDER)
 ORDERS = {
     "bundled_a": (POLARITY, EXTRACT, ARITHMETIC, ODD_ONE, PASSIVE, ORDER),
     "bundled_b": (ORDER, PASSIVE, ODD_ONE, ARITHMETIC, EXTRACT, POLARITY),
@@ -39,7 +39,7 @@ def _json(value: object) -> str:
     return json.dumps(value, ensure_ascii=False, indent=1) + "\n"
 
 
-def _order_entry(task: Task) -> dict[str, str]:
+def _order_entry(task: TaskRecipe) -> dict[str, str]:
     return {"sampling strategy": "full", "dataset_name": task.name}
 
 

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable
 
-from tools.bundled_tasks.common import Draw, Row, Task, listed, upper_first
+from tools.bundled_tasks.common import Draw, MadeRow, TaskRecipe, listed, upper_first
 
 Numbers = tuple[int, ...]
 
@@ -156,7 +156,7 @@ def _written(number: int, in_words: bool) -> str:
     return WORDS[number - 2] if in_words and 2 <= number <= 12 else str(number)
 
 
-def make_row(draw: Draw, index: int) -> Row:
+def make_row(draw: Draw, index: int) -> MadeRow:
     which = index % len(TEMPLATES)
     kind, text = TEMPLATES[which]
     numbers_of, answer = KINDS[kind]
@@ -173,7 +173,7 @@ def make_row(draw: Draw, index: int) -> Row:
     if draw.chance(0.2):
         sentence = draw.pick(ASIDES).format(k=draw.between(2, 12)) + sentence
     # The key leaves out names and things: the same sum told with other names counts as the same row.
-    return Row((which, numbers), upper_first(sentence), str(answer(*numbers)))
+    return MadeRow((which, numbers), upper_first(sentence), str(answer(*numbers)))
 
 
-ARITHMETIC = Task("task05_arithmetic_stories", seed=505, make_row=make_row)
+ARITHMETIC = TaskRecipe("task05_arithmetic_stories", seed=505, make_row=make_row)

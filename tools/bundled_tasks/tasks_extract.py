@@ -3,7 +3,7 @@
 A message holds each of its fields once, next to numbers and codes that are none of them.
 """
 
-from tools.bundled_tasks.common import Draw, Row, Task, listed
+from tools.bundled_tasks.common import Draw, MadeRow, TaskRecipe, listed
 
 FIELDS = ("city", "date", "amount", "name")
 
@@ -91,7 +91,7 @@ def _amount(draw: Draw) -> str:
     )
 
 
-def make_row(draw: Draw, index: int) -> Row:
+def make_row(draw: Draw, index: int) -> MadeRow:
     field = FIELDS[index % len(FIELDS)]
     template = draw.pick([text for text in TEMPLATES if "{" + field + "}" in text])
     values = {
@@ -108,7 +108,7 @@ def make_row(draw: Draw, index: int) -> Row:
         code=draw.pick(letters) + draw.pick(letters) + str(draw.between(1000, 9999)),
     )
     # The key is the message: one message is never asked about twice, not even for two different fields.
-    return Row(message, draw.pick(LAYOUTS).format(field=field, message=message), values[field])
+    return MadeRow(message, draw.pick(LAYOUTS).format(field=field, message=message), values[field])
 
 
-EXTRACT = Task("task03_message_field", seed=303, make_row=make_row)
+EXTRACT = TaskRecipe("task03_message_field", seed=303, make_row=make_row)

@@ -4,7 +4,7 @@ The word lists avoid words with two homes (such as "crane" or "orange"); where t
 the one from lending words to the other.
 """
 
-from tools.bundled_tasks.common import Draw, Row, Task, listed, upper_first
+from tools.bundled_tasks.common import Draw, MadeRow, TaskRecipe, listed, upper_first
 
 # Groups on one line are near each other: a word from a near group makes the harder rows.
 NEAR = (
@@ -133,7 +133,7 @@ def _lenders(group: str) -> tuple[list[str], list[str]]:
 LENDERS = {group: _lenders(group) for group in WORDS}
 
 
-def make_row(draw: Draw, index: int) -> Row:
+def make_row(draw: Draw, index: int) -> MadeRow:
     group = list(WORDS)[index % len(WORDS)]
     members = draw.sample(WORDS[group], 4)
     near, fit = LENDERS[group]
@@ -146,7 +146,7 @@ def make_row(draw: Draw, index: int) -> Row:
         words=", ".join(words),
         lines="\n".join("- " + word for word in words),
     )
-    return Row((group, frozenset(words)), sentence, odd)
+    return MadeRow((group, frozenset(words)), sentence, odd)
 
 
-ODD_ONE = Task("task02_odd_one_out", seed=202, make_row=make_row)
+ODD_ONE = TaskRecipe("task02_odd_one_out", seed=202, make_row=make_row)

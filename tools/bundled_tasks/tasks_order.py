@@ -7,7 +7,7 @@ same value, so the order is unique.
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from tools.bundled_tasks.common import Draw, Row, Task, listed
+from tools.bundled_tasks.common import Draw, MadeRow, TaskRecipe, listed
 
 Item = tuple[object, str]  # (sort value, text)
 
@@ -166,7 +166,7 @@ LAYOUTS = (
 )
 
 
-def make_row(draw: Draw, index: int) -> Row:
+def make_row(draw: Draw, index: int) -> MadeRow:
     kind = KINDS[index % len(KINDS)]
     items = draw.shuffled(kind.items(draw, draw.between(4, 6)))
     falling = draw.chance(0.5)
@@ -178,7 +178,7 @@ def make_row(draw: Draw, index: int) -> Row:
         rule=draw.pick(kind.falling if falling else kind.rising), items=", ".join(texts)
     )
     # Direction and given order are left out of the key: one set of items occurs once per kind.
-    return Row((index % len(KINDS), frozenset(texts)), sentence, ", ".join(text for _, text in ordered))
+    return MadeRow((index % len(KINDS), frozenset(texts)), sentence, ", ".join(text for _, text in ordered))
 
 
-ORDER = Task("task06_order_items", seed=606, make_row=make_row)
+ORDER = TaskRecipe("task06_order_items", seed=606, make_row=make_row)

@@ -1,6 +1,6 @@
 """Rewriting: an active sentence into the passive, with tense, negation and time expression kept."""
 
-from tools.bundled_tasks.common import Draw, Row, Task, listed, upper_first
+from tools.bundled_tasks.common import Draw, MadeRow, TaskRecipe, listed, upper_first
 
 # A noun phrase is plural when it starts with "*". A verb is "base third-person past participle -ing".
 DOMAINS = (
@@ -166,7 +166,7 @@ def _place(sentence: str, time: str, where: str) -> str:
     return upper_first(sentence) + "."
 
 
-def make_row(draw: Draw, index: int) -> Row:
+def make_row(draw: Draw, index: int) -> MadeRow:
     tense = TENSES[index % len(TENSES)]
     subjects, verbs, objects = draw.pick(PARSED)
     subject, doer, plural = draw.pick(PEOPLE if draw.chance(0.3) else subjects)
@@ -174,11 +174,11 @@ def make_row(draw: Draw, index: int) -> Row:
     patient, object_plural = draw.pick(objects)
     active, passive = _verb_phrases(tense, verb, plural, object_plural)
     time, where = draw.pick(TIMES[tense]), draw.pick(("start", "end", "end", "none"))
-    return Row(
+    return MadeRow(
         (subject, verb, patient),
         _place(f"{subject} {active} {patient}", time, where),
         _place(f"{patient} {passive} by {doer}", time, where),
     )
 
 
-PASSIVE = Task("task04_active_to_passive", seed=404, make_row=make_row)
+PASSIVE = TaskRecipe("task04_active_to_passive", seed=404, make_row=make_row)

@@ -10,7 +10,7 @@ facts, so that no single word gives the label away.
 
 from pathlib import Path
 
-from tools.bundled_tasks.common import Draw, Row, Task, listed, upper_first
+from tools.bundled_tasks.common import Draw, MadeRow, TaskRecipe, listed, upper_first
 
 Aspect = tuple[list[str], list[str]]  # praise, complaints
 
@@ -81,7 +81,7 @@ def _polarities(draw: Draw, label: str) -> list[bool]:
     return draw.shuffled(signs)
 
 
-def make_row(draw: Draw, index: int) -> Row:
+def make_row(draw: Draw, index: int) -> MadeRow:
     label = LABELS[index % len(LABELS)]
     items, aspects = draw.pick(FAMILIES)
     item = draw.pick(items)
@@ -109,7 +109,7 @@ def make_row(draw: Draw, index: int) -> Row:
     fill["place"] = "from " + fill["place_name"]
     fill |= {name.capitalize(): upper_first(value) for name, value in fill.items()}
     # The key leaves out the product and the layout: a set of clauses occurs in one note only.
-    return Row(frozenset(clauses), draw.pick(TEMPLATES).format(**fill), label)
+    return MadeRow(frozenset(clauses), draw.pick(TEMPLATES).format(**fill), label)
 
 
-POLARITY = Task("task01_product_note_polarity", seed=101, make_row=make_row)
+POLARITY = TaskRecipe("task01_product_note_polarity", seed=101, make_row=make_row)

@@ -18,7 +18,7 @@ from tools.bundled_tasks import tasks_extract as extract
 from tools.bundled_tasks import tasks_odd_one as odd_one
 from tools.bundled_tasks import tasks_passive as passive
 from tools.bundled_tasks import tasks_polarity as polarity
-from tools.bundled_tasks.common import Draw, Row, upper_first
+from tools.bundled_tasks.common import Draw, MadeRow, upper_first
 
 ALL_WORDS = tuple(word for words in odd_one.WORDS.values() for word in words)
 
@@ -76,7 +76,7 @@ def _words(low: int, high: int, answer: Callable[[list[str]], str]) -> Make:
     return make
 
 
-def _row(task: ModuleType, answer: Callable[[Row], str]) -> Make:
+def _row(task: ModuleType, answer: Callable[[MadeRow], str]) -> Make:
     """A row of a bundled task's generator with another answer."""
 
     def make(draw: Draw) -> tuple[str, str]:
@@ -96,7 +96,7 @@ def _field(draw: Draw) -> tuple[str, str]:
     return extract.make_row(draw, index).sentence, extract.FIELDS[index]
 
 
-def _in_order(row: Row) -> list[str]:
+def _in_order(row: MadeRow) -> list[str]:
     """The five words of a row of the odd-one-out task, as they follow each other in its text."""
     # Longer words first: "eel" may stand inside "wheel".
     text, places = row.sentence, {}

@@ -192,12 +192,12 @@ def _batches(
 def _loss(model: Any, batch: list[tuple[list[int], int]], pad: int, device: str) -> torch.Tensor:
     longest = max(len(ids) for ids, _ in batch)
     ids = torch.full((len(batch), longest), pad)
-    wanted = torch.zeros(len(batch), longest - 1, dtype=torch.bool)
+    expected = torch.zeros(len(batch), longest - 1, dtype=torch.bool)
     for i, (row, context) in enumerate(batch):
         ids[i, : len(row)] = torch.tensor(row)
-        wanted[i, : context - 1 : CONTEXT_STRIDE] = True
-        wanted[i, context - 1 : len(row) - 1] = True
-    ids, wanted = ids.to(device), wanted.to(device)
+        expected[i, : context - 1 : CONTEXT_STRIDE] = True
+        expected[i, context - 1 : len(row) - 1] = True
+    ids, expected = ids.to(device), expected.to(device)
     # Padding stands on the right, so causal attention never reads it and no mask is needed.
-    hidden = model.model(input_ids=ids[:, :-1]).last_hidden_state[wanted]
-    return torch.nn.functional.cross_entropy(model.lm_head(hidden), ids[:, 1:][wanted])
+    hidden = model.model(input_ids=ids[:, :-1]).last_hidden_state[expected]
+    return torch.nn.functional.cross_entropy(model.lm_head(hidden), ids[:, 1:][expected])

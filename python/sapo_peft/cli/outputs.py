@@ -27,7 +27,7 @@ def check_file(
         return
     file = Path(path)
     if file.is_dir() or not file.resolve().parent.is_dir():
-        raise DataError(f"{option} {path}: expected a file in a folder that is there, got none")
+        raise DataError(f"{option} {path}: expected a file in an existing folder, got none")
     if file.exists():
         for name in inputs:
             if name is not None and os.path.exists(name) and os.path.samefile(name, file):

@@ -19,28 +19,28 @@ COUNT = 20
 _SHOWN_REJECTED = 20
 EPILOG = """\
 The pool is written to --out as the answers arrive. Run the same command again after an interruption or an
-outage: it goes on from there and asks only for what is missing. The key of an endpoint is taken from the
-environment (OPENAI_API_KEY, or the variable that --key-variable names) and is written nowhere.
+outage: it resumes and asks only for what is missing. The key of an endpoint is taken from the environment
+ (OPENAI_API_KEY, or the variable that --key-variable names) and is written nowhere.
 """
 
 
 def options(add: Callable) -> None:
     """Declare the options of `sapo paraphrase`."""
     add("--prompts", required=True, metavar="FILE", help="the instruction, as for `sapo score` (the first one)")
-    add("--task", metavar="NAME", help="task, where the file holds several")
+    add("--task", metavar="NAME", help="which task, if the file has several")
     add("--paraphrase-with", metavar="URL_OR_DIR", help="OpenAI-compatible endpoint, or folder or hub name of a model")
     add("--model", metavar="NAME", help="the model to ask for at the endpoint")
     add("--from", dest="from_file", metavar="FILE", help="take the paraphrases from a file")
     add("--count", type=int, metavar="N", help=f"paraphrases to add (default {COUNT}; of a file all)")
     add("--minimum", type=int, default=1, metavar="N", help="fewer than this are an error (default 1)")
-    add("--out", required=True, metavar="FILE", help="the pool, a .json file; one that is there is gone on with")
-    add("--overwrite", action="store_true", help="begin anew, whatever --out holds")
+    add("--out", required=True, metavar="FILE", help="the pool, a .json file; an existing one is continued")
+    add("--overwrite", action="store_true", help="start over, replacing any file at --out")
     add("--deadline", type=float, default=600.0, metavar="S", help="longest time in seconds (default 600)")
     add("--request-seconds", type=float, default=58.0, metavar="S", help="longest time for one request (default 58)")
     add("--concurrency", type=int, default=4, metavar="N", help="requests at a time (default 4)")
-    add("--seed", type=int, default=0, metavar="N", help="of a local model's sampling")
+    add("--seed", type=int, default=0, metavar="N", help="seed of a local model's sampling")
     add("--key-variable", metavar="NAME", help="environment variable with the key (default OPENAI_API_KEY)")
-    add("--marker", action="append", default=[], metavar="TEXT", help="text that every prompt must hold; repeatable")
+    add("--marker", action="append", default=[], metavar="TEXT", help="text that every prompt must contain; repeatable")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     add("--quiet", action="store_true", help="no notes, the result only")
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
             pool = gather(pool, source, count, minimum, args.deadline, args.out, overwrite=args.overwrite)
     _print(pool, args.out)
     if spent := getattr(source, "spent", ""):
-        print(f"Asked and answered, as the endpoint counts it: {spent}.")
+        print(f"Usage, as the endpoint counts it: {spent}.")
     return 0
 
 
@@ -117,7 +117,7 @@ def _print(pool: PromptPool, out: str) -> None:
     print(table(("prompt", "from", "text"), rows, width))
     if pool.merged:
         into = ", ".join(str(place) for place in sorted({m.into for m in pool.merged}))
-        print(f"Merged, for they repeat another one: {len(pool.merged)}, of prompts {into}")
+        print(f"Merged, as they repeat another prompt: {len(pool.merged)}, into {into}")
     if pool.rejected:
         shown = [("", plain(r.source)[:40], f"{r.reason}: {r.text}") for r in pool.rejected[:_SHOWN_REJECTED]]
         print(table(("", "from", "rejected, and why"), shown, width))

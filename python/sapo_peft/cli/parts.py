@@ -1,4 +1,4 @@
-"""Scoring in parts of the examples: what is scored is kept, and a call that was stopped can be gone on from."""
+"""Scoring in parts of the examples: what is scored is kept, and a stopped call can be resumed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ RECORD = "made_with"
 class Parts:
     """Scores of one job as they grow; with a file, that is ``FILE.part`` until the result is written.
 
-    record: plain JSON values that decide the scores; a part with another record is not gone on from.
+    record: plain JSON values that decide the scores; a part with another record is not resumed.
     """
 
     def __init__(self, out: str | None, record: dict[str, Any], *, resume: bool, overwrite: bool):
@@ -35,15 +35,15 @@ class Parts:
         self.record, self.kept = record, 0
         there = self.path is not None and os.path.exists(self.path)
         if there and not resume and not overwrite:
-            raise DataError(f"{self.path}: expected no scores of a call that was stopped; --resume goes on with them, "
-                            "--overwrite begins anew")  # fmt: skip
+            raise DataError(f"{self.path}: expected no scores of a stopped call, got some; --resume continues it, "
+                            "--overwrite starts over")  # fmt: skip
         if self.path is not None:
             # Whoever writes to `out` has its lock.
             remove_temporary(self.path)
         self.begun = read_json(self.path) if there and resume else None
 
     def moment(self) -> datetime:
-        """What a template that shows a date is shown: also on another day that of the call which is gone on from."""
+        """The date that a template shows: also on another day that of the call which is resumed."""
         begun = self.begun or {}
         try:
             now = datetime.fromisoformat(begun[RECORD]["now"]) if RECORD in begun else STARTED
@@ -90,8 +90,8 @@ class Parts:
         for name, value in self.record.items():
             got = record.get(name) if isinstance(record, dict) else None
             if got != value:
-                raise DataError(f"{self.path}: {name}: expected {excerpt(value)} as now, got {excerpt(got)}; "
-                                "--overwrite begins anew")  # fmt: skip
+                raise DataError(f"{self.path}: {name}: expected {excerpt(value)} as in this call, got {excerpt(got)}; "
+                                "--overwrite starts over")  # fmt: skip
         self.kept = int((found.tokens > 0).sum())
         return found
 
@@ -110,7 +110,7 @@ def _digest(cache: sk.ResponseCache) -> str:
 
 
 def _added(stats: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
-    """Numbers of the parts are summed, what is said in words is the newest part's."""
+    """Numbers of the parts are summed; texts are the newest part's."""
     counts = {name: stats.get(name, 0) + value for name, value in more.items()
               if isinstance(value, (int, float)) and not isinstance(value, bool)}  # fmt: skip
     if "difference" in more:

@@ -76,7 +76,7 @@ def rendered_example(tokenizer: Any, cache: Any, prompt: int, width: int) -> lis
     return [
         f"Example 0 with prompt {prompt}, as the model reads it:",
         f"  {cut(tokenizer.decode(context), width)}",
-        f"  the {len(response)} tokens that count: {cut(tokenizer.decode(response), width)}",
+        f"  the {len(response)} response tokens that are scored: {cut(tokenizer.decode(response), width)}",
     ]
 
 

@@ -34,7 +34,7 @@ Without --prompts and --data a bundled task is scored; with --model tiny (the de
 downloaded. The loss is the sum of the negative log-likelihoods of the response tokens over their number, in
 nats. Its difference to the best prompt comes with a standard error that is paired over the examples: the loss
 is a ratio of two sums, it is linearised, and the error is that of the mean difference of the residuals.
-With --out, what is scored is kept in FILE.part until all is done: after Ctrl-C the same command with --resume goes on.
+With --out, what is scored is kept in FILE.part until all is done: after Ctrl-C --resume continues.
 """
 
 
@@ -42,11 +42,11 @@ def options(add: Callable) -> None:
     """Declare the options of `sapo score`."""
     add("--model", default="tiny", metavar="DIR_OR_ID", help=MODEL_HELP)
     add("--adapter", metavar="DIR_OR_ID", help="PEFT adapter to score with")
-    add("--tokenizer", metavar="DIR_OR_ID", help="tokenizer, if it does not lie beside the model")
+    add("--tokenizer", metavar="DIR_OR_ID", help="tokenizer, if it is not beside the model")
     add("--prompts", metavar="FILE", help="prompts: JSON, one per line in a .txt file, a saved pool, or a folder")
     data = "examples: .json, .jsonl, .csv, .tsv, .parquet, a task folder, or a dataset of the hub (owner/name)"
     add("--data", metavar="FILE_OR_DIR", help=data)
-    add("--task", metavar="NAME", help="task, where the files hold several")
+    add("--task", metavar="NAME", help="which task, if the files have several")
     counts = f"number of examples (default {EXAMPLES}, of the bundled task {BUNDLED_EXAMPLES})"
     add("--examples", type=_positive, metavar="N", help=counts)
     add("--input-column", metavar="NAME", help="field with the input text")
@@ -65,8 +65,8 @@ def options(add: Callable) -> None:
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     add("--compare", action="store_true", help="also run the plain loop and compare times and values")
     add("--out", metavar="FILE", help="write the scores as JSON")
-    add("--resume", action="store_true", help="go on from a call with the same --out that was stopped")
-    add("--overwrite", action="store_true", help="replace what is at --out, whatever it is")
+    add("--resume", action="store_true", help="continue a stopped call with the same --out")
+    add("--overwrite", action="store_true", help="replace any file at --out")
     add("--full", action="store_true", help="the full text of every prompt")
     add("--quiet", action="store_true", help="no progress and no notes, the result only")
 
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     pool, examples = _task(args)
     check_file("--out", args.out, (examples.source,), OURS, args.overwrite)
     if template is not None and pool.suffix:
-        say_notes(["--template: the task's own suffix is not added; write it into the template if it is wanted"],
+        say_notes(["--template: the task's own suffix is not added; write it into the template if you want it"],
                   args.quiet)  # fmt: skip
     say_notes([*pool.notes(), *examples.notes()], args.quiet)
     with only_writer(args.out), log_on_stderr("sapo_kernels", args.quiet):
@@ -162,7 +162,7 @@ def _scores(args: argparse.Namespace, model: Any, cache: ResponseCache, parts: P
         return parts.score(model, cache, lines, **options)
     except KeyboardInterrupt:
         if parts.kept:
-            said = f"{parts.kept} scored cells are kept in {parts.path}; the same command with --resume goes on"
+            said = f"{parts.kept} scored cells are kept in {parts.path}; the same command with --resume continues"
             print(f"\nsapo: {plain(said)}", file=sys.stderr)
         raise
 

@@ -14,9 +14,9 @@ from ..terminal import MODEL_HELP, cut, log_on_stderr, plain, table, terminal_wi
 HELP = "train on a sequence of tasks and measure forgetting"
 _EPILOG = """\
 The folder given with --output holds run.json, results.json and a folder a task (adapter, scores, metrics), with
-manifests of every file. The same command goes on where a run was stopped, however it was; other options in the same
-folder are refused, and so are files that are not as they were written. A YAML file given with --config holds the same
-options by their long names; options on the command line win.
+manifests of every file. The same command resumes a run, however it was stopped; other options in the same folder are
+refused, and so are files that have changed. A YAML file given with --config holds the same options by their long names;
+options on the command line win.
 """
 # What the run decides about its trainer.
 _DECIDED = {
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
             )  # fmt: skip
         except KeyboardInterrupt:
             if not args.quiet:
-                print(f"\nsapo: stopped; the same command goes on in {plain(args.output)}", file=sys.stderr)
+                print(f"\nsapo: stopped; the same command continues in {plain(args.output)}", file=sys.stderr)
             raise
     _report(result)
     return 0
@@ -74,14 +74,14 @@ def _options(words: list[str]) -> tuple[argparse.Namespace, Any]:
     parser = OptionParser([own, more], prog="sapo sequence", usage=usage, description=__doc__, epilog=_EPILOG)
     add = parser.add_argument
     add("--model", default="tiny", help=MODEL_HELP)
-    add("--tokenizer", help="tokenizer, if it does not lie beside the model")
+    add("--tokenizer", help="tokenizer, if it is not beside the model")
     add("--data", metavar="DIR", help="folder of task folders (default: the bundled tasks)")
     where = "in CL_configs/order, in DIR or beside it (default: bundled_a without --data)"
     add("--order", metavar="NAME", help=f"order {where}")
     add("--tasks", metavar="A,B,...", help="task folders in this order, instead of --order")
     add("--prompts", metavar="PATH", help="prompts, if they are not with the data: folder or JSON file")
     add("--output", metavar="DIR", help="folder of the run")
-    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the weights")
+    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="dtype of the weights")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--quiet", action="store_true", help="no notes and no progress")
     options = parser.read(words)

@@ -22,7 +22,7 @@ STORE = "sapo_pool.json"
 _EPILOG = """\
 A YAML file given with --config holds the same options by their long names (max-steps: 100); options on the
 command line win. With --resume the newest whole checkpoint in the output folder is continued; where there is none at
-all the run begins anew. The adapter, sapo_prompts.json and the model card are written to the output folder.
+all the run starts over. The adapter, sapo_prompts.json and the model card are written to the output folder.
 With several processes: torchrun --nproc-per-node N -m sapo_peft.cli train ...
 """
 # What neither `SapoConfig` nor `TrainingArguments` refuses by itself.
@@ -117,7 +117,7 @@ def _options(words: list[str]) -> dict[str, Any]:
 
 
 def _checkpoint(output: Path, resume: bool, main: bool) -> str | None:
-    """The checkpoint to go on from; None for a new run, which must not mix its checkpoints with those of another."""
+    """The checkpoint to resume from; None for a new run, which must not mix its checkpoints with those of another."""
     from sapo_kernels.manifest import MANIFEST
 
     from ..trainer.checkpoints import checkpoints_in, last_good_checkpoint
@@ -135,7 +135,7 @@ def _checkpoint(output: Path, resume: bool, main: bool) -> str | None:
     if damaged and newest is None:
         raise ValueError(
             f"--resume: expected a whole checkpoint in {output}, got {len(damaged)} that have changed since they were "
-            f"written ({damaged[0].name}, ...); remove them to begin anew"
+            f"written ({damaged[0].name}, ...); remove them to start over"
         )
     for path in found:
         # Of a run that was killed while it wrote: nothing in it can be used.
@@ -147,14 +147,14 @@ def _checkpoint(output: Path, resume: bool, main: bool) -> str | None:
 def _paraphrased(pool, options: dict[str, Any], output: Path, resumed: str | None):
     """The pool with paraphrases, kept in the output folder so that nothing is asked twice.
 
-    A run that goes on has those that it began with, also if fewer had come than were asked for.
+    A resumed run has those that it began with, also if fewer had arrived than were asked for.
     """
     from ..paraphrase import EndpointSource, LocalModelSource, gather
     from ..paraphrase.source import resumed_from
 
     if resumed:
         if not (output / STORE).exists():
-            raise ValueError(f"--paraphrase-with: expected {STORE} in {output}, of the run that goes on, got none")
+            raise ValueError(f"--paraphrase-with: expected {STORE} of the resumed run in {output}, got none")
         return resumed_from(pool, output / STORE)
     where, known = options["paraphrase_with"], set(pool.notes())
     if "://" in where:
@@ -221,7 +221,7 @@ def _train(pool, examples: list, held_out: list, config, options: dict[str, Any]
 def _save(trainer, output: Path, main: bool) -> None:
     """Save the model in a folder of its own, and give each file its place when all are whole.
 
-    PEFT goes on from the model card that it finds: of one that a full disk has cut nothing would be told.
+    PEFT extends the model card that it finds: one that a full disk has cut would not be noticed.
     """
     from ..trainer.ranks import wait
 

@@ -24,8 +24,8 @@ class ModelArguments:
 
     _argument_group_name = "model"
     model: str = option("tiny", MODEL_HELP)
-    tokenizer: str | None = option(None, "tokenizer, if it does not lie beside the model")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "of the weights")
+    tokenizer: str | None = option(None, "tokenizer, if it is not beside the model")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "dtype of the weights")
     device: Literal["auto", "cpu", "cuda"] = option("auto")
 
 
@@ -35,7 +35,7 @@ class DataArguments:
 
     _argument_group_name = "data and prompts"
     data: str | None = option(None, "examples: a file, a task folder, or a dataset of the hub (owner/name)")
-    task: str | None = option(None, "task, where the files hold several")
+    task: str | None = option(None, "which task, if the files have several")
     examples: int | None = option(None, "train on that many examples at most")
     eval_data: str | None = option(None, "examples to evaluate on, as for --data")
     eval_fraction: float = option(0.0, "share of the examples to evaluate on instead, the last ones")

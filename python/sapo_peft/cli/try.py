@@ -24,7 +24,7 @@ def options(add: Callable) -> None:
     add("--input", metavar="TEXT", help="the input (default: the standard input)")
     add("--task", metavar="NAME", help="task whose prompt is used, where the adapter has several")
     add("--model", metavar="DIR_OR_ID", help="base model (default: the one that the adapter names)")
-    add("--tokenizer", metavar="DIR_OR_ID", help="tokenizer, if it does not lie beside the base model")
+    add("--tokenizer", metavar="DIR_OR_ID", help="tokenizer, if it is not beside the base model")
     add("--max-source", type=int, default=MOST_SOURCE, metavar="N", help="longest context in tokens (%(default)s)")
     add("--max-new-tokens", type=int, default=MOST_ANSWER, metavar="N", help="longest answer (%(default)s)")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
@@ -102,14 +102,18 @@ def _prompt(adapter: str, task: str | None) -> tuple[Any, int]:
     prompt = found.tasks[task if task is not None else next(iter(found.tasks))]
     if prompt.template and not ("{prompt}" in prompt.template and "{input}" in prompt.template):
         got = excerpt(prompt.template)
-        raise DataError(f"{adapter}: expected a layout that is a text, got one that a function makes: {got}")
+        raise DataError(f"{adapter}: expected a template that is a text, got one that a function makes: {got}")
     return prompt, found.earlier
 
 
 def _input(text: str | None) -> str:
-    from sapo_kernels.files import DataError
+    from sapo_kernels.files import MAX_BYTES, DataError, decode
 
-    text = sys.stdin.read().removesuffix("\n") if text is None else text
+    if text is None:
+        data = sys.stdin.buffer.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise DataError(f"standard input: expected at most {MAX_BYTES} bytes, got more")
+        text = decode(data, "standard input").removesuffix("\n")
     if not text.strip():
         raise DataError("--input or standard input: expected a text, got an empty one")
     return text

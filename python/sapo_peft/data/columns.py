@@ -9,15 +9,8 @@ from typing import Any
 from sapo_kernels.files import DataError, excerpt
 from sapo_kernels.scoring import turns
 
-from .tables import Table, keys_of, shown
+from .tables import Table, shown
 
-# Taken as they are where both are there; else exactly one of each list.
-PAIRS = (*turns.PAIRS, ("input", "output"))
-INPUTS = ("input", "sentence", "text", "question", "prompt")
-TARGETS = ("target", "label", "output", "answer", "answerKey", "completion", "response")
-# Columns of conversations; those of ShareGPT have turns of "from" and "value".
-MESSAGES, SHAREGPT = "messages", "conversations"
-_ROLES = {"human": "user", "gpt": "assistant"}
 CHOICES = ("choices", "options")
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -36,7 +29,10 @@ class Columns:
     def of(cls, table: Table, chosen: tuple[str | None, str | None], place: str) -> Columns:
         """Those `chosen`, the others recognised by name; several candidates are an error, never a guess."""
         names = table.columns
-        found = _pair(names, chosen, place)
+        try:
+            found = turns.columns_of(names, chosen)
+        except ValueError as error:
+            raise DataError(f"{place}: {error}") from None
         rest = [name for name in names if name not in found]
         return cls(
             *found,
@@ -50,22 +46,23 @@ class Columns:
         """Every column that goes into an example."""
         return [name for name in (self.input, self.target, self.instruction, self.choices) if name]
 
-    def talk(self, row: Any, place: str) -> dict[str, Any] | None:
-        """A row of messages as an example with the turns before its input; None for a row of texts."""
-        if not isinstance(row, Mapping) or not isinstance(row.get(self.input), list):
-            return None
-        talk = {name: row.get(name) for name in self.used}
-        if self.input == SHAREGPT:
-            talk = {MESSAGES: [_turn(turn) for turn in row[SHAREGPT]]}
+    def read(self, row: Mapping[str, Any], place: str) -> tuple[dict[str, Any], list[str]]:
+        """One row as an example, with the turns before its input, and its target texts.
+
+        These are several only where an ``output`` list holds several.
+        """
+        history = row.get("history")
         try:
-            return turns.example_of(talk)
+            if self.input in turns.MESSAGES or isinstance(row.get(self.input), list):
+                example = turns.example_of({name: row.get(name) for name in (self.input, self.target)})
+                if "history" in example:
+                    return example, [example["target"]]
+            messages = isinstance(history, list) and history and isinstance(history[0], Mapping)
+            before = {"history": turns.check_history(history)} if messages else {}
         except ValueError as error:
             raise DataError(f"{place}: {error}") from None
-
-    def read(self, row: Any, place: str) -> tuple[str, list[str]]:
-        """Input text and the target texts (several only where an ``output`` list holds several) of one row."""
         for column in self.used:
-            if column not in keys_of(row, place):
+            if column not in row:
                 got = shown(list(row)) or "an empty object"
                 raise DataError(f"{place}: expected the field {excerpt(column)}, got {got}")
         text = check_text(row[self.input], f"{place}: {excerpt(self.input)}")
@@ -84,7 +81,8 @@ class Columns:
         if not targets:
             raise DataError(f"{place}: expected a label in {excerpt(self.target)}, got an empty list")
         where = f"{place}: {excerpt(self.target)}"
-        return text, [self._label(one, letters, where) for one in targets]
+        targets = [self._label(one, letters, where) for one in targets]
+        return {"input": text, "target": targets[0], **before}, targets
 
     def _label(self, value: Any, letters: list[str], place: str) -> str:
         if not isinstance(value, int) or isinstance(value, bool):
@@ -100,42 +98,14 @@ class Columns:
         """What was done with columns other than input and target."""
         notes = []
         if self.instruction:
-            notes.append(f"each row's {excerpt(self.instruction)} stands in front of its {excerpt(self.input)}")
+            notes.append(f"each row's {excerpt(self.instruction)} is put in front of its {excerpt(self.input)}")
         if self.choices:
-            notes.append(f"each row's {excerpt(self.choices)} stand below its {excerpt(self.input)}")
+            notes.append(f"each row's {excerpt(self.choices)} are put below its {excerpt(self.input)}")
         if unused:
-            notes.append(f"columns with text that are not used: {shown(unused)}")
+            notes.append(f"unused text columns: {shown(unused)}")
         if numbers and self.label_name is None and not self.choices:
             notes.append(f"{excerpt(self.target)} holds numbers, taken as text")
         return notes
-
-
-def _pair(names: list[str], chosen: tuple[str | None, str | None], place: str) -> tuple[str, str]:
-    for pair in PAIRS:
-        if chosen == (None, None) and set(pair) <= set(names):
-            return pair
-    for talk in (MESSAGES, SHAREGPT):
-        if talk in names and chosen in ((None, None), (talk, None)):
-            return talk, talk
-    result = []
-    for what, column, known in zip(("input", "target"), chosen, (INPUTS, TARGETS), strict=True):
-        found = [name for name in ([column] if column else known) if name in names and (column or name not in chosen)]
-        if not found and what == "input" and not column and "instruction" in names:
-            found = ["instruction"]
-        if len(found) != 1:
-            expected = excerpt(column) if column else f"(exactly one of {', '.join(known)})"
-            raise DataError(f"{place}: expected the {what} column {expected}, got the columns {shown(names)}")
-        result += found
-    if result[0] == result[1]:
-        raise DataError(f"{place}: expected two different columns, got {excerpt(result[0])} for both")
-    return result[0], result[1]
-
-
-def _turn(turn: Any) -> Any:
-    """A turn of ShareGPT as that of a message; any other as it is."""
-    if not isinstance(turn, Mapping) or "from" not in turn:
-        return turn
-    return {"role": _ROLES.get(str(turn["from"]), turn["from"]), "content": turn.get("value")}
 
 
 def _choices(value: Any, place: str) -> tuple[list[str], list[str]]:

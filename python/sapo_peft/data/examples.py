@@ -15,7 +15,7 @@ from sapo_kernels.files import DataError, excerpt
 
 from .columns import Columns
 from .names import split_file
-from .tables import HUB_NAME, READERS, Table, file_type, hub_table, rows_of
+from .tables import HUB_NAME, READERS, Table, file_type, hub_table, keys_of, rows_of, shown
 
 # Columns whose texts say nothing about an example.
 _IDENTIFIERS = {"id", "idx", "guid", "uid", "task"}
@@ -54,7 +54,7 @@ class Examples(list):
         counts = (
             (len(self.skipped), "with an empty label left out"),
             (self.duplicates, "repeat an earlier one exactly"),
-            (self.conflicts, "have an input that stands earlier with another label"),
+            (self.conflicts, "have an input that an earlier row has with another label"),
             (self.empty_inputs, "have an empty input"),
             (self.several_targets, "have several outputs (the first one is used; an evaluation takes any)"),
         )
@@ -102,11 +102,13 @@ def read_examples(
     else:
         file = split_file(Path(source), task, split)
         table, name = READERS[file_type(file, READERS)](file), str(file)
-    columns = Columns.of(table, (input_column, target_column), f"{name}: columns")
-    return _examples(table, columns, name, limit, skip_empty)
+    return _examples(table, (input_column, target_column), name, limit, skip_empty)
 
 
-def _examples(table: Table, columns: Columns, source: str, limit: int | None, skip_empty: bool) -> Examples:
+def _examples(
+    table: Table, chosen: tuple[str | None, str | None], source: str, limit: int | None, skip_empty: bool
+) -> Examples:
+    columns, known = Columns.of(table, chosen, f"{source}: columns"), set(table.columns)
     kept, references, skipped, used, numbers = [], [], [], 0, False
     # Columns in which no text was seen so far.
     other = [name for name in table.columns if name not in columns.used and name.lower() not in _IDENTIFIERS]
@@ -114,17 +116,22 @@ def _examples(table: Table, columns: Columns, source: str, limit: int | None, sk
     for where, row in table.rows:
         used += 1
         place = f"{source}: {where}"
-        talk = columns.talk(row, place)
-        text, targets = (talk["input"], [talk["target"]]) if talk else columns.read(row, place)
+        # The columns are those of the first row; a later one may have another pair.
+        names = keys_of(row, place)
+        other_pair = not known.issuperset(names) and {columns.input, columns.target} <= set(names)
+        if other_pair and Columns.of(table._replace(columns=names), chosen, place) != columns:
+            raise DataError(f"{place}: expected the columns of the first row, got {shown(names)}")
+        example, targets = columns.read(row, place)
         if not targets[0].strip():
             if not skip_empty:
                 raise DataError(f"{place}: expected a label in {excerpt(columns.target)}, got an empty one")
             skipped.append(where)
             continue
-        kept.append(talk or {"input": text, "target": targets[0]})
+        kept.append(example)
         references.append(targets)
         numbers |= isinstance(row.get(columns.target), int)
-        unused |= {name for name in other if name not in unused and _has_words(row.get(name))}
+        known_too = unused | ({"history"} & example.keys())
+        unused |= {name for name in other if name not in known_too and _has_words(row.get(name))}
         if len(kept) == limit:
             break
     if not kept:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sapo_kernels.files import DataError, excerpt
 
-# Names of data collections: a task or its instructions may lie in such a folder below the path that is given.
+# Names of data collections: a task or its instructions may be in such a folder below the given path.
 DATA_FOLDERS = ("", "SUPERNI", "TRACE")
 
 
@@ -24,7 +24,7 @@ def pick_task(task: str | None, names: Iterable[str], place: str | os.PathLike) 
     if task in names:
         return task
     close = [name for name in names if task and name.startswith(task)][:3] or names[:5]
-    expected = "the name of a task" if task is None else "a task that is there"
+    expected = "the name of a task" if task is None else "an existing task"
     got = "none" if task is None else excerpt(task)
     more = f" and {len(names) - len(close)} more" if len(names) > len(close) else ""
     raise TaskNameError(f"{place}: expected {expected} ({', '.join(map(excerpt, close))}{more}), got {got}")

@@ -36,7 +36,7 @@ class _List(Rendering, extra="forbid"):
 
 
 class PromptFile(NamedTuple):
-    """The prompts of one task as they lie in `source`; `named`: its files know tasks by name."""
+    """The prompts of one task in `source`; `named`: its files know tasks by name."""
 
     texts: tuple[str, ...]
     source: Path

@@ -116,7 +116,7 @@ def hub_table(name: str, split: str) -> Table:
         found = datasets.load_dataset(path, configuration or None, split=split)
     except Exception as error:
         if offline:
-            raise DataError(f"{name}: no such file, and not loaded from the hub, which gives no answer") from None
+            raise DataError(f"{name}: no such file, and the hub does not answer") from None
         text = " ".join(str(error).split())
         raise DataError(f"{name}: no such file, and not loaded from the hub: {excerpt(text, 300)}") from None
     finally:

@@ -39,6 +39,6 @@ def read_task(
             known = set(task_folders(Path(data), "train.json")) if Path(data).is_dir() else set()
             if task not in {*known, folder}:
                 raise TaskNameError(
-                    f"task: expected none, for neither {prompts} nor {data} has tasks by name, got {excerpt(task)}"
+                    f"task: expected none, as neither {prompts} nor {data} names its tasks, got {excerpt(task)}"
                 )
     return pool, read_examples(data, task=task or pool.task, **options)

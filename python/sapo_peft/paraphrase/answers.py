@@ -78,7 +78,7 @@ class Request:
             if tag == CLOSING and any(character.isalnum() for character in inside):
                 found.append(inside)
             elif tag == CLOSING:  # the dots of an example
-                fault = f"a pair of {OPENING} without a word was left out"
+                fault = f"an empty {OPENING} was left out"
         if len(parts) % 4 == 3:
             fault = "the answer was cut off inside a paraphrase, which is left out"
         if not found:
@@ -86,9 +86,15 @@ class Request:
         return found, fault
 
     def _after_thoughts(self, text: str) -> str:
+        parts = [text]
         if THOUGHT_END.search(self.original) or THOUGHT_START.search(self.original):
-            return text  # rewordings hold such marks too
-        end = max((match.end() for match in THOUGHT_END.finditer(text)), default=0)
-        if THOUGHT_START.search(text, end):
+            parts = _TAG.split(text)
+            for place in range(2, len(parts) - 1, 2):
+                if "/" not in parts[place - 1] and "/" in parts[place + 1]:
+                    # A rewording holds such marks too: between its tags they are text.
+                    parts[place] = " " * len(parts[place])
+        outside = "".join(parts)
+        end = max((match.end() for match in THOUGHT_END.finditer(outside)), default=0)
+        if THOUGHT_START.search(outside, end):
             raise AnswerFault("expected an answer after the thinking, got none")
         return text[end:].lstrip()

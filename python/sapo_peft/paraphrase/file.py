@@ -1,4 +1,4 @@
-"""Paraphrases that lie in a file."""
+"""Paraphrases from a file."""
 
 from __future__ import annotations
 

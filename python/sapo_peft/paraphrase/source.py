@@ -26,7 +26,7 @@ _SHOWN_FAULTS = 3
 
 
 class SourceError(RuntimeError):
-    """A source cannot go on: no connection, a wrong key or model name. The message holds no secret."""
+    """A source cannot be used: no connection, a wrong key or model name. The message contains no secret."""
 
 
 class TooFewPrompts(RuntimeError):
@@ -92,9 +92,9 @@ def gather(
     """`pool` with up to `wanted` more paraphrases from `source`, checked by the pool's own rules.
 
     Each answer is saved to `store` (a ``.json`` file that `PromptPool.read` reads) as it arrives. Called again with
-    that file, after a crash, Ctrl-C or an outage, it goes on from there and asks only for what is missing;
-    `overwrite` begins anew, whatever the file holds. It ends when there are enough, after `deadline_seconds`, when the
-    source cannot go on, or when three rounds of asking brought nothing new. If fewer than `wanted` are there then, a
+    that file, after a crash, Ctrl-C or an outage, it resumes there and asks only for what is missing;
+    `overwrite` starts over, whatever the file holds. It ends when there are enough, after `deadline_seconds`, when the
+    source cannot be used, or when three rounds of asking brought nothing new. If fewer than `wanted` are there then, a
     warning in the log says how many and why.
 
     Raises: `TooFewPrompts` if fewer than `minimum` of the `wanted` are there at the end; `DataError` if the store
@@ -122,7 +122,7 @@ def gather(
         pool, ended = _asked(pool, source, before + wanted, deadline, taken, store)
         got = len(pool.prompts) - before
         if got < wanted:
-            told = f"{got} of the {wanted} paraphrases asked for are there: {ended}"
+            told = f"{got} of the {wanted} paraphrases arrived: {ended}"
             if got < minimum:
                 saved = f" (what arrived is in {store})" if store is not None and got else ""
                 raise TooFewPrompts(f"{source.name}: expected at least {minimum} paraphrases, got {got}{saved}; {told}")
@@ -183,7 +183,7 @@ def resumed_from(pool: PromptPool, store: Path, size: int = MAX_PROMPTS) -> Prom
         return pool
     if not is_pool_file(store):
         raise DataError(
-            f"{store}: expected a saved pool, to go on with, got another file; choose another name, or overwrite it"
+            f"{store}: expected a saved pool to continue, got another file; choose another name, or overwrite it"
         )
     saved = PromptPool.read(store)
     for name, expected, got in (

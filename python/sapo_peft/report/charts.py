@@ -1,7 +1,7 @@
 """Charts as inline SVG: points and lines over two axes.
 
 Coordinates are about CSS pixels: a chart is 360 wide and is never drawn much smaller, so that 12 units stay legible.
-What a colour says is said again by a dash, a shape or a word.
+Whatever a colour shows, a dash, a shape or a word shows too.
 """
 
 from __future__ import annotations

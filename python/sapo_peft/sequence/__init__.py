@@ -11,7 +11,7 @@ From Python::
 
 `run_sequence(model, tasks, output_dir, config)`: `model` is "tiny", a folder, a hub name, a pair (model, tokenizer) or
 a function that returns such a pair. A model that is handed over is left as it was, so one base model in memory serves
-any number of runs. The same call in the same folder goes on where a killed run stopped, or returns at once what a
+any number of runs. The same call in the same folder resumes a killed run, or returns at once what a
 complete one found; another configuration is refused, and so is a folder whose files are not as they were written.
 ``output_dir=None`` runs without a folder: nothing is written.
 

@@ -24,7 +24,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 
 @dataclass(frozen=True)
 class SequenceConfig:
-    """The options of `run_sequence`; the defaults are the paper's set-up where it says anything.
+    """The options of `run_sequence`; the defaults are the paper's where it states one.
 
     Attributes:
         method: "lora-inc": each task gets a new LoRA, the earlier ones are frozen and stay active. "o-lora": the same
@@ -34,8 +34,8 @@ class SequenceConfig:
             original where there is none); "sample": for every example and epoch a fresh draw among all prompts of the
             pool. The chosen one then stands for its task in every later evaluation (with "sample": the original does);
             tasks not yet seen are evaluated with their original.
-        train_examples, test_examples: the first so many of each task; None: all of them.
-        probe_examples: of the training examples used, the first so many are scored on.
+        train_examples, test_examples: how many of each task, the first ones; None: all.
+        probe_examples: how many of the training examples are scored on, the first ones.
         epochs, max_steps: passes over the examples, or optimizer steps a task (if given, instead).
         batch_size, gradient_accumulation: examples per batch, batches per step.
         learning_rate, warmup: peak, then cosine to zero; the warm-up is a share of the steps.

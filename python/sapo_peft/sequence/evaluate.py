@@ -20,12 +20,12 @@ from sapo_kernels.scoring.model_support import (
     tree_refusal,
     unwrap,
 )
-from sapo_kernels.scoring.render import PROBE, Renderer, generation_ends, special_tokens
+from sapo_kernels.scoring.render import MARKER, Renderer, generation_ends, special_tokens
 
 from ..trainer.collator import padding_token
 from .config import SequenceConfig
 from .metrics import SCORES, best
-from .schema import Answer, Evaluation, finite
+from .schema import Evaluation, KeptAnswer, finite
 from .tasks import SequenceTask
 
 # What is kept of the answers to a task, so that a reader sees a few before and after.
@@ -89,7 +89,7 @@ class Evaluator:
                     texts = example["input"], example["target"], answer
                     # A model may say what no file may hold.
                     texts = (text[:MAX_TEXT].replace("\0", "\ufffd") for text in texts)
-                    kept[j].append(Answer(**dict(zip(("input", "target", "answer"), texts, strict=True))))
+                    kept[j].append(KeptAnswer(**dict(zip(("input", "target", "answer"), texts, strict=True))))
             elif tick is not None:
                 tick(cache.num_examples)
         return Evaluation(
@@ -132,10 +132,10 @@ def closing(renderer: Renderer, prompt: str, example: Mapping[str, Any], ends: s
     """
     tokenizer = renderer.tokenizer
     # Not a target of the task: one of few letters may stand in the closing itself.
-    rendered = renderer.render(prompt, {**example, "target": PROBE})
+    rendered = renderer.render(prompt, {**example, "target": MARKER})
     stops, texts = set(ends), []
     # The end token that stands behind what does not close the turn is among the ends already.
-    closed = rendered.response.rpartition(PROBE)[2].removesuffix(tokenizer.eos_token or "")
+    closed = rendered.response.rpartition(MARKER)[2].removesuffix(tokenizer.eos_token or "")
     for end in (closed.strip(), _next_turn(tokenizer)):
         first = [one for one in special_tokens(tokenizer) if end.startswith(one)]
         if first:
@@ -154,12 +154,12 @@ def answer_of(tokenizer: Any, ids: Sequence[int], closings: Sequence[str]) -> st
 
 def _next_turn(tokenizer: Any) -> str:
     """What the chat template puts between an answer and the next question, or nothing."""
-    turns = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", PROBE), ("user", "zzz"))]
+    turns = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", MARKER), ("user", "zzz"))]
     try:
         text = tokenizer.apply_chat_template(turns, tokenize=False)
     except Exception:  # no template, or one for a single turn
         return ""
-    return text.rpartition(PROBE)[2].partition("zzz")[0].strip() if PROBE in text else ""
+    return text.rpartition(MARKER)[2].partition("zzz")[0].strip() if MARKER in text else ""
 
 
 def greedy(

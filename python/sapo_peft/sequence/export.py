@@ -22,7 +22,7 @@ from .methods import CONFIG, WEIGHTS, chooser, read_adapters
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written: the adapter's rank, the tasks whose prompts lie beside it, how many the run has in all."""
+    """What was written: the adapter's rank, the tasks whose prompts are beside it, how many the run has in all."""
 
     rank: int
     tasks: list[str]

@@ -62,7 +62,7 @@ def task_folder(run: Path, index: int, name: str) -> Path:
 def read_run(path: str | os.PathLike, locked: bool = False) -> Run:
     """A run that is done, or what is there of one that is going on; its files are as they were written.
 
-    locked: nobody else is at work in it, and it is going to be gone on with.
+    locked: no other process writes to it, and it is going to be resumed.
 
     Raises: `DataError` naming what is damaged, missing or unexpected; `OSError`.
     """
@@ -71,7 +71,7 @@ def read_run(path: str | os.PathLike, locked: bool = False) -> Run:
     if locked and record.version < 2:
         raise DataError(
             f"{path}: expected a run of version 2, got version {record.version}, which has no manifest and cannot be "
-            "gone on with; its report can be made and its adapters can be loaded"
+            "resumed; its report can be made and its adapters can be loaded"
         )
     checked = record.version > 1 or (path / MANIFEST).exists()
     whole = locked or record.status == "done"

@@ -104,7 +104,7 @@ class Adapters:
             if expected.get(name) != got.get(name):
                 raise DataError(f"{file}: {name}: expected shape {expected.get(name)}, got {got.get(name)}")
             if not bool(stored[name].isfinite().all()):
-                raise DataError(f"{file}: {name}: expected finite numbers, got others")
+                raise DataError(f"{file}: {name}: expected finite numbers, got NaN or infinity")
         set_peft_model_state_dict(self.model, stored, adapter_name=self.names[-1])
 
     def save(self, folder: str | os.PathLike, prompts: dict[str, Any]) -> None:

@@ -57,7 +57,7 @@ def run_sequence(
         config: `SequenceConfig`.
         order: name of the order, for the records.
         name: of the model, for the records; default: what was given, or its ``name_or_path``.
-        tokenizer: folder or hub name, if it does not lie beside a model that is loaded here.
+        tokenizer: folder or hub name, if it is not beside a model that is loaded here.
         device, dtype: for such a model: "auto", "cpu", "cuda"; "auto", "float32", "bfloat16", "float16".
         progress: a bar (on a terminal) or a line a phase; None: only on a terminal.
 
@@ -186,7 +186,7 @@ class _Start:
         for what, was, now in _differences(found.record, record):
             raise DataError(
                 f"{found.path}: {what}: expected {excerpt(was)}, as this run began with, got {excerpt(now)}; give the "
-                "same options to go on, or another folder"
+                "same options to resume it, or choose another folder"
             )
         self.record, self.before, self.done = found.record, found.before, found.tasks
         if self.config.evaluate == "all" and self.done and not self.before:
@@ -196,7 +196,9 @@ class _Start:
         other = [f"{name} {version} (was {self.record.versions.get(name)})"
                  for name, version in record.versions.items() if self.record.versions.get(name) != version]  # fmt: skip
         if other:
-            self._warn([f"continued with other versions: {', '.join(other)}; results may differ from a run at one go"])
+            self._warn(
+                [f"resumed with other versions: {', '.join(other)}; results may differ from an uninterrupted run"]
+            )
         folders = [task_folder(found.path, i, task.scores.task) for i, task in enumerate(self.done, 1)]
         for index, folder in enumerate(folders, 1):
             self.adapters.load(index, folder / "adapter")

@@ -70,7 +70,7 @@ class _File(_Part):
 class RunRecord(_Part):
     """config: `SequenceConfig.as_dict()`. data: fingerprints of the base model, the tokenizer and each task's rows.
 
-    Folders of version 1 have no manifests: they can be read, not gone on with.
+    Folders of version 1 have no manifests: they can be read, not resumed.
     """
 
     version: Literal[1, 2] = 2
@@ -125,7 +125,7 @@ class Scores(_File):
         return self
 
 
-class Answer(_Part):
+class KeptAnswer(_Part):
     """A test example, and what the model answers to it."""
 
     input: str
@@ -143,7 +143,7 @@ class Evaluation(_File):
     examples: Annotated[list[Count], Field(max_length=MAX_TASKS)]
     seconds: Amount
     notes: Texts = []
-    answers: list[list[Answer]] | None = Field(None, exclude_if=lambda value: value is None)
+    answers: list[list[KeptAnswer]] | None = Field(None, exclude_if=lambda value: value is None)
 
     @model_validator(mode="after")
     def _check(self) -> Evaluation:

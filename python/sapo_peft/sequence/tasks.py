@@ -94,7 +94,7 @@ class SequenceTask:
         return cls(name, pool, tuple(read["train"]), tuple(read["test"]), rows, references, tuple(notes))
 
     def used(self, train_examples: int | None, test_examples: int | None) -> SequenceTask:
-        """This task with the first so many rows of each split."""
+        """This task with at most so many rows of each split, the first ones."""
         test = slice(test_examples)
         return replace(self, train=self.train[:train_examples], test=self.test[test], references=self.references[test])
 
@@ -112,7 +112,10 @@ def leaks(train: Sequence[Mapping[str, str]], test: Sequence[Mapping[str, str]])
         labels.setdefault(row["input"], set()).add(row["target"])
     known = [row for row in test if row["input"] in labels]
     same = sum(row["target"] in labels[row["input"]] for row in known)
-    counts = ((same, "stand in train with the same label"), (len(known) - same, "stand in train with another label"))
+    counts = (
+        (same, "are in train too, with the same label"),
+        (len(known) - same, "are in train too, with another label"),
+    )
     return [f"{count} of {len(test)} test rows {what}" for count, what in counts if count]
 
 
@@ -120,7 +123,7 @@ def read_order(data: str | os.PathLike, order: str, prompts: str | os.PathLike |
     """The tasks of an order in SuperNI or TRACE layout.
 
     The order is ``CL_configs/order/<order>/<N>-<anything>/{train,dev,test}_tasks.json`` in `data` or beside it; each
-    stage trains on one task, whose folder of that exact name lies in `data`, ``data/SUPERNI`` or ``data/TRACE``.
+    stage trains on one task, whose folder of that exact name is in `data`, ``data/SUPERNI`` or ``data/TRACE``.
     Prompts are looked up as `read_prompts` does, from `prompts` if given, else from `data`.
 
     Raises: `DataError` naming the file, what was expected and what was got.
@@ -147,7 +150,7 @@ def read_tasks(
     """The tasks of these names, in this order: a folder each with train, test and perhaps dev.
 
     data: the folder with the tasks' own folders; files of a split are .json, .jsonl, .ndjson, .csv, .tsv or .parquet.
-    prompts: what `PromptPool.read` reads, where the paraphrases do not lie in `data`.
+    prompts: what `PromptPool.read` reads, where the paraphrases are not in `data`.
 
     Raises: `DataError` naming the file or folder, what was expected and what was got.
     """

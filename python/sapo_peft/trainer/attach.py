@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import logging
+import os
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sapo_kernels.files import DataError
+from sapo_kernels.scoring.attention import NotTreeable
 from sapo_kernels.scoring.distributed import DEFAULT_TIMEOUT
-from sapo_kernels.scoring.render import STARTED, with_end_token
+from sapo_kernels.scoring.render import STARTED, check_examples, with_end_token
+from sapo_kernels.scoring.turns import COLUMNS
 
 from ..data.prompt_pool import PromptPool
 from . import ranks as _ranks
 from .callback import SapoCallback
+from .checkpoints import checkpoint_fault
 from .choice import Choice
-from .collator import SapoCollator, checked_examples
+from .collator import PACKED, SapoCollator
 from .config import SapoConfig
-from .records import excerpt_line
+from .records import excerpt_line, write_beside_adapter
 from .rescoring import Rescorer
-from .run_state import Setup
-from .wrapping import METHODS, wrap
+from .run_state import alike
 
 logger = logging.getLogger("sapo_peft")
 
-# What an example may be made of.
-COLUMNS = ("task", "history", "messages", "input", "target", "sentence", "label", "prompt", "completion")
 # Rows of a dataset that are looked at when attaching: a second or two.
 MOST_CHECKED = 50_000
 
@@ -71,35 +74,116 @@ def attach_sapo(
     config = SapoConfig() if config is None else config
     if not isinstance(config, SapoConfig):
         raise TypeError(f"config: expected a SapoConfig, got {type(config).__name__}")
-    named = _by_task(pools)
-    tokenizer = _tokenizer(trainer)
     _check_trainer(trainer, config)
-    tokenizer = with_end_token(tokenizer, trainer.model)
-    choice = Choice({task: _checked(task, pool, tokenizer, trainer) for task, pool in named.items()},
-                    config.mode, config.seed)  # fmt: skip
-    training = SapoCollator(
+    tokenizer = with_end_token(_tokenizer(trainer), trainer.model)
+    named = {task: _checked(task, pool, tokenizer, trainer) for task, pool in _by_task(pools).items()}
+    choice = Choice(named, config.mode, config.seed)
+    _check_dataset(trainer.train_dataset, "train_dataset", choice)
+    _check_evaluation(getattr(trainer, "eval_dataset", None), choice)
+    collator = SapoCollator(
         tokenizer, choice, max_source=config.max_source, max_target=config.train_max_target, template=config.template,
         instruction_role=config.instruction_role, packed=config.packing != "padded", carry=True,
     )  # fmt: skip
-    _check_dataset(trainer.train_dataset, "train_dataset", choice)
-    _check_evaluation(getattr(trainer, "eval_dataset", None), choice)
     rescorer = None
-    now = _ranks.first_of(config.now or STARTED)
     if config.scores:
         timeout = float(getattr(trainer.args, "ddp_timeout", 0) or DEFAULT_TIMEOUT)
-        rescorer = Rescorer(choice, _probes(trainer, choice, probe, config), tokenizer, config, timeout, now)
-    setup = Setup(choice, training.renderers, rescorer, config, trainer, now)
-    _ranks.check_same(setup.digests())
+        rescorer = Rescorer(choice, _probes(trainer, choice, probe, config), tokenizer, config, timeout)
+    callback = SapoCallback(trainer, collator, rescorer, config, _ranks.first_of(config.now or STARTED), started)
+    _ranks.check_same(alike(choice.tasks, callback.setup))
 
     # Nothing of the trainer has been changed up to here.
-    callback = SapoCallback(trainer, choice, rescorer, config, setup, time.perf_counter() - started)
     trainer.args.remove_unused_columns = False
     # The same renderers, hence the same date.
-    trainer.data_collator = copy.copy(training)
+    trainer.data_collator = copy.copy(collator)
     trainer.data_collator.carry = trainer.data_collator.sample = False
     trainer.add_callback(callback)
-    wrap(trainer, training, callback)
+    kind, trainer._sapo = type(trainer), callback
+    # What somebody has put on this very object in the place of a method stays behind ours.
+    own = {name: staticmethod(vars(trainer).pop(name)) for name in METHODS if name in vars(trainer)}
+    # Still what a method of its class takes it for that says super(self.__class__, self).
+    shown = {"__module__": kind.__module__, "__class__": property(lambda self: kind)}
+    trainer.__class__ = type(kind.__name__, (_Attached, type("Own", (), own), kind), shown)
     return callback
+
+
+class _Attached:
+    """The methods of a trainer that SAPO overrides, in the order in which a run calls them."""
+
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        # Before anything is loaded from it.
+        named = isinstance(resume_from_checkpoint, (str, os.PathLike))
+        if named and (fault := checkpoint_fault(resume_from_checkpoint)):
+            raise DataError(f"checkpoint: {fault}")
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def get_train_dataloader(self, *args, **kwargs):
+        kept, self.data_collator = self.data_collator, self._sapo.collator
+        try:
+            return super().get_train_dataloader(*args, **kwargs)
+        finally:
+            self.data_collator = kept
+
+    def get_batch_samples(self, epoch_iterator, *args, **kwargs):
+        # A run that was killed after its last checkpoint is complete; the trainer would make a step more.
+        if self.control.should_training_stop:
+            return [], None
+        return super().get_batch_samples(map(self._sapo.newest, epoch_iterator), *args, **kwargs)
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        packing, step = self._sapo.packing, super().training_step
+        new = packing.agreed is None
+
+        def loss_of(forwards):
+            losses = []
+            for i, (rows, forward) in enumerate(forwards):
+                # Gradients of all forwards but the last stay on their rank.
+                waits = i + 1 < len(forwards)
+                together = self.accelerator.no_sync(model) if waits else contextlib.nullcontext()
+                with together, packing.running(model, forward):
+                    losses.append(step(model, rows, *args, **kwargs))
+            return sum(losses)
+
+        try:
+            loss = loss_of(packing.forwards(self, model, inputs))
+        except NotTreeable as error:
+            # Its ``compute_loss`` wants more than a loss: known before anything went backward.
+            if not new:
+                raise
+            packing.settle(self, str(error))
+            loss = loss_of(packing.forwards(self, model, inputs))
+        self._sapo.trained.loss = self._sapo.trained.loss + loss.detach().float()
+        return loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, *args, **kwargs):
+        rows, forward = self._sapo.packing.evaluated(inputs, prediction_loss_only)
+        with self._sapo.packing.running(model, forward):
+            return super().prediction_step(model, rows, prediction_loss_only, *args, **kwargs)
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        # A `training_step` that was put in front of this one may leave the trie where it is.
+        inputs = {name: value for name, value in inputs.items() if name != PACKED}
+        return super().compute_loss(self._sapo.packing.over(model, inputs.get("labels")), inputs, *args, **kwargs)
+
+    def save_model(self, output_dir=None, *args, **kwargs):
+        self._sapo.check_finite()
+        # A checkpoint's model is saved before its state is.
+        self._sapo.keep()
+        super().save_model(output_dir, *args, **kwargs)
+        if self.args.should_save:
+            write_beside_adapter(output_dir or self.args.output_dir, self._sapo.prompts())
+
+    def create_model_card(self, *args, **kwargs):
+        # Written anew, with nothing of what was there.
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            write_beside_adapter(self.args.output_dir, self._sapo.prompts())
+
+    def __reduce_ex__(self, protocol):
+        raise TypeError("trainer: expected one without SAPO to copy or pickle; attach_sapo to the copy instead")
+
+
+# Those of `_Attached` that every trainer must have.
+METHODS = [name for name in vars(_Attached) if not name.startswith("_")]
 
 
 def _tokenizer(trainer: Any) -> Any:
@@ -201,11 +285,11 @@ def _check_dataset(dataset: Any, name: str, choice: Choice) -> None:
     rows = dataset if isinstance(dataset, (list, tuple)) else [first]
     # Of datasets of Hugging Face, without images and their like; a transform of the user's makes other rows.
     if hasattr(dataset, "select_columns") and dataset.format["type"] != "custom":
-        rows = dataset.select_columns([name for name in dataset.column_names if name in COLUMNS])
+        rows = dataset.select_columns([name for name in dataset.column_names if name in {"task", *COLUMNS}])
     for i, row in enumerate(itertools.islice(rows, MOST_CHECKED)):
         try:
             choice.task_of(row)
-            checked_examples([row])
+            check_examples([row])
         except (ValueError, TypeError) as error:
             said = str(error).removeprefix("example 0: ")
             raise type(error)(f"trainer: {name}: row {i}: {said}") from None
@@ -248,4 +332,4 @@ def _probes(trainer: Any, choice: Choice, probe: Any, config: SapoConfig) -> dic
     for task, found in probes.items():
         if not len(found):
             raise ValueError(f"probe: task {task!r}: expected at least one example to score on, got none")
-    return {task: checked_examples(found) for task, found in probes.items()}
+    return {task: check_examples(found) for task, found in probes.items()}

@@ -1,4 +1,4 @@
-"""SapoCallback: scores when it is time, says every switch, and keeps its state in the trainer's checkpoints."""
+"""SapoCallback: scores when it is time, logs every switch, and keeps its state in the trainer's checkpoints."""
 
 from __future__ import annotations
 
@@ -15,16 +15,21 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback
 
+from sapo_kernels.scoring.render import reads_clock
+
 from . import ranks as _ranks
 from .checkpoints import STATE_KEY, kept_in, seal
-from .choice import Choice
+from .collator import CARRIED, SapoCollator
 from .config import SapoConfig
 from .drift import Drift, Trained
+from .packing import Packing
 from .records import excerpt_line, numbers, unpacked, write_beside_adapter
 from .rescoring import Rescorer, Scoring
-from .run_state import STATE_VERSION, Setup
+from .run_state import STATE_VERSION, check_setup, setup_of
 
 logger = logging.getLogger("sapo_peft")
+# Of a run's scorings the newest that a checkpoint keeps: each takes some 500 bytes and 50 for each prompt in every one.
+HISTORY = 1000
 
 
 class SapoCallback(TrainerCallback):
@@ -32,7 +37,7 @@ class SapoCallback(TrainerCallback):
 
     Attributes:
         choice: the pools, their state and what is chosen now.
-        history: the scorings of this run so far, the newest last.
+        history: the scorings of this run so far, the newest last; of a resumed run at least the newest 1,000.
         switches: how often a prompt took another's place in this run.
         scorings, score_seconds, seconds: of this call of ``train()``: scorings, the time they took, and the time that
             all of SAPO took: scoring, tokenising what is scored, rendering batches again, keeping the state.
@@ -41,22 +46,34 @@ class SapoCallback(TrainerCallback):
     def __init__(
         self,
         trainer: Any,
-        choice: Choice,
+        collator: SapoCollator,
         rescorer: Rescorer | None,
         config: SapoConfig,
-        setup: Setup,
-        seconds: float = 0.0,
+        now: datetime,
+        started: float,
     ):
         # The trainer holds its callbacks: so it is freed when its last user lets go of it, not by the cycle collector,
         # which would free the queues of persistent workers before the workers are told to end.
         self._trainer = weakref.ref(trainer)
-        self.choice, self.rescorer, self.config, self.setup = choice, rescorer, config, setup
+        self.collator, self.choice, self.rescorer, self.config = collator, collator.choice, rescorer, config
+        self.packing = Packing(config.packing, config.train_max_tokens)
+        self._render(now)
         # What attaching took is part of the first run.
-        self._attached = seconds
+        self._attached = time.perf_counter() - started
         self._begin_anew()
+
+    def _render(self, now: datetime) -> None:
+        """Scoring, training and evaluation as of that moment; see `SapoConfig.now`."""
+        self.now = now
+        for renderer in self.collator.renderers.values():
+            renderer.now = now
+        if self.rescorer:
+            self.rescorer.render(now)
+        self.setup = setup_of(self.trainer, self.collator, self.rescorer, self.config)
 
     def _begin_anew(self) -> None:
         self.history: list[Scoring] = []
+        self.packing.begin_anew()
         self.drift = Drift(self.config.drift, self.config.drift_cooldown)
         self.trained = Trained()
         self.switches = self.scorings = 0
@@ -154,7 +171,7 @@ class SapoCallback(TrainerCallback):
             if kept is None:
                 raise ValueError("it was written without SAPO")
         except (OSError, ValueError) as error:
-            logger.warning("the best model is that of %s, the prompts stay the last ones: %s", checkpoint, error)
+            logger.warning("the best model is from %s, without its prompts; the last ones stay: %s", checkpoint, error)
             return
         switches = self.choice.load(kept, clock=False)
         self._of_best = Scoring.of_record(kept["history"][-1]) if kept["history"] else None
@@ -183,9 +200,15 @@ class SapoCallback(TrainerCallback):
             )
         self._log(self.metrics(scoring))
 
-    def fetched(self, counts: Mapping[tuple[str, int], int]) -> None:
-        """A batch with that many response tokens by (task, prompt) is going to be trained on."""
-        self.trained.batch(counts, self.history[-1].losses if self.history else {})
+    def newest(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A batch that is going to be trained on, under the choice in force now and without what it carries."""
+        if CARRIED not in batch:
+            got = sorted(map(str, batch))[:20]
+            raise ValueError(f"trainer: expected batches of its data_collator, got one made without it: {got}")
+        with self.timed():
+            batch = self.collator.newest(batch)
+            self.trained.batch(batch.pop(CARRIED).counts, self.history[-1].losses if self.history else {})
+        return batch
 
     def check_finite(self) -> None:
         """Raise FloatingPointError if training has left a weight that is no number, on any rank."""
@@ -197,7 +220,7 @@ class SapoCallback(TrainerCallback):
                 "training has diverged, nothing is saved; a lower learning rate may help"
             )
 
-    # What is said, logged and timed.
+    # Messages, logs and times.
 
     def metrics(self, scoring: Scoring) -> dict[str, float]:
         """What is logged after a scoring: means over tasks, in nats per token; the entropy in nats."""
@@ -258,15 +281,15 @@ class SapoCallback(TrainerCallback):
             "version": STATE_VERSION,
             # The rows of everything below; the trainer sorts the keys of dictionaries.
             "tasks": list(self.choice.tasks),
-            "setup": dict(self.setup.record),
-            "now": self.setup.now.isoformat(),
+            "setup": self.setup,
+            "now": self.now.isoformat(),
             **self.choice.record(),
             "scored_epoch": self._scored_epoch,
             "due": self._due,
             "switches": self.switches,
             "drift": {name: list(getattr(self.drift, name)) for name in ("first", "newest", "squares")},
-            "trained": numbers(self.trained.numbers()),
-            "history": [scoring.record() for scoring in self.history],
+            "trained": numbers(vars(self.trained)),
+            "history": [scoring.record() for scoring in self.history[-HISTORY:]],
         }
 
     def load_state(self, kept: Mapping[str, Any]) -> None:
@@ -275,9 +298,11 @@ class SapoCallback(TrainerCallback):
         Raises:
             ValueError: the checkpoint was written with other pools, another probe or by another version.
         """
-        if "now" in kept:
-            self.setup.show(datetime.fromisoformat(kept["now"]))
-        self.setup.check(kept)
+        now = datetime.fromisoformat(kept["now"]) if "now" in kept else self.now
+        if now != self.now and reads_clock(self.collator.tokenizer):
+            self._render(now)
+        self.now = now
+        check_setup(kept, self.choice.tasks, self.setup)
         self.choice.load(kept)
         self._scored_epoch, self._due, self.switches = kept["scored_epoch"], kept["due"], kept["switches"]
         vars(self.drift).update({name: list(values) for name, values in kept["drift"].items()})

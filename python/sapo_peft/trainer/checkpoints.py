@@ -24,7 +24,7 @@ _NAME = re.compile(r"checkpoint-(\d{1,12})")
 def last_good_checkpoint(output_dir: str | os.PathLike) -> str | None:
     """The newest whole ``checkpoint-N`` in `output_dir`, for ``trainer.train(resume_from_checkpoint=...)``.
 
-    Checkpoints that are not whole (a run was killed or a disk was full while they were written) or have changed since
+    Checkpoints that are incomplete (a run was killed or a disk was full while they were written) or have changed since
     are passed over with a log line that says why; nothing is deleted. None if there is no whole one, or no folder.
     """
     for _, path in checkpoints_in(output_dir):
@@ -32,10 +32,10 @@ def last_good_checkpoint(output_dir: str | os.PathLike) -> str | None:
         if fault is None:
             if not any(path.glob("optimizer*")):
                 logger.warning(
-                    "%s holds the model alone (save_only_model): optimizer and learning rate begin anew", path
+                    "%s holds the model alone (save_only_model): optimizer and learning rate start over", path
                 )
             return str(path)
-        logger.warning("%s is not whole (%s); looking for an earlier one", path, fault)
+        logger.warning("%s is incomplete (%s); looking for an earlier one", path, fault)
     return None
 
 

@@ -13,7 +13,6 @@ import torch
 
 from sapo_kernels.scoring.render import Renderer, Template, check_examples
 from sapo_kernels.scoring.response_cache import CellBuilder
-from sapo_kernels.scoring.turns import PAIRS
 from sapo_kernels.training.trie_batch import TrieBatch, padded_rows
 
 from .choice import Choice
@@ -92,7 +91,7 @@ class SapoCollator:
             # The tokenizer's thread pool does not survive a fork: a worker that waits for it waits for ever.
             os.environ["TOKENIZERS_PARALLELISM"] = "false"
         tasks = [self.choice.task_of(feature) for feature in features]
-        return self.render(checked_examples(features), tasks)
+        return self.render(check_examples(features), tasks)
 
     def render(self, examples: list[dict[str, str]], tasks: list[str]) -> dict[str, Any]:
         """The batch of checked examples under the prompts chosen now."""
@@ -138,25 +137,3 @@ class SapoCollator:
 def padding_token(tokenizer: Any) -> int:
     """The id that rows are padded with; it is masked, so any will do where there is none."""
     return next(one for one in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if one is not None)
-
-
-# Of TRL; counts where a row has none of `PAIRS`.
-COMPLETION = ("prompt", "completion")
-
-
-def checked_examples(features: Sequence[Any]) -> list[dict[str, Any]]:
-    """The examples with their two texts as "input" and "target".
-
-    Raises: ValueError, TypeError naming the first that is none.
-    """
-    named = []
-    for feature in features:
-        pairs = [pair for pair in (*PAIRS, COMPLETION) if isinstance(feature, Mapping) and set(pair) <= set(feature)]
-        # Conversations stand in `messages`, or in lists of TRL's `prompt` and `completion`.
-        talk = pairs == [COMPLETION] and ("messages" in feature or not isinstance(feature["prompt"], str))
-        if pairs and not talk:
-            text, answer = pairs[0]
-            kept = {name: feature[name] for name in ("history",) if name in feature}
-            feature = {"input": feature[text], "target": feature[answer], **kept}
-        named.append(feature)
-    return check_examples(named)

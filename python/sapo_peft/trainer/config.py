@@ -107,8 +107,8 @@ class SapoConfig:
         check_fields(self)
         if self.race is not None and self.mode != "hard":
             raise ValueError(
-                f"race: expected mode 'hard', got {self.mode!r}: draws go by the loss of every prompt, and a race "
-                "measures no more than which is the lowest"
+                f"race: expected mode 'hard', got {self.mode!r}: draws need the loss of every prompt, and a race "
+                "finds only the lowest"
             )
         if self.race is not None and self.decay:
             raise ValueError(

@@ -90,13 +90,9 @@ class Trained:
             self.expected += tokens * losses[task][prompt] if losses else 0.0
             self.tokens += tokens
 
-    def numbers(self) -> dict[str, float]:
-        """The fields as plain numbers."""
-        return {**vars(self), "loss": float(self.loss)}
-
     def excess(self) -> float | None:
         """Loss per token above the expected one, over all ranks; None if nothing was trained. Starts anew."""
-        ranks, steps = gathered(self.numbers()), self.steps
+        ranks, steps = gathered({**vars(self), "loss": float(self.loss)}), self.steps
         loss, expected, tokens = (sum(one[name] for one in ranks) for name in ("loss", "expected", "tokens"))
         self.loss, self.steps, self.expected, self.tokens = 0.0, 0, 0.0, 0
         return loss / len(ranks) / steps - expected / tokens if steps and tokens else None

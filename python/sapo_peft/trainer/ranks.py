@@ -1,10 +1,10 @@
-"""Several processes that train one model: that all were given the same, that all decide the same, and who speaks."""
+"""Several processes that train one model: they get the same, decide the same, and one of them logs."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
@@ -51,13 +51,13 @@ def first_of(value: Value) -> Value:
     return found[0]
 
 
-def check_same(fingerprints: Mapping[str, str]) -> None:
-    """Every rank must have been given what rank 0 was; `fingerprints` by the name of what they are of.
+def check_same(given: Mapping[str, Any]) -> None:
+    """Every rank must have been given what rank 0 was; `given` by name.
 
     Raises:
         ValueError: on every rank, naming the first rank that has others, and what differs.
     """
-    first, *others = gathered(fingerprints)
+    first, *others = gathered(given)
     for rank, other in enumerate(others, 1):
         if names := [name for name in first if first[name] != other[name]]:
             raise ValueError(f"rank {rank}: expected the {' and '.join(names)} of rank 0, got others")

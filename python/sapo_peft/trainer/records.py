@@ -101,7 +101,7 @@ def numbers(value: Any) -> Any:
 def unpacked(value: Any) -> Any:
     """The inverse of `numbers`, but for tensors and tuples, which stay lists."""
     if isinstance(value, dict):
-        # A task may have that name: then it is no text that stands there.
+        # A task may have that name: then the value is no text.
         if set(value) == {"float"} and isinstance(value["float"], str):
             return _SPECIAL[value["float"]]
         return {key: unpacked(item) for key, item in value.items()}
@@ -149,7 +149,7 @@ def write_beside_adapter(
 
 
 def _indented(text: str) -> list[str]:
-    """Indented text is shown as it is, whatever stands in it."""
+    """Indented text is shown verbatim."""
     return ["    " + line for line in text.splitlines()]
 
 

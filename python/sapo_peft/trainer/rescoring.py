@@ -59,21 +59,21 @@ class Rescorer:
         probes: for each task the examples to score on.
         tokenizer, config: as in `attach_sapo`.
         timeout: seconds after which a rank that the others wait for is given up.
-        now: as in `SapoConfig`.
+
+    `render` comes first.
     """
 
     def __init__(
         self, choice: Choice, probes: Mapping[str, Sequence], tokenizer: Any, config: SapoConfig,
-        timeout: float = DEFAULT_TIMEOUT, now: datetime | None = None,
+        timeout: float = DEFAULT_TIMEOUT,
     ):  # fmt: skip
         self.choice, self.probes, self.tokenizer, self.config, self.timeout = choice, probes, tokenizer, config, timeout
         # What hears how far a scoring is: made for each one, from its name and its cells.
         self.progress: Callable[[str, int], Any] | None = None
         # Rank 0's [2, P, K] losses and counts, and state, in place of this rank's.
         self.agree: Callable[[torch.Tensor], torch.Tensor] = _ranks.first_of
-        self.render(now)
 
-    def render(self, now: datetime | None) -> None:
+    def render(self, now: datetime) -> None:
         """Everything that is scored, as of that moment; see `SapoConfig.now`."""
         config = self.config
         self.caches = {
@@ -140,7 +140,7 @@ class Rescorer:
                 return sk.score_prompts_sharded(model, cache, timeout=self.timeout, race=race, **options)
             if race is not None:
                 # Ranks that each judge by their own rounding may want different rounds, and then wait for ever.
-                warn_once(f"no race, every cell is scored: the ranks cannot share it out: {closed}")
+                warn_once(f"no race, every cell is scored: the ranks cannot share the work: {closed}")
                 race = None
         told = self.progress(f"scoring {task}", cache.num_prompts * cache.num_examples) if self.progress else False
         return sk.score_prompts(model, cache, progress=told, race=race, **options)

@@ -1,4 +1,4 @@
-"""Tables of the runs on pretrained models; a (task, seed) counts once all of its prompts have been run."""
+"""Tables of single-task runs; a (task, seed) counts once all of its prompts have been run."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 
 from sapo_kernels import PromptScores
+from tools.tiny_base.corpus import known_wordings
+from tools.tiny_base.presets import PRESETS
 
 from ..racing import Matrix, read_matrices
 from . import pretrained_design as design
@@ -163,15 +165,58 @@ def _agreement(one: Matrix, kind: str, count: int | None) -> tuple[float, float]
     return float(np.mean(np.asarray(chosen) == loss.argmin())), float(regret.mean())
 
 
-def _single(make: Callable[[Groups], list[str]], base: str = "smollm2") -> Callable[[Path], list[str]]:
-    return lambda results: make(complete(rows.load(f"single_{base}", results)["rows"]))
+def summary_table(results: Path) -> list[str]:
+    """What loss before learning says of forgetting, and what choosing by it saves, on each model and rate."""
+    columns = (
+        "rank correlation",
+        "SAPO less the original",
+        "SAPO less a random paraphrase",
+        "worst task of SAPO less the original",
+    )
+    lines = [f"| model, learning rate | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
+    sapo = CANDIDATES["lowest loss (SAPO)"]
+    for kind, (_, name) in SINGLE.items():
+        groups = complete(rows.load(kind, results)["rows"])
+        less = {key: sapo(group)["forgetting"] - group[0]["forgetting"] for key, group in groups.items()}
+        cells = [bold(of_tasks(correlations(groups, "forgetting")), 2)]
+        cells += [bold(gain(groups, sapo, "forgetting", rival), 3) for rival in RIVALS.values()]
+        lines.append(f"| {name} | {' | '.join(cells)} | {max(group_means(less, 0)):+.3f} |")
+    return lines
 
 
+def _single(make: Callable[[Groups], list[str]], kind: str) -> Callable[[Path], list[str]]:
+    return lambda results: make(complete(rows.load(kind, results)["rows"]))
+
+
+def _tiny(make: Callable[[Groups], list[str]], *, unmet: bool = False) -> Callable[[Path], list[str]]:
+    """unmet: of the prompts that the base had not met in its training."""
+
+    def made(results: Path) -> list[str]:
+        known = known_wordings(PRESETS["default"].seed) if unmet else {}
+        found = rows.load("single", results)["rows"]
+        return make(rows.by_task_and_seed([row for row in found if row["prompt"] not in known.get(row["task"], ())]))
+
+    return made
+
+
+# Rows of single-task runs on pretrained models: what their tables are called, and what is told of them.
+SINGLE = {
+    "single_smollm2": ("smollm2", "SmolLM2-135M, 2e-3"),
+    "single_smollm2_0.0005": ("smollm2-slow", "SmolLM2-135M, 5e-4"),
+    "single_gemma3-270m": ("gemma3", "Gemma 3 270M, 5e-4"),
+}
+MAKERS = {
+    "differ": differ_table,
+    "tasks": by_task_table,
+    "correlation": correlation_table,
+    "choice": choice_table,
+    "policies": policy_table,
+}
 TABLES: dict[str, Callable[[Path], list[str]]] = {
-    "pretrained differ": _single(differ_table),
-    "pretrained tasks": _single(by_task_table),
-    "pretrained correlation": _single(correlation_table),
-    "pretrained choice": _single(choice_table),
-    "pretrained policies": _single(policy_table),
-    "pretrained rests": lambda _: rests_table([one for one in read_matrices() if one.set.startswith("smollm2")]),
+    **{f"{told} {name}": _single(make, kind) for kind, (told, _) in SINGLE.items() for name, make in MAKERS.items()},
+    "summary": summary_table,
+    "rests": lambda _: rests_table([one for one in read_matrices() if one.set.startswith("smollm2")]),
+    "tiny correlation": _tiny(correlation_table),
+    "tiny correlation unmet": _tiny(correlation_table, unmet=True),
+    "tiny choice": _tiny(choice_table),
 }
