@@ -111,16 +111,24 @@ class VerifiedPaths(Paths):
             compilation_off(),
             rope_kept(self.inner) as self.put_rope_back,
         ):
-            configs = configurations(self.model)
-            self.key = fingerprint(self.model, self.device, configs, f"{self.impl}, fuse={self.fuse}")
-            self.foreign = foreign_code(self.model, configs)
-            self.plain = PlainModel(self.model, self.inner, self.device, keep_rows=self.foreign is None)
+            self.configs = configurations(self.model)
+            self._look(self._fingerprint())
             with only_this_thread(self.inner):
                 yield
+
+    def _fingerprint(self) -> int:
+        return fingerprint(self.model, self.device, self.configs, f"{self.impl}, fuse={self.fuse}")
+
+    def _look(self, key: int) -> None:
+        self.key, self.foreign = key, foreign_code(self.model, self.configs)
+        self.plain = PlainModel(self.model, self.inner, self.device, keep_rows=self.foreign is None)
 
     def measure(self) -> Measured:
         """Score all cells, by the first path that agrees with the plain model; inside `prepared`."""
         self.put_rope_back()
+        if (key := self._fingerprint()) != self.key:  # changed in an earlier round, or by who watches the progress
+            self._look(key)
+            self.settled = None
         one = self.settled
         # Batches of other rounds have other company: only the tree is taken at its word for shorter sequences.
         if one is not None and one.path == TREE and self.longest <= one.length:
