@@ -54,11 +54,14 @@ class Paths:
         self.cache, self.progress, self.max_tokens, self.fuse = cache, progress, max_tokens, fuse
         self.op_impl = impl if impl in OP_IMPL else "auto"
         self.device = model_support.input_device(self.inner)
-        # Looked up once a call: the rounds of a race are copies of its job.
+        self.put_rope_back: Callable[[], None] = lambda: None
+        self.look_up()
+
+    def look_up(self) -> None:
+        """What of the model every pass needs: once a call, and again if it changes between the rounds of a race."""
         self.attention = TrieAttention(self.inner)
         self._reader = HeadReader(self.inner, OP_IMPL[self.op_impl])
         self._counterparts = functools.cache(functools.partial(_counterparts, self.inner))
-        self.put_rope_back: Callable[[], None] = lambda: None
 
     def run(self, path: str, checks: Sequence[Check], plain: PlainModel) -> tuple[np.ndarray, int]:
         """([cells] nll in nats, computed tokens) by one path.

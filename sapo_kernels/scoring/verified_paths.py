@@ -114,6 +114,7 @@ class VerifiedPaths(Paths):
             self.configs = configurations(self.model)
             self._look(self._fingerprint())
             with only_this_thread(self.inner):
+                self.during = self._fingerprint()
                 yield
 
     def _fingerprint(self) -> int:
@@ -126,9 +127,10 @@ class VerifiedPaths(Paths):
     def measure(self) -> Measured:
         """Score all cells, by the first path that agrees with the plain model; inside `prepared`."""
         self.put_rope_back()
-        if (key := self._fingerprint()) != self.key:  # changed in an earlier round, or by who watches the progress
-            self._look(key)
-            self.settled = None
+        if (now := self._fingerprint()) != self.during:  # changed since the call began, by who watches the progress
+            self.look_up()
+            self._look(now)
+            self.during, self.settled = now, None
         one = self.settled
         # Batches of other rounds have other company: only the tree is taken at its word for shorter sequences.
         if one is not None and one.path == TREE and self.longest <= one.length:

@@ -100,6 +100,22 @@ def test_a_race_verifies_its_first_round_and_whatever_is_longer(plain_forwards):
     assert job.cell_name(int(longest)) in scores.stats["verified"]
 
 
+def test_a_model_that_changes_between_the_rounds_of_a_race_is_looked_at_again():
+    model, told = build("llama"), []
+    # All of a length: the rounds after the first are taken at its word.
+    contexts = [[[3 + k, 20, 21, 30 + m, 31, 32 + k] for m in range(24)] for k in range(3)]
+    job = sk.ResponseCache.from_token_ids(contexts, [[[7, 8]] * 24] * 3)
+
+    def watch(done: int, total: int) -> None:
+        if told and done < told[-1] and not model.model.layers[0].mlp._forward_hooks:  # the second round has begun
+            model.model.layers[0].mlp.register_forward_hook(lambda module, args, out: out - out.mean(1, keepdim=True))
+        told.append(done)
+
+    scores = sk.score_prompts(model, job, race=sk.Race(delta=0, first=2, growth=1.5), progress=watch)
+    assert len(scores.race.rounds) > 2 and scores.stats["path"] == "alone" and "hook" in scores.stats["reason"]
+    assert per_token_error(scores, plain_nll(model, job)) < TOLERANCE
+
+
 def adapt(model):
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
