@@ -30,6 +30,8 @@ LOGPROB = ((128, 128, 64, 8, 4), (128, 128, 64, 8, 3), (64, 256, 64, 8, 3), (64,
            (128, 64, 64, 4, 4), (256, 128, 64, 8, 3), (128, 256, 64, 8, 3), (128, 128, 64, 4, 4))  # fmt: skip
 TOY = {"attention": ((32, 16, 1, 1), (16, 16, 1, 1)), "logprob": ((16, 32, 32, 1, 1), (16, 16, 32, 1, 1))}
 ATTENTION_NAMES, LOGPROB_NAMES = ("BLOCK_M", "BLOCK_N"), ("BLOCK_M", "BLOCK_V", "BLOCK_K")
+# Where a kernel is not the operation that is timed.
+TIMED = {kernel: "tree_attention_backward" for kernel in ("tree_attention queries", "tree_attention keys")}
 # Kernel: (module and function that chooses its configuration, names of a tile's sides, what is tried, at toy size).
 KERNELS = {
     "tree_attention": ("tree_attention.triton.config", ATTENTION_NAMES, ATTENTION, TOY["attention"]),

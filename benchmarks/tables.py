@@ -126,6 +126,23 @@ def tasks(results: Path) -> list[str]:
     return [*table(header, body), "", f"{_job(rows[0].shape, 'M')}, {rows[0].dtype}; {where(rows)}"]
 
 
+def real_model(results: Path) -> list[str]:
+    """A pretrained model: seconds of every peer, and how many times ours that is."""
+    peers = ("trainer_loop", "lm_eval", "tuned_plain", "prefix_cache", "race")
+    body, rows = [], []
+    for case, found in cases_of("race", results).items():
+        by = fastest_sizes(found)
+        times = [f"{by[peer]:.1f} ({by[peer] / by['ours']:.2f}x)" if peer in by else "-" for peer in peers]
+        body.append(
+            [case, shape_value(found[0], "M"), shape_value(found[0], "dense/trie"), f"{by['ours']:.1f}", *times]
+        )
+        rows += found
+    if not rows:
+        return []
+    header = ["task", "examples", "dense / trie tokens", "every cell, s", *(f"{peer}, s" for peer in peers)]
+    return [*table(header, body), "", f"{_job(rows[0].shape, 'M')}, {rows[0].dtype}; {where(rows)}"]
+
+
 def sweep(results: Path) -> list[str]:
     """One thing changed at a time, the losses named."""
     body, lost = [], []
@@ -220,6 +237,7 @@ def ahead_of_time(results: Path) -> list[str]:
 TABLES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "end to end": (end_to_end, CPU_COMMAND),
     "tasks": (tasks, CPU_COMMAND),
+    "real model": (real_model, "python -m benchmarks --only race --base smollm2 --data DIR"),
     "sweep": (sweep, CPU_COMMAND),
     "operators": (operators, CPU_COMMAND),
     "gpu": (gpu, GPU_COMMAND),

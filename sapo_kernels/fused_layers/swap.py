@@ -30,21 +30,27 @@ SLACK = 1.1
 LARGEST = 2.0
 
 
-@contextlib.contextmanager
 def fused_layers(inner: nn.Module):
     """Fused counterparts on the modules of a model for the block, without gradients."""
-    swapped: list[nn.Module] = []
+    return swapped_in(counterparts(inner))
+
+
+def counterparts(inner: nn.Module) -> list[tuple[nn.Module, Callable]]:
+    """Modules of a model and the forwards that stand in for theirs."""
     copies: dict[types.FunctionType, types.FunctionType] = {}
+    kinds = (_norm_forward, _gated_forward, _attention_forward)
+    found = ((m, next(filter(None, (one(m, copies) for one in kinds)), None)) for m in inner.modules() if _is_stock(m))
+    return [(module, forward) for module, forward in found if forward is not None]
+
+
+@contextlib.contextmanager
+def swapped_in(pairs: list[tuple[nn.Module, Callable]]):
+    """What `counterparts` found, on its modules for the block."""
+    swapped: list[nn.Module] = []
     try:
-        for module in inner.modules():
-            if not _is_stock(module):
-                continue
-            forward = next(
-                filter(None, (one(module, copies) for one in (_norm_forward, _gated_forward, _attention_forward))), None
-            )
-            if forward is not None:
-                vars(module)["forward"] = forward
-                swapped.append(module)
+        for module, forward in pairs:
+            vars(module)["forward"] = forward
+            swapped.append(module)
         yield
     finally:
         for module in swapped:

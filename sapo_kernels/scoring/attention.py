@@ -181,26 +181,46 @@ def is_installed(inner: nn.Module) -> bool:
     return getattr(support.text_config(inner), "_attn_implementation", None) == ATTENTION_NAME
 
 
-@contextlib.contextmanager
-def trie_attention_installed(inner: nn.Module):
-    """Switch the text decoder to `trie_attention` for the block; raises NotTreeable if the switch does not take."""
-    from transformers import AttentionInterface, AttentionMaskInterface
+class TrieAttention:
+    """The switch of a model's text decoder to `trie_attention`.
 
-    AttentionInterface.register(ATTENTION_NAME, trie_attention)
-    AttentionMaskInterface.register(ATTENTION_NAME, _own_mask)
-    before = [(config, config._attn_implementation_internal) for config in configurations(inner)]
-    _own.update({id(config): config._attn_implementation for config, _ in before})
-    text = support.text_config(inner)
-    try:
+    The model itself is asked once, what it then had in its configurations is put there for every block after that.
+    """
+
+    def __init__(self, inner: nn.Module):
+        self.inner, self.configs = inner, configurations(inner)
+        self._switched: list[str] | None = None
+
+    @contextlib.contextmanager
+    def installed(self):
+        """Switch for the block; raises NotTreeable if the switch does not take."""
+        before = [config._attn_implementation_internal for config in self.configs]
+        _own.update({id(config): config._attn_implementation for config in self.configs})
+        try:
+            if self._switched is None:
+                self._switch()
+                self._switched = [config._attn_implementation_internal for config in self.configs]
+            self._set(self._switched)
+            yield
+        finally:
+            self._set(before)
+            for config in self.configs:
+                _own.pop(id(config), None)
+
+    def _set(self, names: list[str]) -> None:
+        for config, name in zip(self.configs, names, strict=True):
+            config._attn_implementation_internal = name
+
+    def _switch(self) -> None:
+        from transformers import AttentionInterface, AttentionMaskInterface
+
+        AttentionInterface.register(ATTENTION_NAME, trie_attention)
+        AttentionMaskInterface.register(ATTENTION_NAME, _own_mask)
+        inner, text = self.inner, support.text_config(self.inner)
         nested = text is not inner.config and "text_config" in getattr(inner.config, "sub_configs", {})
         inner.set_attn_implementation({"text_config": ATTENTION_NAME} if nested else ATTENTION_NAME)
         if text._attn_implementation != ATTENTION_NAME:
             raise NotTreeable("its attention implementation cannot be switched")
-        yield
-    finally:
-        for config, name in before:
-            config._attn_implementation_internal = name
-            _own.pop(id(config), None)
 
 
 @contextlib.contextmanager

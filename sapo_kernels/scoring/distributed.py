@@ -9,6 +9,7 @@ once more and nothing else is, at most one sequence a cut. Sums come back by cel
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import weakref
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,7 @@ from ..trie.trie import TokenTrie
 from .attention import NotTreeable
 from .fingerprint import autocast_of
 from .model_state import Unrecoverable, compilation_off, is_out_of_memory, scoring_mode
-from .paths import ALONE, Paths
+from .paths import ALONE
 from .prompt_scores import PromptScores
 from .race import Race
 from .ranks import GRACE, RankError, Ranks, collective_timeout, is_of_a_collective, ranks_of
@@ -148,8 +149,9 @@ class ShardedJob(ScoringJob):
         return None
 
     def part(self, cells: np.ndarray) -> ShardedJob:
-        part = self.cache.select(cells)
-        return ShardedJob(self.model, part, self.impl, self.max_tokens, self.ranks, self.count, self.fuse)
+        part = super().part(cells)
+        part.shards = _shards(part.cache, self.count, self.max_tokens)
+        return part
 
     def _checks(self, checks, cells, before, plain) -> list[Check]:
         # On every rank, for all must take the same path.
@@ -175,8 +177,8 @@ class ShardedJob(ScoringJob):
 
     def _shard(self, path, cells, cache, checks, plain, found: list) -> str:
         """Append the result of one shard to `found`; or return why no rank may take this path."""
-        job = Paths(self.model, cache, self.op_impl, self.max_tokens, False, self.fuse)
-        job.through_model, job.put_rope_back = self.through_model, self.put_rope_back
+        job = copy.copy(self)
+        job.cache = cache
         places = {int(cell): place for place, cell in enumerate(cells)}
         mine = {check.cell: replace(check, cell=places[check.cell]) for check in checks if check.cell in places}
         try:

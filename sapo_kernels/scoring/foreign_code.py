@@ -39,6 +39,10 @@ _NOT_IN_FORWARD = frozenset(
     )
 )  # fmt: skip
 _DATA = frozenset((bool, int, float, str, type(None), torch.Tensor, torch.dtype, torch.device, torch.Size))
+_BUILTIN = (
+    types.BuiltinFunctionType, types.MethodWrapperType, types.WrapperDescriptorType, types.MethodDescriptorType,
+    types.ClassMethodDescriptorType,
+)  # fmt: skip
 _CONTAINERS = (dict, OrderedDict, list, tuple)
 # How deep wrappers, and calls of library functions by one another, are followed; how much of a container.
 _DEPTH, _CALLS, _ITEMS = 6, 5, 64
@@ -48,10 +52,26 @@ def foreign_code(model: nn.Module, configs: list) -> str | None:
     """The first piece of code in a model's forward that is not from `LIBRARIES`, in words; None if there is none.
 
     Looked at: hooks and instance attributes of every module, the functions of its class and what its forward calls by
-    name, the classes of its parameters; the attention and mask functions of `configs`; torch's functions, its global
-    hooks and modes.
+    name, the classes of its parameters; the attention, mask and experts functions of `configs`; torch's functions, its
+    global hooks and modes.
     """
     return _Scan(model).all(configs)
+
+
+def foreign_in_training(model: nn.Module, loss: Any = None) -> str | None:
+    """The same of what only training runs: hooks of a backward pass, and the model's loss function where it counts."""
+    from torch.nn.modules import module as modules
+
+    scan = _Scan(model)
+    everywhere = (*modules._global_backward_hooks.values(), *modules._global_backward_pre_hooks.values())
+    found = [("a backward hook of all modules", hook) for hook in everywhere]
+    for name, module in model.named_modules():
+        for hooks in (module._backward_hooks, module._backward_pre_hooks):
+            found += [(f"a backward hook of {name or type(module).__name__!r}", hook) for hook in hooks.values()]
+    for what, value in (*found, ("its loss function", loss)):
+        if value is not None and (where := scan.code(value)):
+            return f"{what} ({where})"
+    return None
 
 
 def foreign_module(module: nn.Module) -> str | None:
@@ -129,7 +149,7 @@ class _Scan:
         if isinstance(value, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
             space = str(value).partition(".")[0].partition("::")[0]
             return None if space in _NAMESPACES else f"the operator {value}"
-        if isinstance(value, (types.BuiltinFunctionType, types.MethodWrapperType, types.WrapperDescriptorType)):
+        if isinstance(value, _BUILTIN):
             root = str(getattr(value, "__module__", None)).partition(".")[0]
             return None if root in LIBRARIES | {"None"} else "a builtin"
         home = type(value).__module__
@@ -152,7 +172,9 @@ class _Scan:
         if root != "transformers" or not calls:
             return None
         called = (function.__globals__.get(name) for name in function.__code__.co_names)
-        return self.first((one for one in called if isinstance(one, types.FunctionType)), _DEPTH + 1, calls - 1)
+        return self.first(
+            (one for one in called if _is_code(one) and not isinstance(one, _BUILTIN)), _DEPTH + 1, calls - 1
+        )
 
     def first(self, values: Any, depth: int, calls: int) -> str | None:
         return next(filter(None, (self.code(value, depth - 1, calls) for value in values)), None)
@@ -202,15 +224,25 @@ def _of_process(configs: list) -> Iterator[tuple[str, Any]]:
         yield "a torch dispatch mode", type(mode).__torch_dispatch__
     for owner in (torch, torch.nn.functional, torch.Tensor, nn.Module):
         for name, value in vars(owner).items():
-            if isinstance(value, types.FunctionType) and name not in _NOT_IN_FORWARD:
+            if not _is_code(value) or isinstance(value, _BUILTIN) or name in _NOT_IN_FORWARD:
+                continue
+            # Hundreds that torch brought along and that hold no other code: `code` would find nothing in them.
+            own = isinstance(value, types.FunctionType) and str(value.__globals__.get("__name__")).startswith("torch.")
+            if not own or value.__closure__:
                 yield f"{owner.__name__}.{name}", value
     try:
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
         from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
     except ImportError:
         return
-    for name in {getattr(config, "_attn_implementation", None) for config in configs} - {None}:
-        for what, table in (("attention", ALL_ATTENTION_FUNCTIONS), ("mask", ALL_MASK_ATTENTION_FUNCTIONS)):
+    tables = (
+        ("attention", "_attn_implementation", ALL_ATTENTION_FUNCTIONS),
+        ("mask", "_attn_implementation", ALL_MASK_ATTENTION_FUNCTIONS),
+        ("experts", "_experts_implementation", ALL_EXPERTS_FUNCTIONS),
+    )
+    for what, option, table in tables:
+        for name in {getattr(config, option, None) for config in configs}:
             if name in table:
                 yield f"the {what} function {name!r}", table[name]
 

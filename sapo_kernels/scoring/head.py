@@ -98,8 +98,8 @@ class HeadReader:
 
     @contextlib.contextmanager
     def installed(self):
-        """Hook the head for the block, for this thread."""
-        self._thread = threading.get_ident()
+        """Hook the head for the block, for this thread; no rows wait yet."""
+        self._thread, self._waiting = threading.get_ident(), []
         handle = self.head.register_forward_pre_hook(self._hook)
         try:
             yield self

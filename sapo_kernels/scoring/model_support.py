@@ -25,6 +25,8 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     Wrappers that only add gradient synchronisation or compilation are peeled off, unless they have hooks or code of the
     user's own; PEFT's stay, they may act in forward.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a transformers causal LM or a PeftModel of one, got a {type(model).__name__}")
     inner, bare = model, True
     while (below := _below(inner)) is not None:
         bare = bare and not (inner._forward_hooks or inner._forward_pre_hooks) and foreign_module(inner) is None
@@ -164,10 +166,17 @@ def adapter_by_row(model: nn.Module) -> str | None:
 
 
 def input_device(inner: nn.Module) -> torch.device:
-    """Where token ids go. Offloaded weights rest on "meta" and visit the device that accelerate's hook names."""
+    """Where token ids go. Offloaded weights rest on "meta" and visit the device that accelerate's hook names.
+
+    Raises:
+        ValueError: there is no such hook, and no weights.
+    """
     embedding = inner.get_input_embeddings()
     visits = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
-    return embedding.weight.device if visits is None else torch.device(visits)
+    device = embedding.weight.device if visits is None else torch.device(visits)
+    if device.type == "meta":
+        raise ValueError("model: expected loaded weights, got an embedding on the meta device, which holds none")
+    return device
 
 
 def tree_refusal(inner: nn.Module) -> str | None:

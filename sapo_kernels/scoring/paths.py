@@ -9,16 +9,19 @@ alone:  one sequence at a time, by the model's own logits; right whatever the mo
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from torch import nn
 
 from ..ops import resolve_impl
 from ..trie.trie import TokenTrie, TriePass
 from . import model_support
-from .attention import trie_attention_installed
+from .attention import TrieAttention
 from .cell_sums import CellSums
 from .decoder import TreeRunner, run_padded
 from .head import OP_IMPL, HeadReader, padded_batch
@@ -51,6 +54,10 @@ class Paths:
         self.cache, self.progress, self.max_tokens, self.fuse = cache, progress, max_tokens, fuse
         self.op_impl = impl if impl in OP_IMPL else "auto"
         self.device = model_support.input_device(self.inner)
+        # Looked up once a call: the rounds of a race are copies of its job.
+        self.attention = TrieAttention(self.inner)
+        self._reader = HeadReader(self.inner, OP_IMPL[self.op_impl])
+        self._counterparts = functools.cache(functools.partial(_counterparts, self.inner))
         self.put_rope_back: Callable[[], None] = lambda: None
 
     def run(self, path: str, checks: Sequence[Check], plain: PlainModel) -> tuple[np.ndarray, int]:
@@ -76,15 +83,16 @@ class Paths:
         return nll, computed
 
     def reader(self) -> HeadReader:
-        return HeadReader(self.inner, OP_IMPL[self.op_impl], self.through_model)
+        self._reader.through_model = self.through_model
+        return self._reader
 
     def _fused(self):
         """Fused layers for the passes of a path; the plain model, which they are verified against, has none."""
         if not self.fuse or resolve_impl("tree_attention", "auto", self.device) != "triton":
             return contextlib.nullcontext()
-        from ..fused_layers.swap import fused_layers  # needs triton
+        from ..fused_layers.swap import swapped_in  # needs triton
 
-        return fused_layers(self.inner)
+        return swapped_in(self._counterparts())
 
     def _budget(self) -> int:
         if not self.through_model:
@@ -103,10 +111,10 @@ class Paths:
         budget, prefixes = self._budget(), self.prefixes
         plan = self.cache.plan(budget) if prefixes is None else prefixes.begin(self.cache, budget)
         trie, total, done = plan.trie, sum(len(step.input_ids) for step in plan.passes), 0
-        sums, rows = CellSums(trie.cell_target, trie.cell_ptr), [(check, _rows_of(trie, check)) for check in checks]
+        sums, rows = CellSums(trie.cell_target, trie.cell_ptr), [_rows_of(trie, check) for check in checks]
         with (
             Progress(len(trie.leaf), trie.dense_tokens, total, self.progress) as bar,
-            trie_attention_installed(self.inner),
+            self.attention.installed(),
             self._fused(),
             self.reader().installed() as reader,
         ):
@@ -192,20 +200,27 @@ class Paths:
         return nll[first], computed
 
 
-def _rows_of(trie: TokenTrie, check: Check) -> np.ndarray:
-    """[n] the rows of the trie (places in `row_token`) that predict a cell's response, in order."""
+def _counterparts(inner: nn.Module) -> list:
+    from ..fused_layers.swap import counterparts  # needs triton
+
+    return counterparts(inner)
+
+
+def _rows_of(trie: TokenTrie, check: Check) -> tuple[Check, np.ndarray, list[int]]:
+    """[n] the rows of the trie (places in `row_token`) that predict a cell's response, and their tokens, in order."""
     targets = trie.cell_target[trie.cell_ptr[check.cell] : trie.cell_ptr[check.cell + 1]]
-    return np.searchsorted(trie.target_ptr, targets, side="right") - 1
+    rows = np.searchsorted(trie.target_ptr, targets, side="right") - 1
+    return check, rows, trie.row_token[rows].tolist()
 
 
-def _in_pass(trie: TokenTrie, step: TriePass, rows: list[tuple[Check, np.ndarray]]) -> list[tuple]:
+def _in_pass(trie: TokenTrie, step: TriePass, rows: list[tuple[Check, np.ndarray, list[int]]]) -> list[tuple]:
     """The checks that have rows in a pass, as `Batch.checks` has them."""
-    lo, hi = np.searchsorted(trie.row_token, [step.start, step.stop])
     found = []
-    for check, places in rows:
-        own = np.flatnonzero((places >= lo) & (places < hi))
+    for check, places, tokens in rows:
+        own = np.arange(bisect_left(tokens, step.start), bisect_left(tokens, step.stop))
         if len(own):
-            found.append((check, torch.from_numpy(places[own] - lo), torch.from_numpy(own)))
+            before = trie.row_token.searchsorted(step.start)
+            found.append((check, torch.from_numpy(places[own] - before), torch.from_numpy(own)))
     return found
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from ..trie.tiles import ranges
 from ..trie.trie import TriePass, copied
 from .response_cache import ResponseCache, ScorePlan
 
@@ -22,6 +23,7 @@ KEPT_BYTES = 1 << 30
 logger = logging.getLogger("sapo_kernels")
 
 KeysAndValues = tuple[torch.Tensor, torch.Tensor]
+_NONE = np.zeros(0, np.int64)
 
 
 @dataclass
@@ -58,37 +60,39 @@ class PrefixCache:
     """The prefixes of the prompts of one race: `begin` a round, `of_pass` and `add` for each pass, and `end` it."""
 
     def __init__(self, cache: ResponseCache, room: int = KEPT_BYTES):
-        self.lengths, self.room = cache.prefix_lengths(), room
+        self.lengths, self.room = cache.prefix_lengths, room
         self._token_bytes = 0  # of all layers; known once a pass was kept
-        # Of a prompt, the row in `_kept` of each token of its prefix, or -1; `_kept` as in `PassPrefixes`.
-        self._slots_of_prompt: dict[int, np.ndarray] = {}
+        # All prefixes end to end, each from `_ptr` on: where in `_kept` each token is, or -1; as in `PassPrefixes`.
+        self._ptr = np.concatenate([[0], np.cumsum(self.lengths)])
+        self._slots = np.full(self._ptr[-1], -1)
         self._kept: dict[int, KeysAndValues] = {}
-        self._reset({})
+        self._reset()
 
-    def _reset(self, paths: dict[int, np.ndarray]) -> None:
-        self._paths, self._added = paths, []
-        self._tokens = np.unique(np.concatenate([np.zeros(0, np.int64), *paths.values()]))
-        self._slot_of_token = np.full(len(self._tokens), -1)
+    def _reset(self, places=_NONE, paths=_NONE, tokens=_NONE, slots=_NONE) -> None:
+        """Prefix tokens of a round, as places in `_slots`, and as tokens of its trie; these once each, ascending, and
+        where in `_kept` they are, or -1."""
+        self._places, self._paths, self._tokens, self._slot_of_token, self._added = places, paths, tokens, slots, []
 
     def begin(self, cache: ResponseCache, max_tokens: int) -> ScorePlan:
         """The plan of a round that scores the cells of `cache`, a selection: its passes hold what is kept."""
-        trie, paths = cache.trie, {}
-        prompts, first = np.unique(cache.selected // cache.num_examples, return_index=True)
-        for k, cell in zip(prompts.tolist(), first.tolist(), strict=True):
-            # A leaf predicts something and is no part of a prefix.
-            paths[k] = trie.path(int(trie.leaf[cell]))[: self.lengths[k]]
-        self._reset(paths)
-        for k in paths.keys() & self._slots_of_prompt.keys():
-            self._slot_of_token[np.searchsorted(self._tokens, paths[k])] = self._slots_of_prompt[k]
+        trie, (prompts, first) = cache.trie, np.unique(cache.selected // cache.num_examples, return_index=True)
+        # A leaf predicts something and is no part of a prefix.
+        paths = trie.paths(trie.leaf[first], self.lengths[prompts])
+        places = ranges(self._ptr[prompts], self.lengths[prompts])
+        kept, slots = self._slots[places], np.full(len(trie), -1)
+        # Prompts that begin alike share tokens; one that was not in the round before has none of its own.
+        slots[paths[kept >= 0]] = kept[kept >= 0]
         # Where the response to another prompt begins within a prefix, the hidden state is needed too.
-        self._slot_of_token[np.isin(self._tokens, trie.row_token)] = -1
-        held = np.zeros(len(trie), dtype=bool)
-        held[self._tokens[self._slot_of_token >= 0]] = True
-        return ScorePlan(trie, trie.passes(max_tokens, held=held))
+        slots[trie.row_token] = -1
+        inside = np.zeros(len(trie), dtype=bool)
+        inside[paths] = True
+        tokens = np.flatnonzero(inside)
+        self._reset(places, paths, tokens, slots[tokens])
+        return ScorePlan(trie, trie.passes(max_tokens, held=slots >= 0))
 
     def of_pass(self, step: TriePass, device: torch.device) -> PassPrefixes:
         """What a pass of this round holds and leaves, on `device`."""
-        lo, hi = np.searchsorted(self._tokens, [step.start, step.stop])
+        lo, hi = self._tokens.searchsorted((step.start, step.stop))
         tokens, slots = self._tokens[lo:hi], self._slot_of_token[lo:hi]
         held = slots >= 0
         before = np.cumsum(held) - held
@@ -117,18 +121,18 @@ class PrefixCache:
 
     def end(self) -> int:
         """The round went through: what its passes left replaces what was kept; how many tokens that is."""
-        self._kept, self._slots_of_prompt = {}, {}
-        places = np.concatenate([np.zeros(0, np.int64), *(one.places for one in self._added)])
-        if len(places):
+        self._kept, self._slots[:] = {}, -1
+        tokens = np.concatenate([_NONE, *(one.places for one in self._added)])
+        if len(tokens):
             for call in list(self._added[0].taken):
                 # One call after the other is let go, so that never more than one is there twice.
                 pairs = zip(*(one.taken.pop(call) for one in self._added), strict=True)
                 self._kept[call] = tuple(torch.cat(parts) for parts in pairs)
-            for k, path in self._paths.items():
-                at = np.minimum(np.searchsorted(places, path), len(places) - 1)
-                self._slots_of_prompt[k] = np.where(places[at] == path, at, -1)
-        self._reset({})
-        return len(places)
+            slots = np.full(self._paths.max() + 1, -1)
+            slots[tokens] = np.arange(len(tokens))
+            self._slots[self._places] = slots[self._paths]
+        self._reset()
+        return len(tokens)
 
     def give_up(self) -> bool:
         """Keep nothing from now on, as memory ran out; whether that frees any."""
@@ -136,6 +140,6 @@ class PrefixCache:
         if self.lengths.any():
             logger.warning("out of memory; the rest of the race keeps no prefixes from round to round")
         self.lengths = np.zeros_like(self.lengths)
-        self._kept, self._slots_of_prompt = {}, {}
-        self._reset({})
+        self._kept, self._slots[:] = {}, -1
+        self._reset()
         return had

@@ -81,10 +81,18 @@ class ResponseCache:
     @cached_property
     def first_equal(self) -> np.ndarray:
         """[K * M] int64, the first cell with the same context and response as each cell: duplicates score alike."""
-        seen: dict[tuple[int, bytes], int] = {}
-        spans = zip(self.offsets[:-1].tolist(), self.offsets[1:].tolist(), self.context_lengths.tolist(), strict=True)
-        first = [seen.setdefault((context, self.ids[a:b].tobytes()), c) for c, (a, b, context) in enumerate(spans)]
-        return np.asarray(first, dtype=np.int64)
+        # A target, and where it stands in the trie, says what the whole sequence is.
+        last = self.trie.cell_target[self.trie.cell_ptr[1:] - 1]
+        _, first, group = np.unique(
+            last * (self.context_lengths.max() + 1) + self.context_lengths, return_index=True, return_inverse=True
+        )
+        return first[group]
+
+    @cached_property
+    def by_length(self) -> np.ndarray:
+        """Different cells, the longest first."""
+        cells = np.unique(self.first_equal)
+        return cells[np.argsort(-self.lengths[cells], kind="stable")]
 
     def check_ids(self, vocabulary: int) -> None:
         """Raise ValueError naming the first cell with an id of `vocabulary` or more."""
@@ -111,6 +119,7 @@ class ResponseCache:
         number = cell if self.selected is None else int(self.selected[cell])
         return f"(prompt {number // self.num_examples}, example {number % self.num_examples})"
 
+    @cached_property
     def prefix_lengths(self) -> np.ndarray:
         """[K] int64, how many tokens all cells of each prompt begin with alike, before anything is predicted.
 
@@ -133,12 +142,13 @@ class ResponseCache:
 
         It is no grid of prompts and examples any more: ``contexts`` and ``responses`` are not there.
         """
-        length = np.diff(self.offsets)[cells]
-        offsets = np.concatenate([[0], np.cumsum(length)])
-        inside = np.arange(offsets[-1]) + np.repeat(self.offsets[:-1][cells] - offsets[:-1], length)
-        part = ResponseCache(
-            self.ids[inside], offsets, self.context_lengths[cells], self.prompts, self.num_examples, self.stats
+        first, stop = self.offsets[:-1][cells], self.offsets[1:][cells]
+        offsets = np.concatenate([[0], np.cumsum(stop - first)])
+        # Slices are copied faster than their ids are looked up one by one.
+        ids = np.concatenate(
+            [self.ids[:0], *(self.ids[a:b] for a, b in zip(first.tolist(), stop.tolist(), strict=True))]
         )
+        part = ResponseCache(ids, offsets, self.context_lengths[cells], self.prompts, self.num_examples, self.stats)
         part.selected = np.asarray(cells) if self.selected is None else self.selected[cells]
         return part
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -150,10 +151,12 @@ class ScoringJob(VerifiedPaths):
         started = time.perf_counter()
         tokens, report = self.cache.response_lengths.reshape(self.cache.num_prompts, -1), None
         if race is None:
-            rounds = [self.measure()]
+            with self.prepared():
+                rounds = [self.measure()]
             nll = rounds[0].nll.reshape(tokens.shape)
         else:
-            state, rounds = self._race(race, tokens)
+            with self.prepared():
+                state, rounds = self._race(race, tokens)
             nll, tokens, report = state.nll, np.where(state.scored, tokens, 0), state.report()
         settled, verified = rounds[-1].settled, [pair for found in rounds for pair in found.verified.items()]
         scores = PromptScores(
@@ -184,7 +187,7 @@ class ScoringJob(VerifiedPaths):
     def _state(self, race: Race, tokens: np.ndarray) -> RaceState:
         if not self.fills_rounds():
             return RaceState(race, tokens)
-        cost = self.cache.lengths.reshape(tokens.shape) - self.cache.prefix_lengths()[:, None]
+        cost = self.cache.lengths.reshape(tokens.shape) - self.cache.prefix_lengths[:, None]
         return RaceState(race, tokens, cost, self.max_tokens // 2)
 
     def fills_rounds(self) -> bool:
@@ -192,15 +195,18 @@ class ScoringJob(VerifiedPaths):
         return self.device.type != "cpu"
 
     def part(self, cells: np.ndarray) -> ScoringJob:
-        """A job of some of this one's cells."""
-        return ScoringJob(self.model, self.cache.select(cells), self.impl, self.max_tokens, self.progress, self.fuse)
+        """A job of some of this one's cells, in the same call."""
+        part = copy.copy(self)
+        part.cache = self.cache.select(cells)
+        part.longest = int(part.cache.lengths.max()) + 1
+        return part
 
     def _race(self, race: Race, tokens: np.ndarray) -> tuple[RaceState, list[Measured]]:
         """Score the cells of a race, round by round; from the beginning if a round needs another path."""
         state, rounds, settled, prefixes = self._state(race, tokens), [], None, self._prefix_cache()
         while (cells := state.next_cells()) is not None:
             job = self.part(cells)
-            job.prefixes, job.settled, job.quiet = prefixes, settled, self.quiet
+            job.prefixes, job.settled = prefixes, settled
             found = job.measure()
             changed = settled is not None and found.settled.path != settled.path
             settled = found.settled

@@ -124,12 +124,12 @@ def _distances(got: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def exact_products():
-    """Every operation in float32, and products in full precision."""
+    """Every operation in float32, and products in full precision; yields the mode that sees to it."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        with in_float32():
-            yield
+        with in_float32() as mode:
+            yield mode
     finally:
         torch.set_float32_matmul_precision(before)
 
@@ -196,8 +196,7 @@ def agree(got: torch.Tensor, own: torch.Tensor, low: bool) -> bool:
 
 def chosen_cells(cache: ResponseCache, count: int) -> list[int]:
     """`count` different cells to verify: the longest, the shortest, then others evenly by length."""
-    cells = np.unique(cache.first_equal)
-    cells = cells[np.argsort(-cache.lengths[cells], kind="stable")]
+    cells = cache.by_length
     places = np.linspace(0, len(cells) - 1, max(2, min(count, len(cells)))).round().astype(int)
     order = dict.fromkeys([0, len(cells) - 1, *places.tolist()])
     return [int(cells[place]) for place in order][:count]

@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import weakref
 from collections.abc import Sequence
@@ -54,14 +55,13 @@ _SPOKEN = {PADDED: "by the padded path", EQUAL: "each sequence without padding",
 class Settled:
     """What is known of a model as one fingerprint has it: the path that agreed, why not a faster one, its noise.
 
-    key: the fingerprint. length: tokens of the longest sequence that was verified; a race's later rounds look at both.
+    length: tokens of the longest sequence that was verified, for a race's later rounds.
     """
 
     path: str
     reason: str | None
     through_model: bool
     noise: tuple[float, float] | None
-    key: int = 0
     length: int = 0
 
     @property
@@ -102,8 +102,9 @@ class VerifiedPaths(Paths):
         """Whether the caller wants the tree and no other path."""
         return self.impl not in ("auto", "padded", "alone")
 
-    def measure(self) -> Measured:
-        """Score all cells, by the first path that agrees with the plain model."""
+    @contextlib.contextmanager
+    def prepared(self):
+        """Around one call: the model is this job's, and looked at once for all rounds of a race."""
         with (
             claimed(self.inner),
             scoring_mode(self.model),
@@ -111,32 +112,27 @@ class VerifiedPaths(Paths):
             rope_kept(self.inner) as self.put_rope_back,
         ):
             configs = configurations(self.model)
-            key = fingerprint(self.model, self.device, configs, f"{self.impl}, fuse={self.fuse}")
-            foreign = None if self._verified(key) else foreign_code(self.model, configs)
+            self.key = fingerprint(self.model, self.device, configs, f"{self.impl}, fuse={self.fuse}")
+            self.foreign = foreign_code(self.model, configs)
+            self.plain = PlainModel(self.model, self.inner, self.device, keep_rows=self.foreign is None)
             with only_this_thread(self.inner):
-                return self._measure(_known.setdefault(self.inner, {}), key, foreign)
+                yield
 
-    def _verified(self, key: int) -> bool:
-        """Whether an earlier round of the race has verified what this one does.
-
-        Batches of other rounds have other company: only the tree is taken at its word for shorter sequences.
-        """
+    def measure(self) -> Measured:
+        """Score all cells, by the first path that agrees with the plain model; inside `prepared`."""
+        self.put_rope_back()
         one = self.settled
-        return one is not None and one.key == key and one.path == TREE and self.longest <= one.length
-
-    def _measure(self, known: dict[int, Settled], key: int, foreign: str | None) -> Measured:
-        plain = PlainModel(self.model, self.inner, self.device, keep_rows=foreign is None)
-        if self._verified(key):
-            self.through_model = self.settled.through_model
-            return Measured(*self.attempt(TREE, [], plain), self.settled, {})
-        before = known.get(key) if self.settled is None or self.settled.key != key else self.settled
-        found, lasting = self._first_that_agrees(before, foreign, plain)
+        # Batches of other rounds have other company: only the tree is taken at its word for shorter sequences.
+        if one is not None and one.path == TREE and self.longest <= one.length:
+            self.through_model = one.through_model
+            return Measured(*self.attempt(TREE, [], self.plain), one, {})
+        known = _known.setdefault(self.inner, {})
+        found, lasting = self._first_that_agrees(one or known.get(self.key), self.foreign, self.plain)
         self.settled = found.settled
-        self.settled.key = key
         if lasting:
             while len(known) >= REMEMBERED:
                 known.pop(next(iter(known)))
-            known[key] = self.settled
+            known[self.key] = self.settled
         return found
 
     def _first_that_agrees(

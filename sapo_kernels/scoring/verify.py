@@ -83,7 +83,8 @@ def verify(
         raise TypeError(f"cache: expected a ResponseCache, got {type(cache).__name__}")
     chosen = np.sort(chosen_cells(cache, cells))
     job = _AllVerified(model, cache.select(chosen), impl, max_tokens, False)
-    settled = job.measure().settled
+    with job.prepared():
+        settled = job.measure().settled
     # Equal cells are verified once.
     found = [(divmod(int(chosen[check.cell]), cache.num_examples), check) for check in job.checks]
     differences = [

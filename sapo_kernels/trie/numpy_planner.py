@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from .tiles import ranges
+
 
 def plan_numpy(ids: np.ndarray, offsets: np.ndarray, context_lengths: np.ndarray) -> dict[str, np.ndarray | int]:
     """The fields of a `TokenTrie`, by name, from flat int64 arrays; see `trie.plan_trie`.
@@ -22,14 +24,14 @@ def plan_numpy(ids: np.ndarray, offsets: np.ndarray, context_lengths: np.ndarray
     shared = _shared_with_previous(ids, first, length)
     fresh = length - shared
     token_start = np.cumsum(fresh) - fresh
-    depth = _ranges(shared, fresh)
-    tokens = ids[_ranges(first + shared, fresh)]
+    depth = ranges(shared, fresh)
+    tokens = ids[ranges(first + shared, fresh)]
     node_start, node_stop, node_parent, node_end = _nodes(shared.tolist(), length.tolist())
 
     path, path_offset = _paths(shared, length, token_start)
     responses = (full - context_lengths)[order]
-    row_of = path[_ranges(path_offset + context_lengths[order] - 1, responses)]
-    target_of = ids[_ranges(first + context_lengths[order], responses)]
+    row_of = path[ranges(path_offset + context_lengths[order] - 1, responses)]
+    target_of = ids[ranges(first + context_lengths[order], responses)]
     row_token, target_ptr, targets, inverse = _distinct_targets(row_of, target_of)
     leaf = path[path_offset + length - 1]
 
@@ -50,7 +52,7 @@ def plan_numpy(ids: np.ndarray, offsets: np.ndarray, context_lengths: np.ndarray
         "target_ptr": target_ptr,
         "targets": targets,
         "cell_ptr": cell_ptr,
-        "cell_target": inverse[_ranges(sorted_ptr[back], count)],
+        "cell_target": inverse[ranges(sorted_ptr[back], count)],
         "leaf": leaf[back],
         "dense_tokens": int(lengths.sum()),
     }
@@ -82,12 +84,6 @@ def _checked_lengths(ids: np.ndarray, offsets: np.ndarray, context_lengths: np.n
     return full
 
 
-def _ranges(first: np.ndarray, count: np.ndarray) -> np.ndarray:
-    """``concatenate([arange(f, f + n) for f, n in zip(first, count)])`` without the loop."""
-    total = int(count.sum())
-    return np.arange(total) + np.repeat(first - (np.cumsum(count) - count), count)
-
-
 def _sorted_order(ids: np.ndarray, first: np.ndarray, length: np.ndarray) -> np.ndarray:
     """Stable lexicographic order of the sequences; big-endian bytes compare as the numbers they spell."""
     wide = len(ids) and ids.max() >= 2**32
@@ -103,7 +99,7 @@ def _shared_with_previous(ids: np.ndarray, first: np.ndarray, length: np.ndarray
     if len(first) < 2:
         return shared
     both = np.minimum(length[1:], length[:-1])
-    differ = np.flatnonzero(ids[_ranges(first[1:], both)] != ids[_ranges(first[:-1], both)])
+    differ = np.flatnonzero(ids[ranges(first[1:], both)] != ids[ranges(first[:-1], both)])
     begin = np.cumsum(both) - both
     differ = np.append(differ, int(both.sum()))
     shared[1:] = np.minimum(differ[np.searchsorted(differ, begin)] - begin, both)
@@ -143,7 +139,7 @@ def _paths(shared: np.ndarray, length: np.ndarray, token_start: np.ndarray):
     """For each sorted sequence the trie tokens it walks through, end to end, and where each walk begins."""
     offset = np.cumsum(length) - length
     path = np.empty(int(length.sum()), dtype=np.int64)
-    path[_ranges(offset + shared, length - shared)] = _ranges(token_start, length - shared)
+    path[ranges(offset + shared, length - shared)] = ranges(token_start, length - shared)
     walk = offset.tolist()
     for i in np.flatnonzero(shared).tolist():
         a, b, n = walk[i], walk[i - 1], int(shared[i])

@@ -59,8 +59,8 @@ def tiles_numpy(subtree_end, block_start, span_ptr, span, tokens: int) -> np.nda
     block = np.searchsorted(block_start, first, "right") - 1
     spans = np.diff(span_ptr)[block]
     of_span, inside = np.repeat(tile, spans), np.repeat(tile, first - block_start[block])
-    low, high = span[_ranges(span_ptr[block], spans)].T
-    own = _ranges(block_start[block], first - block_start[block])
+    low, high = span[ranges(span_ptr[block], spans)].T
+    own = ranges(block_start[block], first - block_start[block])
     above = end[own] > first[inside]
     own, inside = own[above], inside[above]
     owner = np.concatenate([of_span, inside])
@@ -88,7 +88,7 @@ def tiles_numpy(subtree_end, block_start, span_ptr, span, tokens: int) -> np.nda
     owner, start, count, step = owner[order], start[order], count[order], step[order]
     begin = np.concatenate([[0], np.cumsum(np.bincount(owner, count, len(first)))]).astype(np.int64)
     of_chunks = np.bincount(pieces[0][0], chunks, len(first))
-    packed = np.concatenate([begin, of_chunks, seen_from, _ranges(start, count, step)])
+    packed = np.concatenate([begin, of_chunks, seen_from, ranges(start, count, step)])
     if len(packed) and packed.size > NEVER:
         raise ValueError(f"trie: expected lists of keys below 2**31 entries, got {packed.size}")
     return packed.astype(np.int32)
@@ -106,7 +106,7 @@ def build_pieces(subtree_end, block_start, span_ptr, span, group: int) -> np.nda
     limit = max(1, SPLIT_ROWS // group, -(-count.sum() // MORE_PIECES))
     pieces = np.maximum(-(-count // limit), 1)
     tile = np.repeat(np.arange(len(edges)), pieces)
-    start = _ranges(first, pieces, limit)
+    start = ranges(first, pieces, limit)
     several = pieces[tile] > 1
     slot = np.where(several, np.cumsum(several) - 1, -1)
     return np.stack([tile, start, np.minimum(start + limit, (first + count)[tile]), slot], 1).astype(np.int32)
@@ -118,7 +118,7 @@ def split_tiles(packed, keys: int, queries: int, tokens: int):
     return packed[: n + 1], packed[n + 1 : 2 * n + 1], packed[2 * n + 1 : 2 * n + 1 + keys], packed[2 * n + 1 + keys :]
 
 
-def _ranges(start, count, step=1) -> np.ndarray:
+def ranges(start, count, step=1) -> np.ndarray:
     """start, start + step, ... (count of them) for each piece, end to end."""
     step = np.broadcast_to(step, count.shape)
     return np.repeat(start - (np.cumsum(count) - count) * step, count) + np.arange(count.sum()) * np.repeat(step, count)
@@ -132,7 +132,7 @@ def _seen_from(keys: int, block_start, span_ptr, span) -> np.ndarray:
         found[:carried] = carried
     elif carried:
         low, high = np.minimum(span, carried).T
-        key = _ranges(low, high - low)
+        key = ranges(low, high - low)
         query = np.repeat(np.repeat(block_start[:-1], np.diff(span_ptr)), high - low)
         found[:carried] = NEVER
         found[key[::-1]] = query[::-1]  # of a key's blocks the first is written last

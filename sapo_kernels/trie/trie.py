@@ -19,7 +19,7 @@ import torch
 
 from .. import native
 from .numpy_planner import plan_numpy
-from .tiles import build_pieces, build_tiles
+from .tiles import build_pieces, build_tiles, ranges
 
 DEFAULT_BLOCK_TOKENS = 64
 
@@ -189,9 +189,16 @@ class TokenTrie:
                 stop = self.node_stop.item(node)
         return spans[::-1]
 
-    def path(self, token: int) -> np.ndarray:
-        """[depth] the proper ancestors of `token`, root first."""
-        return np.concatenate([np.zeros(0, np.int64), *(np.arange(a, b) for a, b in self.path_spans(token))])
+    def paths(self, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """The first ``lengths[i]`` proper ancestors of each of some tokens, root first, end to end."""
+        node, levels = self.node_start.searchsorted(tokens, "right") - 1, []
+        while (node >= 0).any():
+            levels.append(node)
+            node = np.where(node >= 0, self.node_parent[node], -1)
+        nodes = np.stack(levels[::-1], 1)
+        size = np.where(nodes >= 0, (self.node_stop - self.node_start)[nodes], 0)
+        count = np.clip(lengths[:, None] - self.node_depth[nodes], 0, size)
+        return ranges(self.node_start[nodes].ravel(), count.ravel())
 
     def passes(
         self, max_tokens: int | None = None, block_tokens: int = DEFAULT_BLOCK_TOKENS, held: np.ndarray | None = None
@@ -231,7 +238,7 @@ class TokenTrie:
     ) -> TriePass:
         """The pass over the depth-first range ``[start, stop)``."""
         keys = _Keys(start, stop, int(self.depth[start]), held)
-        tokens = np.concatenate([self.path(start), keys.held, keys.new])
+        tokens = np.concatenate([self.paths(np.array([start]), self.depth[[start]]), keys.held, keys.new])
         block_start, span_ptr, spans = self._blocks(keys, block_tokens)
         carry = np.zeros(0, np.int64)
         if stop < len(self):

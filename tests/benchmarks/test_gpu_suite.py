@@ -36,13 +36,16 @@ def test_every_measuring_part_starts(tmp_path, capsys, monkeypatch):
     ops = {row.op for row in read_rows(out / "rows.csv")}
     assert ops == {
         "ceiling", "tree_attention", "linear_logprob", "linear_logprob_backward", "end_to_end", "tree_attention config",
-        "linear_logprob config", "tree_attention_backward", "training step",
+        "tree_attention queries config", "tree_attention keys config", "linear_logprob config",
+        "tree_attention_backward", "training step",
     }  # fmt: skip
     summary = (out / "summary.md").read_text()
     for name in MEASURING:
         assert f"| {name} | {'failed' if name == 'in_place' else 'passed'}" in summary
     assert "best 32x16 w1 s1 in use" in summary or "best 16x16 w1 s1" in summary
     assert "operators of one call" in summary
+    tried = sum(row.op.endswith(" config") for row in read_rows(out / "rows.csv"))
+    assert f"{tried} of {tried} candidates run beforehand by 1 processes" in summary and ", 0 of them failed" in summary
     with pytest.raises(SystemExit):
         gpu_suite.main(["--toy", "--out", str(out)])
     assert "without earlier rows" in capsys.readouterr().err
@@ -128,7 +131,7 @@ def test_what_had_no_time_does_not_pass(tmp_path, monkeypatch):
     summary = (tmp_path / "summary.md").read_text()
     assert "| ceilings | not run: no time left | 0 |" in summary and "| configs | not run: no time left |" in summary
     job = gpu_parts.Job("cpu", True, 0.0, tmp_path, "configs")
-    assert gpu_parts.run_part(job) == "not run: no time left" and len(job.missed) == 2
+    assert gpu_parts.run_part(job) == "not run: no time left" and len(job.missed) == 4
     (tmp_path / "rows").mkdir()
     (tmp_path / "rows" / "configs.csv").touch()
     assert gpu_parts.run_part(gpu_parts.Job("cpu", True, 0.0, tmp_path, "configs")).startswith(

@@ -68,6 +68,9 @@ def test_subtrees_and_paths(job):
         spans = trie.path_spans(i)
         assert [t for first, stop in spans for t in range(first, stop)] == oracle.path(i)[:-1]
         assert all(a[1] < b[0] for a, b in zip(spans, spans[1:], strict=False)), "adjacent spans are merged"
+    lengths = trie.depth - np.arange(len(trie)) % 3
+    expected = [oracle.path(i)[: max(length, 0)] for i, length in enumerate(lengths.tolist())]
+    assert trie.paths(np.arange(len(trie)), lengths).tolist() == sum(expected, [])
 
 
 def test_nodes_are_runs_without_a_branch(job):

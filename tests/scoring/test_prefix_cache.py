@@ -58,12 +58,12 @@ def first_differences(cache: sk.ResponseCache) -> list[int]:
 @pytest.mark.parametrize("seed", range(6))
 def test_prefix_lengths(seed):
     cache = job(seed, shared=(0, 1, 63, 64, 65, 130)[seed], vocabulary=(5, 250)[seed % 2], examples=(1, 9)[seed < 5])
-    assert cache.prefix_lengths().tolist() == first_differences(cache)
-    assert strict_prefixes().prefix_lengths().tolist() == [3, 7]
+    assert cache.prefix_lengths.tolist() == first_differences(cache)
+    assert strict_prefixes().prefix_lengths.tolist() == [3, 7]
     rng = random.Random(seed)
     apart = [[3, *(rng.randrange(250) for _ in range(1 + seed))] + [9] * 150 + [m, 5] for m in range(4)]
     cache = sk.ResponseCache.from_token_ids([apart], [[1]] * 4)
-    assert cache.prefix_lengths().tolist() == first_differences(cache), "whatever is alike behind the first difference"
+    assert cache.prefix_lengths.tolist() == first_differences(cache), "whatever is alike behind the first difference"
 
 
 def rounds_of(cache: sk.ResponseCache) -> tuple[int, int]:

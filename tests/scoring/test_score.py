@@ -244,6 +244,8 @@ def test_rows_of_several_passes_wait_for_each_other(tiny_model, cache, rows, mon
         ({"prompts": PROMPTS, "examples": EXAMPLES}, ValueError, "tokenizer: expected one"),
         ({"prompts": PROMPTS, "tokenizer": byte_tokenizer()}, ValueError, "examples: .*an empty list"),
         ({"model": torch.nn.Linear(2, 2)}, TypeError, "model: expected a transformers causal LM .*got Linear"),
+        ({"model": "gpt2"}, TypeError, "model: expected a transformers causal LM .*got a str"),
+        ({"model": small_qwen3().to("meta")}, ValueError, "model: expected loaded weights, got .* meta device"),
         ({"race": 0.05}, TypeError, "race: expected a Race or None, got float"),
     ],
 )

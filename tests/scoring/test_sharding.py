@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import sapo_kernels as sk
+from sapo_kernels.scoring import paths
 from sapo_kernels.scoring.distributed import cut
 from sapo_kernels.scoring.ranks import GRACE, RankError, Ranks, _Answering
 from tests.conftest import ROOT
@@ -224,6 +225,14 @@ def test_one_process_alone_needs_no_group():
     raced = sk.score_prompts_sharded(model, many, shards=2, race=race)
     assert raced.best == sk.score_prompts(model, many, race=race, progress=False).best
     assert raced.race is not None and torch.equal(raced.nll.isnan(), raced.tokens == 0)
+
+
+@pytest.mark.parametrize("fuse", ["auto", False])
+def test_layers_are_fused_on_the_shards_where_they_may_be(fuse, monkeypatch):
+    asked, fused = [], paths.Paths._fused
+    monkeypatch.setattr(paths.Paths, "_fused", lambda job: asked.append(job.fuse) or fused(job))
+    sk.score_prompts_sharded(tiny(), cache_of(4), shards=3, fuse=fuse)
+    assert len(asked) == 3 and set(asked) == {fuse}
 
 
 def test_the_log_says_things_once(caplog):

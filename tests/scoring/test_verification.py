@@ -183,6 +183,23 @@ def test_code_of_the_users_own_is_found_behind_any_wrapper(code):
         assert "a forward hook of 'model.layers.1.mlp'" in foreign_code.foreign_code(model, [])
 
 
+@pytest.mark.parametrize("code", [disguised, functools.partial(disguised), Callable()])
+def test_patches_of_libraries_and_registered_functions_are_found(code, monkeypatch):
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+    from transformers.models.mixtral import modeling_mixtral
+
+    model = build("mixtral")
+    configs = fingerprint.configurations(model)
+    assert foreign_code.foreign_code(model, configs) is None
+    for owner, name in ((modeling_mixtral, "create_causal_mask"), (torch.nn.functional, "silu"), (torch, "rsqrt")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, code)
+            assert foreign_code.foreign_code(model, configs)
+    monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS._global_mapping, "mine", code)
+    model.set_experts_implementation("mine")
+    assert "the experts function 'mine'" in foreign_code.foreign_code(model, configs)
+
+
 def test_code_of_libraries_is_not_foreign():
     accelerate, peft = pytest.importorskip("accelerate"), pytest.importorskip("peft")
     model = build("qwen3")
