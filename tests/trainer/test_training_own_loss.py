@@ -122,7 +122,7 @@ class ReadsLate(Trainer):
     ("kind", "why"),
     [
         (Masked, "expected padding on the right"),
-        (OnPadding, "labels on padding"),
+        (OnPadding, "expected -100 where attention_mask is 0"),
         (AsksForLogits, "compute_loss: its losses over the trie differ"),
         (ReadsLate, "reads 'logits'"),
     ],

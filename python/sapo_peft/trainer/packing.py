@@ -15,11 +15,11 @@ from sapo_kernels.scoring import model_support
 from sapo_kernels.scoring.attention import NotTreeable
 from sapo_kernels.scoring.fingerprint import configurations, fingerprint
 from sapo_kernels.scoring.foreign_code import LIBRARIES
-from sapo_kernels.scoring.model_state import evaluation_mode, is_out_of_memory, rope_kept
-from sapo_kernels.training.agreement import compare, disagreement, refusal
+from sapo_kernels.scoring.model_state import is_out_of_memory
+from sapo_kernels.training.agreement import _comparable, compare, disagreement, refusal
 from sapo_kernels.training.over_trie import OverTrie
 from sapo_kernels.training.tree_logprobs import logprobs_of, use_tree_attention
-from sapo_kernels.training.trie_batch import IGNORED, TrieBatch
+from sapo_kernels.training.trie_batch import TrieBatch
 
 from . import ranks as _ranks
 
@@ -152,7 +152,7 @@ class Packing:
         """Whether sequences of up to `longest` tokens, or a quarter more so that there are few checks, may be taken."""
         for tokens in (longest + longest // 4, longest):
             try:
-                reason = self._reason(trainer, model, _lengthened(batch, tokens))
+                reason = self._reason(trainer, model, batch.lengthened(tokens))
             except Exception as error:
                 if tokens == longest or not is_out_of_memory(error):
                     raise
@@ -177,8 +177,6 @@ class Packing:
         if trainer.compute_loss_func is not None:
             return "compute_loss_func needs the logits of whole batches"
         outer, inner = model_support.unwrap(model)
-        if any(module._backward_hooks or module._backward_pre_hooks for module in outer.modules()):
-            return "a backward hook of its modules would get the gradient of a shared token once"
         model.train()
         with torch.enable_grad():
             found = refusal(outer, inner, batch.longest)
@@ -188,10 +186,11 @@ class Packing:
     def _compare(self, trainer: Any, compute_loss, model, inputs, args, kwargs) -> None:
         """Raise NotTreeable unless the trainer's own loss is the same over the trie, and its gradients."""
         self._compared.add(torch.is_grad_enabled())
-        outer, inner = model_support.unwrap(model)
-        drawn, modes = _random(), (outer.training, inner.training)
+        outer = model_support.unwrap(model)[0]
+        drawn = _random()
 
         def run(called):
+            put_back()
             _set_random(drawn)
             # What it counts or collects is not the trainer's.
             scratch = object.__new__(type(trainer))
@@ -200,9 +199,7 @@ class Packing:
             return found[0] if isinstance(found, tuple) else found
 
         parameters = [p for p in outer.parameters() if p.requires_grad] if torch.is_grad_enabled() else []
-        with evaluation_mode(model), rope_kept(inner):
-            # No dropout inside; but it may ask the model whether it trains.
-            outer.training, inner.training = modes
+        with _comparable(outer) as put_back:
             packed = _Over(outer, 0, self.longest)
             reason = compare(parameters, lambda: run(outer), lambda: run(packed), lambda: run(outer))
         if reason:
@@ -252,12 +249,9 @@ class _Over(OverTrie):
         # Computed, and in the padded rows.
         self.tokens, self.padded_tokens = 0, 0
 
-    def __call__(self, input_ids, attention_mask=None, labels=None, **others):
-        known = labels is not None and attention_mask is not None
-        if known and ((labels != IGNORED) & (attention_mask == 0))[:, 1:].any():
-            raise NotTreeable("its batch has labels on padding")
+    def __call__(self, input_ids, *args, **kwargs):
         self.padded_tokens += input_ids.numel()
-        return super().__call__(input_ids, attention_mask, labels, **others)
+        return super().__call__(input_ids, *args, **kwargs)
 
     def _logprobs(self, batch: TrieBatch, statistics: bool = False):
         if batch.longest > self._longest:
@@ -295,15 +289,6 @@ def _whole_only(trainer: Any, outer) -> str | None:
     if "lomo" in str(trainer.args.optim).lower():
         return "its optimizer takes a step in each backward pass"
     return None
-
-
-def _lengthened(batch: TrieBatch, tokens: int) -> TrieBatch:
-    """The sequences of `batch`, the longest of `tokens` tokens: its context goes on with its own tokens."""
-    sequences = batch.sequences()
-    context, response = max(sequences, key=lambda pair: len(pair[0]) + len(pair[1]))
-    missing = tokens - len(context) - len(response)
-    context += (context * (missing // len(context) + 1))[:missing]
-    return TrieBatch.pack(*zip(*sequences, strict=True))
 
 
 def _copied(value: Any, levels: int = 4) -> Any:
