@@ -15,14 +15,17 @@ class Widened(TorchDispatchMode):
     def __init__(self, wide: torch.dtype, narrow: tuple[torch.dtype, ...]):
         super().__init__()
         self.wide, self.narrow = wide, narrow
+        # Whether there was anything to widen.
+        self.met = False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return func(*tree_map(self._widened, args), **tree_map(self._widened, kwargs or {}))
 
     def _widened(self, value):
-        if isinstance(value, torch.Tensor) and value.dtype in self.narrow:
-            return value.to(self.wide)
-        return self.wide if isinstance(value, torch.dtype) and value in self.narrow else value
+        if (value.dtype if isinstance(value, torch.Tensor) else value) not in self.narrow:
+            return value
+        self.met = True
+        return value.to(self.wide) if isinstance(value, torch.Tensor) else self.wide
 
 
 def in_float32() -> Widened:

@@ -31,7 +31,8 @@ def fingerprint(model: nn.Module, device: torch.device, configs: list, impl: str
     """A number that changes when a model is used or changed in another way than training does.
 
     Of every module its class, hooks, own forward and, unless it is torch's own, its attributes (functions by their
-    identity); class, dtype and device of every parameter; configuration values and attention implementations; adapters
+    identity); class, dtype and device of every parameter and
+    whether it is trained; configuration values and attention implementations; adapters
     and which are active; autocast; precision of products.
     """
     parts: list[Any] = [impl, str(device), torch.get_float32_matmul_precision(), autocast_of(device)]
@@ -40,9 +41,10 @@ def fingerprint(model: nn.Module, device: torch.device, configs: list, impl: str
     for module in model.modules():
         values = module.__dict__
         parts += (type(module), *values["_forward_hooks"], -1, *values["_forward_pre_hooks"], id(values.get("forward")))
+        parts += (-1, *values["_backward_hooks"], -1, *(values["_backward_pre_hooks"] or ()))
         for value in values["_parameters"].values():
             if value is not None:
-                parts += (type(value), value.dtype, value.device)
+                parts += (type(value), value.dtype, value.device, value.requires_grad)
         if not type(module).__module__.startswith("torch.nn.modules."):
             parts += [_plain(value) for name, value in values.items() if name not in _STRUCTURE]
     return hash(tuple(parts))

@@ -58,6 +58,22 @@ def foreign_code(model: nn.Module, configs: list) -> str | None:
     return _Scan(model).all(configs)
 
 
+def foreign_in_training(model: nn.Module, loss: Any = None) -> str | None:
+    """The same of what only training runs: hooks of a backward pass, and the model's loss function where it counts."""
+    from torch.nn.modules import module as modules
+
+    scan = _Scan(model)
+    everywhere = (*modules._global_backward_hooks.values(), *modules._global_backward_pre_hooks.values())
+    found = [("a backward hook of all modules", hook) for hook in everywhere]
+    for name, module in model.named_modules():
+        for hooks in (module._backward_hooks, module._backward_pre_hooks):
+            found += [(f"a backward hook of {name or type(module).__name__!r}", hook) for hook in hooks.values()]
+    for what, value in (*found, ("its loss function", loss)):
+        if value is not None and (where := scan.code(value)):
+            return f"{what} ({where})"
+    return None
+
+
 def foreign_module(module: nn.Module) -> str | None:
     """The same for a wrapper alone, without what it wraps."""
     scan = _Scan(module)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -100,12 +101,27 @@ def rope_kept(inner: nn.Module):
     Those of type "dynamic" grow with the longest sequence the model has seen: a score must neither depend on what was
     scored before it nor change what the model computes afterwards.
     """
+    tables = [m for m in inner.modules() if any(name.endswith("max_seq_len_cached") for name in vars(m))]
+    with state_kept(tables) as put_back:
+        yield put_back
+
+
+@contextlib.contextmanager
+def state_kept(modules: Iterable[nn.Module], most: float = float("inf")):
+    """The same for whatever the modules keep in public attributes, and in buffers of at most `most` elements."""
     kept = []
-    for module in inner.modules():
-        if any(name.endswith("max_seq_len_cached") for name in vars(module)):
-            values = {name: value for name, value in vars(module).items() if not name.startswith("_")}
-            buffers = {name: (buffer, buffer.clone()) for name, buffer in module._buffers.items() if buffer is not None}
-            kept.append((module, values, buffers))
+    for module in modules:
+        values = {
+            name: (value, dict(value) if type(value) is dict else None)
+            for name, value in vars(module).items()
+            if not name.startswith("_")
+        }
+        buffers = {
+            name: (buffer, buffer.clone())
+            for name, buffer in module._buffers.items()
+            if buffer is not None and buffer.numel() <= most
+        }
+        kept.append((module, values, buffers))
 
     @torch.no_grad()
     def put_back():
@@ -113,9 +129,15 @@ def rope_kept(inner: nn.Module):
             # A forward may add some of them.
             for name in [n for n in vars(module) if not n.startswith("_") and n not in values]:
                 delattr(module, name)
-            vars(module).update(values)
+            for name, (value, items) in values.items():
+                vars(module)[name] = value
+                if items is not None:
+                    value.clear()
+                    value.update(items)
             for name, (buffer, value) in buffers.items():
-                buffer.copy_(value)
+                # A graph that waits for its backward pass may hold it: written to only where it was changed.
+                if not buffer.is_meta and not torch.equal(buffer, value):
+                    buffer.copy_(value)
                 module._buffers[name] = buffer
 
     try:

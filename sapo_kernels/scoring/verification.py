@@ -124,12 +124,12 @@ def _distances(got: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def exact_products():
-    """Every operation in float32, and products in full precision."""
+    """Every operation in float32, and products in full precision; yields the mode that sees to it."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        with in_float32():
-            yield
+        with in_float32() as mode:
+            yield mode
     finally:
         torch.set_float32_matmul_precision(before)
 

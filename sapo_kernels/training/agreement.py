@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from ..scoring import model_support
 from ..scoring.attention import NotTreeable, own_attention
 from ..scoring.fingerprint import configurations
-from ..scoring.foreign_code import foreign_code
-from ..scoring.model_state import evaluation_mode, is_out_of_memory, rope_kept
+from ..scoring.foreign_code import foreign_code, foreign_in_training
+from ..scoring.model_state import is_out_of_memory, state_kept
 from ..scoring.verification import exact_products
 from ..widened import LOW
-from .trie_batch import TrieBatch, padded_rows
+from .trie_batch import IGNORED, TrieBatch, padded_rows
 
+# Of a padded batch, by name.
+Rows = dict[str, torch.Tensor]
 # Difference of all gradients together, relative to their norm, and of the loss: float32; and in low precision at most.
 TOLERANCE, LOW_TOLERANCE = 1e-4, 0.1
 # Times the plain model's own error in low precision; two independent ones of a size differ by 1.4.
@@ -25,16 +29,27 @@ NOISE = 3.0
 UNMEASURED = 0.05
 # Sequences that are compared.
 MOST_COMPARED = 4
+FOREIGN = "is not code of a known library and may look at other sequences of its batch"
+# How much longer than the longest sequence of a batch the longest one that is compared is.
+FURTHER = 1.25
+# What trained parameters that are zero are filled with at most.
+_FILL = 0.02
+# Elements of a buffer that a forward may write to; larger ones are weights.
+_STATE = 1 << 16
+_DROPOUTS = frozenset(
+    (torch.dropout, *(value for name, value in vars(nn.functional).items() if "dropout" in name and callable(value)))
+)
 
 
-def refusal(model: nn.Module, inner: nn.Module, longest: int) -> str | None:
+def refusal(model: nn.Module, inner: nn.Module, longest: int, loss: Any = None) -> str | None:
     """Why a model is known to train differently over a trie of sequences of `longest` tokens, or None.
 
+    loss: its own function of logits and labels, where that counts.
     Whatever looks at other sequences of a batch, or counts its tokens, would see each shared token once.
     """
     config = model_support.text_config(inner)
-    if foreign := foreign_code(model, configurations(model)):
-        return f"{foreign} is not code of a known library and may look at other sequences of its batch"
+    if foreign := foreign_code(model, configurations(model)) or foreign_in_training(model, loss):
+        return f"{foreign} {FOREIGN}"
     if any(module._compiled_call_impl is not None or "_orig_mod" in module._modules for module in model.modules()):
         return "it is compiled, and every trie has a different shape"
     if reason := model_support.too_long(inner, longest) or model_support.fastest_path(model, inner, longest)[1]:
@@ -43,22 +58,37 @@ def refusal(model: nn.Module, inner: nn.Module, longest: int) -> str | None:
         return "its loss has a term of its routers over all tokens of a batch (output_router_logits)"
     if getattr(config, "attention_dropout", 0.0) and inner.training:
         return f"its attention has a dropout of {config.attention_dropout}"
+    for name, module in model.named_modules():
+        if module.training and vars(module).get("neftune_noise_alpha"):
+            return f"the noise that {name!r} adds depends on the size of a batch (neftune_noise_alpha)"
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
+            return f"the batch norm {name!r} looks at all tokens of a batch"
     return None
+
+
+def reach(inner: nn.Module, longest: int) -> int:
+    """The length that is compared with a batch of sequences of up to `longest` tokens.
+
+    It is longer where that changes nothing known, so that growing batches need few comparisons.
+    """
+    further = int(longest * FURTHER)
+    known = model_support.too_long(inner, further) or model_support.length_dependent(inner, further)
+    return longest if known else further
 
 
 def compare(
     parameters: Sequence[torch.Tensor],
     plain: Callable[[], torch.Tensor],
     packed: Callable[[], torch.Tensor],
-    exact: Callable[[], torch.Tensor | None],
+    exact: Callable[[], torch.Tensor],
 ) -> str | None:
     """Why two ways to compute losses, and the gradients of their sum, do not agree; None if they do.
 
     Args:
         parameters: the gradients with respect to these.
         plain, packed: losses [N], nats, or one.
-        exact: the plain losses once more where precision is low, to be run with every operation in float32: what
-            rounding makes of them is the measure. Called when needed; returns None where precision is not low.
+        exact: the plain losses once more, to be run with every operation in float32: where precision is low, what
+            rounding makes of them is the measure. Called when needed.
     """
     own, gradients = _run(parameters, plain)
     try:
@@ -89,23 +119,29 @@ def compare(
     return None
 
 
-def _in_float32(parameters: Sequence[torch.Tensor], exact: Callable[[], torch.Tensor | None]):
+def _in_float32(parameters: Sequence[torch.Tensor], exact: Callable[[], torch.Tensor]):
     """`_run` of the plain losses with every operation in float32, outside an autocast around it.
 
-    Gradients are None where parameters are in low precision themselves: autograd insists on their dtype.
+    None where nothing is in low precision, or where kernels know nothing else. Gradients are None where parameters are
+    in low precision themselves: autograd insists on their dtype.
     """
+    kinds = {p.device.type for p in parameters} or {"cpu"}
+    low = torch.get_float32_matmul_precision() != "highest" or any(map(torch.is_autocast_enabled, kinds - {"meta"}))
+    whole = not any(p.dtype in LOW for p in parameters)
     # Weights that autocast has in low precision already would stay so.
     torch.clear_autocast_cache()
-    kinds = {p.device.type for p in parameters} or {"cpu"}
     with contextlib.ExitStack() as stack:
         for kind in kinds - {"meta"}:
             stack.enter_context(torch.autocast(kind, enabled=False))
-        stack.enter_context(exact_products())
-        if not any(p.dtype in LOW for p in parameters):
-            return _run(parameters, exact)
-        with torch.no_grad():
-            found = _run((), exact)
-    return None if found is None else (found[0], None)
+        mode = stack.enter_context(exact_products())
+        stack.enter_context(torch.set_grad_enabled(whole and torch.is_grad_enabled()))
+        try:
+            losses, gradients = _run(parameters if whole else (), exact)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            return None
+    return (losses, gradients if whole else None) if low or mode.met else None
 
 
 def _apart(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -116,37 +152,85 @@ def _apart(one: torch.Tensor, other: torch.Tensor) -> float:
 def disagreement(
     model: nn.Module, inner: nn.Module, batch: TrieBatch, logprobs: Callable[[TrieBatch], torch.Tensor]
 ) -> str | None:
-    """Why `logprobs` over the trie is not the plain model's, seen on up to four sequences of `batch`; None if it is."""
+    """Why the mean of `logprobs` over the trie is not the model's own loss, see `differs`; None if it is."""
+    if foreign := foreign_in_training(model, getattr(inner, "loss_function", None)):
+        return f"{foreign} {FOREIGN}"
+    return differs(
+        model, inner, batch, lambda rows: model(**rows, use_cache=False).loss, lambda part, rows: -logprobs(part).mean()
+    )
+
+
+def differs(
+    model: nn.Module,
+    inner: nn.Module,
+    batch: TrieBatch,
+    plain: Callable[[Rows], torch.Tensor],
+    packed: Callable[[TrieBatch, Rows], torch.Tensor],
+) -> str | None:
+    """Why losses over a trie, or their gradients, are not those of padded rows; None if they are.
+
+    Seen on up to four sequences of `batch`. Every module is in its own mode; dropout alone is off. Random numbers are
+    the same on both sides, and the process's own are not drawn. What a forward leaves in the model is undone.
+
+    Args:
+        plain: losses, [N] or one, nats, of rows padded on the right: input_ids, attention_mask, labels [B, L].
+        packed: the same over the trie of these rows.
+    """
     sequences = batch.sequences()
-    picked = chosen([len(context) + len(response) for context, response in sequences])
-    part = TrieBatch.pack(*zip(*(sequences[c] for c in picked), strict=True))
-    rows = [sequences[c] for c in picked]
+    rows = [sequences[c] for c in chosen([len(context) + len(response) for context, response in sequences])]
     device = model_support.input_device(inner)
+    part = TrieBatch.pack(*zip(*rows, strict=True))
+    padded = {name: value.to(device) for name, value in padded_rows(rows).items()}
     parameters = [p for p in model.parameters() if p.requires_grad] if torch.is_grad_enabled() else []
-    options = model_support.forward_options(inner)
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
 
-    kinds = {p.dtype for p in model.parameters()}
+    with _comparable(model) as put_back:
 
-    def plain(batch):
-        # Under autocast the parameters do not tell what is computed in.
-        handle = inner.get_output_embeddings().register_forward_hook(lambda _, args, output: kinds.add(output.dtype))
-        try:
+        def fresh(losses_of):
+            put_back()
+            with torch.random.fork_rng(devices):
+                return losses_of()
+
+        def run_plain():
             with own_attention(inner):
-                return _plain_losses(model, batch, device, options)
-        finally:
-            handle.remove()
+                return fresh(lambda: plain(padded))
 
-    def exact():
-        low = kinds.intersection(LOW) or torch.get_float32_matmul_precision() != "highest"
-        return plain(rows) if low else None
+        return compare(parameters, run_plain, lambda: fresh(lambda: packed(part, padded)), run_plain)
 
-    with evaluation_mode(model), rope_kept(inner):
-        return compare(
-            parameters,
-            lambda: plain(rows),
-            lambda: -logprobs(part),
-            exact,
-        )
+
+@contextlib.contextmanager
+def _comparable(model: nn.Module):
+    """No dropout and no layers run again in backward passes; yields what undoes the changes of a forward.
+
+    Trained parameters that are zero, half of a fresh LoRA, would hide the gradients of the other half: they are not.
+    """
+    again = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False) is True]
+    with torch.no_grad():
+        trained = [p.to_local() if hasattr(p, "to_local") else p for p in model.parameters() if p.requires_grad]
+        # Not seen by graphs that wait for their backward pass.
+        zeros = [p.data for p in trained if p.device.type != "meta" and not p.any()]
+    try:
+        for p in zeros:
+            p.copy_(_FILL * torch.arange(p.numel(), device=p.device).square().sin().view(p.shape))
+        for module in again:
+            module.gradient_checkpointing = False
+        with state_kept(model.modules(), _STATE) as put_back, _NoDropout():
+            yield put_back
+    finally:
+        for p in zeros:
+            p.zero_()
+        for module in again:
+            module.gradient_checkpointing = True
+
+
+class _NoDropout(TorchFunctionMode):
+    """Dropout of modules and functions passes everything on, in training mode too."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in _DROPOUTS:
+            return args[0] if args else kwargs["input"]
+        return func(*args, **kwargs)
 
 
 def chosen(lengths: Sequence[int]) -> list[int]:
@@ -155,28 +239,19 @@ def chosen(lengths: Sequence[int]) -> list[int]:
     return sorted({order[0], order[-1], 0, len(lengths) - 1})[:MOST_COMPARED]
 
 
-def _plain_losses(model, rows, device, options) -> torch.Tensor:
-    """[N] of the response tokens of a right-padded batch, nats."""
-    inputs = {name: value.to(device) for name, value in padded_rows(rows).items() if name != "labels"}
-    logits = model(**inputs, **options).logits
+def plain_losses(model: nn.Module, inner: nn.Module, rows: Rows) -> torch.Tensor:
+    """[N] of the labels of padded rows as the model's logits have them, nats."""
+    inputs = {name: value for name, value in rows.items() if name != "labels"}
+    logits, labels = model(**inputs, **model_support.forward_options(inner)).logits[:, :-1], rows["labels"][:, 1:]
+    kept = (labels != IGNORED).to(logits.device)
+    logits = logits[kept]
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    return torch.cat(
-        [
-            nn.functional.cross_entropy(
-                logits[i, len(context) - 1 : len(context) + len(response) - 1],
-                torch.tensor(response, device=logits.device),
-                reduction="none",
-            )
-            for i, (context, response) in enumerate(rows)
-        ]
-    )
+    return nn.functional.cross_entropy(logits, labels.to(logits.device)[kept], reduction="none")
 
 
 def _run(parameters: Sequence[torch.Tensor], losses_of: Callable[[], torch.Tensor]):
     """(losses on the CPU, gradients of their sum); ``.grad`` is restored afterwards."""
     losses = losses_of()
-    if losses is None:
-        return None
     found = losses.detach().reshape(-1).double().cpu()
     if not parameters or not losses.requires_grad:
         return found, []

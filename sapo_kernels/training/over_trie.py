@@ -13,7 +13,7 @@ from .tree_logprobs import logprobs_of, verify_model
 from .trie_batch import IGNORED, TrieBatch
 
 # What a model may be asked for over a trie beside the rows themselves.
-_HARMLESS = {"use_cache": (False, None), "return_dict": (True, None), "output_router_logits": (False, None)}
+_HARMLESS = {"use_cache": False, "return_dict": True, "output_router_logits": False}
 
 
 class OverTrie:
@@ -67,18 +67,22 @@ class OverTrie:
         if labels is None:
             raise NotTreeable("it is called without labels")
         for name, value in others.items():
-            if name not in _HARMLESS or value not in _HARMLESS[name]:
+            if value is not None and value is not _HARMLESS.get(name):
                 raise NotTreeable(f"it is called with {name}={value!r}"[:200])
         batch = self._batch
         if batch is None or labels is not self._labels:
-            batch = TrieBatch.of_padded({"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels})
+            try:
+                rows = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+                batch = TrieBatch.of_padded(rows)
+            except ValueError as error:
+                raise NotTreeable(str(error)) from error
+        if self._verify:
+            self._compare(batch, num_items_in_batch, {"fused_lm_head": True, **others} if fused_lm_head else others)
         if not fused_lm_head:
             logprob = self._logprobs(batch)
             return _Outputs(loss=self._mean(logprob, num_items_in_batch))
         logprob, statistics = self._logprobs(batch, statistics=True)
         mask = (labels[:, 1:] != IGNORED).to(logprob.device)
-        if attention_mask is not None:
-            mask = mask & attention_mask[:, 1:].to(mask.device).bool()
         rows = {
             name: torch.zeros(mask.shape, dtype=value.dtype, device=mask.device).masked_scatter(mask, value)
             for name, value in {"log_probs": logprob, **statistics}.items()
@@ -91,9 +95,30 @@ class OverTrie:
         return -logprob.sum() / count
 
     def _logprobs(self, batch: TrieBatch, statistics: bool = False):
-        if self._verify:
-            verify_model(self._model, batch)
-        return logprobs_of(self._model, model_support.unwrap(self._model)[1], batch, statistics)
+        inner = model_support.unwrap(self._model)[1]
+        batch.check_ids(model_support.vocabulary_size(inner))
+        return logprobs_of(self._model, inner, batch, statistics)
+
+    def _compare(self, batch: TrieBatch, count: torch.Tensor | int | None, options: dict[str, Any]) -> None:
+        """Raise RuntimeError unless this call's loss is the model's own on padded rows."""
+        outer, inner = model_support.unwrap(self._model)
+
+        def loss_of(model, rows):
+            asked = {"use_cache": False, **options}
+            if count is not None:
+                # Another number than the mean is over, of the same kind.
+                tokens = 2 * int((rows["labels"][:, 1:] != IGNORED).sum())
+                asked["num_items_in_batch"] = count * 0 + tokens
+            return model(**rows, **asked)["loss"]
+
+        verify_model(
+            self._model,
+            batch,
+            lambda rows: loss_of(outer, rows),
+            lambda part, rows: loss_of(OverTrie(outer, part, rows["labels"], verify=False), rows),
+            getattr(inner, "loss_function", None),
+            (count is None, *sorted(options)),
+        )
 
 
 class _Outputs(dict):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,10 +17,12 @@ from ..scoring.fingerprint import configurations, fingerprint
 from ..scoring.head import Batch, HeadReader
 from ..scoring.model_state import claimed
 from ..scoring.response_cache import ResponseCache
-from .agreement import disagreement, refusal
+from .agreement import differs, plain_losses, reach, refusal
 from .trie_batch import TrieBatch
 
-_verified: weakref.WeakKeyDictionary[nn.Module, dict[int, str | None]] = weakref.WeakKeyDictionary()
+# Of each use of a model the longest sequence that was verified, the shortest that was refused, and why.
+_Verified = tuple[int, float, str | None]
+_verified: weakref.WeakKeyDictionary[nn.Module, dict[int, _Verified]] = weakref.WeakKeyDictionary()
 _REMEMBERED = 16
 
 
@@ -55,7 +59,7 @@ def tree_logprobs(
             token that several sequences share. Wrapped by DDP or sharded by FSDP2 it may be.
         batch: a `TrieBatch`; or what one is made of: a `ResponseCache`, or a collator's padded batch.
         verify: compare log-probabilities and gradients with the plain model's, once for a model as it is used (its
-            `fingerprint`), on up to four sequences. False: whoever calls has done so.
+            `fingerprint`) and again for longer sequences, on up to four. False: whoever calls has done so.
 
     Returns:
         [N] float32, nats, on the device of the model's head: the tokens of the sequences in order.
@@ -74,29 +78,54 @@ def tree_logprobs(
         batch = TrieBatch.of_padded(batch)
     elif not isinstance(batch, TrieBatch):
         raise TypeError(f"batch: expected a TrieBatch, a ResponseCache or a padded batch, got {type(batch).__name__}")
+    outer, inner = model_support.unwrap(model)
+    batch.check_ids(model_support.vocabulary_size(inner))
     if verify:
-        verify_model(model, batch)
-    return logprobs_of(model, model_support.unwrap(model)[1], batch)
+        verify_model(
+            model,
+            batch,
+            lambda rows: plain_losses(outer, inner, rows),
+            lambda part, _: -logprobs_of(outer, inner, part),
+        )
+    return logprobs_of(model, inner, batch)
 
 
-def verify_model(model: nn.Module, batch: TrieBatch) -> None:
-    """Raise RuntimeError unless the model gives the same over a trie as alone; see `tree_logprobs`."""
-    if reason := _refused(*model_support.unwrap(model), batch):
+def verify_model(
+    model: nn.Module, batch: TrieBatch, plain: Callable, packed: Callable, loss: Any = None, key: Hashable = None
+) -> None:
+    """Raise RuntimeError unless the model may take this batch.
+
+    plain, packed: as in `differs`, known by `key`. loss: the model's function that they call, if they do.
+    """
+    if reason := _refused(*model_support.unwrap(model), batch, plain, packed, loss, key):
         raise RuntimeError(f"model: expected one that can be run over a trie: {reason}")
 
 
-def _refused(model: nn.Module, inner: nn.Module, batch: TrieBatch) -> str | None:
-    """Why the model cannot take this batch, or None."""
+def _refused(model: nn.Module, inner: nn.Module, batch: TrieBatch, plain, packed, loss, key) -> str | None:
     device = model_support.input_device(inner)
-    if reason := refusal(model, inner, batch.longest):
+    if reason := refusal(model, inner, batch.longest, loss):
         return reason
     known = _verified.setdefault(inner, {})
-    key = hash((fingerprint(model, device, configurations(model), "train"), torch.is_grad_enabled()))
-    if key not in known:
-        while len(known) >= _REMEMBERED:
+    key = hash((fingerprint(model, device, configurations(model), "train"), torch.is_grad_enabled(), id(loss), key))
+    verified, differing, why = known.get(key, (0, math.inf, None))
+    longest = _longest_of_all(inner, batch.longest)
+    if verified < longest < differing:
+        while len(known) >= _REMEMBERED and key not in known:
             known.pop(next(iter(known)))
-        known[key] = disagreement(model, inner, batch, lambda part: logprobs_of(model, inner, part))
-    return known[key]
+        further = reach(inner, longest)
+        why = differs(model, inner, batch.lengthened(further), plain, packed)
+        verified, differing = (verified, longest) if why else (further, math.inf)
+        known[key] = verified, differing, why
+    return why if longest >= differing else None
+
+
+def _longest_of_all(inner: nn.Module, longest: int) -> int:
+    """The longest sequence of all ranks where these wait for each other in every forward, else of this one."""
+    if not any(hasattr(p, "to_local") for p in inner.parameters()) or not torch.distributed.is_initialized():
+        return longest
+    found = torch.tensor(longest, device=model_support.input_device(inner))
+    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+    return int(found)
 
 
 def logprobs_of(model: nn.Module, inner: nn.Module, batch: TrieBatch, statistics: bool = False):

@@ -56,6 +56,14 @@ class TrieBatch:
         cut = zip(self.offsets[:-1], self.offsets[:-1] + self.context_lengths, self.offsets[1:], strict=True)
         return [(self.ids[a:b].tolist(), self.ids[b:c].tolist()) for a, b, c in cut]
 
+    def lengthened(self, length: int) -> TrieBatch:
+        """These sequences, the longest of them with `length` tokens: its context begins with its own tokens again."""
+        sequences = self.sequences()
+        context, response = sequences[int(np.diff(self.offsets).argmax())]
+        more = length - len(context) - len(response)
+        context[:0] = (context * (1 + more // len(context)))[:more]
+        return TrieBatch.pack(*zip(*sequences, strict=True))
+
     def groups(self, max_tokens: int) -> list[list[int]]:
         """The sequences that have tokens in groups of at most `max_tokens` trie tokens (or one sequence) each."""
         whole = [context + response for context, response in self.sequences()]
@@ -73,6 +81,18 @@ class TrieBatch:
                 used = len(whole[c])
             before = whole[c]
         return groups
+
+    def check_ids(self, vocabulary: int) -> None:
+        """Raise ValueError naming the first sequence with an id of `vocabulary` or more."""
+        if self.ids.max() >= vocabulary:
+            at = int(np.argmax(self.ids >= vocabulary))
+            row = int(np.searchsorted(self.offsets, at, side="right")) - 1
+            # Those without a label are not in the trie.
+            row = int(np.flatnonzero(np.diff(self.sequence_ptr.numpy()))[row])
+            raise ValueError(
+                f"sequence {row}: token ids must be below the model's vocabulary of {vocabulary}, got "
+                f"{int(self.ids[at])}; is this the model's tokenizer?"
+            )
 
     def to(self, device: torch.device | str, **_) -> TrieBatch:
         """This batch with its tensors on `device`."""
@@ -100,7 +120,8 @@ class TrieBatch:
         trie, and have no tokens among the N.
 
         Raises:
-            ValueError: padding on the left, labels that are not the tokens', packed rows (``position_ids``).
+            ValueError: padding on the left, labels that are not the tokens' or stand on padding, no label at all,
+                packed rows (``position_ids``).
         """
         for name in ("position_ids", "cu_seq_lens_q", "token_type_ids", "inputs_embeds"):
             if batch.get(name) is not None:
@@ -111,9 +132,11 @@ class TrieBatch:
         inside = np.arange(ids.shape[1]) < lengths[:, None]
         if mask is not None and (mask.cpu().numpy().astype(bool) != inside).any():
             raise ValueError("batch: attention_mask: expected padding on the right, got another mask")
-        # Nothing predicts the first token, and padding is not predicted.
-        in_loss = (labels != IGNORED) & inside
+        in_loss = labels != IGNORED
+        # Nothing predicts the first token.
         in_loss[:, :1] = False
+        if (in_loss & ~inside).any():
+            raise ValueError("batch: labels: expected -100 where attention_mask is 0, got others, which a loss counts")
         if (labels != ids)[in_loss].any():
             raise ValueError("batch: labels: expected the token's own id or -100, got another id")
         rows = np.flatnonzero(in_loss.any(1))

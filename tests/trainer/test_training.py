@@ -225,10 +225,10 @@ def test_evaluation_uses_the_chosen_prompt_and_the_model_never_sees_what_a_batch
     prompts = callback.choice.pools["colours"].prompts
     assert [step for step, *_ in seen] == [1, 2, 3, 4, 5, 6]
     for step, keys, rows in seen:
-        assert keys == {"input_ids", "attention_mask", "labels", "trie"}
+        assert keys == {"input_ids", "attention_mask", "labels"}
         assert len(rows) == 4
         assert all(f"user\n{prompts[wanted[min(step // 2, 2)]]}\n\nText:\n" in context for context, _ in rows)
-    assert not names & {"sapo", "trie"}
+    assert "sapo" not in names
     assert all(math.isfinite(row["eval_loss"]) for row in trainer.state.log_history if "eval_loss" in row)
     # Outside of train() as well.
     assert math.isfinite(trainer.evaluate()["eval_loss"])

@@ -110,7 +110,6 @@ def record_batches(trainer) -> list[dict[str, Any]]:
         trainer = this()
         seen.append({**{k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()},
                      "step": trainer.state.global_step, "items": num_items_in_batch})  # fmt: skip
-        seen[-1].pop("trie", None)
         return plain(trainer, model, inputs, num_items_in_batch)
 
     trainer.training_step = training_step

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import types
+
 import pytest
 import torch
+from peft import AdaLoraConfig, get_peft_model
 
 import sapo_kernels as sk
 from sapo_kernels.scoring.attention import NotTreeable
-from tests.training.test_tree_logprobs import SEQUENCES, lora
+from tests.oracles import small_qwen3
+from tests.training.test_tree_logprobs import BATCH, SEQUENCES, alone, lora
 from tests.training.test_trie_batch import padded
 
 
@@ -49,12 +53,70 @@ def test_changed_labels_are_packed_anew():
 
 @pytest.mark.parametrize(
     "options, why",
-    [({"output_hidden_states": True}, "output_hidden_states"), ({"labels": None}, "without labels")],
+    [
+        ({"output_hidden_states": True}, "output_hidden_states"),
+        ({"labels": None}, "without labels"),
+        ({"labels": padded(SEQUENCES)["input_ids"]}, "labels: expected -100 where attention_mask is 0"),
+        ({"labels": torch.full_like(padded(SEQUENCES)["input_ids"], -100)}, "at least one that is not -100"),
+    ],
 )
 def test_what_a_trie_does_not_give(options, why):
     batch = {**padded(SEQUENCES), **options}
     with pytest.raises(NotTreeable, match=why):
         sk.OverTrie(lora())(**batch)
-    found = sk.OverTrie(lora().eval())(**padded(SEQUENCES))
+    found = sk.OverTrie(lora().eval())(**padded(SEQUENCES), position_ids=None)
     with pytest.raises(NotTreeable, match="reads 'logits'"):
         _ = found.logits
+
+
+def focal(logits, labels, vocab_size=None, **options):
+    kept = labels[:, 1:] != -100
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1][kept], labels[:, 1:][kept], reduction="none")
+    return ((1 - torch.exp(-loss)) ** 2 * loss).mean()
+
+
+def own_function(monkeypatch):
+    model = lora()
+    model.get_base_model().loss_function = focal
+    return model
+
+
+def registered(monkeypatch):
+    from transformers.loss import loss_utils
+
+    # As if it came with a library.
+    library = types.FunctionType(focal.__code__, {**globals(), "__name__": "transformers.loss.focal"}, "focal")
+    monkeypatch.setitem(loss_utils.LOSS_MAPPING, "Focal", library)
+    model = lora()
+    model.get_base_model().loss_type = "Focal"
+    return model
+
+
+def orthogonal(monkeypatch):
+    config = AdaLoraConfig(r=4, init_r=6, target_r=4, total_step=100, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    return get_peft_model(small_qwen3(), config).train()
+
+
+@pytest.mark.parametrize(
+    "model, why",
+    [
+        (own_function, "its loss function .* is not code of a known library"),
+        (registered, "its losses over the trie differ"),
+        (orthogonal, "its losses over the trie differ"),
+    ],
+    ids=["own function", "registered", "AdaLoRA"],
+)
+@pytest.mark.parametrize("options", [{}, {"num_items_in_batch": 40}], ids=["mean", "sum"])
+def test_a_loss_of_the_models_own_is_refused(monkeypatch, model, why, options):
+    model = model(monkeypatch)
+    with pytest.raises(RuntimeError, match=why):
+        sk.OverTrie(model)(**padded(SEQUENCES), **options)
+    assert (sk.tree_logprobs(model, BATCH) - alone(model)).abs().max() < 2e-5, "log-probabilities need no loss"
+
+
+def test_a_loss_that_is_replaced_later_is_seen(monkeypatch):
+    model = lora()
+    sk.OverTrie(model)(**padded(SEQUENCES))
+    monkeypatch.setitem(__import__("transformers").loss.loss_utils.LOSS_MAPPING, "ForCausalLM", focal)
+    with pytest.raises(RuntimeError, match="its loss function .* is not code of a known library"):
+        sk.OverTrie(model)(**padded(SEQUENCES))

@@ -6,8 +6,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers.integrations.neftune import neftune_post_forward_hook
 
 import sapo_kernels as sk
+from sapo_kernels.training import tree_logprobs
 from sapo_kernels.training.tree_logprobs import logprobs_of
 from tests.families import TREE, build, cells
 from tests.oracles import small_qwen3
@@ -136,10 +138,28 @@ def pooled(mlp):
     return nn.Sequential(mlp, nn.AvgPool2d((3, 1), stride=1, padding=(1, 0)))
 
 
+def noisy(model):
+    embedding = model.get_input_embeddings()
+    embedding.neftune_noise_alpha = 5.0
+    embedding.register_forward_hook(neftune_post_forward_hook)
+
+
+def normed(mlp):
+    return nn.Sequential(mlp, nn.Unflatten(1, (1, -1)), nn.BatchNorm2d(1), nn.Flatten(1, 2))
+
+
+def everywhere(*args):
+    """A backward hook of all modules."""
+
+
 @pytest.mark.parametrize(
     "change, why",
     [
         (lambda m: m.model.layers[0].register_forward_hook(lambda *a: None), "is not code of a known library"),
+        (lambda m: m.lm_head.register_full_backward_hook(everywhere), "a backward hook of 'lm_head'"),
+        (lambda m: m.lm_head.register_full_backward_pre_hook(everywhere), "a backward hook of 'lm_head'"),
+        (noisy, "neftune_noise_alpha"),
+        (lambda m: setattr(m.model.layers[1], "mlp", normed(m.model.layers[1].mlp)), "the batch norm 'model.layers.1"),
         (
             lambda m: setattr(m.model.layers[1], "mlp", pooled(m.model.layers[1].mlp)),
             "from those on padded rows",
@@ -148,13 +168,81 @@ def pooled(mlp):
         (lambda m: setattr(m.config, "attention_dropout", 0.1), "its attention has a dropout of 0.1"),
         (lambda m: m.model.embed_tokens.weight.data.fill_(float("nan")), "not finite"),
     ],
-    ids=["hook", "leak", "compiled", "dropout", "nan"],
+    ids=["hook", "backward", "before backward", "noise", "batch norm", "leak", "compiled", "dropout", "nan"],
 )
 def test_a_model_that_differs_over_a_trie_is_refused_by_name(change, why):
     model = small_qwen3().train()
     change(model)
     with pytest.raises(RuntimeError, match=f"expected one that can be run over a trie: .*{why}"):
         sk.tree_logprobs(model, BATCH)
+
+
+@pytest.mark.parametrize("hooks", ["_global_backward_hooks", "_global_backward_pre_hooks"])
+def test_a_backward_hook_that_comes_later_is_seen(monkeypatch, hooks):
+    model = lora()
+    sk.tree_logprobs(model, BATCH)
+    monkeypatch.setitem(getattr(nn.modules.module, hooks), 0, everywhere)
+    with pytest.raises(RuntimeError, match="a backward hook of all modules"):
+        sk.tree_logprobs(model, BATCH)
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+@pytest.mark.parametrize("kind", ["batch_average", "batch_average_once"])
+def test_layers_that_look_at_the_batch_in_training_only(kind, fresh):
+    """VeLoRA: gradients along the mean of a batch, unseen while the other half of the LoRA is zero."""
+    velora = pytest.importorskip("peft.tuners.lora.config")
+    if not hasattr(velora, "VeloraConfig"):
+        pytest.skip("this PEFT has no VeLoRA")
+    options = dict(r=4, target_modules=["q_proj"], init_lora_weights=fresh)
+    config = LoraConfig(**options, velora_config=velora.VeloraConfig(num_groups=8, init_type=kind))
+    model = get_peft_model(small_qwen3(), config).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    drawn = torch.get_rng_state()
+    with pytest.raises(RuntimeError, match="its gradients over the trie differ"):
+        sk.tree_logprobs(model, BATCH)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any(v for m in model.modules() for v in getattr(m, "lora_velora_initialized", {}).values())
+    assert torch.equal(torch.get_rng_state(), drawn)
+
+
+def test_dropout_of_functions_and_modules_is_no_difference():
+    """OPT calls the function, PEFT the module."""
+    model = build("opt", dropout=0.3)
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"], lora_dropout=0.3)).train()
+    drawn = torch.get_rng_state()
+    one, two = (sk.tree_logprobs(model, BATCH) for _ in range(2))
+    assert (one - two).abs().max() > 1e-3, "it is drawn"
+    torch.set_rng_state(drawn)
+    assert torch.equal(sk.tree_logprobs(model, BATCH, verify=False), one), "and not by the comparison"
+
+
+def test_longer_sequences_are_compared_again(monkeypatch):
+    """A window that is in the model's own mask alone: nothing shows it below its length."""
+    model = build("qwen2_moe", use_sliding_window=True, sliding_window=40, layer_types=["sliding_attention"] * 3)
+    compared = []
+    own = tree_logprobs.differs
+    monkeypatch.setattr(tree_logprobs, "differs", lambda *args: compared.append(args[2].longest) or own(*args))
+    for length in (8, 9, 10, 12, 20, 30, 9):
+        batch = sk.TrieBatch.pack([[*range(5, 5 + length - 2)]], [[7, 8]])
+        assert (sk.tree_logprobs(model, batch) - alone(model, batch.sequences())).abs().max() < 2e-5
+    assert compared == [10, 15, 25, 37]
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="differ from those on padded rows"):
+            sk.tree_logprobs(model, sk.TrieBatch.pack([[*range(5, 50)]], [[7, 8]]))
+    assert len(compared) == 5 and len(sk.tree_logprobs(model, batch)) == 2
+
+
+def test_a_head_in_float32_over_layers_in_low_precision():
+    """As bitsandbytes computes: nothing outside of the layers tells of it."""
+    model = lora()
+    for layer in model.get_base_model().model.layers:
+        layer.forward = torch.autocast("cpu", dtype=torch.bfloat16)(layer.forward)
+    assert 1e-4 < (sk.tree_logprobs(model, BATCH) - alone(model)).abs().max() < 0.1
+
+
+def test_ids_beyond_the_vocabulary():
+    with pytest.raises(ValueError, match="sequence 1: token ids must be below the model's vocabulary of .* got 99999"):
+        sk.tree_logprobs(lora(), sk.TrieBatch.pack([[1, 2], [1, 2]], [[3], [99999]]))
 
 
 def test_right_values_with_wrong_gradients_are_refused(monkeypatch):

@@ -81,6 +81,7 @@ def test_groups_hold_every_sequence_once_within_the_budget(seed):
         (lambda b: b.update(position_ids=torch.zeros(4, 7)), "attention_mask and labels alone, got position_ids"),
         (lambda b: b["attention_mask"].__setitem__((0, 0), 0), "attention_mask: expected padding on the right"),
         (lambda b: b["labels"].__setitem__((0, 4), 8), "labels: expected the token's own id or -100"),
+        (lambda b: b["labels"].__setitem__((1, 6), 0), "labels: expected -100 where attention_mask is 0"),
         (lambda b: b["labels"].fill_(-100), "labels: expected at least one that is not -100, got none"),
     ],
 )

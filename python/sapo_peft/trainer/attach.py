@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sapo_kernels.files import DataError
-from sapo_kernels.scoring.attention import NotTreeable
 from sapo_kernels.scoring.distributed import DEFAULT_TIMEOUT
 from sapo_kernels.scoring.render import STARTED, check_examples, with_end_token
 from sapo_kernels.scoring.turns import COLUMNS
@@ -22,7 +21,7 @@ from . import ranks as _ranks
 from .callback import SapoCallback
 from .checkpoints import checkpoint_fault
 from .choice import Choice
-from .collator import PACKED, SapoCollator
+from .collator import SapoCollator
 from .config import SapoConfig
 from .records import excerpt_line, write_beside_adapter
 from .rescoring import Rescorer
@@ -82,7 +81,7 @@ def attach_sapo(
     _check_evaluation(getattr(trainer, "eval_dataset", None), choice)
     collator = SapoCollator(
         tokenizer, choice, max_source=config.max_source, max_target=config.train_max_target, template=config.template,
-        instruction_role=config.instruction_role, packed=config.packing != "padded", carry=True,
+        instruction_role=config.instruction_role, carry=True,
     )  # fmt: skip
     rescorer = None
     if config.scores:
@@ -130,39 +129,28 @@ class _Attached:
         return super().get_batch_samples(map(self._sapo.newest, epoch_iterator), *args, **kwargs)
 
     def training_step(self, model, inputs, *args, **kwargs):
-        packing, step = self._sapo.packing, super().training_step
-        new = packing.agreed is None
-
-        def loss_of(forwards):
-            losses = []
-            for i, (rows, forward) in enumerate(forwards):
-                # Gradients of all forwards but the last stay on their rank.
-                waits = i + 1 < len(forwards)
-                together = self.accelerator.no_sync(model) if waits else contextlib.nullcontext()
-                with together, packing.running(model, forward):
-                    losses.append(step(model, rows, *args, **kwargs))
-            return sum(losses)
-
-        try:
-            loss = loss_of(packing.forwards(self, model, inputs))
-        except NotTreeable as error:
-            # Its ``compute_loss`` wants more than a loss: known before anything went backward.
-            if not new:
-                raise
-            packing.settle(self, str(error))
-            loss = loss_of(packing.forwards(self, model, inputs))
+        packing, losses = self._sapo.packing, []
+        forwards = packing.forwards(self, model, inputs)
+        for i, (rows, forward) in enumerate(forwards):
+            # Gradients of all forwards but the last stay on their rank.
+            waits = i + 1 < len(forwards)
+            together = self.accelerator.no_sync(model) if waits else contextlib.nullcontext()
+            with together, packing.running(model, forward):
+                losses.append(super().training_step(model, rows, *args, **kwargs))
+        loss = sum(losses)
         self._sapo.trained.loss = self._sapo.trained.loss + loss.detach().float()
         return loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, *args, **kwargs):
-        rows, forward = self._sapo.packing.evaluated(inputs, prediction_loss_only)
-        with self._sapo.packing.running(model, forward):
-            return super().prediction_step(model, rows, prediction_loss_only, *args, **kwargs)
+        packing = self._sapo.packing
+        with packing.running(model, packing.evaluated(model, inputs, prediction_loss_only)):
+            return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
 
     def compute_loss(self, model, inputs, *args, **kwargs):
-        # A `training_step` that was put in front of this one may leave the trie where it is.
-        inputs = {name: value for name, value in inputs.items() if name != PACKED}
-        return super().compute_loss(self._sapo.packing.over(model, inputs.get("labels")), inputs, *args, **kwargs)
+        def plain(trainer):
+            return super(_Attached, trainer).compute_loss  # noqa: UP008 (perhaps of a copy)
+
+        return self._sapo.packing.loss(self, plain, model, inputs, args, kwargs)
 
     def save_model(self, output_dir=None, *args, **kwargs):
         self._sapo.check_finite()
