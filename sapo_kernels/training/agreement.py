@@ -155,9 +155,47 @@ def disagreement(
     """Why the mean of `logprobs` over the trie is not the model's own loss, see `differs`; None if it is."""
     if foreign := foreign_in_training(model, getattr(inner, "loss_function", None)):
         return f"{foreign} {FOREIGN}"
-    return differs(
-        model, inner, batch, lambda rows: model(**rows, use_cache=False).loss, lambda part, rows: -logprobs(part).mean()
-    )
+    own = OwnLoss(model, inner, logprobs)
+    return differs(model, inner, batch, own.plain, own.packed)
+
+
+class OwnLoss:
+    """The model's own loss of padded rows, and the same over their trie, as `differs` compares them.
+
+    Losses of single tokens stand beside it where the model gives them: one number is no measure of rounding.
+
+    Args:
+        logprobs: of a trie, as `tree_logprobs`.
+        options: what the model is called with beside the rows. count: a number of tokens that it divides by, or None.
+    """
+
+    def __init__(self, model, inner, logprobs: Callable[[TrieBatch], torch.Tensor], options=None, count=None):
+        self.model, self.logprobs, self.count, self.tokens = model, logprobs, count, False
+        self.options = {**model_support.forward_options(inner), **(options or {})}
+
+    def plain(self, rows: Rows) -> torch.Tensor:
+        labels, asked = rows["labels"][:, 1:], dict(self.options)
+        if self.count is not None:
+            # Another number than the mean is over, of the caller's kind.
+            asked["num_items_in_batch"] = self.count * 0 + 2 * int((labels != IGNORED).sum())
+        found = self.model(**rows, **asked)
+        tokens = None
+        if found.get("logits") is not None:
+            tokens = _losses(found["logits"], labels)
+        elif found.get("log_probs") is not None:
+            tokens = -found["log_probs"][(labels != IGNORED).to(found["log_probs"].device)]
+        self.tokens = tokens is not None
+        return _joined(found["loss"], tokens)
+
+    def packed(self, part: TrieBatch, rows: Rows) -> torch.Tensor:
+        losses = -self.logprobs(part)
+        loss = losses.mean() if self.count is None else losses.sum() / (2 * len(losses))
+        return _joined(loss, losses if self.tokens else None)
+
+
+def _joined(loss: torch.Tensor, tokens: torch.Tensor | None) -> torch.Tensor:
+    """One loss as often as there are tokens, so that it weighs as much as theirs in the gradient of a sum."""
+    return loss[None] if tokens is None else torch.cat([loss.to(tokens.device).expand(len(tokens)), tokens])
 
 
 def differs(
@@ -242,11 +280,17 @@ def chosen(lengths: Sequence[int]) -> list[int]:
 def plain_losses(model: nn.Module, inner: nn.Module, rows: Rows) -> torch.Tensor:
     """[N] of the labels of padded rows as the model's logits have them, nats."""
     inputs = {name: value for name, value in rows.items() if name != "labels"}
-    logits, labels = model(**inputs, **model_support.forward_options(inner)).logits[:, :-1], rows["labels"][:, 1:]
-    kept = (labels != IGNORED).to(logits.device)
-    logits = logits[kept]
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    return nn.functional.cross_entropy(logits, labels.to(logits.device)[kept], reduction="none")
+    return _losses(model(**inputs, **model_support.forward_options(inner)).logits, rows["labels"][:, 1:])
+
+
+def _losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """[N] cross-entropies of labels [B, L - 1] that are none to be ignored; logits [B, L, V]."""
+    labels = labels.to(logits.device)
+    kept = labels != IGNORED
+    logits = logits[:, :-1][kept]
+    return nn.functional.cross_entropy(
+        logits if logits.dtype == torch.float64 else logits.float(), labels[kept], reduction="none"
+    )
 
 
 def _run(parameters: Sequence[torch.Tensor], losses_of: Callable[[], torch.Tensor]):

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..scoring import model_support
 from ..scoring.attention import NotTreeable
+from .agreement import OwnLoss
 from .tree_logprobs import logprobs_of, verify_model
 from .trie_batch import IGNORED, TrieBatch
 
@@ -102,23 +103,9 @@ class OverTrie:
     def _compare(self, batch: TrieBatch, count: torch.Tensor | int | None, options: dict[str, Any]) -> None:
         """Raise RuntimeError unless this call's loss is the model's own on padded rows."""
         outer, inner = model_support.unwrap(self._model)
-
-        def loss_of(model, rows):
-            asked = {"use_cache": False, **options}
-            if count is not None:
-                # Another number than the mean is over, of the same kind.
-                tokens = 2 * int((rows["labels"][:, 1:] != IGNORED).sum())
-                asked["num_items_in_batch"] = count * 0 + tokens
-            return model(**rows, **asked)["loss"]
-
-        verify_model(
-            self._model,
-            batch,
-            lambda rows: loss_of(outer, rows),
-            lambda part, rows: loss_of(OverTrie(outer, part, rows["labels"], verify=False), rows),
-            getattr(inner, "loss_function", None),
-            (count is None, *sorted(options)),
-        )
+        own = OwnLoss(outer, inner, lambda part: logprobs_of(outer, inner, part), options, count)
+        key = count is None, *sorted(options)
+        verify_model(self._model, batch, own.plain, own.packed, getattr(inner, "loss_function", None), key)
 
 
 class _Outputs(dict):
