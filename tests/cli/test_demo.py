@@ -11,9 +11,8 @@ from tools.tiny_base.corpus import TASTE_ROWS, bundled
 @pytest.fixture
 def small(monkeypatch):
     """Two tasks and a few rows."""
-    few = {"max_steps": 2, "train_examples": 4, "test_examples": 3, "probe_examples": 2}
+    few = {"max_steps": 2, "batch_size": 2, "train_examples": 4, "test_examples": 3, "probe_examples": 2}
     monkeypatch.setitem(demo_command.OPTIONS, "tiny-base", {**demo_command.OPTIONS["tiny-base"], **few})
-    monkeypatch.setattr(demo_command, "SHARED", {**demo_command.SHARED, "batch_size": 2})
     monkeypatch.setattr(demo_command, "TASKS", demo_command.TASKS[1:])
 
 
