@@ -10,7 +10,7 @@ from typing import Any
 
 from ..terminal import cut, log_on_stderr, plain, say_notes, table, terminal_width
 
-EPILOG = "No GPU; about six minutes on two CPU cores. The same command resumes a stopped one."
+EPILOG = "No GPU; about four minutes on two CPU cores. The same command resumes a stopped one."
 HELP = "prompts raced and a sequence of three tasks, on a pretrained model"
 TASKS = ("task04_active_to_passive", "task02_odd_one_out", "task01_product_note_polarity")
 MODELS = ("smollm2", "tiny-base")
