@@ -62,10 +62,12 @@ class SapoConfig:
         max_tokens: new tokens per forward when scoring, see `score_prompts`.
         packing: "trie" computes the tokens that the rows of a batch share once, without padding, in training and in
             evaluation of the loss: the same loss and gradients, usually in less than half of the time. "auto" does so
-            where loss and gradients of the first batch are those of its padded rows, else it pads and says why.
-            "padded" never does. LoRA dropout draws one mask for a token that rows share.
+            where loss and gradients of the first batch, and of longer ones, are those of its padded rows, with a
+            ``compute_loss`` of the trainer's own as well; else it pads and says why. "padded" never does. LoRA dropout
+            draws one mask for a token that rows share.
         train_max_tokens: trie tokens per forward when training; a batch with more goes in several, whose gradients are
-            added up; None: one forward a batch, which never computes more tokens than the padded one.
+            added up, unless the trainer or hooks do more in a step, which is said; None: one forward a batch, which
+            never computes more tokens than the padded one.
         template: layout of a cell, see `sapo_kernels.scoring.render.Renderer`.
         instruction_role: "user": in the last user turn, the paper's; "system": in the system turn, behind a text
             that an example has there.
