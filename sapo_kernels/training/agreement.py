@@ -222,7 +222,7 @@ def differs(
     parameters = [p for p in model.parameters() if p.requires_grad] if torch.is_grad_enabled() else []
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
 
-    with _comparable(model) as put_back:
+    with comparable(model) as put_back:
 
         def fresh(losses_of):
             put_back()
@@ -237,7 +237,7 @@ def differs(
 
 
 @contextlib.contextmanager
-def _comparable(model: nn.Module):
+def comparable(model: nn.Module):
     """No dropout and no layers run again in backward passes; yields what undoes the changes of a forward.
 
     Trained parameters that are zero, half of a fresh LoRA, would hide the gradients of the other half: they are not.

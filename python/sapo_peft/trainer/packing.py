@@ -16,7 +16,7 @@ from sapo_kernels.scoring.attention import NotTreeable
 from sapo_kernels.scoring.fingerprint import configurations, fingerprint
 from sapo_kernels.scoring.foreign_code import LIBRARIES
 from sapo_kernels.scoring.model_state import is_out_of_memory
-from sapo_kernels.training.agreement import _comparable, compare, disagreement, refusal
+from sapo_kernels.training.agreement import comparable, compare, disagreement, refusal
 from sapo_kernels.training.over_trie import OverTrie
 from sapo_kernels.training.tree_logprobs import logprobs_of, use_tree_attention
 from sapo_kernels.training.trie_batch import TrieBatch
@@ -199,7 +199,7 @@ class Packing:
             return found[0] if isinstance(found, tuple) else found
 
         parameters = [p for p in outer.parameters() if p.requires_grad] if torch.is_grad_enabled() else []
-        with _comparable(outer) as put_back:
+        with comparable(outer) as put_back:
             packed = _Over(outer, 0, self.longest)
             reason = compare(parameters, lambda: run(outer), lambda: run(packed), lambda: run(outer))
         if reason:
