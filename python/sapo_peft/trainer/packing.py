@@ -16,7 +16,7 @@ from sapo_kernels.scoring.attention import NotTreeable
 from sapo_kernels.scoring.fingerprint import configurations, fingerprint
 from sapo_kernels.scoring.foreign_code import LIBRARIES
 from sapo_kernels.scoring.model_state import is_out_of_memory
-from sapo_kernels.training.agreement import comparable, compare, disagreement, refusal
+from sapo_kernels.training.agreement import comparable, compare, disagreement, reach, refusal
 from sapo_kernels.training.over_trie import OverTrie
 from sapo_kernels.training.tree_logprobs import logprobs_of, use_tree_attention
 from sapo_kernels.training.trie_batch import TrieBatch
@@ -102,7 +102,6 @@ class Packing:
         try:
             if training not in self._compared and _own_code(trainer, "compute_loss"):
                 self._compare(trainer, compute_loss, model, kept, args, kwargs)
-                _set_random(drawn)
             over = _Over(model, forward, self.longest)
             found = compute_loss(trainer)(over, inputs, *args, **kwargs)
         except Exception as error:
@@ -149,8 +148,9 @@ class Packing:
         return batch if self.agreed and batch.longest <= self.longest else None
 
     def _check(self, trainer: Any, model, batch: TrieBatch, longest: int) -> None:
-        """Whether sequences of up to `longest` tokens, or a quarter more so that there are few checks, may be taken."""
-        for tokens in (longest + longest // 4, longest):
+        """Whether sequences of up to `longest` tokens, or more so that there are few checks, may be taken."""
+        further = reach(model_support.unwrap(model)[1], longest)
+        for tokens in dict.fromkeys((further, longest)):
             try:
                 reason = self._reason(trainer, model, batch.lengthened(tokens))
             except Exception as error:
@@ -187,15 +187,15 @@ class Packing:
         """Raise NotTreeable unless the trainer's own loss is the same over the trie, and its gradients."""
         self._compared.add(torch.is_grad_enabled())
         outer = model_support.unwrap(model)[0]
-        drawn = _random()
+        devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
 
         def run(called):
             put_back()
-            _set_random(drawn)
-            # What it counts or collects is not the trainer's.
+            # What it counts, collects or draws is not the trainer's.
             scratch = object.__new__(type(trainer))
             vars(scratch).update(_copied(vars(trainer)))
-            found = compute_loss(scratch)(called, _copied(inputs), *args, **kwargs)
+            with torch.random.fork_rng(devices):
+                found = compute_loss(scratch)(called, _copied(inputs), *args, **kwargs)
             return found[0] if isinstance(found, tuple) else found
 
         parameters = [p for p in outer.parameters() if p.requires_grad] if torch.is_grad_enabled() else []
