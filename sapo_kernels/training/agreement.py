@@ -29,7 +29,6 @@ NOISE = 3.0
 UNMEASURED = 0.05
 # Sequences that are compared.
 MOST_COMPARED = 4
-FOREIGN = "is not code of a known library and may look at other sequences of its batch"
 # How much longer than the longest sequence of a batch the longest one that is compared is.
 FURTHER = 1.25
 # What trained parameters that are zero are filled with at most.
@@ -49,7 +48,7 @@ def refusal(model: nn.Module, inner: nn.Module, longest: int, loss: Any = None) 
     """
     config = model_support.text_config(inner)
     if foreign := foreign_code(model, configurations(model)) or foreign_in_training(model, loss):
-        return f"{foreign} {FOREIGN}"
+        return f"{foreign} is not code of a known library and may look at other sequences of its batch"
     if any(module._compiled_call_impl is not None or "_orig_mod" in module._modules for module in model.modules()):
         return "it is compiled, and every trie has a different shape"
     if reason := model_support.too_long(inner, longest) or model_support.fastest_path(model, inner, longest)[1]:
@@ -147,16 +146,6 @@ def _in_float32(parameters: Sequence[torch.Tensor], exact: Callable[[], torch.Te
 def _apart(one: torch.Tensor, other: torch.Tensor) -> float:
     """The largest difference of two losses, relative where they are above 1 nat."""
     return float(((one - other).abs() / other.abs().clamp(min=1.0)).max())
-
-
-def disagreement(
-    model: nn.Module, inner: nn.Module, batch: TrieBatch, logprobs: Callable[[TrieBatch], torch.Tensor]
-) -> str | None:
-    """Why the mean of `logprobs` over the trie is not the model's own loss, see `differs`; None if it is."""
-    if foreign := foreign_in_training(model, getattr(inner, "loss_function", None)):
-        return f"{foreign} {FOREIGN}"
-    own = OwnLoss(model, inner, logprobs)
-    return differs(model, inner, batch, own.plain, own.packed)
 
 
 class OwnLoss:

@@ -16,7 +16,7 @@ from sapo_kernels.scoring.attention import NotTreeable
 from sapo_kernels.scoring.fingerprint import configurations, fingerprint
 from sapo_kernels.scoring.foreign_code import LIBRARIES
 from sapo_kernels.scoring.model_state import is_out_of_memory
-from sapo_kernels.training.agreement import comparable, compare, disagreement, reach, refusal
+from sapo_kernels.training.agreement import OwnLoss, comparable, compare, differs, reach, refusal
 from sapo_kernels.training.over_trie import OverTrie
 from sapo_kernels.training.tree_logprobs import logprobs_of, use_tree_attention
 from sapo_kernels.training.trie_batch import TrieBatch
@@ -179,9 +179,10 @@ class Packing:
         outer, inner = model_support.unwrap(model)
         model.train()
         with torch.enable_grad():
-            found = refusal(outer, inner, batch.longest)
+            found = refusal(outer, inner, batch.longest, getattr(inner, "loss_function", None))
+            own = OwnLoss(outer, inner, lambda part: logprobs_of(outer, inner, part))
             # Each rank runs the same forwards, whatever it finds.
-            return found or disagreement(outer, inner, batch, lambda part: logprobs_of(outer, inner, part))
+            return found or differs(outer, inner, batch, own.plain, own.packed)
 
     def _compare(self, trainer: Any, compute_loss, model, inputs, args, kwargs) -> None:
         """Raise NotTreeable unless the trainer's own loss is the same over the trie, and its gradients."""
