@@ -114,7 +114,7 @@ class VerifiedPaths(Paths):
             self.configs = configurations(self.model)
             self._look(self._fingerprint())
             with only_this_thread(self.inner):
-                self.during = self._fingerprint() if callable(self.progress) else None
+                self.during = self._fingerprint()
                 yield
 
     def _fingerprint(self) -> int:
@@ -127,8 +127,7 @@ class VerifiedPaths(Paths):
     def measure(self) -> Measured:
         """Score all cells, by the first path that agrees with the plain model; inside `prepared`."""
         self.put_rope_back()
-        # Between the rounds of a race nobody's code runs but that of who watches the progress.
-        if callable(self.progress) and (now := self._fingerprint()) != self.during:
+        if (now := self._fingerprint()) != self.during:  # changed since the call began, by who watches the progress
             self.look_up()
             self._look(now)
             self.during, self.settled = now, None
