@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from itertools import islice
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 _STRUCTURE = frozenset(vars(nn.Module())) | {"forward"}
 # How deep and how much of a container is looked at.
 _LEVELS, _ITEMS = 4, 256
+_SIMPLE = frozenset((bool, int, float, str, type(None)))
 
 
 def configurations(model: nn.Module) -> list:
@@ -31,9 +33,8 @@ def fingerprint(model: nn.Module, device: torch.device, configs: list, impl: str
     """A number that changes when a model is used or changed in another way than training does.
 
     Of every module its class, hooks, own forward and, unless it is torch's own, its attributes (functions by their
-    identity); class, dtype and device of every parameter and
-    whether it is trained; configuration values and attention implementations; adapters
-    and which are active; autocast; precision of products.
+    identity); class, dtype and device of every parameter and whether it is trained; configuration values and attention
+    implementations; adapters and which are active; autocast; precision of products.
     """
     parts: list[Any] = [impl, str(device), torch.get_float32_matmul_precision(), autocast_of(device)]
     for config in configs:
@@ -62,9 +63,17 @@ def autocast_of(device: torch.device) -> tuple:
 def _plain(value: Any, levels: int = _LEVELS) -> Any:
     """Something hashable that changes with the value; tensors count by their kind only."""
     kind = type(value)
-    if kind in (bool, int, float, str, type(None)):
+    if kind in _SIMPLE:
         return value
-    if levels and kind in (dict, OrderedDict, list, tuple, set):
-        items = list(value.items() if isinstance(value, dict) else value)
-        return len(items), *(_plain(item, levels - 1) for item in items[:_ITEMS])
+    if levels > 0 and kind in (dict, OrderedDict):
+        found: list[Any] = [len(value)]
+        # Hundreds of times in every round of a race: most entries are told from here, without a call.
+        for key, one in islice(value.items(), _ITEMS):
+            found += (
+                key if type(key) in _SIMPLE else _plain(key, levels - 2),
+                one if type(one) in _SIMPLE else _plain(one, levels - 2),
+            )
+        return tuple(found)
+    if levels > 0 and kind in (list, tuple, set):
+        return len(value), *(_plain(one, levels - 1) for one in islice(value, _ITEMS))
     return _kind(value) if isinstance(value, torch.Tensor) else id(value)
