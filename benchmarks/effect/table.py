@@ -57,7 +57,7 @@ def by_seed(a: dict, b: dict) -> Interval:
 
 def sequences_table(found: Rows) -> list[str]:
     """Sequences under each policy: means over seeds and, in brackets, how much more than with the original."""
-    columns = (("AP", "loss"), ("BWT", "loss"), ("AP", "rougeL"), ("BWT", "rougeL"))
+    columns = [(measure, metric) for metric in ("loss", "rougeL") for measure in MEASURES]
     lines = [
         f"| method, policy | seeds | {' | '.join(f'{measure}, {LABELS[metric]}' for measure, metric in columns)} |",
         "|---|---|" + "---|" * len(columns),
