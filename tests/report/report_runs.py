@@ -120,14 +120,6 @@ def sealed(run: Path) -> Path:
     return run
 
 
-def of_version_1(run: Path) -> Path:
-    """Without the manifests that later runs have, so that only what a file says can be checked."""
-    for manifest in run.rglob("sapo_manifest.json"):
-        manifest.unlink()
-    edit(run / "run.json", "version", value=1)
-    return run
-
-
 def page(*runs, out=None):
     """(HTML, the text that a reader sees on one line)."""
     html = write_report(runs, out).read_text(encoding="utf-8")
@@ -141,6 +133,5 @@ if __name__ == "__main__":
         for number in range(5):
             make_run(top / "runs" / f"{one}-{number}", one, number)
     print(write_report([top / "runs" / "sapo-0", top / "runs"], top / "one.html"))
-    print(write_report([top / "runs"], top / "all.html"))
     print(write_report(make_run(top / "begun", tasks=[f"task{i:03d}_of_many" for i in range(15)], done=9)))
     print(write_report(make_run(top / "start", scorings=1)))

@@ -1,4 +1,4 @@
-"""What the templates show of a run, and of runs side by side, as plain values and charts."""
+"""What the template shows of a run, and of runs side by side, as plain values and charts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from markupsafe import Markup
 from ..sequence.folder import Run
 from ..sequence.schema import MEASURES, Evaluation, FinishedTask, Scores
 from . import charts
-from .compare import Arm, Difference, Group, difference, differing
+from .compare import Arm, Difference, difference
 from .text import change, figure, fixed, level, line, percent, plural, seconds, whole, word_diff
 
 # More prompts, lines or dots than these make a page that nobody reads.
@@ -203,26 +203,27 @@ def run_rows(runs: Sequence[Run]) -> list[list[str]]:
     return rows
 
 
-def comparison(group: Group, arm: Arm) -> dict[str, Any]:
-    """By measure the means of all arms and how `arm` differs from each of the others."""
-    others = [other for other in group.arms if other is not arm]
-    tables = []
-    for measure in group.measures:
+def runs_of(arms: Sequence[Arm]) -> list[Run]:
+    return [run for arm in arms for run in arm.runs.values()]
+
+
+def latest(runs: Sequence[Run]) -> str:
+    return max(run.record.finished or run.record.started for run in runs)
+
+
+def comparison(arms: Sequence[Arm]) -> list[tuple[Any, list[list[str]]]]:
+    """By measure the means of all arms and how the first differs from each of the others."""
+    own, tables = arms[0], []
+    for measure in (name for name in MEASURES if any(name in run.measures for run in runs_of(arms))):
         rows = []
         for metric in METRICS:
-            for other in (arm, *others):
-                values = list(other.values(measure, metric).values())
+            for arm in arms:
+                values = list(arm.values(measure, metric).values())
                 mean = figure(sum(values) / len(values), measure, metric) if values else "none"
-                shown = _difference(None if other is arm else difference(arm, other, measure, metric), measure)
-                rows.append([metric, line(other.label, 60), str(len(values)), mean, *shown])
+                shown = _difference(None if arm is own else difference(own, arm, measure, metric), measure)
+                rows.append([metric, line(arm.label(own)), str(len(values)), mean, *shown])
         tables.append((MEASURES[measure], rows))
-    return {
-        "group": group,
-        "arm": arm,
-        "tables": tables,
-        "apart": [(other.label, told) for other in others if (told := _apart(arm, other))],
-        "unfinished": sum(not run.finished for run in group.runs),
-    }
+    return tables
 
 
 def _difference(found: Difference | None, measure: str) -> list[str]:
@@ -231,10 +232,3 @@ def _difference(found: Difference | None, measure: str) -> list[str]:
         return [""] * 4
     ends = " to ".join(change(end, measure) for end in found.interval) if found.interval else "none"
     return [change(found.mean, measure), str(len(found.values)), ends, VERDICTS[found.verdict]]
-
-
-def _apart(arm: Arm, other: Arm) -> str:
-    """What two arms differ in besides the policy."""
-    keys = differing(arm.settings, other.settings)
-    told = [f"{key}: {arm.settings.get(key, 'none')} and {other.settings.get(key, 'none')}" for key in keys]
-    return line("; ".join(told), 2000)
