@@ -174,7 +174,7 @@ def test_a_folder_of_runs(tmp_path):
     small(tmp_path / "o-lora" / ".being-written")
     assert len(find_runs([tmp_path])) == 12
     html, text = page(tmp_path)
-    assert (tmp_path / "report.html").read_text() == html and "The 12 runs of this report" in text
+    assert (tmp_path / "report.html").read_text() == html
     assert "lora-inc" not in text.partition("seed 0")[0] and "trained with prompts chosen by SAPO" in text
     assert re.search(r"AP sapo 2 .* AP original 2 \S+ \S+ 2 .* AP worst 2 ", text)
     assert "6 runs given, of another method" in text and html.count("<caption>ROUGE-L, %</caption>") == 1

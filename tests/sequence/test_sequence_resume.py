@@ -178,7 +178,7 @@ def test_a_folder_with_something_else_is_refused(tmp_path):
     with pytest.raises(DataError, match="expected an empty folder or one of a run, got 'thesis.txt'"):
         run_small(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "thesis.txt"]
-    (tmp_path / "run.json").write_text('{"version": 1, "kind": "other"}')
+    (tmp_path / "run.json").write_text('{"version": 2, "kind": "other"}')
     with pytest.raises(DataError, match="run.json: .*'kind'"):
         run_small(tmp_path)
 

@@ -180,7 +180,7 @@ def cost(run: Run) -> dict[str, Any] | None:
 
 def data_rows(run: Run) -> list[list[str]]:
     return [
-        [name, *(whole(task.data.rows.get(split, 0)) for split in ("train", "dev", "test")),
+        [name, *(whole(task.data.rows.get(split, 0)) for split in ("train", "test")),
          line("; ".join(task.data.notes) or "none", 4000)]
         for name, task in zip(task_names(run), run.tasks, strict=False)
     ]  # fmt: skip
@@ -189,18 +189,6 @@ def data_rows(run: Run) -> list[list[str]]:
 def settings(values: dict[str, Any]) -> list[list[str]]:
     texts = {key: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for key, v in sorted(values.items())}
     return [[line(key), line(text, 2000)] for key, text in texts.items()]
-
-
-def run_rows(runs: Sequence[Run]) -> list[list[str]]:
-    rows = []
-    for run in runs:
-        record, measure = run.record, next(iter(run.measures), None)
-        state = "finished" if run.finished else f"{len(run.tasks)} of {plural(len(record.tasks), 'task')}"
-        figures = [figure(run.figure(measure, metric), measure, metric) if measure else "" for metric in METRICS]
-        score = MEASURES[measure].title if measure else "none yet"
-        names = [line(text) for text in (run.path.name, record.method, record.policy, record.order)]
-        rows.append([*names, str(record.seed), state, score, *figures])
-    return rows
 
 
 def runs_of(arms: Sequence[Arm]) -> list[Run]:

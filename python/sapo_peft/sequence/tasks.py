@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, RootModel
 
 from sapo_kernels.files import DataError, excerpt, read_json
 
-from ..data.examples import Examples, read_examples
+from ..data.examples import read_examples
 from ..data.names import DATA_FOLDERS, TaskNameError
 from ..data.prompt_pool import PromptPool
 from ..data.schema import validated
@@ -62,14 +62,13 @@ class SequenceTask:
         train: Any,
         test: Any,
         pool: PromptPool,
-        dev: Any = None,
         *,
         input_column: str | None = None,
         target_column: str | None = None,
     ) -> SequenceTask:
         """A task of files (.json, .jsonl, .csv, .tsv), lists of mappings or HF `Dataset` objects.
 
-        Columns that are not given are recognised by name, see `read_examples`. `dev` is counted only.
+        Columns that are not given are recognised by name, see `read_examples`.
 
         Raises: `DataError` naming the split, the row and the field; `TypeError` for a pool or rows of another kind.
         """
@@ -77,19 +76,15 @@ class SequenceTask:
             raise DataError(f"task: expected a printable name of 1 to {MAX_NAME} characters, got {excerpt(name)}")
         if not isinstance(pool, PromptPool):
             raise TypeError(f"task {excerpt(name)}: pool: expected a PromptPool, got {type(pool).__name__}")
-        read, splits = {}, {"train": train, "dev": dev, "test": test}
-        for split, rows in splits.items():
+        read = {}
+        for split, rows in (("train", train), ("test", test)):
             place = f"task {excerpt(name)}: {split}"
-            if isinstance(rows, Examples):
-                read[split] = rows
-            elif rows is not None:
-                read[split] = read_examples(rows, input_column, target_column, skip_empty=True, name=place)
-        for split in ("train", "test"):
-            if split not in read:
-                raise DataError(f"task {excerpt(name)}: {split}: expected rows, got none")
+            if rows is None:
+                raise DataError(f"{place}: expected rows, got none")
+            read[split] = read_examples(rows, input_column, target_column, skip_empty=True, name=place)
         notes = [note for split in read.values() for note in split.notes()]
         notes += leaks(read["train"], read["test"])
-        rows = {split: read[split].total if split in read else 0 for split in splits}
+        rows = {split: found.total for split, found in read.items()}
         references = tuple(map(tuple, read["test"].references))
         return cls(name, pool, tuple(read["train"]), tuple(read["test"]), rows, references, tuple(notes))
 
@@ -147,7 +142,7 @@ def read_order(data: str | os.PathLike, order: str, prompts: str | os.PathLike |
 def read_tasks(
     data: str | os.PathLike, names: Sequence[str], prompts: str | os.PathLike | None = None
 ) -> list[SequenceTask]:
-    """The tasks of these names, in this order: a folder each with train, test and perhaps dev.
+    """The tasks of these names, in this order: a folder each with train and test.
 
     data: the folder with the tasks' own folders; files of a split are .json, .jsonl, .ndjson, .csv, .tsv or .parquet.
     prompts: what `PromptPool.read` reads, where the paraphrases are not in `data`.
@@ -167,9 +162,9 @@ def read_tasks(
             some = ", ".join(map(excerpt, sorted({folder.name for folder in folders})[:5]))
             got = ", ".join(map(str, found)) or f"none (there are: {some}, ...)"
             raise TaskNameError(f"{data}: expected one folder with the exact name {excerpt(name)}, got {got}")
-        files = {split: _split_file(found[0], split) for split in ("train", "dev", "test")}
         pool = PromptPool.read(data if prompts is None else prompts, name, needs_original=True)
-        tasks.append(SequenceTask.build(name, files["train"], files["test"], pool, files["dev"]))
+        files = (_split_file(found[0], split) for split in ("train", "test"))
+        tasks.append(SequenceTask.build(name, *files, pool))
     return tasks
 
 
@@ -202,9 +197,9 @@ def _dataset_names(file: Path) -> list[str]:
     return [entry.dataset_name for entry in validated(_Entries, read_json(file), str(file)).root]
 
 
-def _split_file(folder: Path, split: str) -> Path | None:
+def _split_file(folder: Path, split: str) -> Path:
     files = [file for file in (folder / f"{split}{suffix}" for suffix in READERS) if file.is_file()]
-    if len(files) > 1 or not (files or split == "dev"):
+    if len(files) != 1:
         got = ", ".join(file.name for file in files) or "none"
         raise DataError(f"{folder}: expected one file {split} ({', '.join(READERS)}), got {got}")
-    return files[0] if files else None
+    return files[0]
