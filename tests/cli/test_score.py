@@ -129,7 +129,8 @@ def test_columns_notes_and_quiet(files, sapo):
     put(files / "p.json", ["a b", "c", "A  b", "a B"])
     code, out, err = sapo(*arguments, "--skip-empty")
     assert code == 0 and "2 prompts x 2 of 3 examples" in out and err.splitlines() == [
-        "sapo: note: 2 of the paraphrases from file:p.json merged into prompt 0, which they repeat",
+        "sapo: note: 2 of the paraphrases from file:p.json rejected: expected each prompt once, got 'a b' again: "
+        "'A  b'",
         "sapo: note: d.csv: 1 of the rows read with an empty label left out"]  # fmt: skip
     _, out, err = sapo(*arguments, "--skip-empty", "--quiet")
     assert err == "" and "<|im_start|>" not in out

@@ -1,4 +1,4 @@
-"""Prompt pools: what is read, kept, merged and refused, saving and reading, and what others build on."""
+"""Prompt pools: what is read, kept and refused, saving and reading, and what others build on."""
 
 import json
 import pickle
@@ -30,21 +30,22 @@ def test_build():
     made = PromptPool.build("t", ORIGINAL, [PoolPrompt(good, "file:a.txt")], suffix="S.", labels=LABELS, text_word="W")
     assert made.prompts == (ORIGINAL, good) and made.provenance == ("original", "file:a.txt")
     assert (made.task, made.suffix, made.labels, made.markers, made.text_word) == ("t", "S.", LABELS, (), "W")
-    assert made.required == ("positive", "negative") and made.rejected == made.merged == () == tuple(made.notes())
+    assert made.required == ("positive", "negative") and made.rejected == () == tuple(made.notes())
     assert pickle.loads(pickle.dumps(made)) == made
     with pytest.raises(ValueError, match="frozen"):
         made.task = "u"
 
 
-def test_repeated_prompts_are_merged_and_reported():
+def test_repeated_prompts_are_rejected_and_reported():
     a = "say positive or negative for <X>"
     same = ["Say  positive or\tnegative\nfor <X> ", "say positive or negative f\uff4fr <X>"]
     made = pool(a, *same, "\u200bsay positive or negative for <X>", ORIGINAL + " ", "new: positive, negative, <X>")
     assert made.prompts == (ORIGINAL, a, "new: positive, negative, <X>")
-    assert [m.into for m in made.merged] == [1, 1, 1, 0] and [m.text for m in made.merged[:2]] == same
-    assert made.notes() == ["3 of the paraphrases from given merged into prompt 1, which they repeat",
-                            "1 of the paraphrases from given merged into prompt 0, which they repeat"]  # fmt: skip
-    assert pool("Stra\u00dfe positive negative <X>", "STRASSE positive negative <X>").merged[0].into == 1
+    told = [f"expected each prompt once, got {text!r} again" for text in (a, ORIGINAL)]
+    assert [r.reason for r in made.rejected] == [told[0]] * 3 + told[1:] and made.rejected[0].text == same[0]
+    assert [note.partition(": ")[0] for note in made.notes()] == [
+        f"{count} of the paraphrases from given rejected" for count in (3, 1)]  # fmt: skip
+    assert len(pool("Stra\u00dfe positive negative <X>", "STRASSE positive negative <X>").prompts) == 2
 
 
 BAD = {
@@ -117,8 +118,8 @@ def test_rules_of_a_tokenizer():
     # Later: what fails is moved, and the rules stay with the pool.
     plain = pool(special, "b positive negative <X>", "B positive negative <X>", "no")
     again = plain.checked(tokenizer)
-    assert again.prompts == (ORIGINAL, "b positive negative <X>") and again.merged[0].into == 1
-    assert [r.text[:2] for r in again.rejected] == ["no", "po"]
+    assert again.prompts == (ORIGINAL, "b positive negative <X>")
+    assert [r.text[:2] for r in again.rejected] == ["B ", "no", "po"]
     assert again.extended([special + "c"]).prompts == again.prompts
     with pytest.raises(DataError, match="marker 'b'"):
         plain.checked(markers=["b"])
@@ -148,7 +149,7 @@ def test_extended_keeps_places():
     first = pool("one positive negative <X>")
     second = first.extended(["two positive negative <X>", "no", PoolPrompt("ONE positive negative <X>", "model:m")])
     assert second.prompts == (*first.prompts, "two positive negative <X>") and len(first.prompts) == 2
-    assert second.merged[0].into == 1 and second.merged[0].source == "model:m" and len(second.rejected) == 1
+    assert [r.source for r in second.rejected] == ["given", "model:m"] and "once" in second.rejected[1].reason
     # The same fault twice is one fault, and a source without end does not fill the memory.
     third = second.extended(["no"]).extended([f"no {i}" for i in range(2 * MAX_REJECTED)])
     assert len(third.rejected) == MAX_REJECTED and third.rejected[0].text == "no"
@@ -162,7 +163,7 @@ def test_save_and_read(tmp_path):
     made = pool(PoolPrompt("a {x} \u4f60 positive negative <X>", "endpoint:m"), *paraphrases, suffix="S", max_tokens=99)
     made.save(tmp_path / "p.json")
     assert PromptPool.read(tmp_path / "p.json") == made == PromptPool.read(str(tmp_path / "p.json"), "t")
-    assert made.rejected[0].text.startswith("no \\ud800\\x00yyy") and len(made.rejected[0].text) < 2100
+    assert made.rejected[1].text.startswith("no \\ud800\\x00yyy") and len(made.rejected[1].text) < 2100
     with pytest.raises(TaskNameError, match="expected the task 'u', got a pool of 't'"):
         PromptPool.read(tmp_path / "p.json", "u")
     with pytest.raises(TypeError, match="no options"):
@@ -181,9 +182,10 @@ WRITTEN = {
 
 def test_an_older_file_is_read_and_written_as_it_was(tmp_path):
     made = PromptPool.read(put(tmp_path / "p.json", WRITTEN))
-    assert made.prompts == ("Say yes.", "yes?") and made.merged[0].into == 1 and len(made.rejected) == 1
+    assert made.prompts == ("Say yes.", "yes?") and len(made.rejected) == 1
     made.save(tmp_path / "q.json")
-    assert (tmp_path / "q.json").read_text() == json.dumps(WRITTEN, indent=1) + "\n"
+    again = {name: value for name, value in WRITTEN.items() if name != "merged"}
+    assert (tmp_path / "q.json").read_text() == json.dumps(again, indent=1) + "\n"
 
 
 def damage(**changes):
@@ -202,7 +204,6 @@ DAMAGED = {
     "prompt lost a label": (lambda d: d["prompts"][1].update(text="ye"), "'prompts' 1: expected the label 'yes'"),
     "prompt emptied": (lambda d: d["prompts"][1].update(text=" "), "'prompts' 1: expected text"),
     "prompt twice": (lambda d: d["prompts"].append(d["prompts"][1]), "expected each prompt once, got prompt 1"),
-    "merged into nothing": (lambda d: d["merged"][0].update(into=2), "'merged' 0: expected the index of a prompt"),
     "rejected without reason": (lambda d: d["rejected"][0].pop("reason"), "'rejected' 0: expected the key 'reason'"),
 }
 
@@ -226,7 +227,7 @@ def test_plain_files(tmp_path):
         ("d.txt", "\ufeffone\r\ntwo\r\none \r\n\n"),
     ):
         made = read_prompts(put(tmp_path / name, content))
-        assert made.prompts == ("one", "two") and made.merged[0].into == 0 and made.task == name[0]
+        assert made.prompts == ("one", "two") and len(made.rejected) == 1 and made.task == name[0]
         assert (made.suffix, made.labels, made.text_word) == ("", (), "Text")
         assert made.provenance == ("original", f"file:{name}")
         assert read_prompts(tmp_path / name, "mine", labels=["z"]).labels == ("z",)

@@ -42,7 +42,7 @@ def test_from_an_endpoint(sapo, files, endpoint, monkeypatch):
     with BadServer(says(tagged("a positive", *texts), usage=usage), fresh()) as server:
         code, out, err = sapo(*endpoint(server), "--count", "4", "--key-variable", "MY_KEY")
     assert code == 0 and err == "" and server.headers_seen[0]["authorization"] == f"Bearer {KEY}"
-    assert "o: the original and its paraphrases: 4 kept, 1 merged, 2 rejected" in out
+    assert "o: the original and its paraphrases: 4 kept, 3 rejected" in out
     assert "the label 'negative'" in out and "U+001B" in out and "\x1b" not in out and KEY not in out + err
     assert "endpoint:m  negative or positive?" in out and "Pool written to pool.json." in out
     assert "as the endpoint counts it: 1,200 tokens in, 30 out, cost 0.5." in out
@@ -92,7 +92,7 @@ def test_one_run_at_a_time_and_one_that_is_killed_is_resumed(sapo, endpoint):
 
 def test_from_a_file(sapo, files):
     code, out, err = sapo(*ASK, "--from", "f.txt")
-    assert code == 0 and err == "" and "2 kept, 1 merged, 1 rejected" in out
+    assert code == 0 and err == "" and "2 kept, 2 rejected" in out
     assert PromptPool.read("pool.json").provenance == ("original", "file:f.txt", "file:f.txt")
     code, out, err = sapo(*ASK, "--from", "f.txt", "--count", "9", "--overwrite")
     assert code == 0 and "2 of the 9" in err

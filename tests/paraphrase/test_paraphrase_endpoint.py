@@ -48,7 +48,7 @@ def test_a_failure_is_followed_by_another_question(name, caplog):
     step, message = AGAIN[name]
     caplog.set_level(logging.INFO, "sapo_peft")
     made, server, _, seconds = ask(step, fresh())
-    assert len(made.prompts) == 3 and made.rejected == made.merged == () and made.notes() == []
+    assert len(made.prompts) == 3 and made.rejected == () and made.notes() == []
     assert len(server.questions) == 2 and seconds < 5 and message in caplog.text
     assert server.sent < 2**26  # what has no end is not read to it
     assert {seen["accept-encoding"] for seen in server.headers_seen} == {"identity"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import pytest
@@ -155,6 +156,19 @@ def _mean_loss(model, tokenizer, task, found, accumulation):
         if abs(float(mean) - found.train.losses[0][1]) < 1e-6:
             return mean
     raise AssertionError("no set of rows has the loss that was reported")
+
+
+def test_merging_all_adapters_gives_the_logits_of_running_them_together():
+    adapters, tokenizer, _ = trained("lora-inc")
+    model = adapters.model.eval()
+    ids = tokenizer("red xx7 and white, then some more text", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        together = model(input_ids=ids).logits
+        alone = copy.deepcopy(model)
+        alone.base_model.set_adapter(["task0003"], inference_mode=True)
+        assert float((alone(input_ids=ids).logits - together).abs().max()) > 1e-2
+        merged = model.merge_and_unload(adapter_names=adapters.order)
+        assert float((merged(input_ids=ids).logits - together).abs().max()) <= 1e-4
 
 
 def test_all_linear_layers_get_every_tasks_adapter(tmp_path):

@@ -109,14 +109,11 @@ def _source(args: argparse.Namespace) -> ParaphraseSource:
 
 def _print(pool: PromptPool, out: str) -> None:
     width = terminal_width()
-    counts = f"{len(pool.prompts) - 1} kept, {len(pool.merged)} merged, {len(pool.rejected)} rejected"
+    counts = f"{len(pool.prompts) - 1} kept, {len(pool.rejected)} rejected"
     print(plain(f"{pool.task}: the original and its paraphrases: {counts}"))
     pairs = zip(pool.prompts, pool.provenance, strict=True)
     rows = [(str(index), plain(source)[:40], text) for index, (text, source) in enumerate(pairs)]
     print(table(("prompt", "from", "text"), rows, width))
-    if pool.merged:
-        into = ", ".join(str(place) for place in sorted({m.into for m in pool.merged}))
-        print(f"Merged, as they repeat another prompt: {len(pool.merged)}, into {into}")
     if pool.rejected:
         shown = [("", plain(r.source)[:40], f"{r.reason}: {r.text}") for r in pool.rejected[:_SHOWN_REJECTED]]
         print(table(("", "from", "rejected, and why"), shown, width))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,24 +74,14 @@ class RejectedPrompt:
     reason: str
 
 
-@dataclass(frozen=True)
-class MergedPrompt:
-    """A paraphrase equal to ``prompts[into]`` but for spaces, case and compatibility forms of characters."""
-
-    __pydantic_config__ = _STRICT
-    text: str
-    source: str
-    into: int
-
-
 class PromptPool(BaseModel):
     """The candidates of one task, checked; made by `build` and `read`, never changed.
 
     task: its name. prompts: the texts, the original instruction first, all different after `normalised`.
     provenance: the source of each, "original" for the first. suffix: the answer-format line, not paraphrased.
     labels: label names; those in the original stand in every prompt. markers: texts that stand in every prompt.
-    text_word: the word that heads the input. rejected, merged: what was not taken (the first `MAX_REJECTED` of
-    each are kept). max_characters, max_tokens: bounds on one prompt, the second with a tokenizer only.
+    text_word: the word that heads the input. rejected: what was not taken, also because it repeats another (the first
+    `MAX_REJECTED` are kept). max_characters, max_tokens: bounds on one prompt, the second with a tokenizer only.
     The tokenizer is neither saved nor compared.
     """
 
@@ -110,7 +99,6 @@ class PromptPool(BaseModel):
     max_tokens: Count
     entries: tuple[PoolPrompt, ...] = Field(alias="prompts", min_length=1, max_length=MAX_PROMPTS)
     rejected: tuple[RejectedPrompt, ...] = Field(max_length=MAX_REJECTED)
-    merged: tuple[MergedPrompt, ...] = Field(max_length=MAX_REJECTED)
     _tokenizer: Any = None
 
     @classmethod
@@ -133,7 +121,8 @@ class PromptPool(BaseModel):
         A prompt has 1 to `max_characters` characters, none of them a control, an unpaired surrogate or made to
         deceive the eye. Every label that occurs in the original as a whole word, in that case, occurs so in
         each paraphrase, and every marker. With a `tokenizer` it has at most `max_tokens` tokens and holds none
-        of its special tokens. Paraphrases that fail are kept in `rejected`, repeated ones in `merged`.
+        of its special tokens. Paraphrases that fail, or repeat one but for spaces, case and compatibility forms of
+        characters, are kept in `rejected`.
 
         Raises: `DataError` naming the item for a fault in anything but a paraphrase; `TypeError` for a
         paraphrase that is neither a string nor a `PoolPrompt`.
@@ -141,7 +130,7 @@ class PromptPool(BaseModel):
         fields = {
             "schema": SCHEMA, "version": VERSION, "task": task, "text_word": text_word, "suffix": suffix,
             "labels": labels, "markers": markers, "max_characters": max_characters, "max_tokens": max_tokens,
-            "prompts": (PoolPrompt(original, "original"),), "rejected": (), "merged": (),
+            "prompts": (PoolPrompt(original, "original"),), "rejected": (),
         }  # fmt: skip
         if not isinstance(original, str):
             raise DataError(f"task {excerpt(task)}: the original prompt: expected text, got {excerpt(original)}")
@@ -178,6 +167,8 @@ class PromptPool(BaseModel):
         if document is not None:
             if options:
                 raise TypeError(f"{path} is a saved pool: expected no options, got {', '.join(options)}")
+            # Of files of before: paraphrases that repeated another.
+            document.pop("merged", None)
             pool = validated(cls, document, str(path))
             if task not in (None, pool.task):
                 raise TaskNameError(f"{path}: expected the task {excerpt(task)}, got a pool of {excerpt(pool.task)}")
@@ -211,9 +202,6 @@ class PromptPool(BaseModel):
             )
             if problem:
                 raise DataError(f"'prompts' {index}: {problem}" if index else f"the original prompt: {problem}")
-        for index, item in enumerate(self.merged):
-            if not 0 <= item.into < len(self.entries):
-                raise DataError(f"'merged' {index}: expected the index of a prompt, got {item.into}")
         return self
 
     @property
@@ -240,9 +228,8 @@ class PromptPool(BaseModel):
 
     def extended(self, paraphrases: Iterable[PoolPrompt | str]) -> PromptPool:
         """This pool with the `paraphrases` that pass behind its own; the prompts it has keep their places."""
-        entries, rejected, merged = list(self.entries), dict.fromkeys(self.rejected), dict.fromkeys(self.merged)
-        places = {checks.normalised(prompt.text): place for place, prompt in enumerate(entries)}
-        rules = self._rules()
+        entries, rejected, rules = list(self.entries), list(self.rejected), self._rules()
+        known = {checks.normalised(prompt.text): prompt.text for prompt in entries}
         for number, item in enumerate([paraphrases] if isinstance(paraphrases, str) else paraphrases):
             if isinstance(item, str):
                 item = PoolPrompt(item, "given")
@@ -250,22 +237,21 @@ class PromptPool(BaseModel):
                 raise TypeError(f"paraphrase {number}: expected a string or a PoolPrompt, got {excerpt(item)}")
             _one_line(item.source)
             problem = self.fault(item.text, rules)
-            place = None if problem else places.get(checks.normalised(item.text))
-            if problem is None and place is None and len(entries) >= MAX_PROMPTS:
+            if problem is None and (first := known.get(checks.normalised(item.text))) is not None:
+                problem = f"expected each prompt once, got {excerpt(first)} again"
+            if problem is None and len(entries) >= MAX_PROMPTS:
                 problem = f"expected at most {MAX_PROMPTS} prompts, got more"
             if problem is not None:
                 kept = checks.storable(item.text, MAX_REJECTED_CHARACTERS)
-                rejected[RejectedPrompt(kept, item.source, problem)] = None
-            elif place is not None:
-                merged[MergedPrompt(item.text, item.source, place)] = None
+                rejected.append(RejectedPrompt(kept, item.source, problem))
             else:
-                places[checks.normalised(item.text)] = len(entries)
+                known[checks.normalised(item.text)] = item.text
                 entries.append(item)
-        return self._grown(entries, rejected, merged)
+        return self._grown(entries, rejected)
 
-    def _grown(self, entries: Iterable[PoolPrompt], rejected: Iterable, merged: Iterable) -> PromptPool:
-        lost = {"rejected": tuple(rejected)[:MAX_REJECTED], "merged": tuple(merged)[:MAX_REJECTED]}
-        return self.model_copy(update={"entries": tuple(entries), **lost})
+    def _grown(self, entries: Iterable[PoolPrompt], rejected: Iterable[RejectedPrompt]) -> PromptPool:
+        lost = tuple(dict.fromkeys(rejected))[:MAX_REJECTED]
+        return self.model_copy(update={"entries": tuple(entries), "rejected": lost})
 
     def checked(self, tokenizer: Any = None, *, markers: Sequence[str] = ()) -> PromptPool:
         """This pool by the rules of `tokenizer` and with more `markers`: paraphrases that fail are moved to `rejected`.
@@ -280,15 +266,8 @@ class PromptPool(BaseModel):
         return pool.with_history(self)
 
     def with_history(self, other: PromptPool) -> PromptPool:
-        """This pool with the rejected and merged prompts of `other` in front of its own.
-
-        A merged prompt points at the prompt here that it repeats; where there is none it is left out.
-        """
-        places = {checks.normalised(text): place for place, text in enumerate(self.prompts)}
-        found = [(m, places.get(checks.normalised(m.text))) for m in (*other.merged, *self.merged)]
-        merged = dict.fromkeys(MergedPrompt(m.text, m.source, place) for m, place in found if place is not None)
-        rejected = dict.fromkeys([*other.rejected, *self.rejected])
-        return self._grown(self.entries, rejected, merged)
+        """This pool with the rejected prompts of `other` in front of its own."""
+        return self._grown(self.entries, (*other.rejected, *self.rejected))
 
     def fault(self, text: str, rules: dict[str, Any] | None = None) -> str | None:
         """Why `text` cannot be a prompt of this pool ("expected ..., got ..."), or None. Repetition is no fault."""
@@ -311,13 +290,10 @@ class PromptPool(BaseModel):
 
     def notes(self) -> list[str]:
         """What a reader of the results should know about this pool, one sentence a kind."""
-        repeats = Counter((m.source, m.into) for m in self.merged)
-        notes = [f"{count} of the paraphrases from {source} merged into prompt {into}, which they repeat"
-                 for (source, into), count in repeats.items()]  # fmt: skip
         lost: dict[tuple[str, str], list[str]] = {}
         for one in self.rejected:
             lost.setdefault((one.source, one.reason), []).append(one.text)
-        return notes + [f"{len(texts)} of the paraphrases from {source} rejected: {reason}: {excerpt(texts[0])}"
+        return [f"{len(texts)} of the paraphrases from {source} rejected: {reason}: {excerpt(texts[0])}"
                         for (source, reason), texts in lost.items()]  # fmt: skip
 
 
