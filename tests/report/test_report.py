@@ -79,17 +79,6 @@ def test_the_baseline_stands_beside_a_run(tmp_path, measure):
     assert [re.findall(r'class="line (\w+)"', chart) for chart in charts] == [["original", "used"]] * 2
 
 
-def test_one_scoring_is_ranked(tmp_path):
-    html, _ = page(small(tmp_path / "run", scorings=1, tasks=["one"]))
-    loss = read(tmp_path / "run" / "tasks" / "01-one" / "scores.json")["scorings"][0]["loss"]
-    chart = re.search(r'<svg[^>]*aria-label="Losses of 4 prompts in 1 scoring".*?</svg>', html)[0]
-    places = {
-        int(k): float(y) for y, k in re.findall(r'cy="([\d.]+)" r="[\d.]+" class="dot \w+"><title>prompt (\d)', chart)
-    }
-    assert sorted(places, key=places.get) == sorted(places, key=lambda k: -loss[k]) and len(places) >= 2
-    assert chart.count("<circle") == 3 and chart.count("<path") == 1 and "rank among the prompts" in chart
-
-
 @pytest.mark.parametrize(("policy", "done", "told"), [
     ("original", 2, ["trained with the original prompts", "Not scored: this policy", "another prompt 0 of 2"]),
     ("sapo", 1, ["This run is not finished: 1 of 2 tasks are done"]),

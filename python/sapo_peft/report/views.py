@@ -14,9 +14,9 @@ from . import charts
 from .compare import Arm, Difference, difference
 from .text import change, figure, fixed, level, line, percent, plural, seconds, whole, word_diff
 
-# More prompts, lines or dots than these make a page that nobody reads.
+# More prompts or lines than these make a page that nobody reads.
 MAX_PROMPTS = 200
-MAX_LINES, MAX_DOTS = 40, 400
+MAX_LINES = 40
 MAX_SWITCHES = 6
 MAX_ANSWERS = 5
 POLICIES = {
@@ -93,7 +93,7 @@ def task_view(run: Run, number: int, task: FinishedTask, baseline: Run | None) -
         "losses": losses,
         "gain": None if None in (losses[0], losses[chosen]) else losses[chosen] - losses[0],
         "prompts": [[f"{k}{marks.get(k, '')}", fixed(losses[k], 4), line(prompts[k], 1000)] for k in ranked],
-        "prompt_chart": _prompt_chart(task.scores) if scorings else "",
+        "prompt_chart": _prompt_chart(task.scores) if len(scorings) > 1 else "",
         "prompt_told": _told(task.scores),
         "training_chart": charts.plot(curves, f"Training loss of task {number}", "step", "nats per token"),
         "answers": _answers(run.before, task.metrics, number - 1),
@@ -101,27 +101,20 @@ def task_view(run: Run, number: int, task: FinishedTask, baseline: Run | None) -
 
 
 def _prompt_chart(scores: Scores) -> Markup:
-    """Losses of the prompts: by rank for one scoring, else over the steps."""
+    """Losses of the prompts over the steps; one scoring is a table, not a chart."""
     scorings, prompts = scores.scorings, scores.prompts
-    by_rank = len(scorings) == 1
     lowest = {k: min((s.loss[k] for s in scorings if s.loss[k] is not None), default=None) for k in range(len(prompts))}
     ranked = sorted((k for k in lowest if lowest[k] is not None), key=lambda k: lowest[k])
-    if by_rank:
-        points = {k: [(rank, lowest[k])] for rank, k in enumerate(ranked, 1)}
-    else:
-        points = {k: [(scoring.step, scoring.loss[k]) for scoring in scorings] for k in ranked}
+    points = {k: [(scoring.step, scoring.loss[k]) for scoring in scorings] for k in ranked}
     used = [k for k in dict.fromkeys(scoring.chosen for scoring in scorings) if k in points and k != 0][-MAX_LINES:]
-    others = [k for k in ranked if k not in (0, *used)]
-    others = charts.thinned(others, MAX_DOTS) if by_rank else others[:MAX_LINES]
-    shape = "dot" if by_rank else "line"
-    series = [charts.Series(points[k], "faint", title=f"prompt {k}: {prompts[k]}", shape=shape) for k in others]
-    series += [charts.Series(points[k], "used", f"prompt {k}", prompts[k], shape) for k in used]
+    others = [k for k in ranked if k not in (0, *used)][:MAX_LINES]
+    series = [charts.Series(points[k], "faint", title=f"prompt {k}: {prompts[k]}") for k in others]
+    series += [charts.Series(points[k], "used", f"prompt {k}", prompts[k]) for k in used]
     if 0 in points:
-        series.append(charts.Series(points[0], "original", "original", prompts[0], "diamond" if by_rank else "line"))
-    if not by_rank:
-        series.append(charts.Series([(s.step, s.loss[s.chosen]) for s in scorings], "ring", shape="dot"))
+        series.append(charts.Series(points[0], "original", "original", prompts[0]))
+    series.append(charts.Series([(s.step, s.loss[s.chosen]) for s in scorings], "ring", dots=True))
     label = f"Losses of {plural(len(ranked), 'prompt')} in {plural(len(scorings), 'scoring')}"
-    return charts.plot(series, label, "rank among the prompts" if by_rank else "step", "nats per token")
+    return charts.plot(series, label, "step", "nats per token")
 
 
 def left_original(scores: Scores) -> bool:
