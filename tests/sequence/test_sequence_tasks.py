@@ -6,7 +6,7 @@ import pytest
 from datasets import Dataset
 
 from sapo_kernels.files import DataError
-from sapo_peft import PromptPool
+from sapo_peft import PromptPool, read_examples
 from sapo_peft.assets import BUNDLED_DIR
 from sapo_peft.sequence import SequenceTask, read_order, read_tasks
 from sapo_peft.tiny_random import tiny_tokenizer
@@ -118,7 +118,8 @@ def test_references_digests_and_chosen_columns():
     wide = Dataset.from_list([{"text": "x", "question": "q", "answer": "a"}])
     with pytest.raises(DataError, match="exactly one of"):
         SequenceTask.build("t", wide, wide, POOL)
-    task = SequenceTask.build("t", wide, wide, POOL, input_column="text", target_column="answer")
+    chosen = read_examples(wide, "text", "answer")
+    task = SequenceTask.build("t", chosen, chosen, POOL)
     assert task.train == ({"input": "x", "target": "a"},)
 
 

@@ -66,14 +66,6 @@ def test_a_batch_is_the_same_whatever_else_is_in_it():
     assert all(f"user\n{row['task']}. " in text and row["input"] in text for row, text in zip(rows, texts, strict=True))
 
 
-@pytest.mark.parametrize("multiple", [None, 1, 8, 64])
-def test_width(multiple):
-    batch = collator_of(pad_to_multiple_of=multiple)(colours(3))
-    longest = max(len(c) + len(r) for c, r in rows_of(batch))
-    assert batch["input_ids"].shape[1] == -(-longest // (multiple or 1)) * (multiple or 1)
-    assert all(value.dtype == torch.int64 for value in batch.values())
-
-
 def test_the_padding_token_of_tokenizers_without_one():
     for pad, eos, wanted in (("<|endoftext|>", "<|im_end|>", 256), (None, "<|im_end|>", 258), (None, None, 0)):
         tokenizer = byte_tokenizer()

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, RootModel
 
 from sapo_kernels.files import DataError, excerpt, read_json
 
-from ..data.examples import read_examples
+from ..data.examples import Examples, read_examples
 from ..data.names import DATA_FOLDERS, TaskNameError
 from ..data.prompt_pool import PromptPool
 from ..data.schema import validated
@@ -56,19 +56,8 @@ class SequenceTask:
     notes: tuple[str, ...] = ()
 
     @classmethod
-    def build(
-        cls,
-        name: str,
-        train: Any,
-        test: Any,
-        pool: PromptPool,
-        *,
-        input_column: str | None = None,
-        target_column: str | None = None,
-    ) -> SequenceTask:
-        """A task of files (.json, .jsonl, .csv, .tsv), lists of mappings or HF `Dataset` objects.
-
-        Columns that are not given are recognised by name, see `read_examples`.
+    def build(cls, name: str, train: Any, test: Any, pool: PromptPool) -> SequenceTask:
+        """A task of what `read_examples` returns, or reads: files, lists of mappings, HF `Dataset` objects.
 
         Raises: `DataError` naming the split, the row and the field; `TypeError` for a pool or rows of another kind.
         """
@@ -81,7 +70,8 @@ class SequenceTask:
             place = f"task {excerpt(name)}: {split}"
             if rows is None:
                 raise DataError(f"{place}: expected rows, got none")
-            read[split] = read_examples(rows, input_column, target_column, skip_empty=True, name=place)
+            done = isinstance(rows, Examples)
+            read[split] = rows if done else read_examples(rows, skip_empty=True, name=place)
         notes = [note for split in read.values() for note in split.notes()]
         notes += leaks(read["train"], read["test"])
         rows = {split: found.total for split, found in read.items()}
