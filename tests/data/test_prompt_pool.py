@@ -9,7 +9,8 @@ import pytest
 from sapo_kernels.files import DataError
 from sapo_peft import read_prompts
 from sapo_peft.data.names import TaskNameError
-from sapo_peft.data.prompt_pool import MAX_CHARACTERS, MAX_REJECTED, PoolPrompt, PromptPool
+from sapo_peft.data.prompt_checks import MAX_CHARACTERS
+from sapo_peft.data.prompt_pool import MAX_REJECTED, PoolPrompt, PromptPool
 from sapo_peft.data.tasks import read_task
 from sapo_peft.tiny_random import tiny_tokenizer
 from tests.cli import cli_helpers
@@ -104,10 +105,10 @@ def test_which_labels_are_required():
 
 def test_rules_of_a_tokenizer():
     tokenizer = tiny_tokenizer()
-    special, long = "positive negative <X> <|im_end|>", "positive negative <X> " + "b" * 50
-    made = pool(special, long, tokenizer=tokenizer, max_tokens=60)
+    special, long = "positive negative <X> <|im_end|>", "positive negative <X> " + "b" * 1003
+    made = pool(special, long, tokenizer=tokenizer)
     assert "special token '<|im_end|>'" in made.rejected[0].reason
-    assert made.rejected[1].reason == "expected at most 60 tokens, got 72"
+    assert made.rejected[1].reason == "expected at most 1024 tokens, got 1025"
     for options, what in (
         ({"original": "<|im_start|>positive negative <X>"}, "the original prompt"),
         ({"suffix": "a<|endoftext|>"}, "suffix"),
@@ -135,7 +136,6 @@ def test_rules_of_a_tokenizer():
         ({"markers": ["\ud800"]}, "'markers' 0: expected plain text, got a lone surrogate"),
         ({"suffix": "\x1b"}, "'suffix': expected plain text"),
         ({"text_word": "a\nb"}, "'text_word': expected a text on one line"),
-        ({"max_characters": 0}, "'max_characters': expected greater than or equal to 1"),
         ({"original": None}, "the original prompt: expected text"),
     ],
 )
@@ -160,7 +160,7 @@ def test_extended_keeps_places():
 
 def test_save_and_read(tmp_path):
     paraphrases = ("A {x} \u4f60 positive negative <X>", "no \ud800\0" + "y" * 50_000)
-    made = pool(PoolPrompt("a {x} \u4f60 positive negative <X>", "endpoint:m"), *paraphrases, suffix="S", max_tokens=99)
+    made = pool(PoolPrompt("a {x} \u4f60 positive negative <X>", "endpoint:m"), *paraphrases, suffix="S")
     made.save(tmp_path / "p.json")
     assert PromptPool.read(tmp_path / "p.json") == made == PromptPool.read(str(tmp_path / "p.json"), "t")
     assert made.rejected[1].text.startswith("no \\ud800\\x00yyy") and len(made.rejected[1].text) < 2100
@@ -184,7 +184,7 @@ def test_an_older_file_is_read_and_written_as_it_was(tmp_path):
     made = PromptPool.read(put(tmp_path / "p.json", WRITTEN))
     assert made.prompts == ("Say yes.", "yes?") and len(made.rejected) == 1
     made.save(tmp_path / "q.json")
-    again = {name: value for name, value in WRITTEN.items() if name != "merged"}
+    again = {name: value for name, value in WRITTEN.items() if name not in ("merged", "max_characters", "max_tokens")}
     assert (tmp_path / "q.json").read_text() == json.dumps(again, indent=1) + "\n"
 
 

@@ -19,7 +19,6 @@ from .prompt_files import MAX_PROMPTS, read_prompt_file
 from .schema import first_fault, validated
 
 SCHEMA, VERSION = "sapo_prompt_pool", 1
-MAX_CHARACTERS = 16_384
 MAX_TOKENS = 1024
 # More than the longest prompts take, so that what was saved can be read.
 MAX_POOL_BYTES = 2**30
@@ -52,7 +51,6 @@ Parts = Annotated[
     Field(strict=False, max_length=MAX_PROMPTS),
     AfterValidator(lambda texts: tuple(dict.fromkeys(texts))),
 ]
-Count = Annotated[int, Field(ge=1)]
 
 
 @dataclass(frozen=True)
@@ -81,8 +79,7 @@ class PromptPool(BaseModel):
     provenance: the source of each, "original" for the first. suffix: the answer-format line, not paraphrased.
     labels: label names; those in the original stand in every prompt. markers: texts that stand in every prompt.
     text_word: the word that heads the input. rejected: what was not taken, also because it repeats another (the first
-    `MAX_REJECTED` are kept). max_characters, max_tokens: bounds on one prompt, the second with a tokenizer only.
-    The tokenizer is neither saved nor compared.
+    `MAX_REJECTED` are kept). The tokenizer is neither saved nor compared.
     """
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", populate_by_name=True)
@@ -95,8 +92,6 @@ class PromptPool(BaseModel):
     suffix: str
     labels: Parts
     markers: Parts
-    max_characters: Count
-    max_tokens: Count
     entries: tuple[PoolPrompt, ...] = Field(alias="prompts", min_length=1, max_length=MAX_PROMPTS)
     rejected: tuple[RejectedPrompt, ...] = Field(max_length=MAX_REJECTED)
     _tokenizer: Any = None
@@ -113,14 +108,12 @@ class PromptPool(BaseModel):
         markers: Sequence[str] = (),
         text_word: str = "Text",
         tokenizer: Any = None,
-        max_characters: int = MAX_CHARACTERS,
-        max_tokens: int = MAX_TOKENS,
     ) -> PromptPool:
         """A pool of `original` and those `paraphrases` that pass; a plain string has the source "given".
 
-        A prompt has 1 to `max_characters` characters, none of them a control, an unpaired surrogate or made to
+        A prompt has 1 to 16,384 characters, none of them a control, an unpaired surrogate or made to
         deceive the eye. Every label that occurs in the original as a whole word, in that case, occurs so in
-        each paraphrase, and every marker. With a `tokenizer` it has at most `max_tokens` tokens and holds none
+        each paraphrase, and every marker. With a `tokenizer` it has at most 1,024 tokens and holds none
         of its special tokens. Paraphrases that fail, or repeat one but for spaces, case and compatibility forms of
         characters, are kept in `rejected`.
 
@@ -129,8 +122,7 @@ class PromptPool(BaseModel):
         """
         fields = {
             "schema": SCHEMA, "version": VERSION, "task": task, "text_word": text_word, "suffix": suffix,
-            "labels": labels, "markers": markers, "max_characters": max_characters, "max_tokens": max_tokens,
-            "prompts": (PoolPrompt(original, "original"),), "rejected": (),
+            "labels": labels, "markers": markers, "prompts": (PoolPrompt(original, "original"),), "rejected": (),
         }  # fmt: skip
         if not isinstance(original, str):
             raise DataError(f"task {excerpt(task)}: the original prompt: expected text, got {excerpt(original)}")
@@ -167,8 +159,9 @@ class PromptPool(BaseModel):
         if document is not None:
             if options:
                 raise TypeError(f"{path} is a saved pool: expected no options, got {', '.join(options)}")
-            # Of files of before: paraphrases that repeated another.
-            document.pop("merged", None)
+            # Of files of before: paraphrases that repeated another, and bounds that were always these.
+            for name in ("merged", "max_characters", "max_tokens"):
+                document.pop(name, None)
             pool = validated(cls, document, str(path))
             if task not in (None, pool.task):
                 raise TaskNameError(f"{path}: expected the task {excerpt(task)}, got a pool of {excerpt(pool.task)}")
@@ -190,13 +183,12 @@ class PromptPool(BaseModel):
     def _whole(self, info: ValidationInfo) -> PromptPool:
         self._tokenizer = (info.context or {}).get("tokenizer")
         rules, seen = self._rules(), {}
-        bounds = {"specials": rules["specials"], "max_characters": self.max_characters}
-        if self.suffix and (problem := checks.fault(self.suffix, **bounds)):
+        if self.suffix and (problem := checks.fault(self.suffix, specials=rules["specials"])):
             raise DataError(f"'suffix': {problem}")
         if self.entries[0].source != "original":
             raise DataError(f"'prompts' 0: expected the original prompt, got {excerpt(self.entries[0])}")
         for index, prompt in enumerate(self.entries):
-            first = seen.setdefault(checks.normalised(prompt.text[: self.max_characters + 1]), index)
+            first = seen.setdefault(checks.normalised(prompt.text[: checks.MAX_CHARACTERS + 1]), index)
             problem = self.fault(prompt.text, rules) or (
                 None if first == index else f"expected each prompt once, got prompt {first} again"
             )
@@ -258,8 +250,8 @@ class PromptPool(BaseModel):
 
         Prompts behind one that fails move up. Raises: `DataError` if the original or the suffix fails.
         """
-        names = ("task", "suffix", "labels", "text_word", "max_characters", "max_tokens")
-        kept, markers = {name: getattr(self, name) for name in names}, (*self.markers, *markers)
+        kept = {name: getattr(self, name) for name in ("task", "suffix", "labels", "text_word")}
+        markers = (*self.markers, *markers)
         pool = PromptPool.build(
             original=self.prompts[0], paraphrases=self.entries[1:], tokenizer=tokenizer, markers=markers, **kept
         )
@@ -274,8 +266,8 @@ class PromptPool(BaseModel):
         problem = checks.fault(text, **(rules or self._rules()))
         if problem is None and self._tokenizer is not None:
             count = len(self._tokenizer(text, add_special_tokens=False)["input_ids"])
-            if count > self.max_tokens:
-                return f"expected at most {self.max_tokens} tokens, got {count}"
+            if count > MAX_TOKENS:
+                return f"expected at most {MAX_TOKENS} tokens, got {count}"
         return problem
 
     def _rules(self) -> dict[str, Any]:
@@ -285,8 +277,7 @@ class PromptPool(BaseModel):
             from sapo_kernels.scoring.render import special_tokens
 
             specials = special_tokens(self._tokenizer)
-        found = {"required": self.required, "markers": self.markers, "specials": specials}
-        return {**found, "max_characters": self.max_characters}
+        return {"required": self.required, "markers": self.markers, "specials": specials}
 
     def notes(self) -> list[str]:
         """What a reader of the results should know about this pool, one sentence a kind."""
