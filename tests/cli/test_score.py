@@ -149,7 +149,7 @@ BAD_CALLS = {
     "missing data": (("score", "--prompts", "p.json", "--data", "x.json"), ("x.json: No such file",)),
     "task that nobody has": ((*SCORE, "--task", "x"), ("task: expected none", "'x'")),
     "unknown impl": ((*SCORE, "--impl", "fast"), ("--impl", "tree", "'fast'")),
-    "no examples": ((*SCORE, "--examples", "0"), ("--examples", "at least 1")),
+    "no examples": ((*SCORE, "--examples", "0"), ("limit: expected at least 1, got 0",)),
     "unknown option": ((*SCORE, "--exampels", "3"), ("unrecognized arguments: --exampels",)),
     "column that is not there": ((*SCORE, "--input-column", "zz"), ("'zz'", "'sentence'")),
     "missing model": ((*SCORE, "--model", "./none"), ("--model", "./none", "no such folder")),

@@ -140,7 +140,7 @@ def test_an_output_that_is_an_input_or_not_ours_is_refused_unless_overwrite(sapo
         (("--paraphrase-with", "tiny", "--model", "m"), ("--model",)),
         (("--from", "f", "--key-variable", "X"), ("--key-variable",)),
         (("--from", "none.txt"), ("none.txt", "No such file")),
-        (("--from", "f.txt", "--minimum", "5", "--count", "2"), ("--minimum", "--count 2")),
+        (("--from", "f.txt", "--minimum", "5", "--count", "2"), ("wanted, minimum: expected", "got 2 and 5")),
         (("--from", "f.txt", "--count", "0", "--minimum", "0"), ("wanted", "at least 1", "got 0")),
         (("--from", "f.txt", "--count", "9" * 5000), ("--count",)),
         (("--from", "f.txt", "--deadline", "nan"), ("deadline", "got nan")),

@@ -88,8 +88,8 @@ def test_an_unknown_order_names_those_there_are(data):
     for order in ("other", "../order/mine", "", "mine/1-x"):
         with pytest.raises(DataError, match="there are: 'mine'"):
             read_order(data, order)
-    with pytest.raises(DataError, match="no such folder"):
-        read_order(data / "nowhere", "mine")
+    with pytest.raises(DataError, match="nowhere: expected an order .* got 'other' "):
+        read_order(data / "nowhere", "other")
 
 
 def test_rows_are_conserved_and_faults_are_reported():

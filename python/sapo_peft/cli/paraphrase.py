@@ -65,9 +65,8 @@ def run(args: argparse.Namespace) -> int:
         logger = logging.getLogger("sapo_peft.paraphrase")
         if args.from_file is not None and args.count is None:
             logger.setLevel(logging.ERROR)
-        minimum = min(args.minimum, count)
         with naming(args.out):
-            pool = gather(pool, source, count, minimum, args.deadline, args.out, overwrite=args.overwrite)
+            pool = gather(pool, source, count, args.minimum, args.deadline, args.out, overwrite=args.overwrite)
     _print(pool, args.out)
     if spent := getattr(source, "spent", ""):
         print(f"Usage, as the endpoint counts it: {spent}.")
@@ -84,8 +83,6 @@ def _check(args: argparse.Namespace) -> None:
             raise ValueError(f"{option}: expected it with --paraphrase-with URL only, got no URL")
     if url and args.model is None:
         raise ValueError("--paraphrase-with URL: expected the name of a model too (--model), got none")
-    if args.count is not None and args.minimum > args.count:
-        raise ValueError(f"--minimum: expected at most --count {args.count}, got {args.minimum}")
     for option, path in (("--prompts", args.prompts), ("--from", args.from_file)):
         both = path is not None and os.path.exists(path) and os.path.exists(args.out)
         if both and os.path.samefile(path, args.out) and not args.overwrite:

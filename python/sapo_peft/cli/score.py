@@ -46,16 +46,16 @@ def options(add: Callable) -> None:
     add("--data", metavar="FILE_OR_DIR", help=data)
     add("--task", metavar="NAME", help="which task, if the files have several")
     counts = f"number of examples (default {EXAMPLES}, of the bundled task {BUNDLED_EXAMPLES})"
-    add("--examples", type=_positive, metavar="N", help=counts)
+    add("--examples", type=int, metavar="N", help=counts)
     add("--input-column", metavar="NAME", help="field with the input text")
     add("--target-column", metavar="NAME", help="field with the label")
     add("--skip-empty", action="store_true", help="leave out rows with an empty label (default: an error)")
     add("--instruction-role", default="user", choices=("user", "system"), help="turn that the instruction is in")
     for option, most, what in (("--max-source", 1536, "context"), ("--max-target", 128, "response")):
-        add(option, type=_positive, default=most, metavar="N", help=f"longest {what} in tokens (default {most})")
+        add(option, type=int, default=most, metavar="N", help=f"longest {what} in tokens (default {most})")
     add("--race", action="store_true", help="score only the cells that it takes to find the best prompt")
     add("--impl", default="auto", choices=IMPLS, help="how to score; auto finds the fastest way that is right")
-    add("--max-tokens", type=_positive, metavar="N", help="new tokens per forward")
+    add("--max-tokens", type=int, metavar="N", help="new tokens per forward")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     add("--compare", action="store_true", help="also run the plain loop and compare times and values")
@@ -204,7 +204,7 @@ def _task(args: argparse.Namespace) -> tuple[PromptPool, Examples]:
         say_notes(["no --prompts and --data: scoring a bundled task"], args.quiet)
     return read_task(
         prompts, data, task, input_column=args.input_column, target_column=args.target_column,
-        limit=args.examples or most, skip_empty=args.skip_empty,
+        limit=most if args.examples is None else args.examples, skip_empty=args.skip_empty,
     )  # fmt: skip
 
 
@@ -216,13 +216,3 @@ def _record(args: argparse.Namespace, pool: PromptPool, examples: Examples) -> d
         "text_word": pool.text_word, "max_source": args.max_source, "max_target": args.max_target,
         "instruction_role": args.instruction_role, "impl": args.impl,
     }  # fmt: skip
-
-
-def _positive(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text[:40]!r}")
-    return value

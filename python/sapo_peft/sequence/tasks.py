@@ -113,7 +113,7 @@ def read_order(data: str | os.PathLike, order: str, prompts: str | os.PathLike |
 
     Raises: `DataError` naming the file, what was expected and what was got.
     """
-    data = _folder(data)
+    data = Path(data)
     stages = _stages(_order_folder(data, order))
     names = []
     for stage in stages:
@@ -141,7 +141,7 @@ def read_tasks(
     """
     if not 1 <= len(names) <= MAX_TASKS:
         raise DataError(f"tasks: expected 1 to {MAX_TASKS}, got {len(names)}")
-    data = _folder(data)
+    data = Path(data)
     # A name never becomes a path.
     roots = [data / part for part in DATA_FOLDERS if (data / part).is_dir()]
     folders = [sub for root in roots for sub in sorted(root.iterdir()) if sub.is_dir()]
@@ -156,13 +156,6 @@ def read_tasks(
         files = (_split_file(found[0], split) for split in ("train", "test"))
         tasks.append(SequenceTask.build(name, *files, pool))
     return tasks
-
-
-def _folder(data: str | os.PathLike) -> Path:
-    data = Path(data)
-    if not data.is_dir():
-        raise DataError(f"{data}: expected a folder with tasks, got {'a file' if data.exists() else 'no such folder'}")
-    return data
 
 
 def _order_folder(data: Path, order: str) -> Path:
