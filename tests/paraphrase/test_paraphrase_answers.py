@@ -84,23 +84,8 @@ def test_cut_answers_give_what_is_complete():
 
 def test_random_answers_raise_nothing_else():
     draw, kept = random.Random(0), 0
-    parts = [
-        f"<{T}>",
-        f"</{T}>",
-        f"\n<{T}>a</{T}>\n",
-        "<",
-        ">",
-        "/",
-        T,
-        "\n",
-        " ",
-        "a",
-        "a",
-        "</think>",
-        "{0}",
-        "\ud800",
-        "\0",
-    ]
+    tags = [f"<{T}>", f"</{T}>", f"\n<{T}>a</{T}>\n", T]
+    parts = [*tags, *"<>/\n aa", "</think>", "{0}", "\ud800", "\0"]
     for _ in range(20_000):
         try:
             texts, _ = Request("x", 1).read("".join(draw.choices(parts, k=draw.randrange(12))))

@@ -102,13 +102,11 @@ def read(path):
 
 
 def edit(path, *keys, value):
-    """Replace one value of a JSON file; `KeyError` as a value takes the key away."""
+    """Replace one value of a JSON file."""
     content = at = read(path)
     for key in keys[:-1]:
         at = at[key]
     at[keys[-1]] = value
-    if value is KeyError:
-        del at[keys[-1]]
     path.write_text(json.dumps(content), encoding="utf-8")
 
 

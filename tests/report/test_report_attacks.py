@@ -69,16 +69,12 @@ def test_size_is_bounded(tmp_path):
 DAMAGE = """
 run version 1 : 'version': expected 2, got 1
 run tasks ["a","b"] : expected this task of a finished run, got no folder
-run method "KeyError" : expected the key 'method', got none
 run more 1 : expected no key 'more', got one
 before examples [1] : 'rougeL': expected 1 entries, got 2
 scores scorings.1.loss [1.0] : 'scorings' 1 'loss': expected 4 entries, got 1
-scores scorings.1.loss.2 "low" : 'loss' 2: expected a valid number, got 'low'
 scores scorings.0.chosen 4 : 'chosen': expected less than 4, got 4
 metrics row.rougeL.0 1e300 : 'row' 'rougeL' 0: expected less than or equal to 1000000000000000
-metrics row {"bleu":[1.0,1.0]} : 'row' 'bleu' '[key]': expected 'rougeL', 'exact_match'
 metrics answers [[]] : 'answers': expected 2 entries, got 1
-train losses [[1,2,3]] : 'losses' 0
 """
 
 
@@ -93,7 +89,7 @@ def test_damage_is_refused(sound, tmp_path, fault):
     name, keys, value = fault.partition(" : ")[0].split(" ", 2)
     run = shutil.copytree(sound, tmp_path / "run")
     keys = [int(key) if key.isdigit() else key for key in keys.split(".")]
-    edit(next(run.rglob(f"{name}.json")), *keys, value=KeyError if "KeyError" in value else json.loads(value))
+    edit(next(run.rglob(f"{name}.json")), *keys, value=json.loads(value))
     sealed(run)
     with pytest.raises(DataError) as error:
         write_report(run)

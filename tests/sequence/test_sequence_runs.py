@@ -269,12 +269,8 @@ def test_modules_that_cannot_be_adapted_are_refused_and_the_model_is_left_as_it_
 
 @pytest.mark.parametrize("options, word", [
     ({"method": "lora"}, "'method': expected 'lora-inc', 'o-lora' or 'seq-lora', got 'lora'"),
-    ({"train_examples": 0}, "'train_examples': expected greater than or equal to 1, got 0"),
-    ({"batch_size": True}, "'batch_size'"),
     ({"epochs": 0}, "'epochs': expected greater than 0"),
-    ({"learning_rate": math.nan}, "'learning_rate'"),
     ({"warmup": 1.0}, "'warmup': expected less than 1"),
-    ({"lambda_1": "1"}, "'lambda_1': expected a valid number, got '1'"),
     ({"seed": -1}, "'seed'"),
     ({"target_modules": []}, "target_modules: expected 'all-linear' or a list"),
     ({"target_modules": "q_proj"}, "target_modules: expected 'all-linear' or a list"),

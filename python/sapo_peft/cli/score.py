@@ -74,9 +74,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.resume and (args.race or args.out is None):
         raise ValueError("--resume: expected it with --out, and without --race, whose rounds are not kept")
-    check_file("--out", args.out, (args.prompts, args.data), OURS, args.overwrite)
     pool, examples = _task(args)
-    check_file("--out", args.out, (examples.source,), OURS, args.overwrite)
+    check_file("--out", args.out, (args.prompts, args.data, examples.source), OURS, args.overwrite)
     say_notes([*pool.notes(), *examples.notes()], args.quiet)
     with only_writer(args.out), log_on_stderr("sapo_kernels", args.quiet):
         parts = Parts(args.out, _record(args, pool, examples), resume=args.resume, overwrite=args.overwrite)
