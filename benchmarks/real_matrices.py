@@ -31,8 +31,9 @@ STEPS, BATCH, RATE, RANK = 30, 8, 1e-3, 16
 INPUT_TOKENS, MAX_EXAMPLES, MIN_EXAMPLES = 64, 250, 100
 
 
-def build_cache(task: Task, tokenizer, examples: list[dict[str, str]], budget: int) -> sk.ResponseCache:
+def build_cache(task: Task, tokenizer, budget: int) -> sk.ResponseCache:
     """As many of the examples as fit into `budget` tokens of the trie, but `MIN_EXAMPLES` at least."""
+    examples = cut(task.examples[:MAX_EXAMPLES], tokenizer, INPUT_TOKENS)
     whole = sk.ResponseCache.build(tokenizer, task.prompts, examples, suffix=task.suffix, max_target=64)
     trie = sum(len(step.input_ids) for step in whole.plan(1024).passes)
     count = min(len(examples), max(MIN_EXAMPLES, budget * len(examples) // trie))
@@ -71,9 +72,9 @@ def make(name: str, dtype: torch.dtype, tasks: list[Task], out: Path, budget: in
             model, tokenizer = load_pretrained(name)
             if state == "tuned":
                 other = tasks[(at + 1) % len(tasks)]
-                model = tune(model, build_cache(other, tokenizer, cut(other, tokenizer, INPUT_TOKENS, MAX_EXAMPLES), 0))
+                model = tune(model, build_cache(other, tokenizer, 0))
             model = model.to(dtype)
-            cache = build_cache(task, tokenizer, cut(task, tokenizer, INPUT_TOKENS, MAX_EXAMPLES), budget)
+            cache = build_cache(task, tokenizer, budget)
             prepared = time.perf_counter() - started
             scores = sk.score_prompts(model, cache, progress=False)
             atomic_write(path, save({"nll": scores.nll.float(), "tokens": scores.tokens.short()}))

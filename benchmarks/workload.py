@@ -116,14 +116,10 @@ def build_cache(task: Task, tokenizer, examples: int) -> ResponseCache:
     return ResponseCache.build(tokenizer, task.prompts, task.examples[:examples], suffix=task.suffix)
 
 
-def cut(task: Task, tokenizer, limit: int, count: int) -> list[dict[str, str]]:
-    """The task's first `count` examples with at most `limit` tokens of their inputs."""
-    texts = [row["input"] for row in task.examples[:count]]
-    ids = [tokenizer(text, add_special_tokens=False)["input_ids"][:limit] for text in texts]
-    return [
-        {"input": tokenizer.decode(row), "target": example["target"]}
-        for row, example in zip(ids, task.examples, strict=False)
-    ]
+def cut(examples: list[dict[str, str]], tokenizer, limit: int) -> list[dict[str, str]]:
+    """The same with at most `limit` tokens of their inputs."""
+    ids = [tokenizer(row["input"], add_special_tokens=False)["input_ids"][:limit] for row in examples]
+    return [{"input": tokenizer.decode(one), "target": row["target"]} for one, row in zip(ids, examples, strict=True)]
 
 
 @dataclass(frozen=True)

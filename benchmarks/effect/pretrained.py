@@ -28,6 +28,7 @@ from sapo_peft.gguf import MODELS, resolve
 from sapo_peft.loading import load
 from sapo_peft.sequence import SequenceConfig, SequenceTask, read_tasks, run_sequence
 
+from ..workload import cut
 from . import pretrained_design as design
 from . import rows
 
@@ -88,18 +89,9 @@ class Setting:
             random.Random(f"{seed}/{task.name}").shuffle(train)
             train = train[: max(design.SINGLE.max_steps * design.SINGLE.batch_size, design.SINGLE.probe_examples)]
             test = list(task.test[: design.SINGLE.test_examples])
-            train, test = (shortened(part, tokenizer) for part in (train, test))
+            train, test = (cut(part, tokenizer, design.INPUT_TOKENS) for part in (train, test))
             found[task.name] = SequenceTask.build(task.name, train, test, task.pool)
         return found
-
-
-def shortened(examples: list[dict[str, str]], tokenizer: Any) -> list[dict[str, str]]:
-    """The same with at most `INPUT_TOKENS` tokens of their inputs."""
-    ids = [tokenizer(row["input"], add_special_tokens=False)["input_ids"] for row in examples]
-    return [
-        {"input": tokenizer.decode(one[: design.INPUT_TOKENS]), "target": row["target"]}
-        for one, row in zip(ids, examples, strict=True)
-    ]
 
 
 def cache_of(tokenizer: Any, task: SequenceTask, prompts: list[str], examples: Any) -> sk.ResponseCache:

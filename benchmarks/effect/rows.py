@@ -60,11 +60,3 @@ def rounded(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: rounded(item) for key, item in value.items()}
     return [rounded(item) for item in value] if isinstance(value, list) else value
-
-
-def by_task_and_seed(found: list[dict[str, Any]]) -> dict[tuple[str, int], list[dict[str, Any]]]:
-    """The single-task rows in groups, in order."""
-    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    for row in sorted(found, key=lambda row: (row["task"], row["seed"], row["prompt"])):
-        groups.setdefault((row["task"], row["seed"]), []).append(row)
-    return groups

@@ -1,6 +1,6 @@
 """The parts of the GPU suite: each a function that measures one thing, in a process of its own.
 
-`PARTS` names them in the order in which they run, with their share of the time and what they show.
+`PARTS` names them in the order in which they run, with their share of the time.
 """
 
 from __future__ import annotations
@@ -23,35 +23,19 @@ class Skipped(Exception):
     """A part cannot do its job on this machine, through no fault of the project's: the message says what is lacking."""
 
 
-@dataclass(frozen=True)
-class Part:
-    """where: "module.function" of this package. share: of the suite's time. ops: what the function is given."""
-
-    where: str
-    share: float
-    about: str
-    ops: tuple[str, ...] = ()
-
-
-PARTS = {
-    "build": Part("machine.build", 0.08, "compile the native modules, CUDA kernels included"),
-    "ceilings": Part("machine.ceilings", 0.04, "what copying and bf16 matrix products reach on this device"),
-    "tests": Part("machine.tests", 0.14, "pytest -m gpu"),
-    "tree_attention": Part(
-        "measure.operators",
-        0.09,
-        "against FlexAttention and SDPA, backward too",
-        ("tree_attention", "tree_attention_backward"),
-    ),
-    "linear_logprob": Part(
-        "measure.operators", 0.09, "against cuBLAS and fused heads", ("linear_logprob", "linear_logprob_backward")
-    ),
-    "in_place": Part("measure.operators", 0.03, "accumulate_ and reweight_", ("accumulate", "reweight")),
-    "small_model": Part("models.small", 0.13, "end to end, 0.6B shape, every peer; kernel counts"),
-    "large_model": Part("models.large", 0.18, "end to end, 8B shape, peers; K=21, M=250 alone"),
-    "training": Part("models.training", 0.06, "a LoRA step of the 8B shape over a trie, beside padded rows"),
-    "configs": Part("measure.configurations", 0.10, "kernel configurations, the one in use first"),
-    "sanitizer": Part("machine.sanitizer", 0.06, "compute-sanitizer over every kernel"),
+# Name: ("module.function" of this package, share of the suite's time, operations that the function is given).
+PARTS: dict[str, tuple[str, float, tuple[str, ...]]] = {
+    "build": ("machine.build", 0.08, ()),
+    "ceilings": ("machine.ceilings", 0.04, ()),
+    "tests": ("machine.tests", 0.14, ()),
+    "tree_attention": ("measure.operators", 0.09, ("tree_attention", "tree_attention_backward")),
+    "linear_logprob": ("measure.operators", 0.09, ("linear_logprob", "linear_logprob_backward")),
+    "in_place": ("measure.operators", 0.03, ("accumulate", "reweight")),
+    "small_model": ("models.small", 0.13, ()),
+    "large_model": ("models.large", 0.18, ()),
+    "training": ("models.training", 0.06, ()),
+    "configs": ("measure.configurations", 0.10, ()),
+    "sanitizer": ("machine.sanitizer", 0.06, ()),
 }
 
 
@@ -69,17 +53,20 @@ class Job:
     out: Path
     name: str
     data: Path | None = None
-    started: float = field(default_factory=time.monotonic)
     lines: list[str] = field(default_factory=list)
     missed: list[str] = field(default_factory=list)
 
-    @property
-    def left(self) -> float:
-        return self.seconds - (time.monotonic() - self.started)
+    def __post_init__(self):
+        self.deadline = time.monotonic() + self.seconds
 
     @property
-    def deadline(self) -> float:
-        return self.started + self.seconds
+    def left(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def write(self, kind: str, text: str) -> None:
+        """OUT/KIND/NAME.txt."""
+        (self.out / kind).mkdir(parents=True, exist_ok=True)
+        atomic_write(self.out / kind / f"{self.name}.txt", text)
 
     def emit(self, rows: list[Row]) -> None:
         """Rows, as soon as they are there: what comes later may fail."""
@@ -93,8 +80,7 @@ class Job:
         """A line for the summary."""
         self.lines.append(line)
         print(line, flush=True)
-        (self.out / "notes").mkdir(parents=True, exist_ok=True)
-        atomic_write(self.out / "notes" / f"{self.name}.txt", "\n".join(self.lines) + "\n")
+        self.write("notes", "\n".join(self.lines) + "\n")
 
     def miss(self, what: str) -> None:
         """The same for something that there was no time for."""
@@ -102,23 +88,21 @@ class Job:
         self.say(f"no time for {what}")
 
 
-def run_part(job: Job) -> str:
-    """Run the part that `job` names, in this process, and give its status, which also goes to ``OUT/status/NAME.txt``.
+def run_part(job: Job) -> None:
+    """Run the part that `job` names, in this process; how it ended goes to ``OUT/status/NAME.txt``.
 
     "passed"; "passed in part: no time for N things"; "skipped: WHY"; "not run: no time left" if it measured nothing.
     """
-    part, status = PARTS[job.name], "passed"
+    (where, _, ops), status = PARTS[job.name], "passed"
+    module, _, function = where.partition(".")
     try:
-        module, _, function = part.where.partition(".")
-        getattr(importlib.import_module(f"{__name__}.{module}"), function)(job, *part.ops)
+        getattr(importlib.import_module(f"{__name__}.{module}"), function)(job, *ops)
     except Skipped as why:
         status = f"skipped: {why}"
     if status == "passed" and job.missed:
         measured = (job.out / "rows" / f"{job.name}.csv").exists()
         status = f"passed in part: no time for {len(job.missed)} things" if measured else NO_TIME
-    (job.out / "status").mkdir(parents=True, exist_ok=True)
-    atomic_write(job.out / "status" / f"{job.name}.txt", status)
-    return status
+    job.write("status", status)
 
 
 # A first run also warms up, so a size is given up only if it takes so many times as long as its peer's fastest.
@@ -134,11 +118,11 @@ def settle(job: Job, case: Case, must: str = "ours") -> list[str]:
     """
     place, wrong, took = f"{case.op}, {case.name}", [], {}
     for name, provider in list(case.providers.items()):
+        began = time.monotonic()
         if name != must and job.left <= 0:
             job.miss(f"{place}: {name}")
             del case.providers[name]
             continue
-        began = time.monotonic()
         try:
             output = provider.run()
             synchronise(job.device)
@@ -148,16 +132,15 @@ def settle(job: Job, case: Case, must: str = "ours") -> list[str]:
             if name == must:
                 raise
             lines = str(failure).strip().splitlines() or ["no message"]
-            job.say(f"{place}: {name} does not run: {type(failure).__name__}: {lines[0][:200]}")
-            del case.providers[name]
-            continue
-        if error <= case.tolerance:
-            continue
-        what = f"{place}: {name}: expected within {case.tolerance:.3g} of the oracle, got {error:.3g}"
+            complaint = f"does not run: {type(failure).__name__}: {lines[0][:200]}"
+        else:
+            if error <= case.tolerance:
+                continue
+            wrong.append(name)
+            complaint = f"expected within {case.tolerance:.3g} of the oracle, got {error:.3g}; left out"
         if name == must:
-            raise RuntimeError(what)
-        job.say(f"{what}; left out")
-        wrong.append(name)
+            raise RuntimeError(f"{place}: {name}: {complaint}")
+        job.say(f"{place}: {name}: {complaint}")
         del case.providers[name]
     for name, provider in list(case.providers.items()):
         best = min(took[other] for other, of in case.providers.items() if of.peer == provider.peer)
@@ -169,8 +152,9 @@ def settle(job: Job, case: Case, must: str = "ours") -> list[str]:
 
 
 def measured(job: Job, case: Case) -> list[Row]:
-    """The rows of a settled case; a line for each provider that was not reached in time."""
+    """The rows of a settled case, written; a line for each provider that was not reached in time."""
     rows = run_case(case, job.device, job.deadline)
     for name in case.providers.keys() - {row.provider for row in rows}:
         job.miss(f"{case.op}, {case.name}: {name}")
+    job.emit(rows)
     return rows

@@ -63,7 +63,7 @@ def operators(job: Job, *names: str) -> None:
             for provider in case.providers.values():
                 provider.calls = 1 if job.toy or provider.repeats > 1 else CALLS
             case.rounds = 1 if job.toy else 15
-            job.emit(measured(job, case))
+            measured(job, case)
             del case
             gc.collect()
             if torch.cuda.is_available():
@@ -144,11 +144,7 @@ def configurations(job: Job) -> None:
     shapes = TOY_SHAPES if job.toy else SHAPES
     if job.left > 0:
         compile_candidates(job, shapes)
-    end, spent = job.seconds, job.seconds - job.left
-    each = max(0.0, job.left) / len(shapes)
-    for number, (kernel, name, shape) in enumerate(shapes):
-        # Each shape has its share, so that the first does not take all of it for its candidates.
-        job.seconds = min(end, spent + (number + 1) * each)
+    for kernel, name, shape in shapes:
         if job.left <= 0:
             job.miss(f"{kernel}, {name}")
             continue
@@ -157,10 +153,8 @@ def configurations(job: Job) -> None:
         case = with_candidates(case, kernel, options_of(job, kernel, shape), calls=1 if job.toy else 5)
         wrong += settle(job, case, must=next(iter(case.providers)))
         rows = measured(job, case)
-        job.emit(rows)
         best, now = min(rows, key=lambda row: row.p50_s), rows[0]
         gain = f"{now.p50_s / best.p50_s:.2f}x of the one in use"
         job.say(f"{kernel}, {name}: best {best.provider}, {best.p50_s * 1e3:.3g} ms ({gain})")
-    job.seconds = end
     if wrong:
         raise RuntimeError(f"configurations with wrong output: {', '.join(wrong)}")

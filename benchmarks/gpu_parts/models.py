@@ -38,14 +38,14 @@ def _compared(job: Job, name: str, model, cache, peers: list[str], rounds: int) 
             job.say(f"{name}: {peer}: not installed: {PEERS[peer].missing()}")
     case = make_case("end_to_end", name, model, cache, peers, rounds, TOY_SIZES if job.toy else SIZES)
     settle(job, case)
-    job.emit(measured(job, case))
+    measured(job, case)
 
 
 def _whole(job: Job, name: str, model, cache) -> None:
     """Ours alone at K=21, M=250, checked against the oracle's cells."""
     case = make_case("end_to_end", f"{name} K={PROMPTS} M={EXAMPLES}", model, cache, [], 1)
     case.warm_up = lambda: None
-    job.emit(measured(job, case))
+    measured(job, case)
 
 
 def _kernels(job: Job, model, cache) -> None:
@@ -142,4 +142,4 @@ def training(job: Job) -> None:
         "padded": Provider(lambda: gradients("padded"), tokens=padded["input_ids"].numel()),
     }
     settle(job, case)
-    job.emit(measured(job, case))
+    measured(job, case)

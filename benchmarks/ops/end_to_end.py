@@ -238,12 +238,12 @@ def race(setting: Setting, name: str):
     """A task's prompt chosen on a real model: what people use today, every cell, and a race.
 
     All read one cache of token ids, which is in nobody's time. The note of the race says what it scored and chose. 250
-    examples take hours on a CPU; for some tasks with fewer: ``python -m pytest benchmarks/bench_ops.py --bench-op race
-    --bench-base smollm2 --bench-data DIR --bench-scale 0.1 --bench-out benchmarks/results -k "task141 or task195"``.
+    examples take hours on a CPU; --scale 0.1 takes fewer.
     """
     model, tokenizer = load_pretrained(setting.base)
     task = _tasks(setting)[name]
-    rows = cut(task, tokenizer, 64, 4 if setting.toy else round(250 * min(setting.scale, 1.0)))
+    count = 4 if setting.toy else round(250 * min(setting.scale, 1.0))
+    rows = cut(task.examples[:count], tokenizer, 64)
     cache = sk.ResponseCache.build(tokenizer, task.prompts, rows, suffix=task.suffix)
     sizes = {"trainer_loop": (), "tuned_plain": (32,), "prefix_cache": (32,), "lm_eval": (8,)}
     case = make_case("race", name, model, cache, list(sizes), rounds=1, sizes=sizes)
