@@ -19,7 +19,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from sapo_kernels.files import atomic_write, read_text
+from sapo_kernels.files import atomic_write
 
 from .rows import RESULTS, csv_text, read_csv, version
 
@@ -75,7 +75,7 @@ def occupancy(target: str, registers: int, shared: int, threads: int) -> tuple[i
 
 def read_uses(path: Path = PATH) -> list[Use]:
     """The rows of a file; `DataError` names line and column of what does not fit."""
-    return [Use(**row) for row in read_csv(read_text(path), str(path), Use)]
+    return [Use(**row) for row in read_csv(path, Use)]
 
 
 def _options_of(job) -> dict:

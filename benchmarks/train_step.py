@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from sapo_kernels import ResponseCache, TrieBatch, tree_logprobs
-from sapo_kernels.files import atomic_write, read_text
+from sapo_kernels.files import atomic_write
 from sapo_kernels.training.trie_batch import padded_rows
 
 from .documents import table
@@ -151,7 +151,7 @@ def main() -> None:
     torch.set_num_threads(1)
     data, rows = data_folder(args.data), []
     if args.out and args.out.exists():
-        rows = [Step(**row) for row in read_csv(read_text(args.out), str(args.out), Step)]
+        rows = [Step(**row) for row in read_csv(args.out, Step)]
     for name in args.model:
         model, tokenizer = load(name, data)
         for task in load_tasks(data, args.tasks):

@@ -14,7 +14,7 @@ import torch
 from .. import ops  # noqa: F401
 from ..registry import OPS, Setting
 from ..rows import ROOT
-from ..timing import Case, Provider, Turns
+from ..timing import Case, Provider, run_case
 from ..workload import Cells
 from . import Job, Skipped, measured
 
@@ -126,8 +126,8 @@ def every_kernel(device: str) -> None:
     }  # fmt: skip
     for op, shape in shapes.items():
         case = OPS[op].build("sanitized", setting, only=("ours",), shape=shape)
-        case.calls = 1
-        Turns(case, device).turn()
+        case.calls = case.rounds = 1
+        run_case(case, device)
     print(f"{len(shapes)} operators ran and agreed")
 
 

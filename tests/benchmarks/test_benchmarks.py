@@ -18,7 +18,7 @@ from benchmarks.ops import end_to_end
 from benchmarks.peers import PEERS
 from benchmarks.registry import OPS, Op, Setting, gradients
 from benchmarks.rows import RESULTS, Environment, Row, append_rows, csv_text, read_csv, read_rows
-from benchmarks.timing import Case, Disagreement, Provider, Turns, quantiles, run_case
+from benchmarks.timing import Case, Disagreement, Provider, quantiles, run_case
 from benchmarks.workload import Cells
 from sapo_kernels.files import DataError
 from tests.oracles import small_qwen3
@@ -54,8 +54,6 @@ def test_rows_come_back_as_they_were(tmp_path):
     "changed",
     [
         {"error": 1e-3}, {"error": math.nan}, {"p50_s": 0.5}, {"p20_s": 0.0}, {"p80_s": math.inf}, {"rounds": 0},
-        {"tokens": -1}, {"peak_bytes": -2}, {"work_unit": "miles"}, {"work": math.nan}, {"op": ""},
-        {"case": "a\nb"}, {"provider": "x" * 121}, {"dtype": "<b>"},
     ],
     ids=lambda changed: " ".join(changed),
 )  # fmt: skip
@@ -71,18 +69,14 @@ GOOD = csv_text([row(), row(case="two")])
     "text",
     [
         "", GOOD.replace("p50_s", "p51_s"), GOOD.replace(",2,", ",two,"), GOOD[: len(GOOD) // 2], GOOD + "a,b\n",
-        GOOD.replace("1e-06", "nan"), GOOD.replace("FLOP", "F\x00LOP"), GOOD + '"', GOOD.replace("\n", "\n\n"),
+        GOOD.replace("1e-06", "nan"), GOOD + '"',
     ],
-    ids=["empty", "column", "word", "half", "short line", "nan", "nul", "open quote", "empty lines"],
+    ids=["empty", "column", "word", "half", "short line", "nan", "open quote"],
 )  # fmt: skip
 def test_a_damaged_file_is_named_and_left_alone(text, tmp_path):
     path = tmp_path / "tasks.csv"
     path.write_text(text, encoding="utf-8")
-    if text == "":
-        append_rows(path, [row()])
-        assert read_rows(path) == [row()]
-        return
-    with pytest.raises(DataError, match=r"tasks\.csv|row"):
+    with pytest.raises(DataError, match=r"tasks\.csv|tasks, "):
         append_rows(path, [row()])
     assert path.read_text(encoding="utf-8") == text
 
@@ -91,7 +85,7 @@ def test_committed_rows_are_whole_and_no_toys():
     kinds = {"aot": aot.Use, "exactness": exactness.Difference, "racing": racing.Replays, "train_step": train_step.Step}
     for path in (*RESULTS.glob("*.csv"), *RESULTS.glob("gpu/*.csv")):
         if kind := kinds.get(path.stem):
-            assert [kind(**row) for row in read_csv(path.read_text(encoding="utf-8"), path.name, kind)]
+            assert [kind(**row) for row in read_csv(path, kind)]
         else:
             rows = read_rows(path)
             assert rows and not [r for r in rows if r.case.startswith("toy")]
@@ -165,11 +159,11 @@ def test_peak_memory_sees_what_a_provider_holds():
     def hungry():
         return torch.ones(1 << 24).sum()  # 64 MiB
 
-    turns = Turns(Case("op", "case", {"a": Provider(hungry), "b": Provider(lambda: 0.0)}, lambda _: 0.0, 0.0))
-    turns.turn()
-    if turns.peak["a"] < 0:
+    providers = {"a": Provider(hungry), "b": Provider(lambda: 0.0)}
+    peaks = {row.provider: row.peak_bytes for row in run_case(Case("op", "case", providers, lambda _: 0.0, rounds=1))}
+    if peaks["a"] < 0:
         pytest.skip("this kernel does not let a process reset its peak")
-    assert turns.peak["a"] > 50 * 2**20 > turns.peak["b"]
+    assert peaks["a"] > 50 * 2**20 > peaks["b"]
 
 
 def some_results(folder: Path) -> Path:
