@@ -19,6 +19,7 @@ from sapo_kernels import plan_trie
 from tests.oracles import alone_nll
 
 from ..peers import PEERS
+from ..peers.plain import cells_of
 from ..registry import DTYPE_NAMES, Op, Setting
 from ..timing import Case, Provider
 from ..workload import Cells, build_cache, cut, load_pretrained, load_tasks, load_tokenizer, qwen3_shaped
@@ -27,9 +28,6 @@ from ..workload import Cells, build_cache, cut, load_pretrained, load_tasks, loa
 TOLERANCE = 1e-4
 FORMULA = "2*layer weights*trie tokens + 2*D*V*rows + 4*layers*heads*head_dim*sum(depth+1)"
 ORACLE_CELLS = 24
-# Bytes that logits of every row may take on a CPU: themselves, their log-softmax and one more copy, in fp32. On a GPU a
-# size that does not fit is a finding.
-ROOM = 4 * 2**30
 # Tokens of all sequences of a task, which decide how many examples are taken of it.
 TASK_TOKENS = 6000
 
@@ -83,12 +81,11 @@ class Agreement:
         return float((losses - self.ours.reduce("batch", batch_size)).abs().max()) * self.unit_of_means
 
 
-def alone(model, cache, chosen: list[int]) -> torch.Tensor:
-    """[len(chosen)] float64: the oracle's sums for some cells."""
-    cells = [divmod(c, cache.num_examples) for c in chosen]
-    contexts, responses = cache.contexts, cache.responses
-    sums = [sum(alone_nll(model, contexts[k][m], responses[k][m])) for k, m in cells]
-    return torch.tensor(sums, dtype=torch.float64)
+def alone(model, cache, chosen: list[int] | None = None) -> torch.Tensor:
+    """[len(chosen)] float64: the oracle's sums for some cells, or for all."""
+    cells = cells_of(cache)
+    chosen = range(len(cells)) if chosen is None else chosen
+    return torch.tensor([sum(alone_nll(model, *cells[c])) for c in chosen], dtype=torch.float64)
 
 
 def needed_work(model, trie) -> float:
@@ -103,17 +100,8 @@ def needed_work(model, trie) -> float:
     return 2.0 * layers * len(trie) + 2.0 * head * len(trie.row_token) + attention
 
 
-def affordable(peer, sizes: tuple[int, ...], model, cache) -> tuple[int, ...] | None:
-    """Those of a peer's batch sizes for which a CPU has the `ROOM`; None if it has room for none of them."""
-    if not sizes or not peer.loop or model.device.type != "cpu":
-        return sizes
-    longest = max(len(ids) for row in cache.contexts for ids in row) + int(max(cache.response_lengths))
-    fitting = tuple(size for size in sizes if 3 * 4 * size * longest * model.config.vocab_size <= ROOM)
-    return fitting or None
-
-
 def make_case(op: str, name: str, model, cache, peers, rounds: int, sizes=None) -> Case:
-    """`score_prompts` and the named peers on one job; what is not installed or has no room is left out.
+    """`score_prompts` and the named peers on one job; what is not installed is left out.
 
     sizes: by peer, instead of its own.
     """
@@ -126,11 +114,10 @@ def make_case(op: str, name: str, model, cache, peers, rounds: int, sizes=None) 
     providers, runs = {"ours": Provider(ours, tokens=len(trie))}, []
     for peer_name in peers:
         peer = PEERS[peer_name]
-        chosen = affordable(peer, (sizes or {}).get(peer_name, peer.sizes), model, cache)
-        if peer.missing() or chosen is None:
+        if peer.missing():
             continue
         own_check = check.error_of_means if peer.gives == "batch8" else None
-        for suffix, run in peer.variants(chosen).items():
+        for suffix, run in peer.variants((sizes or {}).get(peer_name)).items():
             runs.append(run)
             providers[peer_name + suffix] = Provider(
                 functools.partial(run, model, cache), tokens=trie.dense_tokens, check=own_check,

@@ -82,16 +82,13 @@ def test_a_damaged_file_is_named_and_left_alone(text, tmp_path):
 
 
 def test_committed_rows_are_whole_and_no_toys():
-    kinds = {"aot": aot.Use, "exactness": exactness.Difference, "racing": racing.Replays, "train_step": train_step.Step}
+    kinds = {"exactness": exactness.Difference, "racing": racing.Replays, "train_step": train_step.Step}
     for path in (*RESULTS.glob("*.csv"), *RESULTS.glob("gpu/*.csv")):
         if kind := kinds.get(path.stem):
             assert [kind(**row) for row in read_csv(path, kind)]
         else:
             rows = read_rows(path)
             assert rows and not [r for r in rows if r.case.startswith("toy")]
-    uses = aot.read_uses()
-    assert not [use for use in uses if use.role == "in use" and (use.complaint or use.spills)]
-    assert {use.target for use in uses} >= {"sm_80", "sm_90", "sm_100"}
 
 
 def test_times_follow_agreement_and_turns_rotate():
@@ -143,18 +140,6 @@ def test_what_a_peer_builds_once_is_not_timed(monkeypatch):
     assert built == [2, 8]
 
 
-def test_sizes_that_a_cpu_has_no_room_for_are_left_out():
-    model, cache = small_qwen3(), Cells(1, 2, 50, 100, 2).cache(200)
-    found = {}
-    for vocabulary in (50257, 256000, 10**7):
-        model.config.vocab_size = vocabulary
-        found[vocabulary] = end_to_end.affordable(PEERS["trl_head"], (8, 32), model, cache)
-        assert end_to_end.affordable(PEERS["tuned_plain"], (8, 32), model, cache) == (8, 32), "response rows only"
-        assert end_to_end.affordable(PEERS["trainer_loop"], (), model, cache) == ()
-    # By hand, with some 180 tokens: 3 * 4 * 180 bytes a row of the batch and entry of the vocabulary.
-    assert found == {50257: (8, 32), 256000: (8,), 10**7: None}
-
-
 def test_peak_memory_sees_what_a_provider_holds():
     def hungry():
         return torch.ones(1 << 24).sum()  # 64 MiB
@@ -198,7 +183,7 @@ def test_tables_say_what_the_rows_say(tmp_path):
     newer = [row(case="task1", environment=later), row(case="task1", provider="trainer_loop", environment=later)]
     append_rows(results / "tasks.csv", [*newer, row(case="task1", provider="tuned_plain_8", environment=later)])
     assert "| task1 | - | 2.00 | 1.00 | 1.00 | - | 50% |" in replaced(text)
-    for name in tables.TABLES:
+    for name in tables.TABLES.keys() - {"ahead of time"}:
         assert "No rows yet" in tables.made_table(name, tmp_path / "nothing")[0]
     with pytest.raises(DataError, match="expected one of"):
         replaced(text.replace("tasks", "taks"))
@@ -233,18 +218,15 @@ def test_the_documents_and_plots_agree_with_the_committed_rows(capsys):
 
 
 @pytest.mark.parametrize(
-    ("target", "registers", "shared", "threads", "expected"),
+    ("target", "registers", "shared", "warps", "expected"),
     [
-        ("sm_90", 128, 0, 256, (16, 64, "registers")),
-        ("sm_90", 32, 0, 1024, (64, 64, "registers")),
-        ("sm_90", 40, 100 * 1024, 128, (8, 64, "shared memory")),
-        ("sm_80", 255, 8 * 1024, 128, (8, 64, "registers")),
-        ("sm_89", 16, 0, 32, (24, 48, "blocks")),
+        ("sm_90", 128, 0, 8, "16 of 64"), ("sm_90", 32, 0, 32, "64 of 64"), ("sm_90", 40, 100 * 1024, 4, "8 of 64"),
+        ("sm_80", 255, 8 * 1024, 4, "8 of 64"), ("sm_89", 16, 0, 1, "24 of 48"),
     ],
-)
-def test_occupancy_bounds(target, registers, shared, threads, expected):
+)  # fmt: skip
+def test_occupancy_bounds(target, registers, shared, warps, expected):
     """By hand: 65,536 registers, 228 KiB less 1 KiB a block and so on."""
-    assert aot.occupancy(target, registers, shared, threads) == expected
+    assert aot.occupancy(target, registers, shared, warps) == expected
 
 
 def test_the_command_runs_an_operation_and_writes_its_rows(tmp_path):
