@@ -1,8 +1,8 @@
 """Providers of one case in turns: every output checked, every call timed, memory read once.
 
 A turn runs every provider once, each time beginning with another one, so that what else happens on the machine hits
-all of them. Of the sizes of one peer only the fastest goes on after the first turn. An output that the check refuses
-ends the case: no time of it is worth keeping.
+all of them. Of the sizes of one peer only the fastest goes on after the first turn. No time is kept of an output that
+the check refuses.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ class Provider:
 class Case:
     """What is measured: providers by name, the check that gives an output's error, and the work that it stands for.
 
-    calls, tokens: of providers that have none of their own.
+    calls, tokens: of providers that have none of their own. warm_up: instead of one call of each. left_out: providers
+    that could not take part, and why.
     """
 
     op: str
@@ -66,62 +67,80 @@ class Case:
     calls: int = 1
     tokens: int = 0
     warm_up: Callable[[], object] | None = None
+    left_out: dict[str, Exception] = field(default_factory=dict)
 
 
-def run_case(case: Case, device: str = "cpu", deadline: float = math.inf) -> list[Row]:
+def run_case(case: Case, device: str = "cpu", deadline: float = math.inf, say: Callable = print) -> list[Row]:
     """Warm up, take turns until the case's rounds or the deadline (`time.monotonic`); a row for each provider timed.
 
-    Past the deadline no provider begins any more, but for the very first.
+    A provider that raises or gives a wrong output is a finding about it: it is left out, with a line for `say`. If it
+    is ours, it ends the case. Past the deadline no provider begins any more, but for ours in the first turn.
     """
+    names = list(case.providers)
+    must = "ours" if "ours" in names else names[0]
     if case.warm_up is not None:
         case.warm_up()
     else:
-        for name, provider in case.providers.items():
-            checked(case, name, provider.run())
+        for name in names:
+            if name == must or time.monotonic() <= deadline:
+                _attempt(case, name, device, 1, must, say)
     gc.collect()  # once, for it takes longer than a small case: memory is read in the first turn
-    seconds, errors, peaks, names = {}, {}, {}, list(case.providers)
+    seconds, errors, peaks = {}, {}, {}
     for turn in range(case.rounds):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
             provider = case.providers[name]
             sizes = [n for n, other in case.providers.items() if other.peer == provider.peer and n in seconds]
             slower = turn and provider.peer and name in sizes and seconds[name][0] > min(seconds[n][0] for n in sizes)
-            late = seconds and time.monotonic() > deadline
-            if slower or late or (provider.rounds is not None and turn >= provider.rounds):
+            late = time.monotonic() > deadline and (turn or name != must)
+            over = provider.rounds is not None and turn >= provider.rounds
+            if slower or late or over or name in case.left_out:
                 continue
-            calls = provider.calls or case.calls
-            before = None if turn else reset_peak(device)
-            synchronise(device)
-            started = time.perf_counter()
-            for _ in range(calls):
-                output = provider.run()
-            synchronise(device)
-            took = (time.perf_counter() - started) / (calls * provider.repeats)
-            if not turn:
-                peaks[name] = -1 if before is None else max(0, peak(device) - before)
-            errors[name] = max(checked(case, name, output), errors.get(name, 0.0))
+            found = _attempt(case, name, device, provider.calls or case.calls, must, say, memory=not turn)
+            if found is None:
+                seconds.pop(name, None)
+                continue
+            took, held, error = found
+            peaks.setdefault(name, held)
+            errors[name] = max(error, errors.get(name, 0.0))
             seconds.setdefault(name, []).append(took)
     where, rows = environment(device), []
     for name in (name for name in names if name in seconds):
         provider, (p20, p50, p80) = case.providers[name], quantiles(seconds[name])
         rows.append(Row(
             op=case.op, case=case.name, provider=name, dtype=case.dtype, shape=case.shape, rounds=len(seconds[name]),
-            p20_s=p20, p50_s=p50, p80_s=p80, peak_bytes=peaks.get(name, -1), tokens=provider.tokens or case.tokens,
+            p20_s=p20, p50_s=p50, p80_s=p80, peak_bytes=peaks[name], tokens=provider.tokens or case.tokens,
             work=float(case.work), work_unit=case.work_unit if case.work else "", formula=case.formula,
             error=errors[name], tolerance=case.tolerance, note=provider.note, environment=where,
         ))  # fmt: skip
     return rows
 
 
-def checked(case: Case, name: str, output: object) -> float:
-    """The error of an output; one beyond the tolerance raises."""
-    error = float((case.providers[name].check or case.check)(output))
-    if not error <= case.tolerance:
-        raise Disagreement(
-            f"{case.op}, {case.name}: {name}: expected within {case.tolerance:.3g} of the oracle, got {error:.3g}; no "
-            "time is worth keeping"
-        )
-    return error
+def _attempt(case: Case, name: str, device: str, calls: int, must: str, say, memory: bool = False):
+    """(seconds a call, bytes of memory or -1, error) of some calls; None if the provider is left out from now on."""
+    provider = case.providers[name]
+    try:
+        before = reset_peak(device) if memory else None
+        synchronise(device)
+        started = time.perf_counter()
+        for _ in range(calls):
+            output = provider.run()
+        synchronise(device)
+        took = (time.perf_counter() - started) / (calls * provider.repeats)
+        held = -1 if before is None else max(0, peak(device) - before)
+        error = float((provider.check or case.check)(output))
+        if not error <= case.tolerance:
+            raise Disagreement(f"expected within {case.tolerance:.3g} of the oracle, got {error:.3g}")
+        return took, held, error
+    except Exception as failure:  # of any library
+        place = f"{case.op}, {case.name}: {name}"
+        if name == must:
+            failure.add_note(place)
+            raise
+        lines = str(failure).strip().splitlines() or ["no message"]
+        say(f"{place}: left out: {type(failure).__name__}: {lines[0][:200]}")
+        case.left_out[name] = failure
+        return None
 
 
 def quantiles(values: list[float]) -> tuple[float, float, float]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from sapo_kernels.files import atomic_write
 
 from ..rows import Row, append_rows
-from ..timing import Case, run_case, synchronise
+from ..timing import Case, run_case
 
 NO_TIME = "not run: no time left"
 
@@ -105,56 +105,10 @@ def run_part(job: Job) -> None:
     job.write("status", status)
 
 
-# A first run also warms up, so a size is given up only if it takes so many times as long as its peer's fastest.
-SLOWER = 1.5
-
-
-def settle(job: Job, case: Case, must: str = "ours") -> list[str]:
-    """Run every provider once, which is its warm-up too, and leave out, with a line each, those that cannot take part.
-
-    What a peer raises (out of memory, a kernel that does not compile) is a finding about the peer; what `must` raises,
-    or an output of it that is wrong, ends the part. Of a peer's sizes those go that are far from its fastest.
-    Returns the names of the providers whose output was wrong.
-    """
-    place, wrong, took = f"{case.op}, {case.name}", [], {}
-    for name, provider in list(case.providers.items()):
-        began = time.monotonic()
-        if name != must and job.left <= 0:
-            job.miss(f"{place}: {name}")
-            del case.providers[name]
-            continue
-        try:
-            output = provider.run()
-            synchronise(job.device)
-            took[name] = time.monotonic() - began
-            error = float((provider.check or case.check)(output))
-        except Exception as failure:  # see above
-            if name == must:
-                raise
-            lines = str(failure).strip().splitlines() or ["no message"]
-            complaint = f"does not run: {type(failure).__name__}: {lines[0][:200]}"
-        else:
-            if error <= case.tolerance:
-                continue
-            wrong.append(name)
-            complaint = f"expected within {case.tolerance:.3g} of the oracle, got {error:.3g}; left out"
-        if name == must:
-            raise RuntimeError(f"{place}: {name}: {complaint}")
-        job.say(f"{place}: {name}: {complaint}")
-        del case.providers[name]
-    for name, provider in list(case.providers.items()):
-        best = min(took[other] for other, of in case.providers.items() if of.peer == provider.peer)
-        if provider.peer and took[name] > SLOWER * best:
-            job.say(f"{place}: {name}: {took[name]:.3g} s, another size {best:.3g} s; left out")
-            del case.providers[name]
-    case.warm_up = lambda: None
-    return wrong
-
-
 def measured(job: Job, case: Case) -> list[Row]:
-    """The rows of a settled case, written; a line for each provider that was not reached in time."""
-    rows = run_case(case, job.device, job.deadline)
-    for name in case.providers.keys() - {row.provider for row in rows}:
+    """The rows of a case, written; a line for each provider that was left out or not reached in time."""
+    rows = run_case(case, job.device, job.deadline, job.say)
+    for name in case.providers.keys() - case.left_out.keys() - {row.provider for row in rows}:
         job.miss(f"{case.op}, {case.name}: {name}")
     job.emit(rows)
     return rows

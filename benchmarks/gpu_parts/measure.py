@@ -18,9 +18,9 @@ import sapo_kernels as sk
 
 from .. import candidates, ops  # noqa: F401
 from ..registry import OPS, Setting
-from ..timing import Case, Provider
+from ..timing import Case, Disagreement, Provider
 from ..workload import Cells
-from . import Job, measured, settle
+from . import Job, measured
 
 # Calls in one timing: the device is waited for once, so a short kernel is not timed with the wait.
 CALLS = 10
@@ -59,7 +59,6 @@ def operators(job: Job, *names: str) -> None:
                 job.miss(f"{op}: {name} and what comes after it")
                 break
             case = OPS[op].build(name, setting)
-            settle(job, case)
             for provider in case.providers.values():
                 provider.calls = 1 if job.toy or provider.repeats > 1 else CALLS
             case.rounds = 1 if job.toy else 15
@@ -151,8 +150,8 @@ def configurations(job: Job) -> None:
         case = OPS[candidates.TIMED.get(kernel, kernel)].build(name, setting, only=("ours",), shape=shape)
         case.rounds = 1 if job.toy else 7
         case = with_candidates(case, kernel, options_of(job, kernel, shape), calls=1 if job.toy else 5)
-        wrong += settle(job, case, must=next(iter(case.providers)))
         rows = measured(job, case)
+        wrong += [name for name, why in case.left_out.items() if isinstance(why, Disagreement)]
         best, now = min(rows, key=lambda row: row.p50_s), rows[0]
         gain = f"{now.p50_s / best.p50_s:.2f}x of the one in use"
         job.say(f"{kernel}, {name}: best {best.provider}, {best.p50_s * 1e3:.3g} ms ({gain})")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import shutil
@@ -102,9 +103,12 @@ def test_times_follow_agreement_and_turns_rotate():
     assert ran == list("abcabcbca"), "one turn to warm up, then another provider first each time"
     assert [r.provider for r in rows] == list("abc") and all(r.rounds == 2 for r in rows)
     for wrong in (0.6, math.nan):
-        case.providers["b"] = provider("b", wrong)
-        with pytest.raises(Disagreement, match=r"op, case: b: expected within 0\.5"):
-            run_case(case)
+        case.providers["b"], case.left_out, said = provider("b", wrong), {}, []
+        assert [row.provider for row in run_case(case, say=said.append)] == ["a", "c"]
+        assert "op, case: b: left out: Disagreement: expected within 0.5" in said[0] and len(said) == 1
+    case.providers["a"] = provider("a", 0.6)
+    with pytest.raises(Disagreement, match=r"expected within 0\.5"):
+        run_case(case)
     assert quantiles([3.0, 1.0, 2.0, 5.0, 4.0]) == (1.0, 3.0, 4.0)
     assert quantiles([2.0]) == (2.0, 2.0, 2.0)
 
@@ -271,8 +275,7 @@ def test_a_backward_pass_is_an_operation_of_its_own(monkeypatch):
     assert cube.left_out("cpu") == {"far": "no_such_package is not installed", "elsewhere": "it runs on cuda only"}
     rows = run_case(cube.build("large", Setting(), only=("ours", "product")))
     assert [(row.provider, row.tokens) for row in rows] == [("ours", 9), ("product", 9)]
-    with pytest.raises(Disagreement, match="wrong"):
-        run_case(cube.build("small", Setting()))
+    assert "wrong" not in [row.provider for row in run_case(cube.build("small", Setting()))]
     del OPS["cube"]
 
 
@@ -309,8 +312,9 @@ def test_one_wrong_cell_among_many_ends_the_case():
         wrong = case.providers[name].run().clone()
         wrong[place] += by
         case.providers[name].run = lambda: wrong
-        with pytest.raises(Disagreement, match=f"{name}: expected within"):
+        with pytest.raises(Disagreement) if name == "ours" else contextlib.nullcontext():
             run_case(case)
+        assert name == "ours" or isinstance(case.left_out[name], Disagreement)
 
     cache = Cells(12, 20, 4, 5, 2).cache(300)
     check = end_to_end.Agreement(small_qwen3(300).bfloat16(), cache)
