@@ -14,14 +14,13 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-import traceback
 from pathlib import Path
 
-from . import ops  # noqa: F401
 from .apart import run_apart, shared_out
+from .gpu_parts import Job
+from .gpu_parts.measure import operators
 from .registry import OPS, Setting
-from .rows import RESULTS, Row, append_rows
-from .timing import run_case
+from .rows import RESULTS
 from .workload import data_folder
 
 # The minutes that a case's own size is meant for, and seconds for a process that ends late.
@@ -29,36 +28,13 @@ USUAL, GRACE = 9.0, 45.0
 
 
 def measure(op: str, options) -> list[str]:
-    """All cases of one operation, in this process; the names of those that failed. None begins after the deadline."""
-    deadline, failed = time.monotonic() + 60 * options.minutes, []
+    """All cases of one operation, in this process; what failed. None begins after the deadline."""
     setting = Setting(toy=options.size == "toy", data=data_folder(options.data), scale=options.scale, base=options.base)
-    for name in OPS[op].names(setting):
-        if options.cases and name not in options.cases:
-            continue
-        if time.monotonic() > deadline:
-            print(f"{op}, {name}: no time left")
-            continue
-        try:
-            case = OPS[op].build(name, setting)
-            if setting.toy:
-                case.name, case.rounds = f"toy {name}", 2
-            rows = run_case(case, deadline=deadline)
-        except Exception:  # of one case; the others go on
-            traceback.print_exc()
-            failed.append(f"{op}: {name}")
-            continue
-        append_rows(options.out / f"{case.op}.csv", rows)
-        print(f"{op}, {case.name}: {', '.join(shown(rows))}", flush=True)
-    return failed
-
-
-def shown(rows: list[Row]) -> list[str]:
-    """Every provider with its p50 and how many times ours that is."""
-    ours = next((row.p50_s for row in rows if row.provider == "ours"), None)
-    return [
-        f"{row.provider} {row.p50_s * 1e3:.4g} ms" + (f" ({row.p50_s / ours:.2f}x)" if ours else "")
-        + (f" [{row.note}]" if row.note else "") for row in rows
-    ]  # fmt: skip
+    try:
+        operators(Job(setting, 60 * options.minutes, options.out / f"{op}.csv", options.cases), op)
+    except RuntimeError as error:
+        return [str(error)]
+    return []
 
 
 def measure_apart(options, given: list[str]) -> list[str]:

@@ -18,11 +18,12 @@ import sys
 import time
 from pathlib import Path
 
-from sapo_kernels.files import atomic_write, read_text
+from sapo_kernels.files import atomic_write
 
 from .apart import run_apart, shared_out
 from .documents import table
-from .gpu_parts import NO_TIME, PARTS, Job, run_part
+from .gpu_parts import NO_TIME, NOTE, PARTS, STATUS, Job, run_part
+from .registry import Setting
 from .rows import ROOT, csv_text, read_rows
 from .tables import against_ceilings, ceilings, newest
 
@@ -39,6 +40,12 @@ def child_environment(toy: bool) -> dict[str, str]:
     return kept | ({"TRITON_INTERPRET": "1"} if toy else {})
 
 
+def job_of(name: str, options, seconds: float) -> Job:
+    """At toy size Triton's interpreter takes the place of the compiled kernels."""
+    kind = {"device": "cpu", "toy": True, "impl": "triton"} if options.toy else {"device": "cuda"}
+    return Job(Setting(**kind, data=options.data), seconds, options.out / "rows" / f"{name}.csv")
+
+
 def part_command(name: str, options, seconds: float) -> list[str]:
     made = [sys.executable, "-m", "benchmarks.gpu_suite", "--part", name, "--out", str(options.out)]
     made += [f"--minutes={seconds / 60}", *(["--toy"] if options.toy else [])]
@@ -49,10 +56,10 @@ def run_part_apart(name: str, options, seconds: float, limit: float) -> str:
     """The part in a process of its own, ended after `limit`; how it ended."""
     log = options.out / "logs" / f"{name}.log"
     status = run_apart(part_command(name, options, seconds), log, limit, env=child_environment(options.toy))
-    said = options.out / "status" / f"{name}.txt"
+    said = log.read_text(encoding="utf-8", errors="replace").rpartition(STATUS)
     if status != "passed":
         return status
-    return read_text(said) if said.exists() else f"failed (it ended without a status; logs/{name}.log)"
+    return said[2].strip() if said[1] else f"failed (it ended without a status; logs/{name}.log)"
 
 
 def write_results(out: Path, outcomes: list[list[str]], started: float) -> None:
@@ -65,10 +72,10 @@ def write_results(out: Path, outcomes: list[list[str]], started: float) -> None:
     lines += ["", *(f"- ceiling: {value / 1e12:.4g} T{unit}/s" for unit, value in ceilings(rows).items()), ""]
     if measured := {key: found for key, found in newest(rows).items() if key[0] != "ceiling"}:
         lines += against_ceilings(measured, rows)
-    for name in PARTS:
-        notes = out / "notes" / f"{name}.txt"
-        if notes.exists():
-            lines += ["", f"## Notes: {name}", "", "```", *notes.read_text(encoding="utf-8").splitlines(), "```"]
+    for name, log in ((name, out / "logs" / f"{name}.log") for name in PARTS):
+        found = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
+        if notes := [line.removeprefix(NOTE) for line in found if line.startswith(NOTE)]:
+            lines += ["", f"## Notes: {name}", "", "```", *notes, "```"]
     atomic_write(out / "summary.md", "\n".join(lines) + "\n")
 
 
@@ -89,8 +96,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--data: expected a folder with SUPERNI/instructions.json, got {options.data}")
     options.out = options.out.resolve()
     if options.part:
-        device = "cpu" if options.toy else "cuda"
-        run_part(Job(device, options.toy, 60 * options.minutes, options.out, options.part, options.data))
+        run_part(options.part, job_of(options.part, options, 60 * options.minutes))
         return 0
     if (options.out / "rows.csv").exists() or (options.out / "rows").exists():
         parser.error(f"--out: expected a folder without earlier rows, got {options.out}")

@@ -195,20 +195,16 @@ def main() -> None:
     lines = [[p, *(f"{np.median(v[p]):.1f}" if p in v else "-" for v in taken.values())] for p in parts]
     print("\n".join(table(["host milliseconds, medians", *checkouts], lines)))
     if options.csv:
-        commits = {
-            name: subprocess.check_output(["git", "rev-parse", "--short=12", "HEAD"], cwd=path, text=True).strip()
-            for name, path in checkouts.items()
-        }
-        rows = [
-            Row(
-                op="host", case=part, provider=name, dtype="none", shape=f"K={PROMPTS} M={EXAMPLES}",
-                rounds=len(values), **{f"p{p}_s": float(np.percentile(values, p)) / 1000 for p in (20, 50, 80)},
-                peak_bytes=-1, tokens=0, work=0.0, work_unit="", formula="", error=0.0, tolerance=0.0,
-                note=f"passes of {TOKENS} tokens, the forwards' time taken out",
-                environment=replace(environment(), commit=commits[name], threads=1),
-            )
-            for name, found in taken.items() for part, values in found.items() if min(values) > 0
-        ]  # fmt: skip
+        rows = []
+        for name, path in checkouts.items():
+            head = subprocess.check_output(["git", "rev-parse", "--short=12", "HEAD"], cwd=path, text=True).strip()
+            where = replace(environment(), commit=head, threads=1)
+            for part, values in taken[name].items():
+                if min(values) > 0:
+                    times = (float(np.percentile(values, p)) / 1000 for p in (20, 50, 80))
+                    note = f"passes of {TOKENS} tokens, the forwards' time taken out"
+                    rows.append(Row("host", part, name, "none", f"K={PROMPTS} M={EXAMPLES}", len(values), *times,
+                                    note=note, environment=where))  # fmt: skip
         append_rows(options.csv, rows)
 
 

@@ -24,7 +24,7 @@ import sapo_kernels as sk
 from sapo_kernels.files import atomic_write
 from sapo_kernels.training.trie_batch import padded_rows
 
-from .workload import Task, cut, load_pretrained, load_tasks
+from .workload import Task, cut, load_pretrained, load_tasks, with_lora
 
 STATES = ("base", "tuned")
 STEPS, BATCH, RATE, RANK = 30, 8, 1e-3, 16
@@ -42,10 +42,8 @@ def build_cache(task: Task, tokenizer, budget: int) -> sk.ResponseCache:
 
 def tune(model, cache: sk.ResponseCache, prompt: int = 0):
     """`model` after `STEPS` steps of a LoRA on all linear layers, on the cells of one prompt; merged."""
-    from peft import LoraConfig, get_peft_model
-
     torch.manual_seed(0)
-    model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")).train()
+    model = with_lora(model, RANK, 2 * RANK)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0)
     rows = list(zip(cache.contexts[prompt], cache.responses[prompt], strict=True))

@@ -15,7 +15,7 @@ import os
 import platform
 import re
 import subprocess
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
 
@@ -62,15 +62,15 @@ class Row:
     p20_s: float
     p50_s: float
     p80_s: float
-    peak_bytes: int
-    tokens: int
-    work: float
-    work_unit: str
-    formula: str
-    error: float
-    tolerance: float
-    note: str
-    environment: Environment
+    peak_bytes: int = -1
+    tokens: int = 0
+    work: float = 0.0
+    work_unit: str = ""
+    formula: str = ""
+    error: float = 0.0
+    tolerance: float = 0.0
+    note: str = ""
+    environment: Environment = field(default_factory=lambda: environment())
 
     def __post_init__(self):
         times, name = (self.p20_s, self.p50_s, self.p80_s), f"{self.op}, {self.case}: {self.provider}"
@@ -107,7 +107,7 @@ def _cell(value: object) -> str:
 
 def read_csv(path: Path, *kinds: type) -> list[dict]:
     """The rows of a file whose columns are the fields of some dataclasses; `DataError` says what does not fit."""
-    types = {field.name: _KINDS[field.type] for kind in kinds for field in fields(kind) if field.type in _KINDS}
+    types = {one.name: _KINDS[one.type] for kind in kinds for one in fields(kind) if one.type in _KINDS}
     reader = csv.DictReader(io.StringIO(read_text(path)), strict=True)
     try:
         if list(reader.fieldnames or ()) != list(types):
@@ -119,7 +119,7 @@ def read_csv(path: Path, *kinds: type) -> list[dict]:
 
 def read_rows(path: Path) -> list[Row]:
     """All rows of a file; an absent file has none."""
-    where, rows = [field.name for field in fields(Environment)], []
+    where, rows = [one.name for one in fields(Environment)], []
     for values in read_csv(path, Row, Environment) if path.exists() else ():
         environment = Environment(**{column: values.pop(column) for column in where})
         rows.append(Row(**values, environment=environment))

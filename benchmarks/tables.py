@@ -26,8 +26,6 @@ from .registry import OPS
 from .rows import RESULTS, ROOT, Row, read_rows
 
 PLOTS = ROOT / "docs" / "plots"
-ABSENT = "No rows yet: `{}` writes them."
-CPU_COMMAND, GPU_COMMAND = "python -m benchmarks --data DIR", "python -m benchmarks.gpu_suite --minutes 9 --out DIR"
 TASK_PEERS = {
     "trainer_loop": "the published loop", "tuned_plain": "tuned transformers", "prefix_cache": "a prefix cache",
 }  # fmt: skip
@@ -208,14 +206,14 @@ def gpu(results: Path) -> list[str]:
     return against_ceilings(shown, rows) if shown else []
 
 
-TABLES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
-    "end to end": (end_to_end, CPU_COMMAND),
-    "tasks": (tasks, CPU_COMMAND),
-    "real model": (real_model, "python -m benchmarks --only race --base smollm2 --data DIR"),
-    "sweep": (sweep, CPU_COMMAND),
-    "operators": (operators, CPU_COMMAND),
-    "gpu": (gpu, GPU_COMMAND),
-    "ahead of time": (lambda _: aot.made_table(), "python -m tests.native.aot --write"),
+TABLES: dict[str, Callable[[Path], list[str]]] = {
+    "end to end": end_to_end,
+    "tasks": tasks,
+    "real model": real_model,
+    "sweep": sweep,
+    "operators": operators,
+    "gpu": gpu,
+    "ahead of time": lambda _: aot.made_table(),
 }
 
 
@@ -223,8 +221,7 @@ def made_table(name: str, results: Path = RESULTS) -> list[str]:
     """The lines of a table."""
     if name not in TABLES:
         raise DataError(f"table {name!r}: expected one of {', '.join(TABLES)}")
-    function, command = TABLES[name]
-    return function(results) or [ABSENT.format(command)]
+    return TABLES[name](results) or ["No rows yet."]
 
 
 def made_plots(results: Path = RESULTS) -> dict[str, str]:

@@ -30,7 +30,7 @@ from sapo_kernels.widened import in_float64
 
 from .documents import table
 from .rows import csv_text, read_csv
-from .workload import data_folder, load_tasks, load_tokenizer, qwen3_shaped
+from .workload import data_folder, load_pretrained, load_tasks, load_tokenizer, qwen3_shaped, with_lora
 
 PROVIDERS = ("padded", "padding-free", "trie")
 # How far two ways of computing a gradient may be apart, of its norm. Gemma's are each up to 6.7e-4 from the exact ones
@@ -57,17 +57,12 @@ class Step:
 
 def load(name: str, data: Path, hidden: int = 512, layers: int = 8):
     """(model with a LoRA on all linear layers, tokenizer). hidden, layers: of qwen3."""
-    from peft import LoraConfig, get_peft_model
-
     if name == "qwen3":
         tokenizer = load_tokenizer(data / "gpt2tokenizer")
         model = qwen3_shaped(len(tokenizer), hidden, layers)
     else:
-        from sapo_peft import loading
-
-        model, tokenizer = loading.load(name, None, "float32", "cpu")
-    lora = LoraConfig(r=8, lora_alpha=32, target_modules="all-linear", init_lora_weights=False)
-    return get_peft_model(model, lora).train(), tokenizer
+        model, tokenizer = load_pretrained(name)
+    return with_lora(model, 8, 32, init_lora_weights=False), tokenizer
 
 
 def batches_of(task, tokenizer, size: int, count: int) -> list[list[tuple[list[int], list[int]]]]:

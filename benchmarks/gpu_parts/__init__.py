@@ -11,12 +11,13 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sapo_kernels.files import atomic_write
-
+from ..registry import Setting
 from ..rows import Row, append_rows
 from ..timing import Case, run_case
 
 NO_TIME = "not run: no time left"
+# How lines of a log begin that are notes, and the last one.
+NOTE, STATUS = "note: ", "status: "
 
 
 class Skipped(Exception):
@@ -41,46 +42,40 @@ PARTS: dict[str, tuple[str, float, tuple[str, ...]]] = {
 
 @dataclass
 class Job:
-    """What a part is given: where to measure, how long, where to write.
+    """What a part, or an operation on a CPU, is given.
 
-    seconds: the part should be done by then; it is ended some time later. lines: what it says in the summary. missed:
-    what it had no time for.
+    seconds: it should be done by then; a part is ended some time later. rows: file that they are added to. cases: names
+    of those that are wanted (None: all). missed: what there was no time for.
     """
 
-    device: str
-    toy: bool
+    setting: Setting
     seconds: float
-    out: Path
-    name: str
-    data: Path | None = None
-    lines: list[str] = field(default_factory=list)
+    rows: Path
+    cases: list[str] | None = None
     missed: list[str] = field(default_factory=list)
 
     def __post_init__(self):
         self.deadline = time.monotonic() + self.seconds
+        self.device, self.toy, self.data = self.setting.device, self.setting.toy, self.setting.data
 
     @property
     def left(self) -> float:
         return self.deadline - time.monotonic()
 
-    def write(self, kind: str, text: str) -> None:
-        """OUT/KIND/NAME.txt."""
-        (self.out / kind).mkdir(parents=True, exist_ok=True)
-        atomic_write(self.out / kind / f"{self.name}.txt", text)
-
     def emit(self, rows: list[Row]) -> None:
         """Rows, as soon as they are there: what comes later may fail."""
         rows = [dataclasses.replace(row, case=f"toy {row.case}") if self.toy else row for row in rows]
-        append_rows(self.out / "rows" / f"{self.name}.csv", rows)
-        for row in rows:
-            rate = f", {row.work / row.p50_s / 1e12:.3g} T{row.work_unit}/s" if row.work else ""
-            print(f"{row.op}, {row.case}: {row.provider} {row.p50_s * 1e3:.4g} ms{rate}", flush=True)
+        append_rows(self.rows, rows)
+        ours = next((row.p50_s for row in rows if row.provider == "ours"), None)
+        shown = [
+            f"{row.provider} {row.p50_s * 1e3:.4g} ms" + (f" ({row.p50_s / ours:.2f}x)" if ours else "")
+            + (f" [{row.note}]" if row.note else "") for row in rows
+        ]  # fmt: skip
+        print(f"{rows[0].op}, {rows[0].case}: {', '.join(shown)}", flush=True)
 
     def say(self, line: str) -> None:
         """A line for the summary."""
-        self.lines.append(line)
-        print(line, flush=True)
-        self.write("notes", "\n".join(self.lines) + "\n")
+        print(f"{NOTE}{line}", flush=True)
 
     def miss(self, what: str) -> None:
         """The same for something that there was no time for."""
@@ -88,21 +83,20 @@ class Job:
         self.say(f"no time for {what}")
 
 
-def run_part(job: Job) -> None:
-    """Run the part that `job` names, in this process; how it ended goes to ``OUT/status/NAME.txt``.
+def run_part(name: str, job: Job) -> None:
+    """Run a part in this process; the last line that it prints says how it ended.
 
     "passed"; "passed in part: no time for N things"; "skipped: WHY"; "not run: no time left" if it measured nothing.
     """
-    (where, _, ops), status = PARTS[job.name], "passed"
+    (where, _, ops), status = PARTS[name], "passed"
     module, _, function = where.partition(".")
     try:
         getattr(importlib.import_module(f"{__name__}.{module}"), function)(job, *ops)
     except Skipped as why:
         status = f"skipped: {why}"
     if status == "passed" and job.missed:
-        measured = (job.out / "rows" / f"{job.name}.csv").exists()
-        status = f"passed in part: no time for {len(job.missed)} things" if measured else NO_TIME
-    job.write("status", status)
+        status = f"passed in part: no time for {len(job.missed)} things" if job.rows.exists() else NO_TIME
+    print(f"{STATUS}{status}", flush=True)
 
 
 def measured(job: Job, case: Case) -> list[Row]:

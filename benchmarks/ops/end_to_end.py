@@ -153,7 +153,7 @@ def task_name(task) -> str:
     return task.name.split("_")[0] if task.name.startswith("task") else task.name[:32]
 
 
-def _tasks(setting: Setting) -> dict:
+def tasks_of(setting: Setting) -> dict:
     if setting.device != "cpu":  # gpu_parts/models.py has the models for a GPU
         return {}
     return {task_name(task): task for task in load_tasks(setting.data)[: 1 if setting.toy else None]}
@@ -161,11 +161,11 @@ def _tasks(setting: Setting) -> dict:
 
 def _first(setting: Setting) -> list[str]:
     """task141 where it is, else the first of the folder."""
-    names = list(_tasks(setting))
+    names = list(tasks_of(setting))
     return ["task141"] if "task141" in names else names[:1]
 
 
-def _tokenizer(setting: Setting):
+def tokenizer_of(setting: Setting):
     return load_tokenizer(setting.data / "gpt2tokenizer")
 
 
@@ -173,13 +173,13 @@ def one_task(setting: Setting, name: str):
     everyone = [peer for peer, of in PEERS.items() if not of.gpu]
     examples = 2 if setting.toy else int(10 * min(setting.scale, 2))
     model = model_of(2816, 128, 2) if setting.toy else model_of(50257, 512, 8)
-    cache = build_cache(_tasks(setting)[name], _tokenizer(setting), examples)
+    cache = build_cache(tasks_of(setting)[name], tokenizer_of(setting), examples)
     return make_case("end_to_end", name, model, cache, everyone, rounds=2), None
 
 
 def every_task(setting: Setting, name: str):
     """As many examples as `TASK_TOKENS` allow."""
-    task, tokenizer, examples = _tasks(setting)[name], _tokenizer(setting), 1 if setting.toy else 2
+    task, tokenizer, examples = tasks_of(setting)[name], tokenizer_of(setting), 1 if setting.toy else 2
     cache = build_cache(task, tokenizer, examples)
     if not setting.toy and (more := int(TASK_TOKENS * setting.scale * examples / cache.offsets[-1])) > examples:
         cache = build_cache(task, tokenizer, min(more, 32))
@@ -228,7 +228,7 @@ def race(setting: Setting, name: str):
     examples take hours on a CPU; --scale 0.1 takes fewer.
     """
     model, tokenizer = load_pretrained(setting.base)
-    task = _tasks(setting)[name]
+    task = tasks_of(setting)[name]
     count = 4 if setting.toy else round(250 * min(setting.scale, 1.0))
     rows = cut(task.examples[:count], tokenizer, 64)
     cache = sk.ResponseCache.build(tokenizer, task.prompts, rows, suffix=task.suffix)
@@ -251,6 +251,6 @@ def race(setting: Setting, name: str):
 
 
 Op("end_to_end", one_task, names=_first, share=0.22)
-Op("tasks", every_task, names=lambda setting: list(_tasks(setting)), share=0.3)
+Op("tasks", every_task, names=lambda setting: list(tasks_of(setting)), share=0.3)
 Op("sweep", one_change, cpu=POINTS, share=0.32)
-Op("race", race, names=lambda setting: list(_tasks(setting)) if setting.base else [], share=0.0)
+Op("race", race, names=lambda setting: list(tasks_of(setting)) if setting.base else [], share=0.0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from .flex import flex_trie
 from .loops import lm_eval_harness, scorer, trainer_loop, trl_fused_head
@@ -36,7 +36,6 @@ class Peer:
     gives: str = "cells"
     loop: bool = False
     gpu: bool = False
-    options: dict = field(default_factory=dict)
     prepare: Callable[..., dict] | None = None
 
     def missing(self) -> str:
@@ -47,7 +46,7 @@ class Peer:
         """Suffix and callable of every size, its own by default: ``{"_8": run, "_32": run}``; no sizes, no suffix."""
         sizes = self.sizes if sizes is None else sizes
         chosen = {f"_{size}": {self.size_name: size} for size in sizes} or {"": {}}
-        return {suffix: self._bound({**size, **self.options}) for suffix, size in chosen.items()}
+        return {suffix: self._bound(size) for suffix, size in chosen.items()}
 
     def _bound(self, options: dict) -> Callable:
         @functools.lru_cache(maxsize=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import torch
 
 from benchmarks import candidates, gpu_parts, gpu_suite
 from benchmarks.gpu_parts import machine
+from benchmarks.registry import Setting
 from benchmarks.rows import read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,12 +29,13 @@ def in_this_process(monkeypatch):
     """Parts of the suite, which then cannot be ended: a failure is their status."""
 
     def run(name, options, seconds, limit) -> str:
-        try:
-            device = "cpu" if options.toy else "cuda"
-            gpu_parts.run_part(gpu_parts.Job(device, options.toy, seconds, options.out, name, options.data))
-        except Exception as error:
-            return f"failed ({type(error).__name__}: {error})"
-        return (options.out / "status" / f"{name}.txt").read_text()
+        with open(options.out / "logs" / f"{name}.log", "w+") as log, contextlib.redirect_stdout(log):
+            try:
+                gpu_parts.run_part(name, gpu_suite.job_of(name, options, seconds))
+            except Exception as error:
+                return f"failed ({type(error).__name__}: {error})"
+            log.seek(0)
+            return log.read().rpartition(gpu_parts.STATUS)[2].strip()
 
     monkeypatch.setattr(gpu_suite, "run_part_apart", run)
 
@@ -124,18 +127,19 @@ def test_a_part_that_could_not_do_its_job_does_not_pass(compiler, tmp_path, monk
     assert "| tests | skipped: no test ran (the end) |" in summary
 
 
-def test_what_had_no_time_does_not_pass(tmp_path, monkeypatch):
+def test_what_had_no_time_does_not_pass(tmp_path, monkeypatch, capsys):
     assert gpu_suite.main(["--toy", "--minutes", "0.15", "--out", str(tmp_path), "--only", "ceilings", "configs"]) == 1
     summary = (tmp_path / "summary.md").read_text()
     assert "| ceilings | not run: no time left | 0 |" in summary and "| configs | not run: no time left |" in summary
-    job = gpu_parts.Job("cpu", True, 0.0, tmp_path, "configs")
-    status = tmp_path / "status" / "configs.txt"
-    gpu_parts.run_part(job)
-    assert status.read_text() == "not run: no time left" and len(job.missed) == 4
-    (tmp_path / "rows").mkdir()
-    (tmp_path / "rows" / "configs.csv").touch()
-    gpu_parts.run_part(gpu_parts.Job("cpu", True, 0.0, tmp_path, "configs"))
-    assert status.read_text().startswith("passed in part: no time")
+    setting = Setting(toy=True)
+    for rows, status in (
+        (tmp_path / "x.csv", "not run: no time left"),
+        (tmp_path / "summary.md", "passed in part: no"),
+    ):
+        job = gpu_parts.Job(setting, 0.0, rows)
+        capsys.readouterr()
+        gpu_parts.run_part("configs", job)
+        assert f"status: {status}" in capsys.readouterr().out and len(job.missed) == 4
     # One that ends well and says nothing has not passed either.
     monkeypatch.setattr(gpu_suite, "part_command", lambda *_: [sys.executable, "-c", "pass"])
     assert gpu_suite.main(["--toy", "--out", str(tmp_path / "x"), "--only", "ceilings"]) == 1
