@@ -70,8 +70,10 @@ def test_rows_of_another_configuration_are_not_mixed_in(tmp_path):
     assert rows.done(tmp_path, "single", "one", {"base": "a"}) and not rows.done(
         tmp_path, "single", "two", {"base": "a"}
     )
-    with pytest.raises(DataError, match="this configuration"):
-        rows.done(tmp_path, "single", "one", {"base": "b"})
+    assert rows.done(tmp_path, "single", "one", {"base": "a", "sequence": {"max_steps": 3}})
+    for other in ({"base": "b"}, {"base": "a", "single": {"max_steps": 3}}):
+        with pytest.raises(DataError, match="this configuration"):
+            rows.done(tmp_path, "single", "one", other)
     rows.put(tmp_path, "single", "two", {"base": "a"}, [{"x": 2.5}, {"x": 3.5}])
     (tmp_path / "out").mkdir()
     assert rows.collect(tmp_path, "single", {"base": "a"}, tmp_path / "out") == 3
