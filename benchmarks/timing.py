@@ -75,15 +75,20 @@ def run_case(case: Case, device: str = "cpu", deadline: float = math.inf, say: C
     """Warm up, take turns until the case's rounds or the deadline (`time.monotonic`); a row for each provider timed.
 
     A provider that raises or gives a wrong output is a finding about it: it is left out, with a line for `say`. If it
-    is ours, it ends the case. Past the deadline no provider begins any more, but for ours in the first turn.
+    is ours, it ends the case. Past the deadline no turn begins, but for the first; on a GPU, where late parts are ended
+    by force, only ours takes part in it then.
     """
     names = list(case.providers)
     must = "ours" if "ours" in names else names[0]
+
+    def late(turn: int, name: str) -> bool:
+        return time.monotonic() > deadline and (turn > 0 or device == "cuda" and name != must)
+
     if case.warm_up is not None:
         case.warm_up()
     else:
         for name in names:
-            if name == must or time.monotonic() <= deadline:
+            if not late(0, name):
                 _attempt(case, name, device, 1, must, say)
     gc.collect()  # once, for it takes longer than a small case: memory is read in the first turn
     seconds, errors, peaks = {}, {}, {}
@@ -93,9 +98,8 @@ def run_case(case: Case, device: str = "cpu", deadline: float = math.inf, say: C
             provider = case.providers[name]
             sizes = [n for n, other in case.providers.items() if other.peer == provider.peer and n in seconds]
             slower = turn and provider.peer and name in sizes and seconds[name][0] > min(seconds[n][0] for n in sizes)
-            late = time.monotonic() > deadline and (turn or name != must)
             over = provider.rounds is not None and turn >= provider.rounds
-            if slower or late or over or name in case.left_out:
+            if slower or late(turn, name) or over or name in case.left_out:
                 continue
             found = _attempt(case, name, device, provider.calls or case.calls, must, say, memory=not turn)
             if found is None:
