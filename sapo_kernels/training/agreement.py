@@ -227,16 +227,21 @@ def differs(
 
 @contextlib.contextmanager
 def comparable(model: nn.Module):
-    """No dropout and no layers run again in backward passes; yields what undoes the changes of a forward.
+    """No dropout, layers run again or hooks of parameters; yields what undoes the changes of a forward.
 
     Trained parameters that are zero, half of a fresh LoRA, would hide the gradients of the other half: they are not.
     """
+    # Theirs are gradients of the training alone, of which they may keep something.
+    tables = [t for p in model.parameters() for t in (p._backward_hooks, p._post_accumulate_grad_hooks) if t]
+    hooks = [(table, dict(table)) for table in tables]
     again = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False) is True]
     with torch.no_grad():
         trained = [p.to_local() if hasattr(p, "to_local") else p for p in model.parameters() if p.requires_grad]
         # Not seen by graphs that wait for their backward pass.
         zeros = [p.data for p in trained if p.device.type != "meta" and not p.any()]
     try:
+        for table, _ in hooks:
+            table.clear()
         for p in zeros:
             p.copy_(_FILL * torch.arange(p.numel(), device=p.device).square().sin().view(p.shape))
         for module in again:
@@ -246,6 +251,8 @@ def comparable(model: nn.Module):
     finally:
         for p in zeros:
             p.zero_()
+        for table, own in hooks:
+            table.update(own)
         for module in again:
             module.gradient_checkpointing = True
 

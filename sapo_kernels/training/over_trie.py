@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ class OverTrie:
         num_items_in_batch: torch.Tensor | int | None = None,
         fused_lm_head: bool = False,
         **others: Any,
-    ) -> dict[str, torch.Tensor]:
+    ) -> Outputs:
         if labels is None:
             raise NotTreeable("it is called without labels")
         for name, value in others.items():
@@ -69,14 +70,14 @@ class OverTrie:
             self._compare(batch, num_items_in_batch, {"fused_lm_head": True, **others} if fused_lm_head else others)
         if not fused_lm_head:
             logprob = self._logprobs(batch)
-            return _Outputs(loss=self._mean(logprob, num_items_in_batch))
+            return Outputs(loss=self._mean(logprob, num_items_in_batch))
         logprob, statistics = self._logprobs(batch, statistics=True)
         mask = (labels[:, 1:] != IGNORED).to(logprob.device)
         rows = {
             name: torch.zeros(mask.shape, dtype=value.dtype, device=mask.device).masked_scatter(mask, value)
             for name, value in {"log_probs": logprob, **statistics}.items()
         }
-        return _Outputs(loss=self._mean(logprob, num_items_in_batch), label_mask=mask, **rows)
+        return Outputs(loss=self._mean(logprob, num_items_in_batch), label_mask=mask, **rows)
 
     def _mean(self, logprob: torch.Tensor, count: torch.Tensor | int | None) -> torch.Tensor:
         return -logprob.sum() / (len(logprob) if count is None else count)
@@ -94,9 +95,22 @@ class OverTrie:
         verify_model(self._model, batch, own.plain, own.packed, getattr(inner, "loss_function", None), key)
 
 
-class _Outputs(dict):
-    def __missing__(self, name):
+class Outputs(dict):
+    """What a trie gives of a model's output; a caller that asks for anything else gets it of `others` or its error."""
+
+    def others(self, name: str) -> Mapping[str, Any]:
         raise NotTreeable(f"its caller reads {name!r} of its output")
 
+    def __missing__(self, name):
+        return self.others(name)[name]
+
     def __getattr__(self, name):
-        return self[name]
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return dict.__getitem__(self, name) if dict.__contains__(self, name) else getattr(self.others(name), name)
+
+    def __contains__(self, name):
+        return dict.__contains__(self, name) or name in self.others(name)
+
+    def get(self, name, default=None):
+        return dict.__getitem__(self, name) if dict.__contains__(self, name) else self.others(name).get(name, default)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+import random
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -85,8 +89,30 @@ class Counts(Trainer):
         return super().compute_loss(*args, **kwargs) * self.calls
 
 
+class Mean:
+    """Keeps what it is given."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, value):
+        self.seen.append(float(value))
+        return sum(self.seen) / len(self.seen)
+
+
+class Remembers(Trainer):
+    """Its state is in objects of its own, an iterator and Python's random numbers."""
+
+    def compute_loss(self, *args, **kwargs):
+        if not hasattr(self, "mean"):
+            random.seed(0)
+            self.mean, self.weights = Mean(), itertools.cycle([1.0, 0.5, 2.0])
+        loss = super().compute_loss(*args, **kwargs)
+        return loss / self.mean(loss.detach()) * next(self.weights) * random.random()
+
+
 @pytest.mark.parametrize(
-    "kind", [LabelsPrepared, LabelsFetched, LabelsInPlace, LabelsDrawn, IdsStepped, IdsOfLoss, Counts]
+    "kind", [LabelsPrepared, LabelsFetched, LabelsInPlace, LabelsDrawn, IdsStepped, IdsOfLoss, Counts, Remembers]
 )
 def test_a_changed_batch_is_trained_on_as_changed(tmp_path, kind):
     assert both(tmp_path, trainer_class=kind).packing.tokens
@@ -118,20 +144,32 @@ class ReadsLate(Trainer):
         return outputs["loss"] + (outputs["logits"].square().mean() if self.state.global_step == 1 else 0.0)
 
 
+class CountsAndReadsLate(Counts):
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        return super().compute_loss(model, inputs) + 0.0 * ReadsLate.compute_loss(self, model, inputs)
+
+
+class LooksThrough(Trainer):
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        return sum(value.square().mean() for value in model(**inputs).values() if isinstance(value, torch.Tensor))
+
+
 @pytest.mark.parametrize(
     ("kind", "why"),
     [
         (Masked, "expected padding on the right"),
         (OnPadding, "expected -100 where attention_mask is 0"),
-        (AsksForLogits, "compute_loss: its losses over the trie differ"),
+        (AsksForLogits, "reads 'logits'"),
         (ReadsLate, "reads 'logits'"),
+        (CountsAndReadsLate, "reads 'logits'"),
+        (LooksThrough, "reads 'all fields'"),
     ],
 )
 def test_what_a_trie_has_not_is_padded_from_then_on_and_said_once(tmp_path, caplog, kind, why):
     callback = both(tmp_path, trainer_class=kind)
     said = [record.message for record in caplog.records if "padded, not packed" in record.message]
     assert len(said) == 1 and why in said[0]
-    assert bool(callback.packing.tokens) == (kind is ReadsLate)
+    assert bool(callback.packing.tokens) == issubclass(kind, (ReadsLate, Counts))
 
 
 class ReadsInEvaluation(Trainer):
@@ -203,6 +241,23 @@ def clamping():
         if p.requires_grad:
             p.register_hook(lambda grad: grad.clamp(-1e-2, 1e-2))
     return model
+
+
+def running_clip():
+    """Gradients are cut at the mean norm of those that its hooks have seen."""
+    model = lora_model(dropout=0.0)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.register_hook(functools.partial(cut, Mean()))
+    return model
+
+
+def cut(mean, grad):
+    return grad * min(1.0, mean(grad.norm()) / max(float(grad.norm()), 1e-9))
+
+
+def test_hooks_of_parameters_get_the_gradients_of_the_training_alone(tmp_path):
+    assert both(tmp_path, model=running_clip, max_steps=4).packing.tokens
 
 
 @pytest.mark.parametrize(

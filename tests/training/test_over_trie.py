@@ -56,6 +56,8 @@ def test_what_a_trie_does_not_give(options, why):
     found = sk.OverTrie(lora().eval())(**padded(SEQUENCES), position_ids=None)
     with pytest.raises(NotTreeable, match="reads 'logits'"):
         _ = found.logits
+    with pytest.raises(NotTreeable, match="reads 'logits'"):
+        found.get("logits")
 
 
 def focal(logits, labels, vocab_size=None, **options):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
 import math
 from collections.abc import Callable, Iterator
@@ -16,8 +15,8 @@ from sapo_kernels.scoring.attention import NotTreeable
 from sapo_kernels.scoring.fingerprint import configurations, fingerprint
 from sapo_kernels.scoring.foreign_code import foreign_callable
 from sapo_kernels.scoring.model_state import is_out_of_memory
-from sapo_kernels.training.agreement import OwnLoss, comparable, compare, differs, reach, refusal
-from sapo_kernels.training.over_trie import OverTrie
+from sapo_kernels.training.agreement import OwnLoss, differs, reach, refusal
+from sapo_kernels.training.over_trie import Outputs, OverTrie
 from sapo_kernels.training.tree_logprobs import logprobs_of, use_tree_attention
 from sapo_kernels.training.trie_batch import TrieBatch
 
@@ -57,8 +56,8 @@ class Packing:
     def _forget(self) -> None:
         # The longest sequence that was checked; the shortest that is known to differ.
         self.longest, self.differs = 0, math.inf
-        # Whether the trainer's own loss was compared in training and in evaluation.
-        self._compared: set[bool] = set()
+        # The kinds of calls that a trainer's own code made of the model and that were compared.
+        self._compared: set[tuple] = set()
 
     def forwards(self, trainer: Any, model, inputs: dict[str, Any]) -> list[tuple[dict[str, Any], Forward]]:
         """The forwards of a batch that is trained on, each with its rows; None: padded."""
@@ -92,30 +91,24 @@ class Packing:
     def loss(self, trainer: Any, compute_loss: Callable[[Any], Callable], model: Any, inputs, args, kwargs) -> Any:
         """What ``compute_loss(trainer)`` makes of the batch, over its trie if one is running.
 
-        If that fails, it is padded from now on, beginning with this batch.
+        It is called once: what it asks of the model that a trie does not give is computed on padded rows there and
+        then, and batches are padded from the next one on.
         """
         forward, training = self._now, torch.is_grad_enabled()
         if forward is None or training in self._failed:
             return compute_loss(trainer)(model, inputs, *args, **kwargs)
-        # A loss that changes its batch or draws numbers finds both as they were.
-        kept, drawn = _copied(inputs), _random()
-        try:
-            if training not in self._compared and _own_code(trainer, "compute_loss"):
-                self._compare(trainer, compute_loss, model, kept, args, kwargs)
-            over = _Over(model, forward, self.longest)
-            found = compute_loss(trainer)(over, inputs, *args, **kwargs)
-        except Exception as error:
-            if forward or is_out_of_memory(error):
-                raise
-            self._failed[training] = reason = _said(error)
-            self._say(reason, "batches are" if training else "evaluation is", error)
-        else:
-            if training:
-                self.tokens += over.tokens
-                self.padded_tokens += over.padded_tokens
-            return found
-        _set_random(drawn)
-        return compute_loss(trainer)(model, kept, *args, **kwargs)
+        # Code of the user's own may call the model otherwise than the library, which was compared.
+        compared = self._compared if _own_code(trainer, "compute_loss") else None
+        over = _Over(model, forward, self.longest, compared)
+        found = compute_loss(trainer)(over, inputs, *args, **kwargs)
+        if over.error is not None:
+            self._failed[training] = reason = _said(over.error)
+            self._say(reason, "batches are" if training else "evaluation is", over.error)
+        elif training:
+            self.tokens += over.tokens
+            self.padded_tokens += over.padded_tokens
+        over.ended = True
+        return found
 
     def saved(self) -> str:
         """What the trie saved so far, to be put behind a sentence; nothing where it was not taken."""
@@ -186,28 +179,6 @@ class Packing:
             # Each rank runs the same forwards, whatever it finds.
             return found or differs(outer, inner, batch, own.plain, own.packed)
 
-    def _compare(self, trainer: Any, compute_loss, model, inputs, args, kwargs) -> None:
-        """Raise NotTreeable unless the trainer's own loss is the same over the trie, and its gradients."""
-        self._compared.add(torch.is_grad_enabled())
-        outer = model_support.unwrap(model)[0]
-        devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-
-        def run(called):
-            put_back()
-            # What it counts, collects or draws is not the trainer's.
-            scratch = object.__new__(type(trainer))
-            vars(scratch).update(_copied(vars(trainer)))
-            with torch.random.fork_rng(devices):
-                found = compute_loss(scratch)(called, _copied(inputs), *args, **kwargs)
-            return found[0] if isinstance(found, tuple) else found
-
-        parameters = [p for p in outer.parameters() if p.requires_grad] if torch.is_grad_enabled() else []
-        with comparable(outer) as put_back:
-            packed = _Over(outer, 0, self.longest)
-            reason = compare(parameters, lambda: run(outer), lambda: run(packed), lambda: run(outer))
-        if reason:
-            raise NotTreeable(f"the trainer's own compute_loss: {reason}")
-
     def _settle(self, trainer: Any, reason: str) -> None:
         """Every rank pads from now on; one line in the log says why."""
         self.agreed = False
@@ -244,20 +215,46 @@ class Packing:
 
 
 class _Over(OverTrie):
-    """The model over the trie of what it is called with, unless that is more than was checked."""
+    """The model over the trie of what it is called with; on padded rows where that is more than a trie gives.
 
-    def __init__(self, model, count: int, longest: int):
-        super().__init__(model, verify=False)
-        self._whole, self._longest = count or None, longest
+    part: tokens of the batch that this is a part of, else 0. longest: tokens of a row that are checked. compared: the
+    kinds of calls that are known to agree, others are compared first; None: all are.
+    """
+
+    def __init__(self, model, part: int, longest: int, compared: set[tuple] | None):
+        super().__init__(model)
+        self._part, self._longest, self._compared = part, longest, compared
         # Computed, and in the padded rows.
         self.tokens, self.padded_tokens = 0, 0
+        # Why something was computed on padded rows; whether the loss has been made.
+        self.error: Exception | None = None
+        self.ended = False
 
     def __call__(self, input_ids, *args, **kwargs):
+        drawn = _random()
+
+        def padded(error: Exception):
+            if self._part or is_out_of_memory(error):
+                raise error
+            self.error = self.error or error
+            _set_random(drawn)
+            return self._model(input_ids, *args, **kwargs)
+
+        if self.error is not None:
+            return padded(self.error)
+        kind = (torch.is_grad_enabled(), *sorted(name for name, value in kwargs.items() if value is not None))
+        self._verify = self._compared is not None and kind not in self._compared
         self.padded_tokens += input_ids.numel()
-        return super().__call__(input_ids, *args, **kwargs)
+        try:
+            found = super().__call__(input_ids, *args, **kwargs)
+        except Exception as error:
+            return padded(error)
+        if self._verify:
+            self._compared.add(kind)
+        return _Outputs(found, padded, self)
 
     def _mean(self, logprob, count):
-        return super()._mean(logprob, self._whole if count is None else count)
+        return super()._mean(logprob, (self._part or None) if count is None else count)
 
     def _logprobs(self, batch: TrieBatch, statistics: bool = False):
         if batch.longest > self._longest:
@@ -266,6 +263,39 @@ class _Over(OverTrie):
             )
         self.tokens += batch.num_tokens
         return super()._logprobs(batch, statistics)
+
+
+class _Outputs(Outputs):
+    """What else is asked of the output is that of padded rows, computed when it is."""
+
+    def __init__(self, found: Outputs, padded: Callable[[Exception], Any], call: _Over):
+        super().__init__(found)
+        self._padded, self._call, self._others = padded, call, None
+
+    def others(self, name):
+        if self._others is None:
+            self._others = self._padded(NotTreeable(f"its caller reads {name!r} of its output"))
+        return self._others
+
+    def _fields(self) -> dict:
+        known = dict(dict.items(self))
+        # The libraries look through what there is once the loss is made.
+        return known if self._call.ended else {**self.others("all fields"), **known}
+
+    def __iter__(self):
+        return iter(self._fields())
+
+    def __len__(self):
+        return len(self._fields())
+
+    def keys(self):
+        return self._fields().keys()
+
+    def values(self):
+        return self._fields().values()
+
+    def items(self):
+        return self._fields().items()
 
 
 def _state_of(model) -> int:
@@ -292,18 +322,6 @@ def _whole_only(trainer: Any, outer) -> str | None:
     if "lomo" in str(trainer.args.optim).lower():
         return "its optimizer takes a step in each backward pass"
     return None
-
-
-def _copied(value: Any, levels: int = 4) -> Any:
-    """Containers and tensors of their own; everything else is shared."""
-    if isinstance(value, torch.Tensor) and not value.requires_grad:
-        return value.clone()
-    if not levels or not isinstance(value, (dict, list)):
-        return value
-    found = copy.copy(value)
-    for key, inner in list(value.items() if isinstance(value, dict) else enumerate(value)):
-        found[key] = _copied(inner, levels - 1)
-    return found
 
 
 def _said(error: Exception) -> str:
