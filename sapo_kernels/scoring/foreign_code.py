@@ -35,7 +35,8 @@ _NOT_IN_FORWARD = frozenset(
     (
         "__init__", "generate", "state_dict", "load_state_dict", "save_pretrained", "from_pretrained", "push_to_hub",
         "loss_function", "_loss_function", "prepare_inputs_for_generation", "configure_optimizers", "training_step",
-        "validation_step", "compute_loss", "_init_weights", "save", "load", "__repr__", "extra_repr", "__deepcopy__", "__reduce__",
+        "validation_step", "compute_loss", "_init_weights", "__repr__", "extra_repr", "__deepcopy__", "__reduce__",
+        "save", "load",
     )
 )  # fmt: skip
 _DATA = frozenset((bool, int, float, str, type(None), torch.Tensor, torch.dtype, torch.device, torch.Size))
