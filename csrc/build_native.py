@@ -220,7 +220,8 @@ def _torch() -> tuple[list[str], list[str]]:
     """(compiler flags, linker flags) for LibTorch's stable ABI.
 
     The libraries are named although nothing of theirs is missing at link time: torch loads them privately, and without
-    the entry in the object's own list of needed libraries its symbols would not be found.
+    the entry in the object's own list of needed libraries its symbols would not be found. A source file that the lists
+    above leave out is an error here, and not first where the module is loaded.
     """
     try:
         import torch
@@ -229,7 +230,7 @@ def _torch() -> tuple[list[str], list[str]]:
         raise BuildError(f"expected torch to compile against, got {error}; install it first") from None
     flags = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", *(f"-isystem{path}" for path in include_paths())]
     flags += [f"-ffile-prefix-map={path}=torch" for path in include_paths()]
-    libraries = [*(f"-L{path}" for path in library_paths()), "-Wl,--no-as-needed", "-ltorch_cpu", "-lc10"]
+    libraries = [*(f"-L{path}" for path in library_paths()), "-Wl,-z,defs,--no-as-needed", "-ltorch_cpu", "-lc10"]
     if torch.version.hip:
         raise BuildError("the native modules have no ROCm kernels: set SAPO_BUILD_NATIVE=off")
     return flags, libraries

@@ -25,6 +25,8 @@ from typing import Any
 MAX_BYTES = 64 * 2**20
 # Of JSON: what opens and ends objects, a string (before a colon: a key), a number or a word.
 _TOKEN = re.compile(r'[{}]|("(?:[^"\\]|\\.)*")(\s*:)?|[^\s"{}\[\]:,]+')
+# Half of a pair of surrogates.
+_HALF = re.compile(r"[\ud800-\udfff]")
 
 
 class DataError(ValueError):
@@ -196,8 +198,6 @@ def parse_json(text: str, name: str) -> Any:
         if "\\u" in text:  # half of a pair of surrogates has no UTF-8 form and could not be written again
             json.dumps(found, ensure_ascii=False).encode()
         return found
-    except UnicodeEncodeError:
-        raise DataError(f"{name}: expected text, got a lone surrogate") from None
     except json.JSONDecodeError as error:
         got = excerpt(text[error.pos : error.pos + 30]) if error.pos < len(text) else "the end of the text"
         raise DataError(
@@ -222,6 +222,8 @@ def _placed(text: str, error: ValueError) -> str:
     for token in _TOKEN.finditer(text):
         found, string, colon = token[0], token[1], token[2]
         try:
+            if string is not None and _HALF.search(json.loads(string)):
+                raise ValueError("expected text, got a lone surrogate")
             if found == "{":
                 objects.append(set())
             elif found == "}":

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 
 # Help of the option --model, of several commands.
 MODEL_HELP = (
-    "folder or hub name of a causal LM, 'tiny' (random weights, the default) or 'tiny-base' (a trained one of a "
-    "million parameters that ships with the package)"
+    "folder or hub name of a causal LM, a .gguf file, 'tiny' (random weights, the default), 'tiny-base' (a trained one "
+    "of a million parameters that ships with the package), 'smollm2' or 'gemma3-270m' (if their packages are installed)"
 )
 _SHORT = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 

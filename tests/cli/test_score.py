@@ -229,11 +229,13 @@ def test_writers_that_name_neither_file_nor_cause(tmp_path, monkeypatch):
         raise Exception("Permission denied (os error 13)")  # of tokenizers; that of safetensors says more
     with pytest.raises(FileNotFoundError, match="theirs"), outputs.naming(tmp_path):
         os.stat("theirs")
-    with pytest.raises(RuntimeError, match="other"), outputs.naming(tmp_path):
-        raise RuntimeError("other")
+    with pytest.raises(OSError, match=f"Read-only file system: '{tmp_path}/a'"), outputs.naming(tmp_path / "a"):
+        raise OSError(30, "Read-only file system", f"{tmp_path}/.a.lock")
     monkeypatch.setattr(outputs, "_cause", lambda path: OSError(28, "No space left on device"))
     with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/a'"), outputs.naming(tmp_path / "a"):
         raise RuntimeError("basic_ios::clear: iostream error")
+    with pytest.raises(RuntimeError, match="other"), outputs.naming(tmp_path):
+        raise RuntimeError("other")  # on a full disk, too
 
 
 MANY = [{"sentence": f"text {i}", "label": f"label {i % 3}"} for i in range(100)]

@@ -122,6 +122,8 @@ def test_a_run_and_its_resumption(tmp_path, words, sapo):
     (entry,) = json.loads((folder / "sapo_prompts.json").read_text())["tasks"].values()
     assert entry["prompt"] in out and entry["loss"] <= entry["original_loss"]
     before = (folder / "adapter_model.safetensors").read_bytes()
+    modules = json.loads((folder / "adapter_config.json").read_text())["target_modules"]
+    assert len(modules) > 3 and modules == sorted(modules)
     # A new run does not mix with another's.
     one_line_error(sapo(*words), "expected a folder without checkpoints, got one with checkpoint-4; continue")
 

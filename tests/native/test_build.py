@@ -63,7 +63,10 @@ def test_a_failed_build_says_so_and_leaves_no_module(tmp_path, monkeypatch):
     with pytest.raises(BuildError, match="_C could not be compiled; SAPO_BUILD_NATIVE=off") as raised:
         build_native.build(out, Options(cuda="off"), ["_C"])
     assert "this is no C++" in str(raised.value) or "does not name a type" in str(raised.value)
-    assert not list(out.rglob("*.so*"))
+    (copy / "reweight.cpp").write_text("// no kernel\n")
+    with pytest.raises(BuildError, match="undefined reference to .*run_cpu"):
+        build_native.build(out, Options(cuda="off"), ["_C"])
+    assert not list(out.rglob("*.so"))
     (copy / "reweight.cpp").write_text(good)
     assert build_native.build(out, Options(cuda="off"), ["_C"])["_C"].stat().st_size > 10_000
 

@@ -82,7 +82,7 @@ def test_a_store_of_something_else_is_refused_before_anything_is_asked(tmp_path)
         ("no.json", "original prompt 'Say yes or no', got 'Say yes or No'"),
         ("cut.json", "not valid JSON"),
         ("other.json", "expected a saved pool"),
-        ("none/p.json", "a folder that can be written to"),
+        ("none/p.json", "a file in an existing folder"),
     ):
         before = {path.name: path.read_bytes() for path in tmp_path.glob("*.json")}
         with pytest.raises(DataError, match=word):

@@ -208,6 +208,10 @@ BAD = {
         b'{"b": [{"b": {"c": 1,\r\n"c": 1}}]}',
         "line 2 column 1: expected each key once, got 'c'",
     ),
+    "half a pair": (
+        b'{"a": "\\ud83d\\ude00",\n "b": "\\ud800"}',
+        "line 2 column 7: expected text, got a lone surrogate",
+    ),
     "depth 100,000, open": (b"[" * 100_000, "levels of nesting"),
     "5,000 digits": (b"[" + b"9" * 5000 + b"]", "line 1 column 2: Exceeds the limit (4300 digits)"),
     "raw NUL": (b'["a\x00b"]', "NUL"),

@@ -12,6 +12,8 @@ from pathlib import Path
 from sapo_kernels.files import DataError
 
 _PROBE_BYTES = 2**20
+# How torch reports that it could not write: without file and cause.
+_TORCH_WRITER = re.compile(r"inline_container|iostream error")
 
 
 def check_file(
@@ -64,8 +66,8 @@ def naming(path: str | os.PathLike) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        # Temporary files are nothing that a user knows.
-        known = error.filename is not None and not str(error.filename).endswith(".tmp")
+        # Temporary files and locks are nothing that a user knows.
+        known = error.filename is not None and not str(error.filename).endswith((".tmp", ".lock"))
         if known or error.errno is None:
             raise
         raise OSError(error.errno, error.strerror, os.fspath(path)) from error
@@ -74,7 +76,9 @@ def naming(path: str | os.PathLike) -> Iterator[None]:
     except Exception as error:
         # Writers of tensors do not name the file; those in Rust name the cause.
         said = re.search(r"\(os error (\d+)\)", str(error))
-        cause = OSError(int(said[1]), os.strerror(int(said[1]))) if said else _cause(path)
+        cause = OSError(int(said[1]), os.strerror(int(said[1]))) if said else None
+        if _TORCH_WRITER.search(str(error)):
+            cause = _cause(path)
         if cause is None:
             raise
         raise OSError(cause.errno, cause.strerror, os.fspath(path)) from error

@@ -133,9 +133,12 @@ def _train(pool, examples: list, held_out: list, config, options: dict[str, Any]
         r=options["lora_r"], lora_alpha=options["lora_alpha"], lora_dropout=options["lora_dropout"],
         target_modules=modules if modules == "all-linear" else modules.split(","), task_type="CAUSAL_LM",
     )  # fmt: skip
+    model = get_peft_model(model, lora)
+    # A set, which would be written in another order by every process.
+    lora.target_modules = sorted(lora.target_modules)
     patience = options["early_stopping_patience"]
     trainer = Trainer(
-        get_peft_model(model, lora), arguments, train_dataset=examples, eval_dataset=held_out or None,
+        model, arguments, train_dataset=examples, eval_dataset=held_out or None,
         processing_class=tokenizer, callbacks=None if patience is None else [EarlyStoppingCallback(patience)],
     )  # fmt: skip
     callback = attach_sapo(trainer, pool, config=config)

@@ -108,8 +108,8 @@ def gather(
     if store is not None:
         # Faults come before the first question: lost answers cost money.
         store = Path(store)
-        if not os.access(store.resolve().parent, os.W_OK):
-            raise DataError(f"{store}: expected a file in a folder that can be written to, got none")
+        if not store.resolve().parent.is_dir():
+            raise DataError(f"{store}: expected a file in an existing folder, got none")
         if store.suffix.lower() != ".json":
             raise DataError(f"{store}: expected a file that ends in .json, got {excerpt(store.name)}")
     with only_writer(store):
