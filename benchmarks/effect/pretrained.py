@@ -54,8 +54,7 @@ class Setting:
     @property
     def single(self) -> design.SingleConfig:
         """The options of its single-task runs."""
-        config = design.single_config(self.base)
-        return replace(config, learning_rate=self.rate) if self.rate else config
+        return design.single_config(self.base, self.rate)
 
     def made_by(self) -> dict[str, Any]:
         """What decides the rows."""
