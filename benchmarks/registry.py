@@ -50,6 +50,11 @@ class Setting:
         return torch.bfloat16 if self.device == "cuda" else torch.float32
 
 
+def not_installed(packages: Sequence[str]) -> str:
+    """Those of some packages that are missing here, in one text."""
+    return ", ".join(name for name in packages if importlib.util.find_spec(name) is None)
+
+
 @dataclass(frozen=True)
 class Entry:
     """How a provider is made, the packages it needs, the one device it is for (None: any)."""
@@ -60,9 +65,8 @@ class Entry:
 
     def missing(self, device: str) -> str:
         """Why it cannot run on `device`, or ""."""
-        lacking = [package for package in self.needs if importlib.util.find_spec(package) is None]
-        if lacking:
-            return f"{', '.join(lacking)} is not installed"
+        if lacking := not_installed(self.needs):
+            return f"{lacking} is not installed"
         return f"it runs on {self.on} only" if self.on not in (None, device) else ""
 
 

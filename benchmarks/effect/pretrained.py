@@ -54,8 +54,7 @@ class Setting:
     @property
     def single(self) -> design.SingleConfig:
         """The options of its single-task runs."""
-        config = design.single_config(self.base)
-        return replace(config, learning_rate=self.rate) if self.rate else config
+        return design.single_config(self.base, self.rate)
 
     def made_by(self) -> dict[str, Any]:
         """What decides the rows."""
@@ -133,33 +132,6 @@ def trained(base: Any, rows: list[tuple[list[int], list[int]]], seed: int, confi
     return model.eval(), math.fsum(late) / len(late)
 
 
-def warm_start(
-    model: Any, tokenizer: Any, tasks: dict[str, SequenceTask], seed: int, config: design.SingleConfig
-) -> Any:
-    """`model` after it has learned the earlier tasks, a batch of each in turn; merged, in bfloat16."""
-    streams, size = [], config.batch_size
-    for name in design.EARLIER:
-        task = tasks[name]
-        streams.append(rows_of(cache_of(tokenizer, task, [task.pool.prompts[0]], task.train)))
-    mixed = [row for step in range(design.WARM_STEPS) for stream in streams for row in stream[step * size :][:size]]
-    steps = design.WARM_STEPS * len(streams)
-    model, _ = trained(model.bfloat16(), mixed, seed, replace(config, max_steps=steps))
-    return model.float().merge_and_unload().bfloat16().eval()
-
-
-class Damage:
-    """Test texts of all tasks under their original instructions, packed once."""
-
-    def __init__(self, tokenizer: Any, tasks: dict[str, SequenceTask]):
-        self.caches = {
-            name: cache_of(tokenizer, task, [task.pool.prompts[0]], task.test) for name, task in tasks.items()
-        }
-
-    def losses(self, model: Any) -> dict[str, float]:
-        """Loss of each task by name, nats per token."""
-        return {name: float(score(model, cache).loss[0]) for name, cache in self.caches.items()}
-
-
 @torch.no_grad()
 def score(model: Any, cache: sk.ResponseCache) -> sk.PromptScores:
     """`score_prompts` over tries, prompt by prompt, without its comparison with the plain model.
@@ -216,39 +188,51 @@ def run_singles(setting: Setting, work: Path, until: float) -> int:
 
 
 class Warm:
-    """A model that has learned the earlier tasks, and what is measured on it."""
+    """A model that has learned the earlier tasks, a batch of each in turn, and what is measured on it; in bfloat16."""
 
     def __init__(self, setting: Setting, seed: int):
         self.seed, self.config, started = seed, setting.single, time.perf_counter()
         base, self.tokenizer = setting.load()
+        self.cold, size = base.bfloat16(), self.config.batch_size
         self.tasks = setting.tasks((*design.EARLIER, *design.TRAINED), seed, self.tokenizer)
-        self.damage = Damage(self.tokenizer, self.tasks)
-        self.cold = base.bfloat16()
-        self.model = warm_start(self.cold, self.tokenizer, self.tasks, seed, setting.single)
-        self.before = self.damage.losses(self.model)
+        self.caches = {name: self.cache(task, [task.pool.prompts[0]], task.test) for name, task in self.tasks.items()}
+        earlier = [self.tasks[name] for name in design.EARLIER]
+        streams = [rows_of(self.cache(task, [task.pool.prompts[0]], task.train)) for task in earlier]
+        mixed = [row for step in range(design.WARM_STEPS) for rows in streams for row in rows[step * size :][:size]]
+        steps = design.WARM_STEPS * len(streams)
+        model, _ = trained(self.cold, mixed, seed, replace(self.config, max_steps=steps))
+        self.model = model.float().merge_and_unload().bfloat16().eval()
+        self.before = self.losses(self.model)
         learned = ", ".join(f"{name.partition('_')[0]} {loss:.2f}" for name, loss in self.before.items())
         print(f"warm start, seed {seed}: {time.perf_counter() - started:.0f} s; losses {learned}", flush=True)
+
+    def cache(self, task: SequenceTask, prompts: list[str], examples: Any) -> sk.ResponseCache:
+        return cache_of(self.tokenizer, task, prompts, examples)
+
+    def losses(self, model: Any) -> dict[str, float]:
+        """Loss on test texts of each task under its original instruction, by name, nats per token."""
+        return {name: float(score(model, cache).loss[0]) for name, cache in self.caches.items()}
 
     def run(self, name: str, chosen: list[int], wanted: list[int], until: float) -> Iterator[tuple[int, dict]]:
         """(prompt, its row) for each wanted one of the `chosen` prompts, until the time is up."""
         task, config = self.tasks[name], self.config
         prompts = [task.pool.prompts[k] for k in chosen]
-        probe = cache_of(self.tokenizer, task, prompts, task.train[: config.probe_examples])
+        probe = self.cache(task, prompts, task.train[: config.probe_examples])
         seen = before_learning(self.model, probe)
-        few = cache_of(self.tokenizer, task, prompts, task.train[: design.PROBES[0]])
+        few = self.cache(task, prompts, task.train[: design.PROBES[0]])
         cold = score(self.cold, few).loss.tolist()
         steps = task.train[: config.max_steps * config.batch_size]
         for place, k in enumerate(chosen):
             if k not in wanted or time.time() > until:
                 continue
             started = time.perf_counter()
-            given = rows_of(cache_of(self.tokenizer, task, [prompts[place]], steps))
+            given = rows_of(self.cache(task, [prompts[place]], steps))
             model, last = trained(self.model, given, self.seed, config)
             seconds = time.perf_counter() - started
             # The adapter too: on a CPU half of the time of a forward would go into turning numbers to float32 and back.
             model = model.bfloat16()
-            after = self.damage.losses(model)
-            test = cache_of(self.tokenizer, task, [prompts[place]], task.test)
+            after = self.losses(model)
+            test = self.cache(task, [prompts[place]], task.test)
             own = float(score(model, test).loss[0])
             rise = {other: after[other] - self.before[other] for other in after}
             row = {

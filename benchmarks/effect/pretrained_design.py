@@ -106,9 +106,9 @@ SEQUENCE_OPTIONS: dict[str, Any] = {
 }
 
 
-def single_config(base: str) -> SingleConfig:
-    """The options of the single-task runs of a base."""
-    return replace(SINGLE, learning_rate=RATES.get(base, SINGLE.learning_rate))
+def single_config(base: str, rate: float | None = None) -> SingleConfig:
+    """The options of the single-task runs of a base. rate: instead of the base's."""
+    return replace(SINGLE, learning_rate=rate or RATES.get(base, SINGLE.learning_rate))
 
 
 def prompts_of(task: str) -> list[int]:

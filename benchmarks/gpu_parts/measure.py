@@ -76,14 +76,6 @@ def operators(job: Job, *names: str) -> None:
         raise RuntimeError(f"failed: {', '.join(failed)}")
 
 
-def capability(device: str) -> int:
-    """10 * major + minor of an NVIDIA GPU, 0 elsewhere."""
-    if device != "cuda" or torch.version.hip is not None:
-        return 0
-    major, minor = torch.cuda.get_device_capability()
-    return 10 * major + minor
-
-
 def with_candidates(case: Case, kernel: str, options: list[dict[str, int]], calls: int) -> Case:
     """`case` with one provider for each configuration of a kernel instead of its own."""
     ours = case.providers["ours"]
@@ -103,8 +95,10 @@ def with_candidates(case: Case, kernel: str, options: list[dict[str, int]], call
 
 def options_of(job: Job, kernel: str, shape: tuple) -> list[dict[str, int]]:
     """What is tried of a kernel: of the head's the hidden size decides, of the attention's the size of a head."""
+    from sapo_kernels.triton_tools import capability
+
     width = shape[-1] if kernel == "linear_logprob" else shape[-1][-1]
-    return candidates.candidates(kernel, width, job.setting.dtype, capability(job.device), job.toy)
+    return candidates.candidates(kernel, width, job.setting.dtype, capability(torch.device(job.device)), job.toy)
 
 
 def call(kernel: str, shape: tuple, options: dict[str, int], device: str) -> None:

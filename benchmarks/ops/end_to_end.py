@@ -188,22 +188,14 @@ def every_task(setting: Setting, name: str):
     return make_case("tasks", name, model, cache, list(sizes), rounds=2, sizes=sizes), None
 
 
-# Around the usual point, which is measured once.
-AXES = {
-    "layout": [("last", False), ("last", True)],
-    "K": [("prompts", n) for n in (1, 16, 64)],
-    "M": [("examples", n) for n in (1, 16, 32)],
-    "prompt": [("prompt", n) for n in (15, 240)],
-    "input": [("input", n) for n in (15, 320)],
-    "response": [("response", n) for n in (1, 32)],
-    "V": [("vocabulary", n) for n in (32000, 128256, 256000)],
-    "D": [("hidden", n) for n in (128, 512, 1024)],
-}
-NAMES_OF_LAYOUTS = {True: "last", False: "first"}
-POINTS = {
-    f"{axis}={NAMES_OF_LAYOUTS.get(value, value) if axis == 'layout' else value}": (field, value)
-    for axis, points in AXES.items() for field, value in points
-}  # fmt: skip
+# Around the usual point, which is measured once: (axis, what it sets, values).
+AXES = (
+    ("K", "prompts", (1, 16, 64)), ("M", "examples", (1, 16, 32)), ("prompt", "prompt", (15, 240)),
+    ("input", "input", (15, 320)), ("response", "response", (1, 32)), ("V", "vocabulary", (32000, 128256, 256000)),
+    ("D", "hidden", (128, 512, 1024)),
+)  # fmt: skip
+POINTS = {"layout=first": ("last", False), "layout=last": ("last", True)}
+POINTS |= {f"{axis}={value}": (field, value) for axis, field, values in AXES for value in values}
 
 
 def one_change(setting: Setting, name: str, field: str = "", value: int = 0):

@@ -20,22 +20,15 @@ Job = tuple[np.ndarray, np.ndarray, np.ndarray]  # ids, offsets, context lengths
 
 
 def prompts_first(tokens: int) -> Job:
-    """About `tokens` dense tokens, written in place so that building them needs no second copy."""
+    """About `tokens` dense tokens."""
     rng, prompts = np.random.default_rng(0), 21
     examples = max(1, round(tokens / (prompts * 200)))
     head = rng.integers(31, 91, prompts)
     text, answer = rng.integers(60, 210, examples), rng.integers(1, 6, examples)
     offsets = np.concatenate([[0], np.cumsum((head[:, None] + text + answer).ravel())])
-    ids = np.empty(offsets[-1], dtype=np.int64)
     texts = [rng.integers(0, 50_000, n) for n in text + answer]
-    cell = 0
-    for n in head:
-        prompt = np.concatenate([np.arange(5), rng.integers(0, 50_000, n - 5)])
-        for own in texts:
-            at = offsets[cell]
-            ids[at : at + n] = prompt
-            ids[at + n : offsets[cell + 1]] = own
-            cell += 1
+    starts = [np.concatenate([np.arange(5), rng.integers(0, 50_000, n - 5)]) for n in head]
+    ids = np.concatenate([part for prompt in starts for own in texts for part in (prompt, own)])
     return ids, offsets, (head[:, None] + text).ravel()
 
 

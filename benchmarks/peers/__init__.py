@@ -7,10 +7,10 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ..registry import not_installed
 from .flex import flex_trie
 from .loops import lm_eval_harness, trainer_loop, trl_fused_head
 from .plain import packed, tuned_plain
@@ -38,7 +38,7 @@ class Peer:
 
     def missing(self) -> str:
         """The packages it needs that are not installed; empty if it can run."""
-        return ", ".join(name for name in self.needs if importlib.util.find_spec(name) is None)
+        return not_installed(self.needs)
 
     def variants(self, sizes: tuple[int, ...] | None = None) -> dict[str, Callable]:
         """Suffix and callable of every size, its own by default: ``{"_8": run, "_32": run}``; no sizes, no suffix."""

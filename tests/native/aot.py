@@ -28,6 +28,7 @@ import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from benchmarks.candidates import candidates, in_use, label
@@ -55,14 +56,9 @@ class Job:
         return int(self.target[3:]) if self.target.startswith("sm_") else 0
 
     def build(self):
-        """(kernel, types of its arguments, constants, options)."""
+        """(kernel, constants, options, types of arguments that are not those of `TYPES`)."""
         with in_use(self.kernel, dict(self.options)) if self.options else contextlib.nullcontext():
-            return BUILDERS[self.kernel]([int(p) if p.isdigit() else p for p in self.shape.split()], self.capability)
-
-
-def typed(**names: str) -> dict[str, str]:
-    """``typed(fp32="a b")`` is {"a": "fp32", "b": "fp32"}; pointers are named ``*_ptr``."""
-    return {name: f"*{t}" if "ptr" in name else t for t, listed in names.items() for name in listed.split()}
+            return BUILDERS[self.kernel](*[int(p) if p.isdigit() else p for p in self.shape.split()], of=self)
 
 
 def torch_dtype(name: str):
@@ -71,120 +67,112 @@ def torch_dtype(name: str):
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
 
 
-def attention(shape: list, capability: int, careful: bool = False):
-    """shape: dtype, Dk, Dv, q heads a kv head, options ("wcslp": window, softcap, sinks, lse, past keys)."""
+# Arguments that are no int32, by type; "own" is a pointer to the dtype of the shape.
+ARGUMENTS = {
+    "own": "q_ptr k_ptr v_ptr out_ptr sinks_ptr grad_ptr dq_ptr dk_ptr dv_ptr hidden weight bias_ptr d_ptr x_ptr "
+    "weight_ptr gate_ptr up_ptr cos_ptr sin_ptr q_out_ptr k_out_ptr",
+    "*fp32": "lse_ptr delta_ptr part_k_ptr part_v_ptr part_ptr max_ptr sum_ptr logit_ptr logprob_ptr logits_ptr a_ptr "
+    "g_ptr",
+    "fp32": "logit_scale cap_scale scale softcap d_scale epsilon",
+    "*i64": "targets_ptr target_ptr_ptr",
+    "i64": "offset_past_k offset_past_v",
+}
+TYPES = {name: kind for kind, names in ARGUMENTS.items() for name in names.split()}
+
+
+def attention(dtype, head_k, head_v, group, flags="", *, of: Job, careful: bool = False):
+    """flags: "wcslp" for window, softcap, sinks, lse, past keys. group: q heads a kv head."""
     from sapo_kernels.tree_attention import triton as module
 
-    dtype, head_k, head_v, group, flags = [*shape, ""][:5]
     window, softcap, sinks = ("on" if flag in flags else None for flag in "wcs")
     wide = max(head_k, head_v)
-    options = module.config(wide, torch_dtype(dtype), capability)
+    options = module.config(wide, torch_dtype(dtype), of.capability)
     sick_m = options["BLOCK_M"]
     if careful:
-        options = module.careful_config(wide, torch_dtype(dtype), capability, sick_m)
+        options = module.careful_config(wide, torch_dtype(dtype), of.capability, sick_m)
     constants = module.specialise(head_k, head_v, group, window, softcap) | {"HAS_SINKS": sinks is not None}
     constants |= {"CAREFUL": careful, "SICK_M": sick_m, "WITH_LSE": "l" in flags, "HAS_PAST": "p" in flags}
     constants |= {"stride_sinks": 1}
     constants |= ({} if sinks else {"sinks_ptr": None}) | ({} if "l" in flags else {"lse_ptr": None})
-    types = typed(**{dtype: "q_ptr k_ptr v_ptr out_ptr sinks_ptr"}, i64="offset_past_k offset_past_v")
-    return module._tree_attention_kernel, types | typed(fp32="lse_ptr logit_scale cap_scale"), constants, options
+    return module._tree_attention_kernel, constants, options, {}
 
 
-def backward(shape: list, capability: int, what: str):
-    """shape: dtype, Dk, Dv, q heads a kv head, options ("wc": window, softcap); what: "queries" or "keys"."""
+def backward(what: str, dtype, head_k, head_v, group, flags="", *, of: Job):
+    """flags: "wc" for window, softcap. what: "queries" or "keys"."""
     from sapo_kernels.tree_attention import triton_backward as module
 
-    dtype, head_k, head_v, group, flags = [*shape, ""][:5]
     window, softcap = ("on" if flag in flags else None for flag in "wc")
-    options = getattr(module, f"{what}_config")(max(head_k, head_v), torch_dtype(dtype), capability)
-    types = typed(**{dtype: "grad_ptr q_ptr k_ptr v_ptr out_ptr dq_ptr dk_ptr dv_ptr"})
-    types |= typed(fp32="lse_ptr delta_ptr part_k_ptr part_v_ptr logit_scale cap_scale scale")
+    options = getattr(module, f"{what}_config")(max(head_k, head_v), torch_dtype(dtype), of.capability)
     constants = module.specialise(head_k, head_v, group, window, softcap)
     if what == "keys":
         constants["KEY_TILE"] = module.KEY_TILE
-    return getattr(module, f"_{what}_kernel"), types, constants, options
+    return getattr(module, f"_{what}_kernel"), constants, options, {}
 
 
-def sums(shape: list, capability: int):
-    """shape: dtype of dK and dV."""
+def sums(dtype, *, of: Job):
     from sapo_kernels.tree_attention import triton_backward as module
 
-    types = typed(fp32="part_ptr") | typed(**{shape[0]: "sum_ptr"})
-    return module._sum_kernel, types, {"KEY_TILE": module.KEY_TILE}, module.SUM
+    return module._sum_kernel, {"KEY_TILE": module.KEY_TILE}, module.SUM, {"sum_ptr": f"*{dtype}"}
 
 
-def logprob(shape: list, capability: int):
-    """shape: dtype, D, options ("bcd": bias, softcap, descriptors)."""
+def logprob(dtype, hidden, flags="", *, of: Job):
+    """flags: "bcd" for bias, softcap, descriptors."""
     from sapo_kernels.linear_logprob import triton as module
 
-    dtype, hidden, flags = [*shape, ""][:3]
     bias, softcap = ("on" if flag in flags else None for flag in "bc")
-    options = module.config(hidden, torch_dtype(dtype), capability, "d" in flags)
+    options = module.config(hidden, torch_dtype(dtype), of.capability, "d" in flags)
     constants = module.specialise(hidden, bias, softcap) | {"stride_bias": 1, "DESCRIBED": "d" in flags}
     if bias is None:
         constants["bias_ptr"] = None
-    types = typed(**{dtype: "bias_ptr"}, i64="targets_ptr target_ptr_ptr")
-    types |= typed(fp32="max_ptr sum_ptr logit_ptr logit_scale softcap")
-    for name, block in (("hidden", options["BLOCK_M"]), ("weight", options["BLOCK_V"])):
-        types[name] = f"tensordesc<{dtype}[{block}, {options['BLOCK_K']}]>" if "d" in flags else f"*{dtype}"
-    return module._linear_logprob_kernel, types, constants, options
+    blocks = {"hidden": options["BLOCK_M"], "weight": options["BLOCK_V"]} if "d" in flags else {}
+    types = {name: f"tensordesc<{dtype}[{block}, {options['BLOCK_K']}]>" for name, block in blocks.items()}
+    return module._linear_logprob_kernel, constants, options, types
 
 
-def merge(shape: list, capability: int):
+def merge(*, of: Job):
     from sapo_kernels.linear_logprob import triton as module
 
-    types = typed(i64="targets_ptr target_ptr_ptr", fp32="max_ptr sum_ptr logprob_ptr lse_ptr")
-    return module._merge_kernel, types, {}, {**module.MERGE_BLOCKS, "num_warps": 4}
+    return module._merge_kernel, {}, {**module.MERGE_BLOCKS, "num_warps": 4}, {}
 
 
-def logprob_gradient(shape: list, capability: int):
-    """shape: dtype of the inputs, options ("bc": bias, softcap)."""
+def logprob_gradient(dtype, flags="", *, of: Job):
+    """flags: "bc" for bias, softcap."""
     from sapo_kernels.linear_logprob import triton_backward as module
 
-    dtype, flags = [*shape, ""][:2]
     constants = {"HAS_BIAS": "b" in flags, "HAS_SOFTCAP": "c" in flags, "stride_bias": 1}
     if "b" not in flags:
         constants["bias_ptr"] = None
-    types = typed(**{dtype: "bias_ptr d_ptr"}, i64="targets_ptr target_ptr_ptr")
-    types |= typed(fp32="logits_ptr lse_ptr a_ptr g_ptr logit_scale softcap d_scale")
-    return module._coefficients_kernel, types, constants, module.COEFFICIENTS
+    return module._coefficients_kernel, constants, module.COEFFICIENTS, {}
 
 
-def rms_norm(shape: list, capability: int):
-    """shape: dtype, width."""
+def rms_norm(dtype, width, *, of: Job):
     from sapo_kernels.fused_layers import triton as module
 
-    dtype, width = shape
-    types = typed(**{dtype: "x_ptr weight_ptr out_ptr"}) | typed(fp32="epsilon")
     constants = {"WIDTH": width, "ROUNDED_FIRST": True, "PLUS_ONE": False}
-    return module._rms_norm_kernel, types, constants, module.norm_config(width)
+    return module._rms_norm_kernel, constants, module.norm_config(width), {}
 
 
-def gated(shape: list, capability: int):
-    """shape: dtype, activation."""
+def gated(dtype, activation, *, of: Job):
     from sapo_kernels.fused_layers import triton as module
 
-    types = typed(**{shape[0]: "gate_ptr up_ptr out_ptr"})
-    return module._gated_kernel, types, {"ACTIVATION": shape[1]}, {"BLOCK": module.GATED_BLOCK, "num_warps": 4}
+    return module._gated_kernel, {"ACTIVATION": activation}, {"BLOCK": module.GATED_BLOCK, "num_warps": 4}, {}
 
 
-def rotary(shape: list, capability: int):
-    """shape: dtype, q heads, k heads, D, rotated dimensions."""
+def rotary(dtype, *sizes, of: Job):
+    """sizes: q heads, k heads, D, rotated dimensions."""
     from sapo_kernels.fused_layers import triton as module
 
-    dtype, *sizes = shape
-    types = typed(**{dtype: "q_ptr k_ptr cos_ptr sin_ptr q_out_ptr k_out_ptr"})
     options = module.rotary_config(*sizes)
     warps = {"num_warps": options.pop("num_warps")}
-    return module._rotary_kernel, types, options | {"ROUNDED": True}, warps
+    return module._rotary_kernel, options | {"ROUNDED": True}, warps, {}
 
 
 NO_PRODUCTS = ("linear_logprob gradient", "tree_attention sums", "rms_norm", "gated", "rotary")
 BUILDERS = {
     "tree_attention": attention,
-    "tree_attention careful": lambda *of: attention(*of, careful=True),
-    "tree_attention queries": lambda *of: backward(*of, "queries"),
-    "tree_attention keys": lambda *of: backward(*of, "keys"),
+    "tree_attention careful": partial(attention, careful=True),
+    "tree_attention queries": partial(backward, "queries"),
+    "tree_attention keys": partial(backward, "keys"),
     "tree_attention sums": sums,
     "linear_logprob": logprob,
     "linear_logprob merge": merge,
@@ -248,7 +236,9 @@ def prepared(job: Job):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel, types, constants, options = job.build()
+    kernel, constants, options, types = job.build()
+    own = f"*{job.shape.partition(' ')[0]}"
+    types = {name: own if kind == "own" else kind for name, kind in (TYPES | types).items()}
     constants = constants | {name: value for name, value in options.items() if name.isupper()}
     launch = {name: value for name, value in options.items() if not name.isupper()} | {"enable_fp_fusion": True}
     # Aligned pointers and strides: what the launcher sees for tensors of whole models.
