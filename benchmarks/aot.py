@@ -1,29 +1,19 @@
-"""What every kernel configuration takes of each NVIDIA part, ahead of time: the stand-in for a GPU.
-
-    python -m benchmarks.aot                   # compile, print, and write benchmarks/results/aot.csv
-    python -m benchmarks.aot --check           # compile and compare with the committed rows
-    python -m benchmarks.aot --candidates      # also the configurations that the GPU suite would try on sm_90
+"""What every kernel configuration takes of each NVIDIA part, from the rows of `python -m tests.native.aot`.
 
 Registers, spills and shared memory are the compiler's. "warps" is the bound that they put on the warps resident on a
 multiprocessor, out of what it can hold: few warps are no fault of a kernel whose matrix instructions are asynchronous,
-but a bound that falls without a reason is. Tables in docs/measured.md are made of the rows by tables.py.
+but a bound that falls without a reason is.
 """
 
 from __future__ import annotations
 
-import argparse
-import multiprocessing
-import os
-import sys
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
+import csv
+import re
 
-from sapo_kernels.files import atomic_write, read_text
+from .documents import table
+from .rows import ROOT
 
-from .rows import RESULTS, csv_text, read_csv, version
-
-PATH = RESULTS / "aot.csv"
+PATH = ROOT / "tests" / "native" / "aot.csv"
 # CUDA programming guide, "technical specifications": registers, shared KiB (1 KiB a block is the system's), warps and
 # blocks of a multiprocessor.
 PARTS = {
@@ -37,131 +27,33 @@ PARTS = {
 REGISTER_UNIT = 256
 
 
-@dataclass(frozen=True)
-class Use:
-    """One configuration on one part. spills and shared in bytes; warps: resident ones at most; role: "in use" or
-    "candidate"; complaint: why it is unfit, empty if it is not."""
-
-    kernel: str
-    shape: str
-    target: str
-    configuration: str
-    role: str
-    registers: int
-    spills: int
-    shared: int
-    threads: int
-    warps: int
-    warps_of: int
-    limited_by: str
-    complaint: str
-    triton: str
-
-
-def occupancy(target: str, registers: int, shared: int, threads: int) -> tuple[int, int, str]:
-    """(resident warps at most, what the part can hold, what limits them) of one multiprocessor."""
+def occupancy(target: str, registers: int, shared: int, warps: int) -> str:
+    """``16 of 64``: resident warps at most and what one multiprocessor of the part can hold, for blocks of `warps`."""
     file, shared_kib, most_warps, most_blocks = PARTS[target]
-    warps = -(-threads // 32)
     of_a_warp = -(-registers * 32 // REGISTER_UNIT) * REGISTER_UNIT
-    blocks = {
-        "registers": file // (of_a_warp * warps) if registers else most_blocks,
-        "shared memory": shared_kib * 1024 // (shared + 1024),
-        "warps": most_warps // warps,
-        "blocks": most_blocks,
-    }
-    limit = min(blocks, key=lambda name: blocks[name])
-    return blocks[limit] * warps, most_warps, limit
+    blocks = min(file // (of_a_warp * warps), shared_kib * 1024 // (shared + 1024), most_warps // warps, most_blocks)
+    return f"{blocks * warps} of {most_warps}"
 
 
-def read_uses(path: Path = PATH) -> list[Use]:
-    """The rows of a file; `DataError` names line and column of what does not fit."""
-    return [Use(**row) for row in read_csv(read_text(path), str(path), Use)]
-
-
-def _options_of(job) -> dict:
-    from tests.native.aot import KERNELS
-
-    return KERNELS[job.kernel][0](job.shape, job.capability)[3]
-
-
-def _describe(options: dict) -> str:
-    from .candidates import label
-
-    return label({"num_warps": 4, "num_stages": 1, **options})
-
-
-def _compiled(work: tuple) -> Use:
-    """(job of tests.native.aot, options or None for those in use) -> what it takes. Runs in a process of its own."""
-    from contextlib import nullcontext
-
-    from tests.native.aot import build
-
-    from .candidates import in_use
-
-    job, options = work
-    with in_use(job.kernel, options) if options is not None else nullcontext():
-        chosen = _options_of(job)
-        row = build(job)
-    threads = 32 * chosen.get("num_warps", 4)
-    warps, most, limit = (0, PARTS[job.target][2], "")
-    if row.registers:
-        warps, most, limit = occupancy(job.target, row.registers, row.shared, threads)
-    return Use(
-        job.kernel, job.label(), job.target, _describe(chosen), "in use" if options is None else "candidate",
-        row.registers, row.spills, row.shared, threads, warps, most, limit, row.complaint, version("triton"),
-    )  # fmt: skip
-
-
-def work_list(with_candidates: bool, target: str = "sm_90") -> list[tuple]:
-    """Every compilation of tests.native.aot for NVIDIA parts; then the candidates of the suite's shapes on `target`."""
-    import torch
-
-    from tests.native.aot import Job, jobs
-
-    from .candidates import candidates
-
-    listed = [(job, None) for job in jobs() if job.target in PARTS]
-    if with_candidates:
-        capability = int(target[3:])
-        for shape in (("bf16", 128, 128, 4, ""), ("bf16", 64, 64, 2, "")):
-            for kernel in ("tree_attention", "tree_attention queries", "tree_attention keys"):
-                for options in candidates(kernel, shape[1], torch.bfloat16, capability)[1:]:
-                    listed.append((Job(kernel, shape, target), options))
-        for options in candidates("linear_logprob", 4096, torch.bfloat16, capability)[1:]:
-            listed.append((Job("linear_logprob", ("bf16", 4096, "d"), target), options))
-    return listed
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; fail if a committed row differs")
-    parser.add_argument("--candidates", action="store_true")
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=PATH)
-    options = parser.parse_args(argv)
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        parser.error("unset TRITON_INTERPRET, the interpreter replaces the compiler")
-    listed = work_list(options.candidates)
-    uses = []
-    # Spawned, because forking a process that runs LLVM's threads is unsafe.
-    with ProcessPoolExecutor(options.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for use in pool.map(_compiled, listed):
-            uses.append(use)
-            print(f"{use.kernel:24} {use.shape:24} {use.target:7} {use.configuration:22} {use.registers:4} "
-                  f"{use.spills:4} {use.shared / 1024:6.1f} KiB {use.warps:2}/{use.warps_of} {use.limited_by:14} "
-                  f"{use.role} {use.complaint}".rstrip(), flush=True)  # fmt: skip
-    bad = [use for use in uses if use.role == "in use" and use.complaint]
-    if options.check:
-        committed = read_uses(options.out)
-        differing = [use for use in uses if use not in committed]
-        for use in differing:
-            print(f"not the committed row: {use}")
-        return 1 if differing or bad else 0
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(options.out, csv_text(uses))
-    print(f"{options.out}: {len(uses)} rows, {len(bad)} unfit")
-    return 1 if bad else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def made_table() -> list[str]:
+    """Registers, shared memory and the bound on resident warps of each configuration in use; then the candidates."""
+    shapes: dict[str, dict[str, str]] = {}
+    candidates: list[list[str]] = []
+    with open(PATH, newline="") as file:
+        uses = [row for row in csv.DictReader(file) if row["target"] in PARTS]
+    for use in uses:
+        registers, shared = int(use["registers"]), int(use["shared"])
+        warps = occupancy(use["target"], registers, shared, int(re.search(r"w(\d+)", use["configuration"])[1]))
+        name, kib = f"{use['kernel']} {use['shape']}".strip(), f"{shared / 1024:.0f}"
+        if use["role"] == "in use":
+            shapes.setdefault(name, {})[use["target"]] = f"{use['configuration']}: {registers} / {kib} / {warps}"
+        else:
+            candidates.append([name, use["configuration"], str(registers), use["spills"], kib, warps, use["complaint"]])
+    targets = ("sm_80", "sm_90", "sm_100")
+    lines = ["Tile, warps, stages: registers / shared KiB / warps resident at most.", ""]
+    lines += table(
+        ["kernel", *targets], [[n, *(of.get(target, "-") for target in targets)] for n, of in shapes.items()]
+    )
+    lines += ["", "Candidates that the GPU suite tries on sm_90:", ""]
+    header = ["kernel", "configuration", "registers", "spills, B", "shared KiB", "warps", "unfit"]
+    return [*lines, *table(header, candidates), "", f"{len(uses)} compilations, triton {uses[0]['triton']}."]

@@ -22,10 +22,10 @@ def shared_out(shares: dict[str, float], total: float) -> Iterator[tuple[str, fl
         del waiting[name]
 
 
-def run_apart(command: list[str], log: Path | None, seconds: float, well: tuple[int, ...] = (0,), **options) -> str:
+def run_apart(command: list[str], log: Path | None, seconds: float, **options) -> str:
     """Run a command, its output in `log`; end it and everything it started after `seconds`. Returns how it ended.
 
-    well: the exit codes of one that passed. options: of `subprocess.Popen`.
+    options: of `subprocess.Popen`.
     """
     with open(log, "wb") if log else contextlib.nullcontext() as output:
         child = subprocess.Popen(
@@ -40,4 +40,4 @@ def run_apart(command: list[str], log: Path | None, seconds: float, well: tuple[
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
             child.wait(timeout=60)
-    return "passed" if code in well else f"failed (exit {code}{f'; {log.parent.name}/{log.name}' if log else ''})"
+    return "passed" if code == 0 else f"failed (exit {code}{f'; {log.parent.name}/{log.name}' if log else ''})"

@@ -1,6 +1,6 @@
 """Kernel configurations worth trying on each architecture: the one in use first, then its neighbours.
 
-The GPU suite measures them; `python -m benchmarks.aot` compiles them ahead of time and says what each takes of a part.
+The GPU suite measures them; `python -m tests.native.aot` compiles them ahead of time: what does each take of a part?
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ KERNELS = {
 def label(options: dict[str, int]) -> str:
     """Such as ``128x64x64 w8 s4``."""
     tile = "x".join(str(value) for name, value in options.items() if name.startswith("BLOCK_"))
-    return f"{tile} w{options['num_warps']} s{options['num_stages']}"
+    return f"{tile} w{options['num_warps']} s{options['num_stages']}".strip()
 
 
 def _chooser(kernel: str) -> tuple[ModuleType, str]:

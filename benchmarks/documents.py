@@ -21,9 +21,9 @@ MARKED = re.compile(
 )
 
 
-def table(header: list[str], rows: list[list[str]]) -> list[str]:
-    """Markdown lines; the first column is text, the others numbers."""
-    lines = ["| " + " | ".join(header) + " |", "|" + "|".join(["---"] + ["---:"] * (len(header) - 1)) + "|"]
+def table(header: list[str], rows: list[list[str]], align: str = "---:") -> list[str]:
+    """Markdown lines; the first column is text, the others numbers or as `align` says."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "|".join(["---"] + [align] * (len(header) - 1)) + "|"]
     return lines + ["| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in rows]
 
 

@@ -23,8 +23,8 @@ from sapo_kernels.scoring.render import Renderer
 from sapo_peft.assets import BUNDLED_DIR
 from sapo_peft.plain_loop import plain_scores
 from sapo_peft.sequence import read_tasks
-from tests.oracles import alone_nll
 
+from .ops.end_to_end import alone
 from .peers.loops import trainer_loop
 from .rows import csv_text
 from .workload import load_pretrained
@@ -57,13 +57,6 @@ def plain_layout(tokenizer):
     return template
 
 
-def alone(model, cache) -> torch.Tensor:
-    """[K, M] nats: every cell by itself."""
-    pairs = [zip(contexts, responses, strict=True) for contexts, responses in
-             zip(cache.contexts, cache.responses, strict=True)]  # fmt: skip
-    return torch.tensor([[sum(alone_nll(model, context, response)) for context, response in row] for row in pairs])
-
-
 def harness(model, tokenizer, texts: list[tuple[str, str]]) -> torch.Tensor:
     """[len(texts)] nats, by lm-evaluation-harness from strings."""
     from lm_eval.api.instance import Instance
@@ -84,7 +77,7 @@ def compared(name: str) -> list[Difference]:
             prompts, rows = list(task.pool.prompts[:PROMPTS]), list(task.train[:EXAMPLES])
             cache = sk.ResponseCache.build(tokenizer, prompts, rows, template)
             ours = sk.score_prompts(model, cache, progress=False)
-            others = {"alone": alone(model, cache), "padded": plain_scores(model, cache)}
+            others = {"alone": alone(model, cache).view_as(ours.nll), "padded": plain_scores(model, cache)}
             if layout == "plain" and importlib.util.find_spec("lm_eval"):
                 texts = [template(prompt, row) for prompt in prompts for row in rows]
                 others["lm-eval"] = harness(model, tokenizer, texts).view_as(ours.nll)

@@ -3,7 +3,6 @@
     python -m benchmarks.host                                # this checkout
     python -m benchmarks.host --before ../other-checkout     # and another one, process by process in turn
     python -m benchmarks.host --csv benchmarks/results/host.csv
-    python -m benchmarks.host --rounds-of-races              # what rounds that fill a GPU cost and save
 
 Calls are those of a GPU: passes of 16,384 tokens, with the tile lists that its attention walks, and its rounds of a
 race. The time inside the model is taken out, so what is left is what a device would wait for if it were infinitely
@@ -124,41 +123,6 @@ def measure() -> dict[str, float]:
     return found
 
 
-def rounds_of_races(seeds: int = 4) -> str:
-    """Replays of races on the committed matrices, inputs of 18 to 140 tokens: rounds that grow by a tenth, and rounds
-    filled to parts of a forward. A forward is taken to last as long as one of `least` tokens at least."""
-    from sapo_kernels import Race
-    from sapo_kernels.scoring.race import RaceState
-
-    from .documents import table
-    from .racing import SHARE, read_matrices
-
-    least, found, draw = (2048, 8192, TOKENS), defaultdict(list), np.random.default_rng(0)
-    for one in read_matrices():
-        full, losses = one.scores, one.scores.loss.numpy()
-        cost = draw.integers(31, 153, full.nll.shape[1]) + full.tokens.numpy()
-        for fill in (0, TOKENS // 4, TOKENS // 2, TOKENS):
-            for seed in range(seeds):
-                state, forwards = RaceState(Race(seed=seed), full.tokens.numpy(), cost, fill), []
-                while (cells := state.next_cells()) is not None:
-                    tokens = int(cost.flat[cells].sum())
-                    forwards += [TOKENS] * (tokens // TOKENS) + [tokens % TOKENS] * (tokens % TOKENS > 0)
-                    state.add(cells, full.nll.numpy().ravel()[cells])
-                report = state.report()
-                lasts = [sum(max(tokens, n) for tokens in forwards) / cost.sum() for n in least]
-                wrong = losses[report.winner] > losses.min() * (1 + SHARE)
-                found[one.set.split("/")[0], fill].append((report.saved, wrong, len(report.rounds), *lasts))
-    lines = []
-    for (name, fill), values in found.items():
-        saved, wrong, rounds, *times = np.asarray(values).T
-        spans = [f"{one.mean():.2f} (worst {one.max():.2f})" for one in times]
-        lines.append(
-            [name, str(fill), f"{np.median(saved):.1%}", f"{wrong.mean():.1%}", f"{rounds.mean():.1f}", *spans]
-        )
-    columns = [f"time, {n} at least" for n in least]
-    return "\n".join(table(["set", "fill", "saved p50", "> 0.5 %", "rounds", *columns], lines))
-
-
 def million():
     """(ids, offsets, context lengths) of a trie of a million tokens: 21 prompts of 60 in front of inputs of 139."""
     draw = np.random.default_rng(0)
@@ -175,11 +139,7 @@ def main() -> None:
     parser.add_argument("--before", type=Path, help="another checkout, built, to compare with")
     parser.add_argument("--rounds", type=int, default=5, help="processes a checkout")
     parser.add_argument("--csv", type=Path, help="where rows are added")
-    parser.add_argument("--rounds-of-races", action="store_true")
     options = parser.parse_args()
-    if options.rounds_of_races:
-        print(rounds_of_races())
-        return
     checkouts = {"before": options.before, "ours": ROOT} if options.before else {"ours": ROOT}
     taken = {name: defaultdict(list) for name in checkouts}
     for _ in range(options.rounds):
@@ -195,20 +155,16 @@ def main() -> None:
     lines = [[p, *(f"{np.median(v[p]):.1f}" if p in v else "-" for v in taken.values())] for p in parts]
     print("\n".join(table(["host milliseconds, medians", *checkouts], lines)))
     if options.csv:
-        commits = {
-            name: subprocess.check_output(["git", "rev-parse", "--short=12", "HEAD"], cwd=path, text=True).strip()
-            for name, path in checkouts.items()
-        }
-        rows = [
-            Row(
-                op="host", case=part, provider=name, dtype="none", shape=f"K={PROMPTS} M={EXAMPLES}",
-                rounds=len(values), **{f"p{p}_s": float(np.percentile(values, p)) / 1000 for p in (20, 50, 80)},
-                peak_bytes=-1, tokens=0, work=0.0, work_unit="", formula="", error=0.0, tolerance=0.0,
-                note=f"passes of {TOKENS} tokens, the forwards' time taken out",
-                environment=replace(environment(), commit=commits[name], threads=1),
-            )
-            for name, found in taken.items() for part, values in found.items() if min(values) > 0
-        ]  # fmt: skip
+        rows = []
+        for name, path in checkouts.items():
+            head = subprocess.check_output(["git", "rev-parse", "--short=12", "HEAD"], cwd=path, text=True).strip()
+            where = replace(environment(), commit=head, threads=1)
+            for part, values in taken[name].items():
+                if min(values) > 0:
+                    times = (float(np.percentile(values, p)) / 1000 for p in (20, 50, 80))
+                    note = f"passes of {TOKENS} tokens, the forwards' time taken out"
+                    rows.append(Row("host", part, name, "none", f"K={PROMPTS} M={EXAMPLES}", len(values), *times,
+                                    note=note, environment=where))  # fmt: skip
         append_rows(options.csv, rows)
 
 

@@ -23,13 +23,9 @@ text { font: 12px system-ui, sans-serif; fill: #24292f; }
 def bars(title: str, series: list[str], groups: list[tuple[str, list[float | None]]], line: float | None = None) -> str:
     """Horizontal bars: a group for each (label, one value for each of at most four series; None is left out).
 
-    line: a dashed vertical line at that value. Values must not be negative.
+    line: a dashed vertical line at that value.
     """
-    if not groups or not 1 <= len(series) <= 4 or any(len(values) != len(series) for _, values in groups):
-        raise ValueError("bars: expected at least one group, one to four series and a value of each in every group")
     numbers = [value for _, values in groups for value in values if value is not None]
-    if any(not 0 <= value < float("inf") for value in numbers):
-        raise ValueError("bars: expected finite values of at least 0")
     room = (WIDTH - LABEL - VALUE) / (max([*numbers, line or 0.0]) or 1.0)
     height = TOP + sum(BAR * len(series) + GAP for _ in groups) + GAP
     parts = [f"<title>{escape(title)}</title>", f"<style>{STYLE}</style>", _text(8, 20, title, 'class="title"')]

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from sapo_kernels import PromptScores, Race
 from sapo_kernels.files import atomic_write
 from sapo_kernels.scoring.race import RaceState
 
+from .documents import table
 from .rows import RESULTS, csv_text
 
 MATRICES = tuple(RESULTS / f"race_matrices_{name}.safetensors" for name in ("real", "tiny"))
@@ -150,14 +152,48 @@ def summary(rows: list[Replays]) -> str:
     return "\n".join(lines)
 
 
+def filled(matrices: list[Matrix], tokens: int = 16384, seeds: int = 4) -> str:
+    """What rounds that fill a part of a GPU's forward of `tokens` save and cost, with inputs of 18 to 140 tokens.
+
+    A forward is taken to last as long as one of `least` tokens at least.
+    """
+    least, found, draw = (2048, 8192, tokens), defaultdict(list), np.random.default_rng(0)
+    for one in matrices:
+        full, losses = one.scores, one.scores.loss.numpy()
+        cost = draw.integers(31, 153, full.nll.shape[1]) + full.tokens.numpy()
+        for fill in (0, tokens // 4, tokens // 2, tokens):
+            for seed in range(seeds):
+                state, forwards = RaceState(Race(seed=seed), full.tokens.numpy(), cost, fill), []
+                while (cells := state.next_cells()) is not None:
+                    whole, rest = divmod(int(cost.flat[cells].sum()), tokens)
+                    forwards += [tokens] * whole + [rest] * (rest > 0)
+                    state.add(cells, full.nll.numpy().ravel()[cells])
+                report = state.report()
+                lasts = [sum(max(one, n) for one in forwards) / cost.sum() for n in least]
+                wrong = losses[report.winner] > losses.min() * (1 + SHARE)
+                found[one.set.split("/")[0], fill].append((report.saved, wrong, len(report.rounds), *lasts))
+    lines = []
+    for (name, fill), values in found.items():
+        saved, wrong, rounds, *times = np.asarray(values).T
+        spans = [f"{one.mean():.2f} (worst {one.max():.2f})" for one in times]
+        shares = [f"{np.median(saved):.1%}", f"{wrong.mean():.1%}", f"{rounds.mean():.1f}"]
+        lines.append([name, str(fill), *shares, *spans])
+    columns = [f"time, {n} at least" for n in least]
+    return "\n".join(table(["set", "fill", "saved p50", "> 0.5 %", "rounds", *columns], lines))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sets", nargs="*", help="MODEL/HALF, default: all")
     parser.add_argument("--replays", type=int, default=50)
     parser.add_argument("--csv", type=Path, help="a row a matrix and rule")
+    parser.add_argument("--fill", action="store_true", help="what rounds that fill a GPU save and cost, instead")
     args = parser.parse_args()
     torch.set_num_threads(1)
     matrices = [one for one in read_matrices() if args.sets is None or one.set in args.sets]
+    if args.fill:
+        print(filled(matrices))
+        return
     rows = [
         replays(one, rule, args.replays)
         for rule in RULES for one in matrices if one.before is not None or not rule.startswith("memory")

@@ -22,17 +22,17 @@ import torch
 
 import sapo_kernels as sk
 from sapo_kernels.files import atomic_write
-from sapo_kernels.training.trie_batch import padded_rows
 
-from .workload import Task, cut, load_pretrained, load_tasks
+from .workload import Task, cut, load_pretrained, load_tasks, with_lora
 
 STATES = ("base", "tuned")
 STEPS, BATCH, RATE, RANK = 30, 8, 1e-3, 16
 INPUT_TOKENS, MAX_EXAMPLES, MIN_EXAMPLES = 64, 250, 100
 
 
-def build_cache(task: Task, tokenizer, examples: list[dict[str, str]], budget: int) -> sk.ResponseCache:
+def build_cache(task: Task, tokenizer, budget: int) -> sk.ResponseCache:
     """As many of the examples as fit into `budget` tokens of the trie, but `MIN_EXAMPLES` at least."""
+    examples = cut(task.examples[:MAX_EXAMPLES], tokenizer, INPUT_TOKENS)
     whole = sk.ResponseCache.build(tokenizer, task.prompts, examples, suffix=task.suffix, max_target=64)
     trie = sum(len(step.input_ids) for step in whole.plan(1024).passes)
     count = min(len(examples), max(MIN_EXAMPLES, budget * len(examples) // trie))
@@ -41,16 +41,14 @@ def build_cache(task: Task, tokenizer, examples: list[dict[str, str]], budget: i
 
 def tune(model, cache: sk.ResponseCache, prompt: int = 0):
     """`model` after `STEPS` steps of a LoRA on all linear layers, on the cells of one prompt; merged."""
-    from peft import LoraConfig, get_peft_model
-
     torch.manual_seed(0)
-    model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")).train()
+    model = with_lora(model, RANK, 2 * RANK)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0)
     rows = list(zip(cache.contexts[prompt], cache.responses[prompt], strict=True))
     for step in range(STEPS):
         batch = [rows[(step * BATCH + i) % len(rows)] for i in range(BATCH)]
-        model(**padded_rows(batch), use_cache=False).loss.backward()
+        (-sk.tree_logprobs(model, sk.TrieBatch.pack(*zip(*batch, strict=True))).mean()).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -71,9 +69,9 @@ def make(name: str, dtype: torch.dtype, tasks: list[Task], out: Path, budget: in
             model, tokenizer = load_pretrained(name)
             if state == "tuned":
                 other = tasks[(at + 1) % len(tasks)]
-                model = tune(model, build_cache(other, tokenizer, cut(other, tokenizer, INPUT_TOKENS, MAX_EXAMPLES), 0))
+                model = tune(model, build_cache(other, tokenizer, 0))
             model = model.to(dtype)
-            cache = build_cache(task, tokenizer, cut(task, tokenizer, INPUT_TOKENS, MAX_EXAMPLES), budget)
+            cache = build_cache(task, tokenizer, budget)
             prepared = time.perf_counter() - started
             scores = sk.score_prompts(model, cache, progress=False)
             atomic_write(path, save({"nll": scores.nll.float(), "tokens": scores.tokens.short()}))

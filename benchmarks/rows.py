@@ -15,11 +15,11 @@ import os
 import platform
 import re
 import subprocess
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
 
-from sapo_kernels.files import DataError, atomic_write, excerpt, read_text
+from sapo_kernels.files import DataError, atomic_write, read_text
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -62,110 +62,78 @@ class Row:
     p20_s: float
     p50_s: float
     p80_s: float
-    peak_bytes: int
-    tokens: int
-    work: float
-    work_unit: str
-    formula: str
-    error: float
-    tolerance: float
-    note: str
-    environment: Environment
+    peak_bytes: int = -1
+    tokens: int = 0
+    work: float = 0.0
+    work_unit: str = ""
+    formula: str = ""
+    error: float = 0.0
+    tolerance: float = 0.0
+    note: str = ""
+    environment: Environment = field(default_factory=lambda: environment())
 
     def __post_init__(self):
-        times = (self.p20_s, self.p50_s, self.p80_s)
-        if not all(math.isfinite(t) and t > 0 for t in times) or not times[0] <= times[1] <= times[2]:
-            raise DataError(f"row {self.key}: p20, p50, p80: expected ascending positive seconds, got {times}")
-        if not (math.isfinite(self.error) and 0 <= self.error <= self.tolerance):
-            raise DataError(f"row {self.key}: error: expected 0 to {self.tolerance}, got {self.error}")
-        if not (math.isfinite(self.work) and self.work >= 0) or self.work_unit not in ("FLOP", "B", ""):
-            raise DataError(f"row {self.key}: work: expected a number of FLOP or B, got {self.work} {self.work_unit}")
-        if self.rounds < 1 or self.tokens < 0 or self.peak_bytes < -1:
-            raise DataError(f"row {self.key}: rounds, tokens, peak_bytes: expected at least 1, 0, -1")
-        for name in ("op", "case", "provider", "dtype"):
-            if not re.fullmatch(r"[A-Za-z0-9_.+ ()/=,:-]{1,120}", getattr(self, name)):
-                raise DataError(f"row {self.key}: {name}: expected plain text, got {excerpt(getattr(self, name))}")
-
-    @property
-    def key(self) -> tuple[str, str, str]:
-        return self.op, self.case, self.provider
+        times, name = (self.p20_s, self.p50_s, self.p80_s), f"{self.op}, {self.case}: {self.provider}"
+        if not 0 < times[0] <= times[1] <= times[2] < math.inf:
+            raise DataError(f"{name}: expected ascending positive seconds, got {times}")
+        if not (self.rounds >= 1 and 0 <= self.error <= self.tolerance):
+            raise DataError(f"{name}: expected an error within {self.tolerance}, got {self.error}")
 
 
 _KINDS = {"int": int, "float": float, "str": str}
 
 
 def csv_text(rows: list, header: bool = True) -> str:
-    """Dataclasses of one kind as CSV text; floats keep 6 significant digits, line ends inside a text become blanks."""
+    """Dataclasses of one kind as CSV text; floats keep 6 significant digits, line ends inside a text become blanks.
+
+    The fields of an environment stand after the row's own.
+    """
     text = io.StringIO()
-    records = [_flat(row) for row in rows]
-    writer = csv.DictWriter(text, list(records[0]), lineterminator="\n")
-    if header:
-        writer.writeheader()
-    for row in records:
-        writer.writerow({n: f"{v:.6g}" if isinstance(v, float) else " ".join(str(v).split()) for n, v in row.items()})
+    for row in rows:
+        record = asdict(row)
+        record |= record.pop("environment", {})
+        writer = csv.DictWriter(text, list(record), lineterminator="\n")
+        if header and row is rows[0]:
+            writer.writeheader()
+        writer.writerow(
+            {n: f"{v:.6g}" if isinstance(v, float) else " ".join(str(v).split()) for n, v in record.items()}
+        )
     return text.getvalue()
 
 
-def _flat(row) -> dict:
-    """The fields of a dataclass; those of its environment after its own."""
-    found = asdict(row)
-    where = found.pop("environment", {})
-    return {**found, **where}
+def _cell(value: object) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else " ".join(str(value).split())
 
 
-def read_csv(text: str, name: str, *kinds: type) -> list[dict]:
-    """The rows of CSV text whose columns are the fields of some dataclasses; `DataError` names what does not fit."""
-    types = {f.name: _KINDS[f.type] for kind in kinds for f in fields(kind) if f.type in _KINDS}
-    reader, rows = csv.reader(io.StringIO(text), strict=True), []
+def read_csv(path: Path, *kinds: type) -> list[dict]:
+    """The rows of a file whose columns are the fields of some dataclasses; `DataError` says what does not fit."""
+    types = {one.name: _KINDS[one.type] for kind in kinds for one in fields(kind) if one.type in _KINDS}
+    reader = csv.DictReader(io.StringIO(read_text(path)), strict=True)
     try:
-        for number, cells in enumerate(reader):
-            place = f"{name}, line {reader.line_num}"
-            if number == 0:
-                if cells != list(types):
-                    raise DataError(f"{place}: expected the columns {list(types)}, got {excerpt(cells, 200)}")
-                continue
-            if len(cells) != len(types):
-                raise DataError(f"{place}: expected {len(types)} columns, got {len(cells)}")
-            rows.append({n: _value(n, kind, cell, place) for (n, kind), cell in zip(types.items(), cells, strict=True)})
-    except csv.Error as error:
-        raise DataError(f"{name}: expected CSV, got {error}") from None
-    return rows
+        if list(reader.fieldnames or ()) != list(types):
+            raise ValueError(f"expected the columns {list(types)}, got {reader.fieldnames}")
+        return [{name: kind(cells[name]) for name, kind in types.items()} for cells in reader]
+    except (csv.Error, ValueError, TypeError) as error:
+        raise DataError(f"{path}, line {reader.line_num}: {error}") from None
 
 
-def _value(column: str, kind: type, cell: str, place: str):
-    try:
-        return kind(cell)
-    except ValueError:
-        raise DataError(f"{place}, {column}: expected {kind.__name__}, got {excerpt(cell)}") from None
-
-
-def from_csv(text: str, name: str) -> list[Row]:
-    """The rows of CSV text; `DataError` names file, line and column of whatever does not fit."""
-    where = [f.name for f in fields(Environment)]
-    rows = []
-    for values in read_csv(text, name, Row, Environment):
+def read_rows(path: Path) -> list[Row]:
+    """All rows of a file; an absent file has none."""
+    where, rows = [one.name for one in fields(Environment)], []
+    for values in read_csv(path, Row, Environment) if path.exists() else ():
         environment = Environment(**{column: values.pop(column) for column in where})
         rows.append(Row(**values, environment=environment))
     return rows
 
 
-def read_rows(path: str | os.PathLike) -> list[Row]:
-    """All rows of a file; an absent file has none."""
-    if not Path(path).exists():
-        return []
-    return from_csv(read_text(path), os.fspath(path))
-
-
-def append_rows(path: str | os.PathLike, rows: list[Row]) -> None:
+def append_rows(path: Path, rows: list[Row]) -> None:
     """Add rows to a CSV file: what is there stays, if it is whole, and the file is never half written.
 
     One writer a file: two processes that append to the same file at the same time could lose each other's rows.
     """
-    path = Path(path)
-    old = read_text(path) if path.exists() else ""
-    from_csv(old, os.fspath(path))
+    old = read_rows(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, old + csv_text(rows, header=not old))
+    atomic_write(path, (read_text(path) if old else "") + csv_text(rows, header=not old))
 
 
 def version(package: str) -> str:
@@ -192,25 +160,18 @@ def commit() -> str:
     return f"{found}{'+' if changed else ''}" if found else "unknown"
 
 
-def _processor() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        text = ""
-    found = re.search(r"^model name\s*:\s*(.*)", text, re.MULTILINE)
-    return f"{found[1] if found else platform.machine()}, {os.cpu_count()} cores"
-
-
 @cache
 def _fixed(device: str) -> dict:
     import torch
 
-    name, driver = _processor(), "none"
     if device == "cuda":
         name = torch.cuda.get_device_name()
-        driver = (
-            _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0] or "unknown"
-        )
+        found = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        driver = found.split("\n")[0] or "unknown"
+    else:
+        processor = re.search(r"model name\s*:\s*(.*)", _output("cat", "/proc/cpuinfo"))
+        name = f"{processor[1] if processor else platform.machine()}, {os.cpu_count()} cores"
+        driver = "none"
     versions = {package: version(package) for package in ("triton", "transformers")}
     return {"commit": commit(), "device": name, "driver": driver, "python": platform.python_version(),
             "torch": torch.__version__, **versions}  # fmt: skip

@@ -26,8 +26,6 @@ from .registry import OPS
 from .rows import RESULTS, ROOT, Row, read_rows
 
 PLOTS = ROOT / "docs" / "plots"
-ABSENT = "No rows yet: `{}` writes them."
-CPU_COMMAND, GPU_COMMAND = "python -m benchmarks --data DIR", "python -m benchmarks.gpu_suite --minutes 9 --out DIR"
 TASK_PEERS = {
     "trainer_loop": "the published loop", "tuned_plain": "tuned transformers", "prefix_cache": "a prefix cache",
 }  # fmt: skip
@@ -208,40 +206,14 @@ def gpu(results: Path) -> list[str]:
     return against_ceilings(shown, rows) if shown else []
 
 
-def ahead_of_time(results: Path) -> list[str]:
-    """Registers, shared memory and the bound on resident warps of each configuration in use; then the candidates."""
-    path = results / "aot.csv"
-    if not path.exists():
-        return []
-    uses, targets = aot.read_uses(path), ("sm_80", "sm_90", "sm_100")
-    shapes: dict[str, dict[str, str]] = {}
-    for use in uses:
-        if use.role == "in use":
-            taken = f"{use.registers} / {use.shared / 1024:.0f} / {use.warps} of {use.warps_of}"
-            spills = f", {use.spills} B spilled" if use.spills else ""
-            name = f"{use.kernel} {use.shape}".strip()
-            shapes.setdefault(name, {})[use.target] = f"{use.configuration}: {taken}{spills}"
-    body = [[name, *(found.get(target, "-") for target in targets)] for name, found in shapes.items()]
-    lines = ["Tile, warps, stages: registers / shared KiB / warps resident at most.", ""]
-    lines += table(["kernel", *targets], body)
-    if candidates := [use for use in uses if use.role == "candidate"]:
-        lines += ["", f"Candidates that the GPU suite tries on {candidates[0].target}:", ""]
-        lines += table(
-            ["kernel", "configuration", "registers", "spills, B", "shared KiB", "warps", "unfit"],
-            [[f"{u.kernel} {u.shape}".strip(), u.configuration, str(u.registers), str(u.spills),
-              f"{u.shared / 1024:.0f}", f"{u.warps} of {u.warps_of}", u.complaint] for u in candidates],
-        )  # fmt: skip
-    return [*lines, "", f"{len(uses)} compilations, triton {uses[0].triton}."]
-
-
-TABLES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
-    "end to end": (end_to_end, CPU_COMMAND),
-    "tasks": (tasks, CPU_COMMAND),
-    "real model": (real_model, "python -m benchmarks --only race --base smollm2 --data DIR"),
-    "sweep": (sweep, CPU_COMMAND),
-    "operators": (operators, CPU_COMMAND),
-    "gpu": (gpu, GPU_COMMAND),
-    "ahead of time": (ahead_of_time, "python -m benchmarks.aot"),
+TABLES: dict[str, Callable[[Path], list[str]]] = {
+    "end to end": end_to_end,
+    "tasks": tasks,
+    "real model": real_model,
+    "sweep": sweep,
+    "operators": operators,
+    "gpu": gpu,
+    "ahead of time": lambda _: aot.made_table(),
 }
 
 
@@ -249,8 +221,7 @@ def made_table(name: str, results: Path = RESULTS) -> list[str]:
     """The lines of a table."""
     if name not in TABLES:
         raise DataError(f"table {name!r}: expected one of {', '.join(TABLES)}")
-    function, command = TABLES[name]
-    return function(results) or [ABSENT.format(command)]
+    return TABLES[name](results) or ["No rows yet."]
 
 
 def made_plots(results: Path = RESULTS) -> dict[str, str]:

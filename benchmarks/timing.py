@@ -1,13 +1,12 @@
 """Providers of one case in turns: every output checked, every call timed, memory read once.
 
 A turn runs every provider once, each time beginning with another one, so that what else happens on the machine hits
-all of them. Of the sizes of one peer only the fastest goes on after the first turn. An output that the check refuses
-ends the case: no time of it is worth keeping.
+all of them. Of the sizes of one peer only the fastest goes on after the first turn. No time is kept of an output that
+the check refuses.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import gc
 import math
@@ -19,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from .rows import Environment, Row, environment
+from .rows import Row, environment
 
 
 class Disagreement(AssertionError):
@@ -50,7 +49,8 @@ class Provider:
 class Case:
     """What is measured: providers by name, the check that gives an output's error, and the work that it stands for.
 
-    calls, tokens: of providers that have none of their own.
+    calls, tokens: of providers that have none of their own. warm_up: instead of one call of each. left_out: providers
+    that could not take part, and why.
     """
 
     op: str
@@ -67,99 +67,85 @@ class Case:
     calls: int = 1
     tokens: int = 0
     warm_up: Callable[[], object] | None = None
+    clock: Callable[[], float] = time.perf_counter
+    left_out: dict[str, Exception] = field(default_factory=dict)
 
 
-@dataclass
-class Turns:
-    """The timings of a case, collected turn by turn."""
+def run_case(case: Case, device: str = "cpu", deadline: float = math.inf, say: Callable = print) -> list[Row]:
+    """Warm up, take turns until the case's rounds or the deadline (`time.monotonic`); a row for each provider timed.
 
-    case: Case
-    device: str = "cpu"
-    seconds: dict[str, list[float]] = field(default_factory=dict)
-    peak: dict[str, int] = field(default_factory=dict)
-    error: dict[str, float] = field(default_factory=dict)
-    count: int = 0
+    A provider that raises or gives a wrong output is a finding about it: it is left out, with a line for `say`. If it
+    is ours, it ends the case. Past the deadline no turn begins, but for the first; on a GPU, where late parts are ended
+    by force, only ours takes part in it then.
+    """
+    names = list(case.providers)
+    must = "ours" if "ours" in names else names[0]
 
-    def warm_up(self) -> None:
-        """The case's own warm-up, or a turn that is not kept."""
-        if self.case.warm_up is not None:
-            self.case.warm_up()
-        else:
-            for name, provider in self.case.providers.items():
-                self._check(name, provider, provider.run())
+    def late(turn: int, name: str) -> bool:
+        return time.monotonic() > deadline and (turn > 0 or device == "cuda" and name != must)
 
-    def turn(self, deadline: float | None = None) -> None:
-        """Every provider once, timed and checked; past the deadline none begins any more, but for the very first."""
-        if not self.count:
-            gc.collect()  # once, for it takes longer than a small case: memory is read in the first turn
-        names = list(self.case.providers)
-        first = self.count % len(names)
+    if case.warm_up is not None:
+        case.warm_up()
+    else:
+        for name in names:
+            if not late(0, name):
+                _attempt(case, name, device, 1, must, say)
+    gc.collect()  # once, for it takes longer than a small case: memory is read in the first turn
+    seconds, errors, peaks = {}, {}, {}
+    for turn in range(case.rounds):
+        first = turn % len(names)
         for name in names[first:] + names[:first]:
-            provider = self.case.providers[name]
-            if (provider.rounds is not None and self.count >= provider.rounds) or self._slower(provider, name):
+            provider = case.providers[name]
+            sizes = [n for n, other in case.providers.items() if other.peer == provider.peer and n in seconds]
+            slower = turn and provider.peer and name in sizes and seconds[name][0] > min(seconds[n][0] for n in sizes)
+            over = provider.rounds is not None and turn >= provider.rounds
+            if slower or late(turn, name) or over or name in case.left_out:
                 continue
-            if self.seconds and deadline is not None and time.monotonic() > deadline:
+            found = _attempt(case, name, device, provider.calls or case.calls, must, say, memory=not turn)
+            if found is None:
+                seconds.pop(name, None)
                 continue
-            calls = provider.calls or self.case.calls
-            read = contextlib.nullcontext() if self.count else _peak_memory(self.device)
-            synchronise(self.device)
-            with read as memory:
-                started = time.perf_counter()
-                for _ in range(calls - 1):
-                    provider.run()
-                output = provider.run()
-                synchronise(self.device)
-                took = (time.perf_counter() - started) / (calls * provider.repeats)
-            if memory is not None:
-                self.peak[name] = memory.bytes
-            self._check(name, provider, output)
-            self.seconds.setdefault(name, []).append(took)
-        self.count += 1
-
-    def _slower(self, provider: Provider, name: str) -> bool:
-        if not (self.count and provider.peer):
-            return False
-        sizes = [other for other, of in self.case.providers.items() if of.peer == provider.peer]
-        first = {size: self.seconds[size][0] for size in sizes if size in self.seconds}
-        return name in first and first[name] > min(first.values())
-
-    def _check(self, name: str, provider: Provider, output: object) -> None:
-        error = float((provider.check or self.case.check)(output))
-        if not error <= self.case.tolerance:
-            raise Disagreement(
-                f"{self.case.op}, {self.case.name}: {name}: expected within {self.case.tolerance:.3g} of the oracle, "
-                f"got {error:.3g}; no time is worth keeping"
-            )
-        self.error[name] = max(error, self.error.get(name, 0.0))
-
-    def rows(self, where: Environment | None = None) -> list[Row]:
-        """A row for each provider that was timed."""
-        where, case = where or environment(self.device), self.case
-        rows = []
-        for name, provider in case.providers.items():
-            if name not in self.seconds:
-                continue
-            p20, p50, p80 = quantiles(self.seconds[name])
-            made = Row(
-                op=case.op, case=case.name, provider=name, dtype=case.dtype, shape=case.shape,
-                rounds=len(self.seconds[name]), p20_s=p20, p50_s=p50, p80_s=p80, peak_bytes=self.peak.get(name, -1),
-                tokens=provider.tokens or case.tokens, work=float(case.work),
-                work_unit=case.work_unit if case.work else "", formula=case.formula, error=self.error[name],
-                tolerance=case.tolerance, note=provider.note, environment=where,
-            )  # fmt: skip
-            rows.append(made)
-        return rows
+            took, held, error = found
+            peaks.setdefault(name, held)
+            errors[name] = max(error, errors.get(name, 0.0))
+            seconds.setdefault(name, []).append(took)
+    where, rows = environment(device), []
+    for name in (name for name in names if name in seconds):
+        provider, (p20, p50, p80) = case.providers[name], quantiles(seconds[name])
+        rows.append(Row(
+            op=case.op, case=case.name, provider=name, dtype=case.dtype, shape=case.shape, rounds=len(seconds[name]),
+            p20_s=p20, p50_s=p50, p80_s=p80, peak_bytes=peaks[name], tokens=provider.tokens or case.tokens,
+            work=float(case.work), work_unit=case.work_unit if case.work else "", formula=case.formula,
+            error=errors[name], tolerance=case.tolerance, note=provider.note, environment=where,
+        ))  # fmt: skip
+    return rows
 
 
-def run_case(case: Case, device: str = "cpu", deadline: float | None = None) -> list[Row]:
-    """Warm up, take turns until the case's rounds or the deadline (`time.monotonic`), return the rows."""
-    turns = Turns(case, device)
-    turns.warm_up()
-    for _ in range(case.rounds):
-        turns.turn(deadline)
-        if deadline is not None and time.monotonic() > deadline:
-            break
-    return turns.rows()
+def _attempt(case: Case, name: str, device: str, calls: int, must: str, say, memory: bool = False):
+    """(seconds a call, bytes of memory or -1, error) of some calls; None if the provider is left out from now on."""
+    provider = case.providers[name]
+    try:
+        before = reset_peak(device) if memory else None
+        synchronise(device)
+        started = case.clock()
+        for _ in range(calls):
+            output = provider.run()
+        synchronise(device)
+        took = (case.clock() - started) / (calls * provider.repeats)
+        held = -1 if before is None else max(0, peak(device) - before)
+        error = float((provider.check or case.check)(output))
+        if not error <= case.tolerance:
+            raise Disagreement(f"expected within {case.tolerance:.3g} of the oracle, got {error:.3g}")
+        return took, held, error
+    except Exception as failure:  # of any library
+        place = f"{case.op}, {case.name}: {name}"
+        if name == must:
+            failure.add_note(place)
+            raise
+        lines = str(failure).strip().splitlines() or ["no message"]
+        say(f"{place}: left out: {type(failure).__name__}: {lines[0][:200]}")
+        case.left_out[name] = failure
+        return None
 
 
 def quantiles(values: list[float]) -> tuple[float, float, float]:
@@ -174,36 +160,23 @@ def synchronise(device: str) -> None:
         torch.cuda.synchronize()
 
 
-@dataclass
-class _Memory:
-    bytes: int = -1
-
-
-@contextlib.contextmanager
-def _peak_memory(device: str):
-    """Gives an object whose `bytes` is the peak above what was held before, once the block is left; -1 if unknown."""
-    memory = _Memory()
+def reset_peak(device: str) -> int | None:
+    """Forget the peak of the memory and give what is held now, in bytes; None where Linux does not let us."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        yield memory
-        memory.bytes = torch.cuda.max_memory_allocated() - before
-        return
-    before = _reset_resident_peak()
-    yield memory
-    if before is not None:
-        memory.bytes = max(0, _status("VmHWM") - before)
-
-
-def _reset_resident_peak() -> int | None:
-    """Give freed memory back, forget the peak; the resident bytes now, None where Linux does not let us."""
+        return torch.cuda.memory_allocated()
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
         return _status("VmRSS")
     except (OSError, AttributeError):
         return None
+
+
+def peak(device: str) -> int:
+    """Bytes that were held at most since `reset_peak`."""
+    return torch.cuda.max_memory_allocated() if device == "cuda" else _status("VmHWM")
 
 
 def _status(name: str) -> int:

@@ -1,12 +1,16 @@
 """A LoRA training step over a trie, beside padded rows and padding-free packing: forward and backward, in turn.
 
     python -m benchmarks.train_step --data DIR --model qwen3 smollm2 [--out rows.csv]
+    python -m benchmarks.train_step --data DIR --model smollm2 --exact     # how far gradients are from exact ones
 
 Each batch holds rows of one task under its original instruction. Processor time of one thread, which other load on the
 machine moves less than wall time; the median over batches of the sum of its rounds. `padded` is HF's model on the rows
 padded to the longest, `padding-free` the same on `DataCollatorWithFlattening`'s one row (block-diagonal mask), `trie`
 is `tree_logprobs`. A row is kept only if loss and gradients of all three agree. A run that was stopped goes on with
 the tasks that its file lacks.
+
+Exact gradients have weights, activations and the loss in float64, also where a model casts to float32 (its norms, HF's
+loss); one forward and backward on padded rows. Distances are relative to the norm of each parameter's gradient.
 """
 
 from __future__ import annotations
@@ -20,16 +24,17 @@ from pathlib import Path
 import torch
 
 from sapo_kernels import ResponseCache, TrieBatch, tree_logprobs
-from sapo_kernels.files import atomic_write, read_text
+from sapo_kernels.files import atomic_write
 from sapo_kernels.training.trie_batch import padded_rows
+from sapo_kernels.widened import in_float64
 
 from .documents import table
 from .rows import csv_text, read_csv
-from .workload import data_folder, load_tasks, load_tokenizer, qwen3_shaped
+from .workload import data_folder, load_pretrained, load_tasks, load_tokenizer, qwen3_shaped, with_lora
 
 PROVIDERS = ("padded", "padding-free", "trie")
 # How far two ways of computing a gradient may be apart, of its norm. Gemma's are each up to 6.7e-4 from the exact ones
-# in float32 (`benchmarks.gradient_error --model gemma3-270m`), padded rows and trie alike.
+# in float32 (`--exact --model gemma3-270m`), padded rows and trie alike.
 BOUND, BOUNDS = 1e-3, {"gemma3-270m": 2e-3}
 
 
@@ -52,17 +57,12 @@ class Step:
 
 def load(name: str, data: Path, hidden: int = 512, layers: int = 8):
     """(model with a LoRA on all linear layers, tokenizer). hidden, layers: of qwen3."""
-    from peft import LoraConfig, get_peft_model
-
     if name == "qwen3":
         tokenizer = load_tokenizer(data / "gpt2tokenizer")
         model = qwen3_shaped(len(tokenizer), hidden, layers)
     else:
-        from sapo_peft import loading
-
-        model, tokenizer = loading.load(name, None, "float32", "cpu")
-    lora = LoraConfig(r=8, lora_alpha=32, target_modules="all-linear", init_lora_weights=False)
-    return get_peft_model(model, lora).train(), tokenizer
+        model, tokenizer = load_pretrained(name)
+    return with_lora(model, 8, 32, init_lora_weights=False), tokenizer
 
 
 def batches_of(task, tokenizer, size: int, count: int) -> list[list[tuple[list[int], list[int]]]]:
@@ -93,9 +93,29 @@ def step(model, provider: str, batch) -> tuple[float, torch.Tensor, list[torch.T
     return seconds, loss.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
-def distance(one, other) -> float:
-    """Largest relative difference of a parameter's gradient."""
-    return max(float((a - b).norm() / b.norm().clamp(min=1e-12)) for a, b in zip(one, other, strict=True))
+def distances(found, exact) -> list[float]:
+    """Relative difference of each parameter's gradient."""
+    return [float((a.double() - b).norm() / b.norm().clamp(min=1e-12)) for a, b in zip(found, exact, strict=True)]
+
+
+def print_errors(model, task: str, rows) -> None:
+    """How far gradients on padded rows and over a trie are from exact ones; `model` is left in float32."""
+    padded, found = padded_rows(rows), {}
+    model.double()
+    with in_float64():
+        model.zero_grad()
+        logits = model(input_ids=padded["input_ids"], attention_mask=padded["attention_mask"], use_cache=False).logits
+        torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), padded["labels"][:, 1:].flatten()).backward()
+        exact = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        found["trie, float64"] = step(model, "trie", rows)[2]
+    model.float()
+    found |= {"padded, float32": step(model, "padded", padded)[2], "trie, float32": step(model, "trie", rows)[2]}
+    for name, gradients in found.items():
+        each = distances(gradients, exact)
+        squares = [(far * float(own.norm())) ** 2 for far, own in zip(each, exact, strict=True)]
+        whole = (sum(squares) / sum(float(own.norm()) ** 2 for own in exact)) ** 0.5
+        numbers = " ".join(f"{value:8.1e}" for value in (max(each), statistics.median(each), whole))
+        print(f"{task:9s} {name:16s} {numbers}", flush=True)
 
 
 def measure(model, name: str, task: str, number: int, rows, rounds: int) -> Step:
@@ -107,7 +127,7 @@ def measure(model, name: str, task: str, number: int, rows, rounds: int) -> Step
             times[provider].append(step(model, provider, inputs[provider])[0])
     own = found["padded"]
     errors = [abs(float(found[provider][1] / own[1]) - 1) for provider in PROVIDERS[1:]]
-    gradients = [distance(found[provider][2], own[2]) for provider in PROVIDERS[1:]]
+    gradients = [max(distances(found[provider][2], own[2])) for provider in PROVIDERS[1:]]
     if max(errors) > 1e-5 or max(gradients) > BOUNDS.get(name, BOUND):
         raise SystemExit(f"losses differ by {errors}, gradients by {gradients} of their norm: nothing is reported")
     tokens = [inputs[provider]["input_ids"].numel() for provider in PROVIDERS[:2]]
@@ -147,11 +167,20 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--out", type=Path, help="rows as CSV")
+    parser.add_argument("--exact", action="store_true", help="one batch a task beside exact gradients, nothing timed")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    torch.manual_seed(0)
     data, rows = data_folder(args.data), []
+    if args.exact:
+        print(f"{'task':9s} {'gradients':16s} {'worst':>8s} {'median':>8s} {'all':>8s}")
+        for name in args.model:
+            model, tokenizer = load(name, data)
+            for task in load_tasks(data, args.tasks):
+                print_errors(model, task.name.split("_")[0], batches_of(task, tokenizer, args.batch, 1)[0])
+        return
     if args.out and args.out.exists():
-        rows = [Step(**row) for row in read_csv(read_text(args.out), str(args.out), Step)]
+        rows = [Step(**row) for row in read_csv(args.out, Step)]
     for name in args.model:
         model, tokenizer = load(name, data)
         for task in load_tasks(data, args.tasks):

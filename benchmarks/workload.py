@@ -57,16 +57,18 @@ def load_tokenizer(path: Path | None):
     return PreTrainedTokenizerFast(tokenizer_file=str(path / "tokenizer.json"), eos_token="<|endoftext|>")
 
 
-def load_pretrained(name: str):
+def load_pretrained(name: str, device: str = "cpu"):
     """(model in float32, tokenizer) of weights that are installed or a GGUF file."""
-    from sapo_peft.gguf import load_gguf, resolve
-    from sapo_peft.loading import quiet_libraries
+    from sapo_peft.loading import load
 
-    quiet_libraries()
-    folder, file = resolve(name)
-    if file is None:
-        raise SystemExit(f"{name}: its package is not installed; see sapo_peft/gguf.py")
-    return load_gguf(folder, file)
+    return load(name, None, "float32", device)
+
+
+def with_lora(model, r: int, alpha: int, **options):
+    """`model` with a new adapter on all linear layers, to be trained."""
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(r=r, lora_alpha=alpha, target_modules="all-linear", **options)).train()
 
 
 def qwen3_shaped(vocabulary: int, hidden: int = 512, layers: int = 8):
@@ -116,14 +118,10 @@ def build_cache(task: Task, tokenizer, examples: int) -> ResponseCache:
     return ResponseCache.build(tokenizer, task.prompts, task.examples[:examples], suffix=task.suffix)
 
 
-def cut(task: Task, tokenizer, limit: int, count: int) -> list[dict[str, str]]:
-    """The task's first `count` examples with at most `limit` tokens of their inputs."""
-    texts = [row["input"] for row in task.examples[:count]]
-    ids = [tokenizer(text, add_special_tokens=False)["input_ids"][:limit] for text in texts]
-    return [
-        {"input": tokenizer.decode(row), "target": example["target"]}
-        for row, example in zip(ids, task.examples, strict=False)
-    ]
+def cut(examples: list[dict[str, str]], tokenizer, limit: int) -> list[dict[str, str]]:
+    """The same with at most `limit` tokens of their inputs."""
+    ids = [tokenizer(row["input"], add_special_tokens=False)["input_ids"][:limit] for row in examples]
+    return [{"input": tokenizer.decode(one), "target": row["target"]} for one, row in zip(ids, examples, strict=True)]
 
 
 @dataclass(frozen=True)

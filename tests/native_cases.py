@@ -45,7 +45,6 @@ def _parameter(name: str, device: str):
     return pytest.param(Implementation(name, device), id=f"{name}-{device}", marks=marks)
 
 
-on_cpu = pytest.mark.parametrize("impl", [_parameter(name, "cpu") for name in ("compiled", "plain")])
 everywhere = pytest.mark.parametrize(
     "impl", [_parameter(name, device) for device in MODULES for name in ("compiled", "plain")]
 )

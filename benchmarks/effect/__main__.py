@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from ..documents import outdated
 from . import rows, table
 from .pretrained_design import BASES
 
@@ -41,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     tables.add_argument("--check", action="store_true")
     args = parser.parse_args(argv)
     if args.command == "table":
-        old = table.outdated(write=not args.check)
+        old = outdated("effect", table.made_table, write=not args.check)
         print("\n".join(f"{path}: {'not up to date' if args.check else 'written'}" for path in old) or "up to date")
         return int(args.check and bool(old))
 

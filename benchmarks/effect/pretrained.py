@@ -24,10 +24,10 @@ import torch
 
 import sapo_kernels as sk
 from sapo_kernels.training.trie_batch import TrieBatch
-from sapo_peft.gguf import MODELS, resolve
-from sapo_peft.loading import load
+from sapo_peft.gguf import MODELS
 from sapo_peft.sequence import SequenceConfig, SequenceTask, read_tasks, run_sequence
 
+from ..workload import cut, load_pretrained, with_lora
 from . import pretrained_design as design
 from . import rows
 
@@ -76,9 +76,7 @@ class Setting:
 
     def load(self) -> tuple[Any, Any]:
         """(model in float32, tokenizer)."""
-        if resolve(self.base)[1] is None:
-            raise SystemExit(f"{self.base}: its package is not installed; see sapo_peft/gguf.py")
-        return load(self.base, None, "float32", self.device)
+        return load_pretrained(self.base, self.device)
 
     def tasks(self, names: tuple[str, ...], seed: int, tokenizer: Any) -> dict[str, SequenceTask]:
         """Tasks with short inputs, their training rows in an order drawn by the seed."""
@@ -88,18 +86,9 @@ class Setting:
             random.Random(f"{seed}/{task.name}").shuffle(train)
             train = train[: max(design.SINGLE.max_steps * design.SINGLE.batch_size, design.SINGLE.probe_examples)]
             test = list(task.test[: design.SINGLE.test_examples])
-            train, test = (shortened(part, tokenizer) for part in (train, test))
+            train, test = (cut(part, tokenizer, design.INPUT_TOKENS) for part in (train, test))
             found[task.name] = SequenceTask.build(task.name, train, test, task.pool)
         return found
-
-
-def shortened(examples: list[dict[str, str]], tokenizer: Any) -> list[dict[str, str]]:
-    """The same with at most `INPUT_TOKENS` tokens of their inputs."""
-    ids = [tokenizer(row["input"], add_special_tokens=False)["input_ids"] for row in examples]
-    return [
-        {"input": tokenizer.decode(one[: design.INPUT_TOKENS]), "target": row["target"]}
-        for one, row in zip(ids, examples, strict=True)
-    ]
 
 
 def cache_of(tokenizer: Any, task: SequenceTask, prompts: list[str], examples: Any) -> sk.ResponseCache:
@@ -123,19 +112,11 @@ def trained(base: Any, rows: list[tuple[list[int], list[int]]], seed: int, confi
 
     rows: context and response in token ids, in the order of training, as often as needed.
     """
-    from peft import LoraConfig, get_peft_model
     from transformers import get_cosine_schedule_with_warmup
 
-    lora = LoraConfig(
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=0.0,
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-    )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        model = get_peft_model(copy.deepcopy(base), lora).train()
+        model = with_lora(copy.deepcopy(base), config.lora_r, config.lora_alpha, task_type="CAUSAL_LM")
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, round(config.warmup * config.max_steps), config.max_steps)

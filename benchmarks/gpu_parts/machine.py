@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shutil
@@ -12,9 +11,12 @@ from pathlib import Path
 
 import torch
 
+from .. import ops  # noqa: F401
+from ..registry import OPS, Setting
 from ..rows import ROOT
 from ..timing import Case, Provider, run_case
-from . import Job, Skipped
+from ..workload import Cells
+from . import Job, Skipped, measured
 
 
 def _run(job: Job, command: list[str], seconds: float, **environment: str) -> tuple[int | str, str]:
@@ -33,48 +35,29 @@ def _run(job: Job, command: list[str], seconds: float, **environment: str) -> tu
     return done.returncode, done.stdout[-6000:]
 
 
-def lacking() -> list[str]:
-    """What a build of the native modules needs and this machine does not have."""
-    tools = {"ninja": ("ninja",), "a C++ compiler": (os.environ.get("CXX", "c++"), "g++")}
-    beside = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
-    found = [name for name in ("setuptools", "pybind11") if importlib.util.find_spec(name) is None]
-    return found + [name for name, of in tools.items() if not any(shutil.which(tool, path=beside) for tool in of)]
-
-
 def build(job: Job) -> None:
-    """The native modules, in place; toy: only that the builder starts."""
+    """The native modules, in place, without the CUDA kernels where those fail; toy: only that the builder starts."""
     if job.toy:
         code, output = _run(job, [sys.executable, "csrc/build_native.py", "--help"], job.left)
         if code != 0:
             raise RuntimeError(f"the builder ended with {code}: {_last(output)}")
         return
-    if missing := lacking():
-        job.say(f"native modules as they were: {_native(job)}")
-        raise Skipped(f"not installed: {', '.join(missing)}")
+    compiler = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    ways, failed = (["on"] if compiler else []) + ["off"], []
+    home = {"CUDA_HOME": str(Path(compiler).parents[1])} if compiler else {}
     major, minor = torch.cuda.get_device_capability()
-    if not os.environ.get("CUDA_HOME") and shutil.which("nvcc") is None:
-        os.environ["CUDA_HOME"] = "/usr/local/cuda"
-    home = os.environ.get("CUDA_HOME", "")
-    compiler = shutil.which("nvcc", path=f"{home}/bin") or shutil.which("nvcc")
-    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    code, output = "no nvcc", ""
-    if compiler:
-        code, output = _run(job, command, job.left, SAPO_BUILD_CUDA="on", SAPO_CUDA_ARCHS=f"{major}{minor}")
-    failed = "" if code == 0 else f"the build with the CUDA kernels ended with {code}: {_last(output)}"
+    for cuda in ways:
+        wanted = {**home, "SAPO_BUILD_CUDA": cuda, "SAPO_CUDA_ARCHS": f"{major}{minor}"}
+        code, output = _run(job, [sys.executable, "setup.py", "build_ext", "--inplace"], job.left, **wanted)
+        if code == 0:
+            break
+        failed.append(f"the build with CUDA kernels {cuda} ended with {code}: {_last(output)}")
+    _, output = _run(job, [sys.executable, "-c", "import sapo_kernels.native as n; print(n.status())"], 60.0)
+    job.say(f"native modules: {_last(output)}")
     if failed:
-        job.say(f"without the CUDA kernels: {failed if compiler else 'no nvcc'}")
-        code, output = _run(job, command, job.left, SAPO_BUILD_CUDA="off")
-        if code != 0:
-            raise RuntimeError(f"the build ended with {code}: {_last(output)}")
-    job.say(f"native modules: {_native(job)}")
-    if compiler is None:
+        raise RuntimeError("; ".join(failed))
+    if not compiler:
         raise Skipped("the CUDA kernels, for nvcc is not installed; the others were built")
-    if failed:
-        raise RuntimeError(failed)
-
-
-def _native(job: Job) -> str:
-    return _last(_run(job, [sys.executable, "-c", "import sapo_kernels.native as n; print(n.status())"], 60.0)[1])
 
 
 def gpu_test_files() -> list[str]:
@@ -103,8 +86,8 @@ def tests(job: Job) -> None:
 
 def ceilings(job: Job) -> None:
     """Bytes a second of a large copy (read plus written), bf16 operations a second of a large product."""
-    job.emit(run_case(_copy(job), job.device, job.deadline))
-    job.emit(run_case(_product(job), job.device, job.deadline))
+    measured(job, _copy(job))
+    measured(job, _product(job))
 
 
 def _copy(job: Job) -> Case:
@@ -134,9 +117,24 @@ def _product(job: Job) -> Case:
     )  # fmt: skip
 
 
+def every_kernel(device: str) -> None:
+    """One small checked call of each, for compute-sanitizer."""
+    cells, setting = Cells(2, 2, 4, 6, 1), Setting(device, impl="triton")
+    shapes = {
+        "tree_attention": (cells, (4, 2, 64)), "linear_logprob": (40, 300, 64), "accumulate": (cells,),
+        "reweight": (4, 21),
+    }  # fmt: skip
+    for op, shape in shapes.items():
+        case = OPS[op].build("sanitized", setting, only=("ours",), shape=shape)
+        case.calls = case.rounds = 1
+        run_case(case, device)
+    print(f"{len(shapes)} operators ran and agreed")
+
+
 def sanitizer(job: Job) -> None:
     """memcheck and racecheck over one small call of every kernel; toy: the calls without the tool."""
-    calls = [sys.executable, "-m", "benchmarks.gpu_parts.sanitized", job.device]
+    code = f"from benchmarks.gpu_parts.machine import every_kernel; every_kernel({job.device!r})"
+    calls = [sys.executable, "-c", code]
     if job.toy:
         code, output = _run(job, calls, job.left)
         if code != 0:

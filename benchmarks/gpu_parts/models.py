@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import importlib.util
 
 import torch
 
@@ -13,8 +14,8 @@ from ..ops.end_to_end import make_case
 from ..peers import PEERS
 from ..timing import Case, Provider
 from ..train_step import step
-from ..workload import Cells, build_cache, load_tasks, load_tokenizer, qwen3_published
-from . import Job, Skipped, measured, settle
+from ..workload import Cells, build_cache, load_tasks, load_tokenizer, qwen3_published, with_lora
+from . import Job, Skipped, measured
 
 PROMPTS, EXAMPLES = 21, 250
 # On a GPU more cells fill it; the fastest size is the figure.
@@ -37,15 +38,15 @@ def _compared(job: Job, name: str, model, cache, peers: list[str], rounds: int) 
         if PEERS[peer].missing():
             job.say(f"{name}: {peer}: not installed: {PEERS[peer].missing()}")
     case = make_case("end_to_end", name, model, cache, peers, rounds, TOY_SIZES if job.toy else SIZES)
-    settle(job, case)
-    job.emit(measured(job, case))
+    case.warm_up = None  # whole: compilers look at sizes
+    measured(job, case)
 
 
 def _whole(job: Job, name: str, model, cache) -> None:
     """Ours alone at K=21, M=250, checked against the oracle's cells."""
     case = make_case("end_to_end", f"{name} K={PROMPTS} M={EXAMPLES}", model, cache, [], 1)
     case.warm_up = lambda: None
-    job.emit(measured(job, case))
+    measured(job, case)
 
 
 def _kernels(job: Job, model, cache) -> None:
@@ -112,17 +113,14 @@ LOW_PRECISION, FLOAT32 = 0.05, 1e-4
 
 def training(job: Job) -> None:
     """Forward and backward of a LoRA on all linear layers: 16 rows of SuperNI lengths under one instruction."""
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise Skipped("peft is not installed") from error
+    if importlib.util.find_spec("peft") is None:
+        raise Skipped("peft is not installed")
     model = _model(job, "8B")
     cache = (Cells(1, 4, 6, 8, 2) if job.toy else Cells(1, BATCH)).cache(model.config.vocab_size)
     rows = list(zip(cache.contexts[0], cache.responses[0], strict=True))
-    lora = LoraConfig(r=8, lora_alpha=32, target_modules="all-linear", init_lora_weights=False)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = get_peft_model(model, lora).train()
+        model = with_lora(model, 8, 32, init_lora_weights=False)
     padded = {name: tensor.to(job.device) for name, tensor in padded_rows(rows).items()}
     batch = TrieBatch.pack(*zip(*rows, strict=True))
 
@@ -141,5 +139,4 @@ def training(job: Job) -> None:
         "ours": Provider(lambda: gradients("trie")),
         "padded": Provider(lambda: gradients("padded"), tokens=padded["input_ids"].numel()),
     }
-    settle(job, case)
-    job.emit(measured(job, case))
+    measured(job, case)

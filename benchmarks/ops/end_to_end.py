@@ -19,6 +19,7 @@ from sapo_kernels import plan_trie
 from tests.oracles import alone_nll
 
 from ..peers import PEERS
+from ..peers.plain import cells_of
 from ..registry import DTYPE_NAMES, Op, Setting
 from ..timing import Case, Provider
 from ..workload import Cells, build_cache, cut, load_pretrained, load_tasks, load_tokenizer, qwen3_shaped
@@ -27,9 +28,6 @@ from ..workload import Cells, build_cache, cut, load_pretrained, load_tasks, loa
 TOLERANCE = 1e-4
 FORMULA = "2*layer weights*trie tokens + 2*D*V*rows + 4*layers*heads*head_dim*sum(depth+1)"
 ORACLE_CELLS = 24
-# Bytes that logits of every row may take on a CPU: themselves, their log-softmax and one more copy, in fp32. On a GPU a
-# size that does not fit is a finding.
-ROOM = 4 * 2**30
 # Tokens of all sequences of a task, which decide how many examples are taken of it.
 TASK_TOKENS = 6000
 
@@ -83,12 +81,11 @@ class Agreement:
         return float((losses - self.ours.reduce("batch", batch_size)).abs().max()) * self.unit_of_means
 
 
-def alone(model, cache, chosen: list[int]) -> torch.Tensor:
-    """[len(chosen)] float64: the oracle's sums for some cells."""
-    cells = [divmod(c, cache.num_examples) for c in chosen]
-    contexts, responses = cache.contexts, cache.responses
-    sums = [sum(alone_nll(model, contexts[k][m], responses[k][m])) for k, m in cells]
-    return torch.tensor(sums, dtype=torch.float64)
+def alone(model, cache, chosen: list[int] | None = None) -> torch.Tensor:
+    """[len(chosen)] float64: the oracle's sums for some cells, or for all."""
+    cells = cells_of(cache)
+    chosen = range(len(cells)) if chosen is None else chosen
+    return torch.tensor([sum(alone_nll(model, *cells[c])) for c in chosen], dtype=torch.float64)
 
 
 def needed_work(model, trie) -> float:
@@ -103,17 +100,8 @@ def needed_work(model, trie) -> float:
     return 2.0 * layers * len(trie) + 2.0 * head * len(trie.row_token) + attention
 
 
-def affordable(peer, sizes: tuple[int, ...], model, cache) -> tuple[int, ...] | None:
-    """Those of a peer's batch sizes for which a CPU has the `ROOM`; None if it has room for none of them."""
-    if not sizes or not peer.loop or model.device.type != "cpu":
-        return sizes
-    longest = max(len(ids) for row in cache.contexts for ids in row) + int(max(cache.response_lengths))
-    fitting = tuple(size for size in sizes if 3 * 4 * size * longest * model.config.vocab_size <= ROOM)
-    return fitting or None
-
-
 def make_case(op: str, name: str, model, cache, peers, rounds: int, sizes=None) -> Case:
-    """`score_prompts` and the named peers on one job; what is not installed or has no room is left out.
+    """`score_prompts` and the named peers on one job; what is not installed is left out.
 
     sizes: by peer, instead of its own.
     """
@@ -126,11 +114,10 @@ def make_case(op: str, name: str, model, cache, peers, rounds: int, sizes=None) 
     providers, runs = {"ours": Provider(ours, tokens=len(trie))}, []
     for peer_name in peers:
         peer = PEERS[peer_name]
-        chosen = affordable(peer, (sizes or {}).get(peer_name, peer.sizes), model, cache)
-        if peer.missing() or chosen is None:
+        if peer.missing():
             continue
         own_check = check.error_of_means if peer.gives == "batch8" else None
-        for suffix, run in peer.variants(chosen).items():
+        for suffix, run in peer.variants((sizes or {}).get(peer_name)).items():
             runs.append(run)
             providers[peer_name + suffix] = Provider(
                 functools.partial(run, model, cache), tokens=trie.dense_tokens, check=own_check,
@@ -166,7 +153,7 @@ def task_name(task) -> str:
     return task.name.split("_")[0] if task.name.startswith("task") else task.name[:32]
 
 
-def _tasks(setting: Setting) -> dict:
+def tasks_of(setting: Setting) -> dict:
     if setting.device != "cpu":  # gpu_parts/models.py has the models for a GPU
         return {}
     return {task_name(task): task for task in load_tasks(setting.data)[: 1 if setting.toy else None]}
@@ -174,11 +161,11 @@ def _tasks(setting: Setting) -> dict:
 
 def _first(setting: Setting) -> list[str]:
     """task141 where it is, else the first of the folder."""
-    names = list(_tasks(setting))
+    names = list(tasks_of(setting))
     return ["task141"] if "task141" in names else names[:1]
 
 
-def _tokenizer(setting: Setting):
+def tokenizer_of(setting: Setting):
     return load_tokenizer(setting.data / "gpt2tokenizer")
 
 
@@ -186,13 +173,13 @@ def one_task(setting: Setting, name: str):
     everyone = [peer for peer, of in PEERS.items() if not of.gpu]
     examples = 2 if setting.toy else int(10 * min(setting.scale, 2))
     model = model_of(2816, 128, 2) if setting.toy else model_of(50257, 512, 8)
-    cache = build_cache(_tasks(setting)[name], _tokenizer(setting), examples)
+    cache = build_cache(tasks_of(setting)[name], tokenizer_of(setting), examples)
     return make_case("end_to_end", name, model, cache, everyone, rounds=2), None
 
 
 def every_task(setting: Setting, name: str):
     """As many examples as `TASK_TOKENS` allow."""
-    task, tokenizer, examples = _tasks(setting)[name], _tokenizer(setting), 1 if setting.toy else 2
+    task, tokenizer, examples = tasks_of(setting)[name], tokenizer_of(setting), 1 if setting.toy else 2
     cache = build_cache(task, tokenizer, examples)
     if not setting.toy and (more := int(TASK_TOKENS * setting.scale * examples / cache.offsets[-1])) > examples:
         cache = build_cache(task, tokenizer, min(more, 32))
@@ -238,12 +225,12 @@ def race(setting: Setting, name: str):
     """A task's prompt chosen on a real model: what people use today, every cell, and a race.
 
     All read one cache of token ids, which is in nobody's time. The note of the race says what it scored and chose. 250
-    examples take hours on a CPU; for some tasks with fewer: ``python -m pytest benchmarks/bench_ops.py --bench-op race
-    --bench-base smollm2 --bench-data DIR --bench-scale 0.1 --bench-out benchmarks/results -k "task141 or task195"``.
+    examples take hours on a CPU; --scale 0.1 takes fewer.
     """
     model, tokenizer = load_pretrained(setting.base)
-    task = _tasks(setting)[name]
-    rows = cut(task, tokenizer, 64, 4 if setting.toy else round(250 * min(setting.scale, 1.0)))
+    task = tasks_of(setting)[name]
+    count = 4 if setting.toy else round(250 * min(setting.scale, 1.0))
+    rows = cut(task.examples[:count], tokenizer, 64)
     cache = sk.ResponseCache.build(tokenizer, task.prompts, rows, suffix=task.suffix)
     sizes = {"trainer_loop": (), "tuned_plain": (32,), "prefix_cache": (32,), "lm_eval": (8,)}
     case = make_case("race", name, model, cache, list(sizes), rounds=1, sizes=sizes)
@@ -264,6 +251,6 @@ def race(setting: Setting, name: str):
 
 
 Op("end_to_end", one_task, names=_first, share=0.22)
-Op("tasks", every_task, names=lambda setting: list(_tasks(setting)), share=0.3)
+Op("tasks", every_task, names=lambda setting: list(tasks_of(setting)), share=0.3)
 Op("sweep", one_change, cpu=POINTS, share=0.32)
-Op("race", race, names=lambda setting: list(_tasks(setting)) if setting.base else [], share=0.0)
+Op("race", race, names=lambda setting: list(tasks_of(setting)) if setting.base else [], share=0.0)

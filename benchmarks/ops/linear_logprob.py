@@ -21,7 +21,7 @@ def oracle(hidden, weight, targets) -> torch.Tensor:
     Products of bf16 or fp16 are exact in fp32, and sums there err a thousand times less than rounded logits; float64
     would take minutes on a GPU that has little of it.
     """
-    wide = torch.float64 if hidden.dtype == torch.float32 else torch.float32
+    wide = torch.float64 if weight.dtype == torch.float32 else torch.float32
     weight, precision = weight.to(wide), torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -124,12 +124,9 @@ def make_backward(setting: Setting, name: str, rows: int, vocabulary: int, hidde
     """Forward and backward of a frozen head: the gradient of the hidden rows, as training with LoRA wants it."""
     case, x = make(setting, name, rows, vocabulary, hidden)
     x.upstream = torch.linspace(0.5, 1.5, rows, device=x.hidden.device)
-    wide = torch.float64 if setting.dtype == torch.float32 else torch.float32
-    weight, exact = x.weight.to(wide), []
-    for own, targets, upstream in zip(*(t.split(256) for t in (x.hidden, x.targets, x.upstream)), strict=True):
-        expected = torch.softmax(F.linear(own.to(wide), weight), -1) @ weight
-        exact.append((weight[targets] - expected).double() * upstream[:, None])
-    exact = torch.cat(exact).flatten()
+    wide = x.hidden.double().requires_grad_()
+    (exact,) = torch.autograd.grad(oracle(wide, x.weight, x.targets), wide, x.upstream.double())
+    exact = exact.flatten()
     x.hidden.requires_grad_()
     case.check = lambda found: float((found.double() - exact).abs().max()) if found.shape == exact.shape else math.inf
     own = case.check(gradients(log_softmax(x), [x.hidden], x.upstream)())

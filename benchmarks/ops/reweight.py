@@ -1,4 +1,4 @@
-"""reweight_ against the same maths in eager torch; a call with no pools says what the call itself costs."""
+"""reweight_ against what runs where nothing is compiled; a call with no pools says what the call itself costs."""
 
 from __future__ import annotations
 
@@ -8,33 +8,13 @@ import torch
 
 import sapo_kernels as sk
 from sapo_kernels.reweight.reference import reweight_reference
+from sapo_kernels.reweight.torch import reweight_torch
 
 from ..registry import Op, Setting
 from ..timing import Case, Provider
 
 NUMBERS = (0.9, 0.1, 0.05)  # decay, temperature, floor
 UPDATES = 200
-
-
-def composed(mean, weight, probs, best, effective, live, nll, tokens, decay, temperature, floor) -> None:
-    """reweight_ as one would write it with torch's own operators, without a host sync; temperature above 0."""
-    count = tokens.double()
-    scored = count != 0
-    valid = (count > 0) & nll.isfinite()
-    aged = weight * decay
-    kept = torch.where(mean.isfinite(), aged, 0.0)
-    total = kept + count
-    moved = (kept * mean.nan_to_num(0.0, 0.0, 0.0) + nll) / total
-    mean.copy_(torch.where(scored, torch.where(valid, moved, torch.nan), mean))
-    weight.copy_(torch.where(scored, torch.where(valid, total, 0.0), aged))
-    usable = live & mean.isfinite()
-    some = usable.any(1)
-    candidate = torch.where(usable, mean, torch.inf)
-    soft = torch.softmax(-candidate / temperature, 1)
-    new = torch.where(usable, (1 - floor) * soft + floor / usable.sum(1, keepdim=True).double(), 0.0)
-    best.copy_(torch.where(some, candidate.argmin(1), -1))
-    probs.copy_(torch.where(some[:, None], new, probs))
-    effective.copy_(torch.where(some, 1 / new.square().sum(1), effective))
 
 
 def losses(pools: int, prompts: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,9 +72,9 @@ def ours(x):
     return _updates(x, torch.ops.sapo_kernels.reweight_, *x.state, *x.given, *NUMBERS)
 
 
-@reweight.provider("composed")
+@reweight.provider("torch")
 def in_eager_torch(x):
-    return _updates(x, composed, *x.state, *x.given, *NUMBERS)
+    return _updates(x, reweight_torch, *x.state, *x.given, *NUMBERS)
 
 
 @reweight.provider("empty")

@@ -18,7 +18,7 @@ from ..workload import Cells
 
 
 class Inputs:
-    """q, k, v of a trie, [T, heads, head_dim]; other layouts are made when a provider asks, outside its time."""
+    """q, k, v of a trie, [T, heads, head_dim], in three layouts, and how far an output in each is from the oracle's."""
 
     def __init__(self, setting: Setting, cells: Cells, heads: tuple[int, int, int]):
         cache = cells.cache(50257)
@@ -26,24 +26,19 @@ class Inputs:
         self.plan = self.trie.make_pass(0, len(self.trie)).to(setting.device)
         draw, (q_heads, kv_heads, width) = torch.Generator().manual_seed(0), heads
         self.groups = q_heads // kv_heads
-        self.q, self.k, self.v = (
+        self.flat = [
             torch.randn(len(self.trie), n, width, generator=draw).to(setting.device, setting.dtype)
             for n in (q_heads, kv_heads, kv_heads)
-        )
+        ]
+        self.device = self.flat[0].device
+        self.upstream = torch.randn(self.flat[0].shape, generator=torch.Generator().manual_seed(1)).to(self.flat[0])
 
     @cached_property
     def wide(self) -> list[torch.Tensor]:
         """[1, Hq, T, D] each, keys and values repeated."""
-        repeated = [self.q, *(t.repeat_interleave(self.groups, 1) for t in (self.k, self.v))]
+        q, *others = self.flat
+        repeated = [q, *(t.repeat_interleave(self.groups, 1) for t in others)]
         return [t.transpose(0, 1)[None].contiguous() for t in repeated]
-
-    @cached_property
-    def sequences(self) -> torch.Tensor:
-        """[C, L] trie tokens of every cell's sequence, padded on the right with its last one."""
-        paths = [path_of(self.trie, cell) for cell in range(len(self.trie.leaf))]
-        width = max(map(len, paths))
-        padded = np.stack([np.pad(p, (0, width - len(p)), mode="edge") for p in paths])
-        return torch.from_numpy(padded).to(self.q.device)
 
     @cached_property
     def apart(self) -> list[torch.Tensor]:
@@ -51,19 +46,69 @@ class Inputs:
         return [t[0].transpose(0, 1)[self.sequences].transpose(1, 2).contiguous() for t in self.wide]
 
     @cached_property
-    def exact(self) -> torch.Tensor:
-        return oracle(self.q, self.k, self.v, self.trie)
+    def sequences(self) -> torch.Tensor:
+        """[C, L] trie tokens of every cell's sequence, padded on the right with its last one."""
+        paths = [path_of(self.trie, cell) for cell in range(len(self.trie.leaf))]
+        width = max(map(len, paths))
+        padded = np.stack([np.pad(p, (0, width - len(p)), mode="edge") for p in paths])
+        return torch.from_numpy(padded).to(self.device)
 
-    def error(self, out: torch.Tensor) -> float:
-        # In pieces, for a float64 copy of everything is as large as the oracle. Not Python's `max`: it passes NaN over.
-        pieces = zip(out.reshape(self.exact.shape).split(2048), self.exact.split(2048), strict=True)
+    @cached_property
+    def there(self) -> torch.Tensor:
+        """[C, L] which of them are no padding."""
+        depths = torch.from_numpy(np.asarray(self.trie.depth[self.trie.leaf])).to(self.device)
+        return torch.arange(self.sequences.shape[1], device=self.device)[None] <= depths[:, None]
+
+    @cached_property
+    def mask(self) -> torch.Tensor:
+        """[T, T] which keys a token sees."""
+        at, end = torch.arange(len(self.trie), device=self.device), torch.from_numpy(self.trie.subtree_end)
+        return (at[None, :] <= at[:, None]) & (at[:, None] < end.to(self.device)[None, :])
+
+    @cached_property
+    def exact(self) -> torch.Tensor:
+        return oracle(*self.flat, self.trie)
+
+    def error(self, out: torch.Tensor, layout: str = "flat") -> float:
+        """The largest difference. In pieces, for a float64 copy of everything is as large as the oracle."""
+        if layout == "apart":
+            rows = zip(out, self.sequences, self.there.sum(1).tolist(), strict=True)
+            pieces = [(own[:, :length].transpose(0, 1), self.exact[row[:length]]) for own, row, length in rows]
+        else:
+            out = out[0].transpose(0, 1) if layout == "wide" else out
+            pieces = zip(out.split(2048), self.exact.split(2048), strict=True)
+        # Not Python's `max`: it passes NaN over.
         return float(torch.stack([(got.double() - own).abs().max() for got, own in pieces]).max())
 
-    def error_apart(self, out: torch.Tensor) -> float:
-        lengths, worst = (self.trie.depth[self.trie.leaf] + 1).tolist(), []
-        for got, row, length in zip(out, self.sequences, lengths, strict=True):
-            worst.append((got[:, :length].transpose(0, 1).double() - self.exact[row[:length]]).abs().max())
-        return float(torch.stack(worst).max())
+    def upstream_of(self, layout: str) -> torch.Tensor:
+        """The gradient of the output; of a token's copies in several sequences each has its share."""
+        if layout == "flat":
+            return self.upstream
+        if layout == "wide":
+            return self.upstream.transpose(0, 1)[None]
+        copies = torch.bincount(self.sequences[self.there], minlength=len(self.trie))
+        share = (self.there / copies[self.sequences])[:, None, :, None].to(self.upstream.dtype)
+        return self.upstream.transpose(0, 1)[:, self.sequences].transpose(0, 1) * share
+
+    @cached_property
+    def exact_gradients(self) -> tuple[torch.Tensor, ...]:
+        wide = [t.double().requires_grad_() for t in self.flat]
+        return torch.autograd.grad(oracle(*wide, self.trie), wide, self.upstream.double())
+
+    def gradient_error(self, out: torch.Tensor, layout: str = "flat") -> float:
+        """Of the gradients of q, k and v in one flat tensor, each relative to its largest."""
+        parts = out.split([t.numel() for t in getattr(self, layout)])
+        parts = [part.view(t.shape) for part, t in zip(parts, getattr(self, layout), strict=True)]
+        if layout == "wide":
+            parts = [part[0].transpose(0, 1) for part in parts]
+        if layout == "apart":  # the copies of a token are added up
+            rows = [part.transpose(1, 2).flatten(0, 1).double() for part in parts]
+            parts = [r.new_zeros(len(self.trie), *r.shape[1:]).index_add_(0, self.sequences.flatten(), r) for r in rows]
+        pairs = [
+            (part.double().reshape(*own.shape[:2], -1, own.shape[2]).sum(2), own)
+            for part, own in zip(parts, self.exact_gradients, strict=True)
+        ]
+        return float(torch.stack([(a - b).abs().max() / b.abs().max() for a, b in pairs]).max())
 
 
 def path_of(trie: TokenTrie, cell: int) -> np.ndarray:
@@ -101,7 +146,7 @@ def make(setting: Setting, name: str, cells: Cells, heads: tuple[int, int, int])
         tolerance = 2e-5
     else:
         # Twice the error of PyTorch's own attention in that dtype on the same sequences.
-        tolerance = 2 * x.error_apart(F.scaled_dot_product_attention(*x.apart, is_causal=True)) + 1e-4
+        tolerance = 2 * x.error(causal(*x.apart), "apart") + 1e-4
     q_heads, kv_heads, width = heads
     case = Case(
         "tree_attention", name, check=x.error, tolerance=tolerance, dtype=DTYPE_NAMES[setting.dtype], rounds=7,
@@ -110,6 +155,25 @@ def make(setting: Setting, name: str, cells: Cells, heads: tuple[int, int, int])
         shape=f"T={len(x.trie)} dense={x.trie.dense_tokens} Hq={q_heads} Hkv={kv_heads} D={width}",
     )  # fmt: skip
     return case, x
+
+
+def make_backward(setting: Setting, name: str, cells: Cells, heads: tuple[int, int, int]):
+    """The same for a forward and backward pass: results are the gradients of q, k and v in one flat tensor."""
+    case, x = make(setting, name, cells, heads)
+    own = x.gradient_error(_gradients(x, "apart", causal)(), "apart")
+    return dataclasses.replace(
+        case, op="tree_attention_backward", check=x.gradient_error, tolerance=2 * own + 1e-5, work=3.5 * case.work,
+        formula="14*q heads*head_dim*sum(depth+1)",
+    ), x  # fmt: skip
+
+
+def causal(q, k, v) -> torch.Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def _gradients(x: Inputs, layout: str, attend):
+    leaves = [t.clone().requires_grad_() for t in getattr(x, layout)]
+    return gradients(lambda: attend(*leaves), leaves, x.upstream_of(layout))
 
 
 tree_attention = Op(
@@ -129,100 +193,6 @@ tree_attention = Op(
 )  # fmt: skip
 
 
-@tree_attention.provider("ours")
-def ours(x):
-    return lambda: sk.tree_attention(x.q, x.k, x.v, x.plan, impl=x.setting.impl)
-
-
-@tree_attention.provider("sdpa_mask")
-def sdpa_mask(x):
-    at = torch.arange(len(x.trie), device=x.q.device)
-    end = torch.from_numpy(x.trie.subtree_end).to(x.q.device)
-    mask = (at[None, :] <= at[:, None]) & (at[:, None] < end[None, :])
-
-    def run():
-        return F.scaled_dot_product_attention(*x.wide, attn_mask=mask)[0].transpose(0, 1)
-
-    return Provider(run, note="[T, T] mask")
-
-
-@tree_attention.provider("sdpa_sequences")
-def sdpa_sequences(x):
-    apart = x.apart
-    return Provider(
-        lambda: F.scaled_dot_product_attention(*apart, is_causal=True), tokens=int(x.trie.dense_tokens),
-        check=x.error_apart, note="each sequence apart, padded",
-    )  # fmt: skip
-
-
-# On a CPU it needs a C++ compiler and would be no rival; its eager form writes the whole score matrix.
-@tree_attention.provider("flex", on="cuda")
-def flex(x):
-    from ..peers.flex import block_mask, flex_tree_attention
-
-    mask = block_mask(x.plan, x.q.device)
-    return lambda: flex_tree_attention(x.q, x.k, x.v, x.plan, mask=mask)
-
-
-class Backward(Inputs):
-    """The same for a forward and backward pass: results are the gradients of q, k and v in one flat tensor."""
-
-    def __init__(self, setting: Setting, cells: Cells, heads: tuple[int, int, int]):
-        super().__init__(setting, cells, heads)
-        draw = torch.Generator().manual_seed(1)
-        self.upstream = torch.randn(self.q.shape, generator=draw).to(self.q)
-        wide = [t.double().requires_grad_() for t in (self.q, self.k, self.v)]
-        self.exact_gradients = torch.autograd.grad(oracle(*wide, self.trie), wide, self.upstream.double())
-        # Each token's share of what its copies in several sequences are given.
-        here = torch.arange(self.sequences.shape[1], device=self.q.device)[None] <= self.trie_depths[:, None]
-        self.copies = torch.bincount(self.sequences[here], minlength=len(self.trie))
-        self.share = (here / self.copies[self.sequences])[:, None, :, None].to(self.q.dtype)
-
-    @cached_property
-    def trie_depths(self) -> torch.Tensor:
-        """[C] depth of each cell's leaf."""
-        return torch.from_numpy(np.asarray(self.trie.depth[self.trie.leaf])).to(self.q.device)
-
-    def error(self, out: torch.Tensor) -> float:
-        """Of all three, each relative to its largest."""
-        parts = out.split([t.numel() for t in self.exact_gradients])
-        pairs = zip(parts, self.exact_gradients, strict=True)
-        return float(torch.stack([(a.double() - b.flatten()).abs().max() / b.abs().max() for a, b in pairs]).max())
-
-    def error_wide(self, out: torch.Tensor) -> float:
-        """Of gradients [1, Hq, T, D] each."""
-        return self.error(self._joined(part[0].transpose(0, 1) for part in out.view(3, *self.wide[0].shape)))
-
-    def error_apart(self, out: torch.Tensor) -> float:
-        """Of gradients [C, Hq, L, D] each; those of a token's copies are added up."""
-        found = []
-        for part in out.view(3, *self.apart[0].shape):
-            rows = part.transpose(1, 2).flatten(0, 1).double()
-            found.append(rows.new_zeros(len(self.trie), *rows.shape[1:]).index_add_(0, self.sequences.flatten(), rows))
-        return self.error(self._joined(found))
-
-    def _joined(self, found) -> torch.Tensor:
-        q, *others = found
-        groups = [t.reshape(len(t), -1, self.groups, t.shape[2]).sum(2) for t in others]
-        return torch.cat([q.flatten(), *(t.flatten() for t in groups)])
-
-
-def make_backward(setting: Setting, name: str, cells: Cells, heads: tuple[int, int, int]):
-    case, _ = make(setting, name, cells, heads)
-    x = Backward(setting, cells, heads)
-    own = x.error_apart(_sequences_backward(x)())
-    return dataclasses.replace(
-        case, op="tree_attention_backward", check=x.error, tolerance=2 * own + 1e-5, work=3.5 * case.work,
-        formula="14*q heads*head_dim*sum(depth+1)",
-    ), x  # fmt: skip
-
-
-def _sequences_backward(x: Backward):
-    leaves = [t.clone().requires_grad_() for t in x.apart]
-    upstream = x.upstream.transpose(0, 1)[:, x.sequences].transpose(0, 1) * x.share
-    return gradients(lambda: F.scaled_dot_product_attention(*leaves, is_causal=True), leaves, upstream)
-
-
 tree_attention_backward = Op(
     "tree_attention_backward", make_backward, toy=tree_attention.toy, share=0.04,
     cpu={"16 rows": (Cells(1, 16), (8, 4, 64))},
@@ -234,39 +204,47 @@ tree_attention_backward = Op(
 )  # fmt: skip
 
 
-def _leaves(x: Backward) -> list[torch.Tensor]:
-    return [t.clone().requires_grad_() for t in (x.q, x.k, x.v)]
+def both_ways(name: str, layout: str = "flat", note: str = "", on: str | None = None):
+    """Decorator of ``prepare(x)``, which gives an attention of q, k, v in a layout: a provider of both operations."""
+
+    def register(prepare):
+        def forward(x: Inputs) -> Provider:
+            attend, given = prepare(x), getattr(x, layout)
+            return made(x, lambda: attend(*given), x.error)
+
+        def backward(x: Inputs) -> Provider:
+            return made(x, _gradients(x, layout, prepare(x)), x.gradient_error)
+
+        def made(x: Inputs, run, check) -> Provider:
+            tokens = int(x.trie.dense_tokens) if layout == "apart" else 0
+            return Provider(run, tokens=tokens, check=lambda out: check(out, layout), note=note)
+
+        tree_attention.provider(name, on=on)(forward)
+        tree_attention_backward.provider(name, on=on)(backward)
+        return prepare
+
+    return register
 
 
-@tree_attention_backward.provider("ours")
-def ours_backward(x):
-    leaves = _leaves(x)
-    return gradients(lambda: sk.tree_attention(*leaves, x.plan, impl=x.setting.impl), leaves, x.upstream)
+@both_ways("ours")
+def ours(x):
+    return lambda q, k, v: sk.tree_attention(q, k, v, x.plan, impl=x.setting.impl)
 
 
-@tree_attention_backward.provider("sdpa_mask")
-def sdpa_mask_backward(x):
-    at = torch.arange(len(x.trie), device=x.q.device)
-    end = torch.from_numpy(x.trie.subtree_end).to(x.q.device)
-    mask = (at[None, :] <= at[:, None]) & (at[:, None] < end[None, :])
-    leaves = [t.clone().requires_grad_() for t in x.wide]
-    run = gradients(
-        lambda: F.scaled_dot_product_attention(*leaves, attn_mask=mask), leaves, x.upstream.transpose(0, 1)[None]
-    )
-    return Provider(run, check=x.error_wide, note="[T, T] mask")
+@both_ways("sdpa_mask", "wide", "[T, T] mask")
+def sdpa_mask(x):
+    return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=x.mask)
 
 
-@tree_attention_backward.provider("sdpa_sequences")
-def sdpa_sequences_backward(x):
-    return Provider(
-        _sequences_backward(x), tokens=int(x.trie.dense_tokens), check=x.error_apart,
-        note="each sequence apart, padded",
-    )  # fmt: skip
+@both_ways("sdpa_sequences", "apart", "each sequence apart, padded")
+def sdpa_sequences(x):
+    return causal
 
 
-@tree_attention_backward.provider("flex", on="cuda")
-def flex_backward(x):
+# On a CPU it needs a C++ compiler and would be no rival; its eager form writes the whole score matrix.
+@both_ways("flex", on="cuda")
+def flex(x):
     from ..peers.flex import block_mask, flex_tree_attention
 
-    mask, leaves = block_mask(x.plan, x.q.device), _leaves(x)
-    return gradients(lambda: flex_tree_attention(*leaves, x.plan, mask=mask), leaves, x.upstream)
+    mask = block_mask(x.plan, x.device)
+    return lambda q, k, v: flex_tree_attention(q, k, v, x.plan, mask=mask)

@@ -9,10 +9,10 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from .flex import flex_trie
-from .loops import lm_eval_harness, scorer, trainer_loop, trl_fused_head
+from .loops import lm_eval_harness, trainer_loop, trl_fused_head
 from .plain import packed, tuned_plain
 from .prefix import prefix_cache
 
@@ -24,8 +24,7 @@ class Peer:
     """One peer: what runs it, what it needs, which sizes are tried (the fastest is the figure), what it gives.
 
     gives: "cells" or "batch8", the published score. loop: it projects every row on a CPU, so it takes part in one turn
-    only. gpu: only there is it what people would use. prepare: gives further arguments of `run`, from the model and
-    the size; what is built there is built once, at the first call, which is never timed.
+    only. gpu: only there is it what people would use.
     """
 
     run: Callable
@@ -36,8 +35,6 @@ class Peer:
     gives: str = "cells"
     loop: bool = False
     gpu: bool = False
-    options: dict = field(default_factory=dict)
-    prepare: Callable[..., dict] | None = None
 
     def missing(self) -> str:
         """The packages it needs that are not installed; empty if it can run."""
@@ -47,14 +44,7 @@ class Peer:
         """Suffix and callable of every size, its own by default: ``{"_8": run, "_32": run}``; no sizes, no suffix."""
         sizes = self.sizes if sizes is None else sizes
         chosen = {f"_{size}": {self.size_name: size} for size in sizes} or {"": {}}
-        return {suffix: self._bound({**size, **self.options}) for suffix, size in chosen.items()}
-
-    def _bound(self, options: dict) -> Callable:
-        @functools.lru_cache(maxsize=1)
-        def prepared(model) -> dict:
-            return self.prepare(model, **options) if self.prepare else {}
-
-        return lambda model, cache: self.run(model, cache, **options, **prepared(model))
+        return {suffix: functools.partial(self.run, **size) for suffix, size in chosen.items()}
 
 
 PEERS = {
@@ -69,7 +59,6 @@ PEERS = {
     "prefix_cache": Peer(prefix_cache, "keys and values of a shared prefix reused over a group's cells", sizes=(8, 32)),
     "lm_eval": Peer(
         lm_eval_harness, "lm-evaluation-harness HFLM.loglikelihood", ("lm_eval",), sizes=(8, 32), loop=True,
-        prepare=scorer,
     ),
     "trl_head": Peer(trl_fused_head, "TRL's fused log-probability head, sorted", ("trl",), sizes=(8, 32), loop=True),
     "flex_trie": Peer(flex_trie, "our path with FlexAttention over the same trie", gpu=True),

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import shutil
 import time
 from pathlib import Path
-from xml.etree import ElementTree
 
 import pytest
 import torch
 
-from benchmarks import aot, documents, exactness, plots, racing, tables, train_step
+from benchmarks import aot, documents, exactness, racing, tables, train_step
 from benchmarks.__main__ import main as run_benchmarks
 from benchmarks.ops import end_to_end
-from benchmarks.peers import PEERS
-from benchmarks.registry import OPS, Op, Setting, gradients
+from benchmarks.registry import OPS, Op, Setting
 from benchmarks.rows import RESULTS, Environment, Row, append_rows, csv_text, read_csv, read_rows
-from benchmarks.timing import Case, Disagreement, Provider, Turns, quantiles, run_case
+from benchmarks.timing import Case, Disagreement, Provider, quantiles, run_case
 from benchmarks.workload import Cells
 from sapo_kernels.files import DataError
 from tests.oracles import small_qwen3
@@ -54,8 +53,6 @@ def test_rows_come_back_as_they_were(tmp_path):
     "changed",
     [
         {"error": 1e-3}, {"error": math.nan}, {"p50_s": 0.5}, {"p20_s": 0.0}, {"p80_s": math.inf}, {"rounds": 0},
-        {"tokens": -1}, {"peak_bytes": -2}, {"work_unit": "miles"}, {"work": math.nan}, {"op": ""},
-        {"case": "a\nb"}, {"provider": "x" * 121}, {"dtype": "<b>"},
     ],
     ids=lambda changed: " ".join(changed),
 )  # fmt: skip
@@ -71,33 +68,26 @@ GOOD = csv_text([row(), row(case="two")])
     "text",
     [
         "", GOOD.replace("p50_s", "p51_s"), GOOD.replace(",2,", ",two,"), GOOD[: len(GOOD) // 2], GOOD + "a,b\n",
-        GOOD.replace("1e-06", "nan"), GOOD.replace("FLOP", "F\x00LOP"), GOOD + '"', GOOD.replace("\n", "\n\n"),
+        GOOD.replace("1e-06", "nan"), GOOD + '"',
     ],
-    ids=["empty", "column", "word", "half", "short line", "nan", "nul", "open quote", "empty lines"],
+    ids=["empty", "column", "word", "half", "short line", "nan", "open quote"],
 )  # fmt: skip
 def test_a_damaged_file_is_named_and_left_alone(text, tmp_path):
     path = tmp_path / "tasks.csv"
     path.write_text(text, encoding="utf-8")
-    if text == "":
-        append_rows(path, [row()])
-        assert read_rows(path) == [row()]
-        return
-    with pytest.raises(DataError, match=r"tasks\.csv|row"):
+    with pytest.raises(DataError, match=r"tasks\.csv|tasks, "):
         append_rows(path, [row()])
     assert path.read_text(encoding="utf-8") == text
 
 
 def test_committed_rows_are_whole_and_no_toys():
-    kinds = {"aot": aot.Use, "exactness": exactness.Difference, "racing": racing.Replays, "train_step": train_step.Step}
+    kinds = {"exactness": exactness.Difference, "racing": racing.Replays, "train_step": train_step.Step}
     for path in (*RESULTS.glob("*.csv"), *RESULTS.glob("gpu/*.csv")):
         if kind := kinds.get(path.stem):
-            assert [kind(**row) for row in read_csv(path.read_text(encoding="utf-8"), path.name, kind)]
+            assert [kind(**row) for row in read_csv(path, kind)]
         else:
             rows = read_rows(path)
             assert rows and not [r for r in rows if r.case.startswith("toy")]
-    uses = aot.read_uses()
-    assert not [use for use in uses if use.role == "in use" and (use.complaint or use.spills)]
-    assert {use.target for use in uses} >= {"sm_80", "sm_90", "sm_100"}
 
 
 def test_times_follow_agreement_and_turns_rotate():
@@ -111,9 +101,12 @@ def test_times_follow_agreement_and_turns_rotate():
     assert ran == list("abcabcbca"), "one turn to warm up, then another provider first each time"
     assert [r.provider for r in rows] == list("abc") and all(r.rounds == 2 for r in rows)
     for wrong in (0.6, math.nan):
-        case.providers["b"] = provider("b", wrong)
-        with pytest.raises(Disagreement, match=r"op, case: b: expected within 0\.5"):
-            run_case(case)
+        case.providers["b"], case.left_out, said = provider("b", wrong), {}, []
+        assert [row.provider for row in run_case(case, say=said.append)] == ["a", "c"]
+        assert "op, case: b: left out: Disagreement: expected within 0.5" in said[0] and len(said) == 1
+    case.providers["a"] = provider("a", 0.6)
+    with pytest.raises(Disagreement, match=r"expected within 0\.5"):
+        run_case(case)
     assert quantiles([3.0, 1.0, 2.0, 5.0, 4.0]) == (1.0, 3.0, 4.0)
     assert quantiles([2.0]) == (2.0, 2.0, 2.0)
 
@@ -126,50 +119,18 @@ def test_of_a_peers_sizes_the_fastest_goes_on():
     rows = run_case(Case("op", "case", providers, float, 0.5, rounds=3))
     assert {row.provider: row.rounds for row in rows} == {"ours": 3, "p_8": 3, "p_32": 1, "q_8": 3}
     rows = run_case(Case("op", "case", providers, float, 0.5, rounds=3), deadline=time.monotonic())
-    assert {row.provider: row.rounds for row in rows} == {"ours": 1}, "past the deadline nothing more begins"
-
-
-def test_what_a_peer_builds_once_is_not_timed(monkeypatch):
-    built = []
-
-    def prepare(model, batch_size):
-        built.append(batch_size)
-        return {"scorer": PEERS["tuned_plain"].run}
-
-    def run(model, cache, batch_size, scorer):
-        return scorer(model, cache, batch_size)
-
-    peer = dataclasses.replace(PEERS["lm_eval"], run=run, prepare=prepare, needs=(), sizes=(2, 8))
-    monkeypatch.setitem(end_to_end.PEERS, "lm_eval", peer)
-    case = end_to_end.make_case("op", "case", small_qwen3(), Cells(2, 3, 6, 8, 2).cache(200), ["lm_eval"], 2)
-    assert case.providers.keys() == {"ours", "lm_eval_2", "lm_eval_8"} and not built
-    case.warm_up()
-    assert built == [2, 8]
-    run_case(case)
-    assert built == [2, 8]
-
-
-def test_sizes_that_a_cpu_has_no_room_for_are_left_out():
-    model, cache = small_qwen3(), Cells(1, 2, 50, 100, 2).cache(200)
-    found = {}
-    for vocabulary in (50257, 256000, 10**7):
-        model.config.vocab_size = vocabulary
-        found[vocabulary] = end_to_end.affordable(PEERS["trl_head"], (8, 32), model, cache)
-        assert end_to_end.affordable(PEERS["tuned_plain"], (8, 32), model, cache) == (8, 32), "response rows only"
-        assert end_to_end.affordable(PEERS["trainer_loop"], (), model, cache) == ()
-    # By hand, with some 180 tokens: 3 * 4 * 180 bytes a row of the batch and entry of the vocabulary.
-    assert found == {50257: (8, 32), 256000: (8,), 10**7: None}
+    assert [row.rounds for row in rows] == [1, 1, 1, 1], "past the deadline no turn begins but the first"
 
 
 def test_peak_memory_sees_what_a_provider_holds():
     def hungry():
         return torch.ones(1 << 24).sum()  # 64 MiB
 
-    turns = Turns(Case("op", "case", {"a": Provider(hungry), "b": Provider(lambda: 0.0)}, lambda _: 0.0, 0.0))
-    turns.turn()
-    if turns.peak["a"] < 0:
+    providers = {"a": Provider(hungry), "b": Provider(lambda: 0.0)}
+    peaks = {row.provider: row.peak_bytes for row in run_case(Case("op", "case", providers, lambda _: 0.0, rounds=1))}
+    if peaks["a"] < 0:
         pytest.skip("this kernel does not let a process reset its peak")
-    assert turns.peak["a"] > 50 * 2**20 > turns.peak["b"]
+    assert peaks["a"] > 50 * 2**20 > peaks["b"]
 
 
 def some_results(folder: Path) -> Path:
@@ -204,7 +165,7 @@ def test_tables_say_what_the_rows_say(tmp_path):
     newer = [row(case="task1", environment=later), row(case="task1", provider="trainer_loop", environment=later)]
     append_rows(results / "tasks.csv", [*newer, row(case="task1", provider="tuned_plain_8", environment=later)])
     assert "| task1 | - | 2.00 | 1.00 | 1.00 | - | 50% |" in replaced(text)
-    for name in tables.TABLES:
+    for name in tables.TABLES.keys() - {"ahead of time"}:
         assert "No rows yet" in tables.made_table(name, tmp_path / "nothing")[0]
     with pytest.raises(DataError, match="expected one of"):
         replaced(text.replace("tasks", "taks"))
@@ -218,39 +179,21 @@ def test_tables_say_what_the_rows_say(tmp_path):
     ]  # fmt: skip
 
 
-def test_plots_are_the_same_bytes_and_well_formed(tmp_path):
-    results = some_results(tmp_path / "results")
-    made = tables.made_plots(results)
-    assert set(made) == {"tasks.svg"} and made == tables.made_plots(results)
-    for text in made.values():
-        root = ElementTree.fromstring(text)
-        shown = "".join(root.itertext())
-        assert root.tag.endswith("svg") and "task1" in shown and "0.75" in shown
-    hostile = plots.bars("<script>&", ["]]>"], [("</svg>", [1.0]), ("none", [None])], line=1.0)
-    assert "<script>" not in hostile and "".join(ElementTree.fromstring(hostile).itertext()).count("</svg>") == 1
-    for groups in ([], [("a", [math.nan])], [("a", [-1.0])], [("a", [1.0, 2.0])]):
-        with pytest.raises(ValueError, match="bars"):
-            plots.bars("t", ["s"], groups)
-
-
 @CHECKOUT
 def test_the_documents_and_plots_agree_with_the_committed_rows(capsys):
     assert tables.main(["--check"]) == 0, capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("target", "registers", "shared", "threads", "expected"),
+    ("target", "registers", "shared", "warps", "expected"),
     [
-        ("sm_90", 128, 0, 256, (16, 64, "registers")),
-        ("sm_90", 32, 0, 1024, (64, 64, "registers")),
-        ("sm_90", 40, 100 * 1024, 128, (8, 64, "shared memory")),
-        ("sm_80", 255, 8 * 1024, 128, (8, 64, "registers")),
-        ("sm_89", 16, 0, 32, (24, 48, "blocks")),
+        ("sm_90", 128, 0, 8, "16 of 64"), ("sm_90", 32, 0, 32, "64 of 64"), ("sm_90", 40, 100 * 1024, 4, "8 of 64"),
+        ("sm_80", 255, 8 * 1024, 4, "8 of 64"), ("sm_89", 16, 0, 1, "24 of 48"),
     ],
-)
-def test_occupancy_bounds(target, registers, shared, threads, expected):
+)  # fmt: skip
+def test_occupancy_bounds(target, registers, shared, warps, expected):
     """By hand: 65,536 registers, 228 KiB less 1 KiB a block and so on."""
-    assert aot.occupancy(target, registers, shared, threads) == expected
+    assert aot.occupancy(target, registers, shared, warps) == expected
 
 
 def test_the_command_runs_an_operation_and_writes_its_rows(tmp_path):
@@ -274,30 +217,14 @@ def test_every_provider_of_an_operation_agrees(op):
     assert not {row.provider for row in rows} & OPS[op].left_out("cpu").keys()
 
 
-def test_a_backward_pass_is_an_operation_of_its_own(monkeypatch):
-    """As a newcomer adds one: what needs a package or a device that is not here is left out and named."""
-    monkeypatch.delitem(OPS, "cube", raising=False)
-
-    def make(setting, name, n):
-        x = torch.arange(1.0, n + 1, requires_grad=True)
-        expected = 3 * x.detach() ** 2
-        return Case(
-            "cube", name, check=lambda found: float((found - expected).abs().max()), tolerance=1e-6, tokens=n
-        ), x
-
-    cube = Op("cube", make, cpu={"small": (3,), "large": (9,)}, toy=(2,))
-    cube.provider("ours")(lambda x: gradients(lambda: x**3, [x], torch.ones_like(x)))
-    cube.provider("product")(lambda x: gradients(lambda: x * x * x, [x], torch.ones_like(x)))
-    cube.provider("wrong")(lambda x: gradients(lambda: x**2, [x], torch.ones_like(x)))
-    cube.provider("far", needs="no_such_package")(None)
-    cube.provider("elsewhere", on="cuda")(None)
-    assert OPS["cube"].names(Setting()) == ["small", "large"] and cube.names(Setting(toy=True)) == ["small"]
-    assert cube.left_out("cpu") == {"far": "no_such_package is not installed", "elsewhere": "it runs on cuda only"}
-    rows = run_case(cube.build("large", Setting(), only=("ours", "product")))
-    assert [(row.provider, row.tokens) for row in rows] == [("ours", 9), ("product", 9)]
-    with pytest.raises(Disagreement, match="wrong"):
-        run_case(cube.build("small", Setting()))
-    del OPS["cube"]
+def test_what_cannot_run_here_is_left_out_and_named(monkeypatch):
+    monkeypatch.setitem(OPS, "none", None)  # and gone afterwards
+    op = Op("none", lambda setting, name, n: (Case("none", name, check=float, tolerance=0.0), n), cpu={"small": (3,)})
+    op.provider("ours")(lambda n: lambda: 0.0)
+    op.provider("far", needs="no_such_package")(None)
+    op.provider("elsewhere", on="cuda")(None)
+    assert op.left_out("cpu") == {"far": "no_such_package is not installed", "elsewhere": "it runs on cuda only"}
+    assert list(op.build("small", Setting()).providers) == ["ours"]
 
 
 def test_a_nan_anywhere_is_an_error():
@@ -333,8 +260,9 @@ def test_one_wrong_cell_among_many_ends_the_case():
         wrong = case.providers[name].run().clone()
         wrong[place] += by
         case.providers[name].run = lambda: wrong
-        with pytest.raises(Disagreement, match=f"{name}: expected within"):
+        with pytest.raises(Disagreement) if name == "ours" else contextlib.nullcontext():
             run_case(case)
+        assert name == "ours" or isinstance(case.left_out[name], Disagreement)
 
     cache = Cells(12, 20, 4, 5, 2).cache(300)
     check = end_to_end.Agreement(small_qwen3(300).bfloat16(), cache)

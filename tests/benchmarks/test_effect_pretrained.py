@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from benchmarks.effect import pretrained, rows, single_table, table
+from benchmarks.effect import pretrained, rows, table
 from benchmarks.effect import pretrained_design as design
 from benchmarks.effect.__main__ import main
 from benchmarks.effect.policies import CANDIDATES
@@ -48,7 +48,7 @@ def test_single_runs_go_on_where_they_were(small, tmp_path):
     again = [path.read_bytes() for path in files]
     assert again[:4] + again[5:] == whole[:4] + whole[5:]
     found = rows.load("single_smollm2", tmp_path)["rows"]
-    parts = single_table.complete(found)
+    parts = table.complete(found)
     assert [key[0] for key in parts] == list(design.TRAINED)
     for group in parts.values():
         for row in group:
@@ -89,10 +89,10 @@ def test_the_plan():
     assert all(len(design.prompts_of(task)) == 8 and design.prompts_of(task)[0] == 0 for task in design.TRAINED)
 
 
-@pytest.mark.parametrize("kind", single_table.SINGLE)
+@pytest.mark.parametrize("kind", table.SINGLE)
 def test_every_planned_single_run_is_there_once_and_of_this_design(kind):
     found = rows.load(kind)
-    groups = single_table.complete(found["rows"])
+    groups = table.complete(found["rows"])
     assert sorted(groups) == sorted(design.single_runs()) and len(found["rows"]) == 8 * len(groups)
     _, base, *rate = kind.split("_")
     setting = pretrained.Setting(base, BUNDLED_DIR, "cpu", (0, 1), *map(float, rate))
@@ -121,20 +121,19 @@ def test_tables_by_hand(monkeypatch):
     monkeypatch.setattr(design, "prompts_of", lambda task: [0, 1, 2])
     found = [row(k, pre, forgetting, task=task) for task in design.TRAINED[:2]
              for k, (pre, forgetting) in enumerate([(3.0, 0.5), (1.0, 0.2), (2.0, 0.3)])]  # fmt: skip
-    groups = single_table.complete([*found, row(0, 1.0, task=design.TRAINED[2])])
+    groups = table.complete([*found, row(0, 1.0, task=design.TRAINED[2])])
     assert len(groups) == 2, "a task whose prompts are not all there does not count"
-    assert single_table.correlation_table(groups)[-1].split(" | ")[2] == "**+1.00 [+1.00, +1.00]**"
+    assert table.correlation_table(groups)[-1].split(" | ")[2] == "**+1.00 [+1.00, +1.00]**"
     # The lowest loss forgets 0.2: the original 0.5, a random paraphrase 0.25.
-    original, paraphrase = (line.split(" | ")[2] for line in single_table.choice_table(groups)[2:4])
+    original, paraphrase = (line.split(" | ")[2] for line in table.choice_table(groups)[2:4])
     assert original == "**-0.300 [-0.300, -0.300]**" and paraphrase == "**-0.050 [-0.050, -0.050]**"
     one = Matrix(
         "a", "t", "base", PromptScores(torch.tensor([[1.0, 1.0], [2.0, 2.0]]), torch.ones(2, 2).long(), list("ab"))
     )
-    assert {line.split(" | ")[2] for line in single_table.rests_table([one])[2:]} == {"100 %"}
+    assert {line.split(" | ")[2] for line in table.rests_table([one])[2:]} == {"100 %"}
 
 
 def test_options(capsys):
     with pytest.raises(SystemExit):
         main(["run", "single", "--base", "smollm2", "--data", "x", "--work", "x", "--part", "2/2"])
     assert "expected I/N" in capsys.readouterr().err
-    assert set(single_table.TABLES) < set(table.TABLES)

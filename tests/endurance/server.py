@@ -46,7 +46,7 @@ class Server:
         return json.loads(self.child.stdout.readline())
 
     def run(self, job: str, here: Path, run: Path, stop: int | None = None, sent: int = signal.SIGKILL) -> dict:
-        """rc (negative: the signal), out, err, events: how many file calls there were, log: which."""
+        """rc (negative: the signal), err, events: how many file calls there were."""
         return self.ask(do="run", job=job, here=str(here), run=str(run), stop=stop, sent=int(sent))
 
     def go_on(self, pid: int) -> dict:
@@ -67,9 +67,8 @@ def _fork(job: str, here: Path, run: Path, stop: int | None, sent: int) -> tuple
     if pid == 0:
         code = 99
         try:
-            out, err = (os.open(said.name + end, os.O_RDWR | os.O_CREAT) for end in (".out", ".err"))
-            os.dup2(out, 1)
-            os.dup2(err, 2)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            os.dup2(os.open(said.name + ".err", os.O_RDWR | os.O_CREAT), 2)
             sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
             from sapo_peft.cli.main import main
             from tests.endurance.jobs import words_of
@@ -81,9 +80,8 @@ def _fork(job: str, here: Path, run: Path, stop: int | None, sent: int) -> tuple
             code = main(words_of(job, here, run))
             wire.on = False
             new = sorted(set(sys.modules) - known)
-            said.write(json.dumps({"events": wire.count, "log": wire.log, "modules": new}))
+            said.write(json.dumps({"events": wire.count, "modules": new}))
             said.flush()
-            sys.stdout.flush()
             sys.stderr.flush()
         except BaseException:
             traceback.print_exc()
@@ -97,14 +95,13 @@ def _ended(pid: int, said: Any) -> dict[str, Any]:
     _, status = os.waitpid(pid, os.WUNTRACED)
     if os.WIFSTOPPED(status):
         return {"stopped": pid}
-    found = {"rc": os.waitstatus_to_exitcode(status), "events": None, "log": []}
+    found = {"rc": os.waitstatus_to_exitcode(status), "events": None}
     text = Path(said.name).read_text()
     found.update(json.loads(text) if text else {})
     _warm(found.pop("modules", []))
-    for end in ("out", "err"):
-        place = Path(f"{said.name}.{end}")
-        found[end] = place.read_text(errors="replace")
-        place.unlink()
+    place = Path(f"{said.name}.err")
+    found["err"] = place.read_text(errors="replace")
+    place.unlink()
     said.close()
     os.unlink(said.name)
     return found

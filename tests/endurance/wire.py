@@ -22,7 +22,6 @@ class Wire:
 
     def __init__(self, folder: Path, stop: int | None, sent: int = signal.SIGKILL):
         self.folder, self.stop, self.sent, self.count, self.on = str(folder.resolve()), stop, sent, 0, False
-        self.log: list[str] = []
 
     def install(self) -> None:
         import safetensors.torch
@@ -35,14 +34,13 @@ class Wire:
         sys.addaudithook(self._audit)
         self.on = True
 
-    def step(self, what: str) -> bool:
+    def step(self) -> bool:
         """Whether it is the one; the signal is up to the caller."""
         self.count += 1
-        self.log.append(what)
         return self.count == self.stop
 
-    def hit(self, what: str) -> None:
-        if self.step(what):
+    def hit(self) -> None:
+        if self.step():
             os.kill(os.getpid(), self.sent)
 
     def inside(self, path: Any) -> bool:
@@ -59,15 +57,15 @@ class Wire:
 
     def write(self, fd: int, data: Any) -> int:
         if self.inside(fd):
-            self.hit("write")
-            if self.step("half a write"):
+            self.hit()
+            if self.step():
                 self._write(fd, memoryview(data)[: len(data) // 2])
                 os.kill(os.getpid(), self.sent)
         return self._write(fd, data)
 
     def fsync(self, fd: int) -> None:
         if self.inside(fd):
-            self.hit("fsync")
+            self.hit()
         self._fsync(fd)
 
     def _native(self, plain, place: int):
@@ -76,12 +74,12 @@ class Wire:
             path = args[place] if len(args) > place else None
             if not self.inside(path):
                 return plain(*args, **options)
-            self.hit("native")
+            self.hit()
             found = plain(*args, **options)
-            if self.step("half of native"):
+            if self.step():
                 os.truncate(path, os.path.getsize(path) // 2)
                 os.kill(os.getpid(), self.sent)
-            self.hit("native done")
+            self.hit()
             return found
 
         return call
@@ -93,9 +91,9 @@ class Wire:
             path, mode, flags = args
             writes = (isinstance(mode, str) and mode.strip("brt")) or (flags or 0) & (os.O_WRONLY | os.O_RDWR)
             if writes and self.inside(path):
-                self.hit("open")
+                self.hit()
         elif event in _AUDITED and self.inside(args[_AUDITED[event]]):
-            self.hit(event)
+            self.hit()
 
 
 def spread(total: int, count: int) -> list[int]:

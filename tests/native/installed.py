@@ -21,9 +21,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from tests.native import NATIVE_TESTS
+from tests.native import NATIVE_TESTS, ROOT, run
 
-ROOT = Path(__file__).resolve().parents[2]
 # Not the packages themselves: what is imported must be what was installed. Tests compile some of csrc/ for themselves.
 COPIED = ("tests", "tools", "benchmarks", "csrc", "examples", "docs", "README.md", "pyproject.toml")
 # What an installation can lose: commands, examples, data and a model that ship, pages made of templates, both packages.
@@ -31,28 +30,13 @@ INSTALLED_TESTS = (
     "native/test_native.py", "system/test_imports.py", "system/test_examples.py", "data/test_bundled_data.py",
     "cli/test_main.py", "cli/test_demo.py", "report/test_report.py",
 )  # fmt: skip
-MINUTE = 60.0
 # As in the Makefile.
 PYTEST = ("-m", "pytest", "-n", os.environ.get("WORKERS", "2"), "--dist", "loadfile")
 
 
-def run(*command: str | Path, cwd: Path, minutes: float, quiet: bool = False, **environment: str) -> str:
-    """What a command prints, shown as it comes unless `quiet`; a failure or a missed deadline raises."""
-    kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    done = subprocess.run(
-        [str(part) for part in command], cwd=cwd, env={**kept, **environment}, timeout=minutes * MINUTE, text=True,
-        stdout=subprocess.PIPE if quiet else None, stderr=subprocess.STDOUT if quiet else None,
-    )  # fmt: skip
-    if done.returncode:
-        raise RuntimeError(
-            f"{' '.join(map(str, command))[:300]}: exit {done.returncode}\n{(done.stdout or '')[-4000:]}"
-        )
-    return done.stdout or ""
-
-
 def tracked_copy(folder: Path) -> Path:
     """The files that git would commit from this checkout: no build folder, no compiled module."""
-    names = run("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", cwd=ROOT, minutes=1, quiet=True)
+    names = run("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard")
     for name in filter(None, names.split("\0")):
         if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -65,7 +49,7 @@ def wheel(source: Path, out: Path, native: str) -> Path:
     out.mkdir()
     run(
         sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "-q", ".", "--no-deps",
-        "--no-build-isolation", "-w", out, cwd=source, minutes=10, quiet=True, SAPO_BUILD_NATIVE=native,
+        "--no-build-isolation", "-w", out, cwd=source, SAPO_BUILD_NATIVE=native,
     )  # fmt: skip
     (built,) = out.glob("*.whl")
     names = zipfile.ZipFile(built).namelist()
@@ -82,13 +66,15 @@ def wheel(source: Path, out: Path, native: str) -> Path:
 def check_native(python: Path, folder: Path, loaded: bool) -> None:
     """The native modules must be in use there, or not, as said."""
     code = "import json; from sapo_kernels import native; print(json.dumps(native.status()))"
-    status = json.loads(run(python, "-c", code, cwd=folder, minutes=5, quiet=True).splitlines()[-1])
+    status = json.loads(run(python, "-c", code, cwd=folder).splitlines()[-1])
     for module in ("_C", "_planner"):
         if (status[module] == "loaded") != loaded:
             raise RuntimeError(f"{module}: expected it {'loaded' if loaded else 'absent'}, got {status[module]!r}")
 
 
 def main() -> None:
+    for name in ("PYTHONPATH", "VIRTUAL_ENV"):
+        os.environ.pop(name, None)
     with tempfile.TemporaryDirectory(prefix="sapo-installed-") as scratch:
         folder = Path(scratch)
         source = tracked_copy(folder / "source")
@@ -100,19 +86,19 @@ def main() -> None:
         for name in COPIED:
             (shutil.copytree if (source / name).is_dir() else shutil.copy2)(source / name, outside / name)
         python = folder / "venv" / "bin" / "python"
-        run(sys.executable, "-m", "venv", folder / "venv", cwd=folder, minutes=5)
+        run(sys.executable, "-m", "venv", folder / "venv", cwd=folder)
         pip = ["-m", "pip", "--disable-pip-version-check", "install", "-q", "-c"]
         install = (python, *pip, ROOT / ".ci/constraints.txt")
         # torch first and by its pin, as in the Makefile.
-        run(*install, "torch", "numpy", cwd=folder, minutes=15, quiet=True)
-        run(*install, f"{plain}[train,dev]", cwd=folder, minutes=15, quiet=True)
+        run(*install, "torch", "numpy", cwd=folder, minutes=15)
+        run(*install, f"{plain}[train,dev]", cwd=folder, minutes=15)
         print("without native modules", flush=True)
         run(python, *PYTEST, *(f"tests/{name}" for name in NATIVE_TESTS), "tests/native/test_native.py", cwd=outside,
-            minutes=15)  # fmt: skip
+            minutes=15, shown=True)  # fmt: skip
         check_native(python, outside, loaded=False)
-        run(*install, "--force-reinstall", "--no-deps", native, cwd=folder, minutes=5, quiet=True)
+        run(*install, "--force-reinstall", "--no-deps", native, cwd=folder)
         check_native(python, outside, loaded=True)
-        run(python, *PYTEST, *(f"tests/{name}" for name in INSTALLED_TESTS), cwd=outside, minutes=15)
+        run(python, *PYTEST, *(f"tests/{name}" for name in INSTALLED_TESTS), cwd=outside, minutes=15, shown=True)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ in; does not load here; or if a CUDA kernel spills registers or uses a stack on 
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -21,21 +20,15 @@ sys.path.insert(0, str(ROOT / "csrc"))
 
 import build_native  # noqa: E402
 
+from tests.native import run  # noqa: E402
+
 ALLOWED = Path(__file__).with_name("stable_symbols.txt")
 ARCHS = ("80", "90")
 
 
-def output(*command: str) -> str:
-    """What `command` prints; its error output is part of the failure."""
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)[:300]}: exit {done.returncode}\n{done.stdout}{done.stderr}")
-    return done.stdout + done.stderr
-
-
 def needed_symbols(library: Path) -> list[str]:
     """Undefined symbols of a library, without those of libc, libstdc++ and libgcc (which carry a version)."""
-    names = [line.split()[-1] for line in output("nm", "-D", "--undefined-only", str(library)).splitlines()]
+    names = [line.split()[-1] for line in run("nm", "-D", "--undefined-only", str(library)).splitlines()]
     return sorted(name for name in names if "@" not in name)
 
 
@@ -45,14 +38,14 @@ def audit(library: Path) -> list[str]:
     complaints = []
     torch_symbols = []
     for name in needed_symbols(library):
-        plain = output("c++filt", name).strip()
+        plain = run("c++filt", name).strip()
         if re.search(r"\b(c10|at|torch|caffe2)::", plain):
             complaints.append(f"needs the C++ symbol {plain}")
         elif re.match(r"(aoti_)?torch_|c10_|at_", name):
             torch_symbols.append(name)
             if name not in allowed:
                 complaints.append(f"needs {name}, which {ALLOWED.name} does not list")
-    needed = re.findall(r"\(NEEDED\).*\[(.*)\]", output("readelf", "-d", str(library)))
+    needed = re.findall(r"\(NEEDED\).*\[(.*)\]", run("readelf", "-d", str(library)))
     if "libtorch_cpu.so" not in needed:
         complaints.append(f"does not name libtorch_cpu.so among its needed libraries {needed}")
     if str(ROOT).encode() in library.read_bytes():
@@ -63,25 +56,18 @@ def audit(library: Path) -> list[str]:
     return [f"{library.name}: {complaint}" for complaint in complaints]
 
 
-def loads(library: Path) -> list[str]:
-    """Load a library into a fresh process with the torch of this one."""
-    code = f"import torch; torch.ops.load_library({str(library)!r}); print('loaded')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
-    return [] if done.stdout.endswith("loaded\n") else [f"{library.name}: does not load: {done.stderr[-500:]}"]
-
-
 def cuda_kernels(folder: Path) -> list[str]:
     """Print registers, stack and spills of every CUDA kernel; complaints about stack and spills."""
     complaints, rows = [], 0
     for source in sorted((build_native.SOURCES / "cuda").glob("*.cu")):
         for arch in ARCHS:
-            text = output(
+            text = run(
                 build_native.nvcc(), f'-DSAPO_CUDA_ARCHS="{arch}"',
                 "-std=c++17", "-O3", "--fmad=false", f"-arch=sm_{arch}", "-Xptxas=-v", "-cubin",
                 "-o", str(folder / "kernel.cubin"), str(source),
             )  # fmt: skip
             for block in text.split("Compiling entry function '")[1:]:
-                name = re.search(r"\w+_kernel(<\w+>)?", output("c++filt", block.partition("'")[0]))[0]
+                name = re.search(r"\w+_kernel(<\w+>)?", run("c++filt", block.partition("'")[0]))[0]
                 found = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", block)
                 used = f"{re.search(r'Used [0-9]+ registers', block)[0]}, {found[0]}"
                 print(f"{name} on sm_{arch}: {used}")
@@ -96,7 +82,8 @@ def main() -> None:
     complaints = []
     for name in names:
         library = build_native.PACKAGE / build_native.file_name(name)
-        complaints += audit(library) + loads(library)
+        complaints += audit(library)
+        run(sys.executable, "-c", f"import torch; torch.ops.load_library({str(library)!r})")
     if "_C_cuda" in names:
         with tempfile.TemporaryDirectory() as scratch:
             complaints += cuda_kernels(Path(scratch))

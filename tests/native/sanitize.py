@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT / "csrc"))
 
 import build_native  # noqa: E402
 
-from tests.native import NATIVE_TESTS  # noqa: E402
+from tests.native import NATIVE_TESTS, run  # noqa: E402
 
 REPORT = re.compile(
     r"ERROR: AddressSanitizer|runtime error:|SUMMARY: (Address|UndefinedBehavior)Sanitizer|DEADLYSIGNAL"
@@ -56,7 +56,6 @@ def environment() -> dict[str, str]:
     # libstdc++ first among the others: else ASan does not find the real __cxa_throw, because Python is no C++ program.
     libraries = [runtime(name) for name in ("libasan.so", "libubsan.so", "libstdc++.so")]
     return {
-        **os.environ,
         "LD_PRELOAD": " ".join(path for path in libraries if path),
         "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1:strict_string_checks=1:detect_stack_use_after_return=1",
         "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
@@ -66,13 +65,9 @@ def environment() -> dict[str, str]:
     }
 
 
-def run(*command, cwd: Path) -> tuple[int, str]:
-    """(exit code, output) of this Python with the sanitizers in it."""
-    done = subprocess.run(
-        [sys.executable, *map(str, command)], cwd=cwd, env=environment(), stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True, errors="replace", timeout=1200,
-    )  # fmt: skip
-    return done.returncode, done.stdout
+def sanitized(*command, cwd: Path) -> str:
+    """What this Python prints with the sanitizers in it; `RuntimeError` if it fails."""
+    return run(sys.executable, *command, cwd=cwd, minutes=20, **environment())
 
 
 def main() -> None:
@@ -82,9 +77,12 @@ def main() -> None:
         (folder / "planted.cpp").write_text(OVERREAD)
         flags = ["-g", "-fsanitize=address,undefined", "-shared", "-fPIC"]
         subprocess.run(["g++", *flags, folder / "planted.cpp", "-o", folder / "planted.so"], check=True)
-        code, text = run("-c", OVERREAD_RUN, folder / "planted.so", cwd=folder)
-        if code == 0 or "awake" not in text or "heap-buffer-overflow" not in text:
-            sys.exit(f"the sanitizers are asleep: a read beyond a tensor was not reported ({code}):\n{text[-3000:]}")
+        try:
+            text = sanitized("-c", OVERREAD_RUN, folder / "planted.so", cwd=folder)
+        except RuntimeError as error:
+            text = str(error)
+        if "awake" not in text or "heap-buffer-overflow" not in text:
+            sys.exit(f"the sanitizers are asleep: a read beyond a tensor was not reported:\n{text[-3000:]}")
 
         for part in ("sapo_kernels", "tests", "benchmarks", "python"):
             shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
@@ -92,16 +90,16 @@ def main() -> None:
         built = build_native.build(folder / "build", build_native.Options(sanitize=True))
         for path in built.values():
             build_native.install(path, folder / "sapo_kernels" / path.name)
-        code, text = run("-c", "from sapo_kernels import native; print(native.__file__, native.status())", cwd=folder)
-        if code or str(folder) not in text or not all(f"'{module}': 'loaded'" in text for module in built):
+        code = "from sapo_kernels import native; print(native.__file__, native.status())"
+        text = sanitized("-c", code, cwd=folder)
+        if str(folder) not in text or not all(f"'{module}': 'loaded'" in text for module in built):
             sys.exit(f"the sanitized modules are not the ones in use:\n{text[-3000:]}")
 
         tests = [f"tests/{test}" for test in NATIVE_TESTS]
-        code, text = run(
-            "-m", "pytest", "-p", "no:cacheprovider", "--no-header", "-k", LEFT_OUT, "--durations=5", *tests, cwd=folder
-        )
-        if code or REPORT.search(text):
-            sys.exit(f"FOUND something: exit code {code}\n{text[-15_000:]}")
+        pytest = ("-m", "pytest", "-p", "no:cacheprovider", "--no-header", "-k", LEFT_OUT, "--durations=5")
+        text = sanitized(*pytest, *tests, cwd=folder)
+        if REPORT.search(text):
+            sys.exit(f"FOUND something:\n{text[-15_000:]}")
     print(f"{text.splitlines()[-1]}; nothing found in {time.monotonic() - started:.0f} s")
 
 

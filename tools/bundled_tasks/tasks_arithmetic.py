@@ -21,88 +21,48 @@ ASIDES = (
 )
 
 
-def _difference(draw: Draw) -> Numbers:
-    a = draw.between(12, 90)
-    return a, draw.between(2, a - 3)
-
-
 def _product(draw: Draw) -> Numbers:
     return draw.between(2, 12), draw.between(2, 12)
-
-
-def _quotient(draw: Draw) -> Numbers:
-    b = draw.between(2, 12)
-    return b * draw.between(2, 12), b
-
-
-def _down_up(draw: Draw) -> Numbers:
-    a = draw.between(15, 60)
-    return a, draw.between(2, a - 5), draw.between(2, 30)
-
-
-def _two_down(draw: Draw) -> Numbers:
-    b, c = draw.between(3, 25), draw.between(3, 20)
-    return b + c + draw.between(5, 40), b, c
-
-
-def _product_left(draw: Draw) -> Numbers:
-    b, c = draw.between(3, 15), draw.between(2, 8)
-    return b * c + draw.between(5, 60), b, c
-
-
-def _rows_taken(draw: Draw) -> Numbers:
-    a, b = draw.between(3, 12), draw.between(4, 12)
-    return a, b, draw.between(2, a * b - 2)
-
-
-def _leftover(draw: Draw) -> Numbers:
-    b = draw.between(4, 12)
-    return b * draw.between(2, 8) + draw.between(1, b - 1), b
-
-
-def _same_parity(draw: Draw) -> Numbers:
-    mean, half = draw.between(10, 60), draw.between(1, 8)
-    return mean - half, mean + half
-
-
-def _climb(draw: Draw) -> Numbers:
-    b = draw.between(2, 5)
-    return b + draw.between(2, 7), b, draw.between(2, 10)
-
-
-def _plates(draw: Draw) -> Numbers:
-    b, c = draw.between(2, 9), draw.between(2, 8)
-    return b + c * draw.between(2, 9), b, c
-
-
-def _double_spend(draw: Draw) -> Numbers:
-    a = draw.between(6, 40)
-    return a, draw.between(2, 2 * a - 3)
 
 
 # Kind of sum: (draw of the numbers, answer).
 KINDS: dict[str, tuple[Callable[[Draw], Numbers], Callable[..., int]]] = {
     "sum": (lambda d: (d.between(3, 60), d.between(2, 40)), lambda a, b: a + b),
-    "difference": (_difference, lambda a, b: a - b),
+    "difference": (lambda d: (a := d.between(12, 90), d.between(2, a - 3)), lambda a, b: a - b),
     "product": (_product, lambda a, b: a * b),
-    "quotient": (_quotient, lambda a, b: a // b),
-    "down and up": (_down_up, lambda a, b, c: a - b + c),
+    "quotient": (lambda d: ((b := d.between(2, 12)) * d.between(2, 12), b), lambda a, b: a // b),
+    "down and up": (
+        lambda d: (a := d.between(15, 60), d.between(2, a - 5), d.between(2, 30)),
+        lambda a, b, c: a - b + c,
+    ),
     "change": (lambda d: (d.between(2, 9), d.between(2, 5), d.pick((50, 100))), lambda a, b, c: c - a * b),
     "two products": (lambda d: tuple(d.between(2, 9) for _ in range(4)), lambda a, b, c, d: a * c + b * d),
     "three": (lambda d: (d.between(4, 30), d.between(3, 30), d.between(2, 30)), lambda a, b, c: a + b + c),
     "fence": (_product, lambda a, b: 2 * (a + b)),
     "triple": (lambda d: (d.between(3, 60),), lambda a: 3 * a),
     "half": (lambda d: (2 * d.between(3, 60),), lambda a: a // 2),
-    "less a product": (_product_left, lambda a, b, c: a - b * c),
-    "product less": (_rows_taken, lambda a, b, c: a * b - c),
+    "less a product": (
+        lambda d: ((b := d.between(3, 15)) * (c := d.between(2, 8)) + d.between(5, 60), b, c),
+        lambda a, b, c: a - b * c,
+    ),
+    "product less": (
+        lambda d: (a := d.between(3, 12), b := d.between(4, 12), d.between(2, a * b - 2)),
+        lambda a, b, c: a * b - c,
+    ),
     "legs": (_product, lambda a, b: 4 * a + 2 * b),
-    "remainder": (_leftover, lambda a, b: a % b),
-    "average": (_same_parity, lambda a, b: (a + b) // 2),
-    "two down": (_two_down, lambda a, b, c: a - b - c),
+    "remainder": (lambda d: ((b := d.between(4, 12)) * d.between(2, 8) + d.between(1, b - 1), b), lambda a, b: a % b),
+    "average": (lambda d: ((m := d.between(10, 60)) - (half := d.between(1, 8)), m + half), lambda a, b: (a + b) // 2),
+    "two down": (
+        lambda d: ((b := d.between(3, 25)) + (c := d.between(3, 20)) + d.between(5, 40), b, c),
+        lambda a, b, c: a - b - c,
+    ),
     "product and more": (lambda d: (*_product(d), d.between(2, 30)), lambda a, b, c: a * b + c),
-    "climb": (_climb, lambda a, b, c: (a - b) * c),
-    "double less": (_double_spend, lambda a, b: 2 * a - b),
-    "plates": (_plates, lambda a, b, c: (a - b) // c),
+    "climb": (lambda d: ((b := d.between(2, 5)) + d.between(2, 7), b, d.between(2, 10)), lambda a, b, c: (a - b) * c),
+    "double less": (lambda d: (a := d.between(6, 40), d.between(2, 2 * a - 3)), lambda a, b: 2 * a - b),
+    "plates": (
+        lambda d: ((b := d.between(2, 9)) + (c := d.between(2, 8)) * d.between(2, 9), b, c),
+        lambda a, b, c: (a - b) // c,
+    ),
 }
 # Kind: story. {n} and {m} are people, {he} goes with {n}, {o} are things.
 STORIES = """

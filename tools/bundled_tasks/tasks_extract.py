@@ -60,46 +60,26 @@ NAMES = listed(
 MONTHS = listed("January February March April May June July August September October November December")
 
 
+DATES = ("{d} {w}", "{w} {d}", "{d} {w} {y}", "{w} {d}, {y}", "{y}-{m:02d}-{d:02d}", "{d:02d}/{m:02d}/{y}")
+AMOUNTS = ("${w}", "${w}.{c:02d}", "€{w}.{c:02d}", "£{w}", "{w} euros", "{w} dollars")
+
+
 def _date(draw: Draw) -> str:
     """A date in one of six ways of writing it. Days stop at 28, so every date exists."""
     day, month, year = draw.between(1, 28), draw.between(1, 12), draw.between(2019, 2027)
-    word = MONTHS[month - 1]
-    return draw.pick(
-        (
-            f"{day} {word}",
-            f"{word} {day}",
-            f"{day} {word} {year}",
-            f"{word} {day}, {year}",
-            f"{year}-{month:02d}-{day:02d}",
-            f"{day:02d}/{month:02d}/{year}",
-        )
-    )
+    return draw.pick(DATES).format(d=day, w=MONTHS[month - 1], m=month, y=year)
 
 
 def _amount(draw: Draw) -> str:
     """A sum of money in one of six ways of writing it."""
     whole, cents = draw.between(5, 980), draw.between(1, 19) * 5
-    return draw.pick(
-        (
-            f"${whole}",
-            f"${whole}.{cents:02d}",
-            f"€{whole}.{cents:02d}",
-            f"£{whole}",
-            f"{whole} euros",
-            f"{whole} dollars",
-        )
-    )
+    return draw.pick(AMOUNTS).format(w=whole, c=cents)
 
 
 def make_row(draw: Draw, index: int) -> MadeRow:
     field = FIELDS[index % len(FIELDS)]
     template = draw.pick([text for text in TEMPLATES if "{" + field + "}" in text])
-    values = {
-        "city": draw.pick(CITIES),
-        "date": _date(draw),
-        "amount": _amount(draw),
-        "name": draw.pick(NAMES),
-    }
+    values = {"city": draw.pick(CITIES), "date": _date(draw), "amount": _amount(draw), "name": draw.pick(NAMES)}
     letters = "ABCDEFGHKLMNPRSTUVWXYZ"
     message = template.format(
         **values,

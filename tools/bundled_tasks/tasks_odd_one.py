@@ -23,42 +23,24 @@ NEAR = (
     ("countries", "capital cities", "languages"),
     ("months", "days of the week", "planets"),
 )
-# In no direction may one of these groups supply the odd word for the other.
-CLASH = frozenset(
-    frozenset(pair)
-    for pair in (
-        *(("colours", other) for other in ("fruit", "vegetables", "flowers", "trees", "metals", "gemstones")),
-        *(("colours", other) for other in ("spices and herbs", "drinks", "fish", "fabrics")),
-        ("trees", "fruit"),
-        ("trees", "spices and herbs"),
-        ("flowers", "spices and herbs"),
-        ("trees", "flowers"),
-        ("spices and herbs", "vegetables"),
-        ("spices and herbs", "fruit"),
-        ("road vehicles", "boats"),
-        ("boats", "sports"),
-        ("road vehicles", "sports"),
-        ("rooms", "buildings"),
-        ("kitchenware", "tools"),
-        ("stationery", "tools"),
-        ("stationery", "furniture"),
-        ("clothes", "fabrics"),
-        ("dances", "sports"),
-        ("school subjects", "sports"),
-        ("school subjects", "dances"),
-        ("musical instruments", "shapes"),
-        ("musical instruments", "metals"),
-        ("musical instruments", "fish"),
-        ("gemstones", "shapes"),
-        ("landforms", "weather"),
-        ("school subjects", "languages"),
-        ("tools", "metals"),
-        ("tools", "furniture"),
-        ("relatives", "jobs"),
-        ("drinks", "spices and herbs"),
-        ("colours", "feelings"),
-    )
-)
+# In no direction may one of these groups supply the odd word for one of the others in its line.
+CLASHES = {
+    "colours": "fruit, vegetables, flowers, trees, metals, gemstones, spices and herbs, drinks, fish, fabrics, feelings",
+    "trees": "fruit, spices and herbs, flowers",
+    "spices and herbs": "flowers, vegetables, fruit, drinks",
+    "road vehicles": "boats, sports",
+    "sports": "boats, dances, school subjects",
+    "school subjects": "dances, languages",
+    "tools": "kitchenware, stationery, metals, furniture",
+    "musical instruments": "shapes, metals, fish",
+    "furniture": "stationery",
+    "rooms": "buildings",
+    "clothes": "fabrics",
+    "gemstones": "shapes",
+    "landforms": "weather",
+    "relatives": "jobs",
+}
+CLASH = {frozenset((one, other)) for one, others in CLASHES.items() for other in others.split(", ")}
 GROUPS = {
     "fruit": "apple pear banana grape cherry mango pineapple strawberry raspberry apricot papaya melon",
     "vegetables": "carrot spinach broccoli cabbage cauliflower turnip leek parsnip radish lettuce asparagus",

@@ -5,7 +5,6 @@ same value, so the order is unique.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 from tools.bundled_tasks.common import Draw, MadeRow, TaskRecipe, listed
 
@@ -81,81 +80,53 @@ def _spans(draw: Draw, k: int) -> list[Item]:
     return [(value, f"{value // 60} hours" if value % 60 == 0 else f"{value} minutes") for value in minutes]
 
 
-class Kind(NamedTuple):
-    """A kind of item, the wordings of the rule for rising order and those for falling order."""
-
-    items: Callable[[Draw, int], list[Item]]
-    rising: tuple[str, ...]
-    falling: tuple[str, ...]
-
-
+# Kinds of item: what makes them.
 KINDS = (
-    Kind(
-        _numbers,
-        ("from the smallest number to the largest", "in increasing numerical order"),
-        ("from the largest number to the smallest", "in decreasing numerical order"),
-    ),
-    Kind(
-        lambda d, k: _words(d, k, str),
-        ("in alphabetical order", "alphabetically, from A to Z"),
-        ("in reverse alphabetical order", "alphabetically, from Z to A"),
-    ),
-    Kind(
-        lambda d, k: _words(d, k, len),
-        ("from the shortest word to the longest", "by number of letters, fewest first"),
-        ("from the longest word to the shortest", "by number of letters, most first"),
-    ),
-    Kind(
-        lambda d, k: _words(d, k, lambda w: w[-1]),
-        ("by the last letter of each word, from A to Z", "alphabetically by final letter"),
-        ("by the last letter of each word, from Z to A", "alphabetically by final letter, but backwards"),
-    ),
-    Kind(
-        _week_times,
-        ("from the earliest to the latest in a week that starts on Monday", "by day and time, Monday first"),
-        ("from the latest to the earliest in a week that starts on Monday", "by day and time, Sunday first"),
-    ),
-    Kind(
-        _places(YEAR),
-        ("as they come in the calendar year", "by month, earliest in the year first"),
-        ("backwards through the calendar year", "by month, latest in the year first"),
-    ),
-    Kind(
-        _clock,
-        ("from the earliest time of day to the latest", "by clock time, morning side first"),
-        ("from the latest time of day to the earliest", "by clock time, night side first"),
-    ),
-    Kind(
-        lambda d, k: _named(d, GOODS, d.sample(range(3, 95), k), "{0} ${1}"),
-        ("from the cheapest to the most expensive", "by price, low to high"),
-        ("from the most expensive to the cheapest", "by price, high to low"),
-    ),
-    Kind(
-        lambda d, k: _named(d, EVENTS, d.sample(range(1805, 2020), k), "{0} {1}"),
-        ("from the oldest event to the most recent", "by year, earliest first"),
-        ("from the most recent event to the oldest", "by year, latest first"),
-    ),
-    Kind(
-        lambda d, k: _named(d, TOWNS, d.sample(range(-15, 36), k), "{0} {1}°C"),
-        ("from the coldest place to the warmest", "by temperature, lowest first"),
-        ("from the warmest place to the coldest", "by temperature, highest first"),
-    ),
-    Kind(
-        _weights,
-        ("from the lightest to the heaviest", "by weight, least first"),
-        ("from the heaviest to the lightest", "by weight, greatest first"),
-    ),
-    Kind(
-        _spans,
-        ("from the shortest time span to the longest", "by duration, briefest first"),
-        ("from the longest time span to the shortest", "by duration, longest lasting first"),
-    ),
-    Kind(
-        lambda d, k: _named(d, PEOPLE, d.sample(range(4, 96), k), "{0} (age {1})"),
-        ("from the youngest person to the oldest", "by age, youngest first"),
-        ("from the oldest person to the youngest", "by age, oldest first"),
-    ),
+    _numbers,
+    lambda d, k: _words(d, k, str),
+    lambda d, k: _words(d, k, len),
+    lambda d, k: _words(d, k, lambda w: w[-1]),
+    _week_times,
+    _places(YEAR),
+    _clock,
+    lambda d, k: _named(d, GOODS, d.sample(range(3, 95), k), "{0} ${1}"),
+    lambda d, k: _named(d, EVENTS, d.sample(range(1805, 2020), k), "{0} {1}"),
+    lambda d, k: _named(d, TOWNS, d.sample(range(-15, 36), k), "{0} {1}°C"),
+    _weights,
+    _spans,
+    lambda d, k: _named(d, PEOPLE, d.sample(range(4, 96), k), "{0} (age {1})"),
 )
+# Of each kind the wordings of the rule for rising order, and below those for falling order.
+RULES = """
+from the smallest number to the largest / in increasing numerical order
+  from the largest number to the smallest / in decreasing numerical order
+in alphabetical order / alphabetically, from A to Z
+  in reverse alphabetical order / alphabetically, from Z to A
+from the shortest word to the longest / by number of letters, fewest first
+  from the longest word to the shortest / by number of letters, most first
+by the last letter of each word, from A to Z / alphabetically by final letter
+  by the last letter of each word, from Z to A / alphabetically by final letter, but backwards
+from the earliest to the latest in a week that starts on Monday / by day and time, Monday first
+  from the latest to the earliest in a week that starts on Monday / by day and time, Sunday first
+as they come in the calendar year / by month, earliest in the year first
+  backwards through the calendar year / by month, latest in the year first
+from the earliest time of day to the latest / by clock time, morning side first
+  from the latest time of day to the earliest / by clock time, night side first
+from the cheapest to the most expensive / by price, low to high
+  from the most expensive to the cheapest / by price, high to low
+from the oldest event to the most recent / by year, earliest first
+  from the most recent event to the oldest / by year, latest first
+from the coldest place to the warmest / by temperature, lowest first
+  from the warmest place to the coldest / by temperature, highest first
+from the lightest to the heaviest / by weight, least first
+  from the heaviest to the lightest / by weight, greatest first
+from the shortest time span to the longest / by duration, briefest first
+  from the longest time span to the shortest / by duration, longest lasting first
+from the youngest person to the oldest / by age, youngest first
+  from the oldest person to the youngest / by age, oldest first
+"""
+_LINES = [line.strip().split(" / ") for line in RULES.strip().splitlines()]
+RISING, FALLING = _LINES[::2], _LINES[1::2]
 LAYOUTS = (
     "Rule: {rule}\nItems: {items}",
     "Items: {items}\nRule: {rule}",
@@ -167,18 +138,16 @@ LAYOUTS = (
 
 
 def make_row(draw: Draw, index: int) -> MadeRow:
-    kind = KINDS[index % len(KINDS)]
-    items = draw.shuffled(kind.items(draw, draw.between(4, 6)))
+    kind = index % len(KINDS)
+    items = draw.shuffled(KINDS[kind](draw, draw.between(4, 6)))
     falling = draw.chance(0.5)
     ordered = sorted(items, key=lambda item: item[0], reverse=falling)
     if ordered == items:
         items = items[1:] + items[:1]
     texts = [text for _, text in items]
-    sentence = draw.pick(LAYOUTS).format(
-        rule=draw.pick(kind.falling if falling else kind.rising), items=", ".join(texts)
-    )
+    sentence = draw.pick(LAYOUTS).format(rule=draw.pick((FALLING if falling else RISING)[kind]), items=", ".join(texts))
     # Direction and given order are left out of the key: one set of items occurs once per kind.
-    return MadeRow((index % len(KINDS), frozenset(texts)), sentence, ", ".join(text for _, text in ordered))
+    return MadeRow((kind, frozenset(texts)), sentence, ", ".join(text for _, text in ordered))
 
 
 ORDER = TaskRecipe("task06_order_items", seed=606, make_row=make_row)

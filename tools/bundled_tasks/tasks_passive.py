@@ -1,95 +1,45 @@
 """Rewriting: an active sentence into the passive, with tense, negation and time expression kept."""
 
+import re
+
 from tools.bundled_tasks.common import Draw, MadeRow, TaskRecipe, listed, upper_first
 
-# A noun phrase is plural when it starts with "*". A verb is "base third-person past participle -ing".
-DOMAINS = (
-    (
-        "the cook, *the waiters, my aunt, the kitchen boy, *the bakers",
-        "wash washes washed washed washing, clean cleans cleaned cleaned cleaning, "
-        "count counts counted counted counting, buy buys bought bought buying, dry dries dried dried drying",
-        "*the plates, the big pan, *the glasses, *three bowls, the bread knife, *the silver spoons, the baking tray",
-    ),
-    (
-        "the gardener, *the neighbours, our uncle, the old farmer, *the students",
-        "plant plants planted planted planting, water waters watered watered watering, sell sells sold sold "
-        "selling, choose chooses chose chosen choosing, cover covers covered covered covering",
-        "*the roses, *the tomatoes, the young tree, *the herbs, *the white tulips, the hedge, a row of beans",
-    ),
-    (
-        "the secretary, the new manager, *the lawyers, the clerk, *two colleagues",
-        "write writes wrote written writing, sign signs signed signed signing, print prints printed printed "
-        "printing, send sends sent sent sending, copy copies copied copied copying, file files filed filed "
-        "filing",
-        "the letter, *the contracts, the monthly report, *the invoices, a short memo, *the minutes of the meeting",
-    ),
-    (
-        "the teacher, *the pupils, the head of the school, *the trainees, my sister",
-        "draw draws drew drawn drawing, explain explains explained explained explaining, "
-        "check checks checked checked checking, discuss discusses discussed discussed discussing, "
-        "present presents presented presented presenting",
-        "the map, *the results, the experiment, *the diagrams, the new timetable, *both exercises, a simple graph",
-    ),
-    (
-        "the mechanic, *the engineers, the apprentice, my grandfather, *the twins",
-        "repair repairs repaired repaired repairing, test tests tested tested testing, build builds built "
-        "built building, paint paints painted painted painting, move moves moved moved moving",
-        "the engine, *the bicycles, the wooden cart, *the pumps, the red tractor, *two old motors, the garage door",
-    ),
-    (
-        "the scientist, *the researchers, the lab assistant, the professor, *the visitors",
-        "measure measures measured measured measuring, describe describes described described describing, "
-        "find finds found found finding, examine examines examined examined examining, "
-        "label labels labelled labelled labelling, weigh weighs weighed weighed weighing",
-        "*the crystals, *the samples, the strange fossil, *the shells, a rare mineral, *the seeds, the meteorite",
-    ),
-    (
-        "the director, *the actors, the young singer, *the reporters, the camera crew",
-        "film films filmed filmed filming, praise praises praised praised praising, edit edits edited "
-        "edited editing, choose chooses chose chosen choosing, show shows showed shown showing",
-        "the final scene, *the interviews, the opening song, *the first episodes, a short film, *the street scenes",
-    ),
-    (
-        "the shepherd, *the children, the vet, the farmer's wife, *the helpers",
-        "feed feeds fed fed feeding, catch catches caught caught catching, hide hides hid hidden hiding, "
-        "wash washes washed washed washing, watch watches watched watched watching, lead leads led led "
-        "leading",
-        "the goat, *the lambs, the brown horse, *the ducks, the calf, *two donkeys, *the young dogs",
-    ),
-    (
-        "the librarian, *the volunteers, the collector, *the readers, a retired judge",
-        "sort sorts sorted sorted sorting, borrow borrows borrowed borrowed borrowing, "
-        "return returns returned returned returning, scan scans scanned scanned scanning, "
-        "lose loses lost lost losing, steal steals stole stolen stealing",
-        "the atlas, *the novels, the old dictionary, *the letters, a thick diary, *the magazines, the first volume",
-    ),
-    (
-        "the museum guide, *the curators, the painter, the guard, *the tourists",
-        "photograph photographs photographed photographed photographing, clean cleans cleaned cleaned "
-        "cleaning, hang hangs hung hung hanging, admire admires admired admired admiring, restore restores "
-        "restored restored restoring, take takes took taken taking",
-        "the portrait, *the masks, the golden mirror, *the drawings, a small landscape, *four posters, the tapestry",
-    ),
-    (
-        "the tailor, *the designers, the shop owner, *the customers, my cousin",
-        "sew sews sewed sewn sewing, iron irons ironed ironed ironing, fold folds folded folded folding, "
-        "wear wears wore worn wearing, mend mends mended mended mending, buy buys bought bought buying",
-        "the dress, *the shirts, the grey coat, *the curtains, a silk scarf, *the uniforms, the wedding gown",
-    ),
-    (
-        "the postman, *the drivers, the captain, *the sailors, the night porter",
-        "deliver delivers delivered delivered delivering, load loads loaded loaded loading, "
-        "bring brings brought brought bringing, open opens opened opened opening, "
-        "drop drops dropped dropped dropping, forget forgets forgot forgotten forgetting",
-        "the parcel, *the crates, the heavy trunk, *the suitcases, a wooden box, *the mail bags, the blue container",
-    ),
-    (
-        "the programmer, *the testers, the team leader, *the analysts, the intern",
-        "update updates updated updated updating, delete deletes deleted deleted deleting, "
-        "design designs designed designed designing, break breaks broke broken breaking, "
-        "rewrite rewrites rewrote rewritten rewriting, review reviews reviewed reviewed reviewing",
-        "the website, *the scripts, the main menu, *the log files, a search tool, *both databases, the login page",
-    ),
+# Who does it | what | to whom. A noun phrase is plural when it starts with "*".
+DOMAINS = """
+the cook, *the waiters, my aunt, the kitchen boy, *the bakers | wash clean count buy dry | *the plates, the big pan,
+  *the glasses, *three bowls, the bread knife, *the silver spoons, the baking tray
+the gardener, *the neighbours, our uncle, the old farmer, *the students | plant water sell choose cover | *the roses,
+  *the tomatoes, the young tree, *the herbs, *the white tulips, the hedge, a row of beans
+the secretary, the new manager, *the lawyers, the clerk, *two colleagues | write sign print send copy file | the
+  letter, *the contracts, the monthly report, *the invoices, a short memo, *the minutes of the meeting
+the teacher, *the pupils, the head of the school, *the trainees, my sister | draw explain check discuss present | the
+  map, *the results, the experiment, *the diagrams, the new timetable, *both exercises, a simple graph
+the mechanic, *the engineers, the apprentice, my grandfather, *the twins | repair test build paint move | the engine,
+  *the bicycles, the wooden cart, *the pumps, the red tractor, *two old motors, the garage door
+the scientist, *the researchers, the lab assistant, the professor, *the visitors | measure describe find examine label
+  weigh | *the crystals, *the samples, the strange fossil, *the shells, a rare mineral, *the seeds, the meteorite
+the director, *the actors, the young singer, *the reporters, the camera crew | film praise edit choose show | the
+  final scene, *the interviews, the opening song, *the first episodes, a short film, *the street scenes
+the shepherd, *the children, the vet, the farmer's wife, *the helpers | feed catch hide wash watch lead | the goat,
+  *the lambs, the brown horse, *the ducks, the calf, *two donkeys, *the young dogs
+the librarian, *the volunteers, the collector, *the readers, a retired judge | sort borrow return scan lose steal |
+  the atlas, *the novels, the old dictionary, *the letters, a thick diary, *the magazines, the first volume
+the museum guide, *the curators, the painter, the guard, *the tourists | photograph clean hang admire restore take |
+  the portrait, *the masks, the golden mirror, *the drawings, a small landscape, *four posters, the tapestry
+the tailor, *the designers, the shop owner, *the customers, my cousin | sew iron fold wear mend buy | the dress, *the
+  shirts, the grey coat, *the curtains, a silk scarf, *the uniforms, the wedding gown
+the postman, *the drivers, the captain, *the sailors, the night porter | deliver load bring open drop forget | the
+  parcel, *the crates, the heavy trunk, *the suitcases, a wooden box, *the mail bags, the blue container
+the programmer, *the testers, the team leader, *the analysts, the intern | update delete design break rewrite review |
+  the website, *the scripts, the main menu, *the log files, a search tool, *both databases, the login page
+"""
+# Base, past, participle; -ing where a consonant is doubled.
+IRREGULAR = listed(
+    "buy bought bought, sell sold sold, choose chose chosen, write wrote written, send sent sent, draw drew drawn, "
+    "build built built, find found found, label labelled labelled labelling, show showed shown, feed fed fed, "
+    "catch caught caught, hide hid hidden, lead led led, scan scanned scanned scanning, lose lost lost, "
+    "steal stole stolen, hang hung hung, take took taken, sew sewed sewn, wear wore worn, bring brought brought, "
+    "drop dropped dropped dropping, forget forgot forgotten forgetting, break broke broken, rewrite rewrote rewritten"
 )
 # Subjects that fit everywhere: (as subject, after "by", plural).
 PEOPLE = (
@@ -113,12 +63,7 @@ TIMES = {
     "was -ing": ("at that time", "at noon", "when it started to rain"),
     "is -ing": ("right now", "at the moment", "today"),
 }
-TIMES |= {
-    "can": TIMES["future"],
-    "should": TIMES["must"],
-    "did not": TIMES["past"],
-    "will not": TIMES["future"],
-}
+TIMES |= {"can": TIMES["future"], "should": TIMES["must"], "did not": TIMES["past"], "will not": TIMES["future"]}
 
 
 def _split(phrases: str) -> list[tuple[str, bool]]:
@@ -126,14 +71,24 @@ def _split(phrases: str) -> list[tuple[str, bool]]:
     return [(phrase.lstrip("*"), phrase.startswith("*")) for phrase in phrases.split(", ")]
 
 
-PARSED = tuple(
-    (
-        [(phrase, phrase, plural) for phrase, plural in _split(subjects)],
-        [tuple(verb.split(" ")) for verb in verbs.split(", ")],
-        _split(objects),
-    )
-    for subjects, verbs, objects in DOMAINS
-)
+def _forms(verb: str) -> tuple[str, ...]:
+    """Base, third person, past, participle, -ing."""
+    stem = verb.removesuffix("e")
+    third, past = verb + ("es" if verb.endswith(("s", "sh", "ch", "x")) else "s"), stem + "ed"
+    if verb.endswith("y") and verb[-2] not in "aeiou":
+        third, past = verb[:-1] + "ies", verb[:-1] + "ied"
+    given = next((words.split()[1:] for words in IRREGULAR if words.split()[0] == verb), [past, past])
+    return verb, third, given[0], given[1], given[2] if len(given) > 2 else stem + "ing"
+
+
+PARSED = []
+for _domain in re.split(r"\n(?=\S)", DOMAINS.strip()):
+    _subjects, _verbs, _objects = " ".join(_domain.split()).split(" | ")
+    PARSED.append((
+        [(phrase, phrase, plural) for phrase, plural in _split(_subjects)],
+        [_forms(verb) for verb in _verbs.split()],
+        _split(_objects),
+    ))  # fmt: skip
 
 
 def _verb_phrases(tense: str, verb: tuple[str, ...], plural: bool, object_plural: bool) -> tuple[str, str]:

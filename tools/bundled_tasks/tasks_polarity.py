@@ -96,16 +96,8 @@ def make_row(draw: Draw, index: int) -> MadeRow:
     for before, sign, clause in zip(signs, signs[1:], clauses[1:], strict=False):
         join = draw.pick(JOIN_SAME if before == sign else JOIN_CONTRAST)
         body += join + (upper_first(clause) if join == ". " else clause)
-    fill = {
-        "item": item,
-        "body": body,
-        "when": draw.pick(WHEN),
-        "span": draw.pick(SPAN),
-        "place_name": draw.pick(PLACE_NAME),
-        "often": draw.pick(OFTEN),
-        "person": draw.pick(PERSON),
-        "colour": draw.pick(COLOUR),
-    }
+    drawn = {"when": WHEN, "span": SPAN, "place_name": PLACE_NAME, "often": OFTEN, "person": PERSON, "colour": COLOUR}
+    fill = {"item": item, "body": body, **{name: draw.pick(values) for name, values in drawn.items()}}
     fill["place"] = "from " + fill["place_name"]
     fill |= {name.capitalize(): upper_first(value) for name, value in fill.items()}
     # The key leaves out the product and the layout: a set of clauses occurs in one note only.

@@ -1,7 +1,6 @@
 """Train a tiny base.
 
 python -m tools.tiny_base --preset default --out DIR   # the shipped one again
-python -m tools.tiny_base --preset large --out DIR     # a larger one, on a GPU, for --model DIR
 """
 
 from __future__ import annotations

@@ -34,6 +34,4 @@ PRESETS = {
     "default": Preset(128, 4, 4, 352, 2048, steps=3000, batch=24, learning_rate=3e-3),
     # Seconds; for tests of the script.
     "toy": Preset(32, 1, 2, 64, 384, steps=6, batch=4, learning_rate=3e-3, max_tokens=512),
-    # For a GPU.
-    "large": Preset(256, 8, 8, 704, 4096, steps=20000, batch=64, learning_rate=1.5e-3),
 }
