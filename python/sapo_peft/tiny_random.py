@@ -1,6 +1,6 @@
 """A small random Qwen3-shaped model and a byte-level tokenizer, made on the spot: no hub, no files, no GPU.
 
-They make every road of the package runnable anywhere. The weights are random, so the losses say nothing about
+They make every path through the package runnable anywhere. The weights are random, so the losses say nothing about
 which prompt is good.
 """
 

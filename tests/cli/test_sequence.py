@@ -71,7 +71,7 @@ def test_a_file_with_options_of_the_run_and_of_the_trainer(tiny, sapo, tmp_path)
         (("--tasks", "task02"), ["exact name 'task02'"]),
         (("--tasks", "a", "--order", "b"), ["--order, --tasks: expected one of them, got both"]),
         (("--data", BUNDLED_DIR), ["--order: expected the name of an order"]),
-        (("--data", "/nowhere", "--order", "a"), ["/nowhere: ", "a folder with tasks, got no such folder"]),
+        (("--data", "/nowhere", "--order", "a"), ["/nowhere: expected an order in CL_configs/order, got 'a'"]),
         (("--epochs", "0"), ["'epochs': ", "greater than 0"]),
         (("--train-examples", "x"), ["--train-examples"]),
         (("--policy", "best"), ["--policy"]),

@@ -92,6 +92,19 @@ def test_a_store_of_something_else_is_refused_before_anything_is_asked(tmp_path)
     assert PromptPool.read(tmp_path / "u.json").prompts == ("Say yes or no", "a yes no")
 
 
+def test_a_file_that_is_resumed_gives_what_one_run_gives(tmp_path):
+    """It offers all it holds again: what was taken from it before is no repetition, what it has twice is one."""
+    texts = ["A", "B", "Original", "A", "C", "bad\x07", "D", "B", "E"]
+    source = FileSource(put(tmp_path / "more.json", texts))
+    pool = PromptPool.build("t", "Original", ["C"])
+    expected = gather(pool, source, 4)
+    assert len(expected.rejected) == 4
+    for count in (1, 2, 3):
+        store = tmp_path / f"{count}.json"
+        gather(pool, source, count, store=store)
+        assert gather(pool, source, 4, store=store) == expected, count
+
+
 def test_too_few(caplog):
     def script():
         return Scripted(["a yes no", Answer((), "script", "why not")], [SourceError("it is gone")])

@@ -127,11 +127,11 @@ def _comparison(results: dict[str, Any], width: int) -> str:
         lines.append(f"  {cut(choice['prompt'], width - 2)}")
     body = []
     for policy, result in results.items():
-        losses = result.matrix("loss")
-        last = len(losses) - 1
-        learnt = [losses[i + 1][i] for i in range(last)]
-        lost = sum(losses[last][i] - learnt[i] for i in range(last - 1)) / max(1, last - 1)
-        body.append([f"{sum(learnt) / last:.3f}", f"{sum(losses[last]) / last:.3f}", f"{lost:+.3f}", policy])
+        found = result.metrics["loss"]
+        learnt = [row[i] for i, row in enumerate(found["R"][1:])]
+        body.append(
+            [f"{sum(learnt) / len(learnt):.3f}", f"{found['AP']:.3f}", f"{found['BWT_last']:+.3f}", policy]
+        )  # fmt: skip
     head = ["after own task", "at the end", "forgotten", "prompts (loss in nats a token, means over tasks)"]
     lines.append(table(head, body, width))
     lines.append(f"One seed and {len(body)} short runs: docs/effect.md has the experiment.")

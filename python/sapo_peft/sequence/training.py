@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import random
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -104,19 +102,6 @@ class _Policy(TrainerCallback):
         return 0
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No line for every switch, unless somebody set the log's level: the run has its own report."""
-    logger = logging.getLogger("sapo_peft")
-    level = logger.level
-    if level == logging.NOTSET:
-        logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
 def steps_of(task: SequenceTask, config: SequenceConfig) -> int:
     """Optimizer steps of one task, as the trainer counts them."""
     if config.max_steps is not None:
@@ -161,9 +146,10 @@ def train_task(
         policy = _Policy(callback, task, index, config, tick)
         trainer.add_callback(policy)
         started = time.perf_counter()
-        with _quiet():
-            trainer.train()
-            callback.check_finite()
+        # The run has its own report.
+        callback.quiet = True
+        trainer.train()
+        callback.check_finite()
         adapters.settle()
         seconds = time.perf_counter() - started - callback.score_seconds
     losses, penalties = _windows(trainer.parts, config.logging_steps)

@@ -39,6 +39,7 @@ class SapoCallback(TrainerCallback):
         history: the scorings of this run so far, the newest last; of a resumed run at least the newest 1,000.
         switches: how often a prompt took another's place in this run.
         scorings, score_seconds: of this call of ``train()``: scorings, and the time they took.
+        quiet: no line for a switch or at the end.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class SapoCallback(TrainerCallback):
         # which would free the queues of persistent workers before the workers are told to end.
         self._trainer = weakref.ref(trainer)
         self.collator, self.choice, self.rescorer, self.config = collator, collator.choice, rescorer, config
-        self.packing = Packing(config.packing, config.train_max_tokens)
+        self.packing, self.quiet = Packing(config.packing, config.train_max_tokens), False
         self._render(now)
         self._begin_anew()
 
@@ -238,7 +239,7 @@ class SapoCallback(TrainerCallback):
         self.trainer.control.should_log = intended
 
     def _say(self, line: str) -> None:
-        if self.trainer.is_world_process_zero():
+        if not self.quiet and self.trainer.is_world_process_zero():
             _ranks.say(line)
 
     def _log_overhead(self) -> None:
