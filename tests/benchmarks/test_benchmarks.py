@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import os
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -200,6 +203,15 @@ def test_the_command_runs_an_operation_and_writes_its_rows(tmp_path):
     assert run_benchmarks(["--size", "toy", "--only", "planner", "--minutes", "1", "--out", str(tmp_path)]) == 0
     rows = read_rows(tmp_path / "planner.csv")
     assert {r.provider for r in rows} >= {"numpy"} and all(r.case.startswith("toy ") for r in rows)
+
+
+def test_the_cases_run_under_pytest_benchmark():
+    command = [sys.executable, "-m", "pytest", "benchmarks/bench_ops.py", "-q", "-k", "accumulate"]
+    done = subprocess.run(
+        command, cwd=RESULTS.parents[1], env={**os.environ, "SAPO_BENCH": "toy"}, capture_output=True, text=True,
+        timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0 and "accumulate" in done.stdout and "Min" in done.stdout, done.stdout[-2000:]
 
 
 def test_toy_figures_do_not_get_among_the_results(capsys):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shutil
 import sys
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,18 @@ from typing import Any
 from ..locks import alone
 from ..terminal import log_on_stderr, plain, say_notes
 
+# What neither `SapoConfig` nor `TrainingArguments` refuses by itself.
+_COUNT = ("a whole number of at least 1", lambda value: value >= 1)
+_RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(("examples", "per_device_train_batch_size", "gradient_accumulation_steps", "lora_r", "lora_alpha",
+                     "logging_steps", "save_steps", "early_stopping_patience"), _COUNT),
+    "max_steps": ("a whole number of at least 1", lambda value: value == -1 or value >= 1),
+    "dataloader_num_workers": ("a whole number of at least 0", lambda value: value >= 0),
+    "seed": ("a whole number from 0 to 2**32 - 1", lambda value: 0 <= value < 2**32),
+    "num_train_epochs": ("a number above 0", lambda value: 0 < value < math.inf),
+    "learning_rate": ("a number of at least 0", lambda value: 0 <= value < math.inf),
+    "lora_dropout": ("a number of at least 0 and below 1", lambda value: 0 <= value < 1),
+}  # fmt: skip
 HELP = "fine-tune a LoRA adapter on the chosen prompt"
 _EPILOG = """\
 A YAML file given with --config holds the same options by their long names (max-steps: 100); options on the
@@ -69,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _options(words: list[str]) -> dict[str, Any]:
-    """Every option by its name."""
+    """Every option by its name; those with a rule keep it."""
     from .options import OptionParser
     from .train_options import DataArguments, LoraArguments, ModelArguments, SapoArguments, TrainArguments
 
@@ -77,6 +91,9 @@ def _options(words: list[str]) -> dict[str, Any]:
     usage = "sapo train --data DATA --prompts PROMPTS --output DIR [--config YAML] [options]"
     parser = OptionParser(kinds, prog="sapo train", usage=usage, description=__doc__, epilog=_EPILOG)
     options = parser.read(words)
+    for name, (expected, holds) in _RULES.items():
+        if options[name] is not None and not holds(options[name]):
+            raise ValueError(f"--{name.replace('_', '-')}: expected {expected}, got {options[name]}")
     for name, needed in (("data", "one"), ("output_dir", "a folder"),
                          ("prompts", "a file with at least the original instruction")):  # fmt: skip
         if options[name] is None:
