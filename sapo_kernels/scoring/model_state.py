@@ -10,6 +10,8 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from .model_support import quantises_at_once
+
 BUSY = "this model is being scored by another thread; it cannot be used until that ends"
 
 
@@ -95,14 +97,14 @@ def scoring_mode(model: nn.Module):
 
 
 @contextlib.contextmanager
-def rope_kept(inner: nn.Module):
-    """Rotary tables as they are now: yields a function that puts them back, and puts them back after the block.
+def forwards_undone(inner: nn.Module):
+    """What forwards leave in a model is as it is now: yields a function that puts it back, and does so after the block.
 
-    Those of type "dynamic" grow with the longest sequence the model has seen: a score must neither depend on what was
-    scored before it nor change what the model computes afterwards.
+    Rotary tables of type "dynamic" grow with the longest sequence the model has seen, observers of a quantisation go on
+    observing: a score must neither depend on what was scored before it nor change what the model computes afterwards.
     """
-    tables = [m for m in inner.modules() if any(name.endswith("max_seq_len_cached") for name in vars(m))]
-    with state_kept(tables) as put_back:
+    grows = lambda module: any(name.endswith("max_seq_len_cached") for name in vars(module))
+    with state_kept([m for m in inner.modules() if grows(m) or quantises_at_once(m)]) as put_back:
         yield put_back
 
 

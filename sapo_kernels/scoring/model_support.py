@@ -87,6 +87,8 @@ def vocabulary_size(inner: nn.Module) -> int:
 
 def fastest_path(model: nn.Module, inner: nn.Module, longest: int) -> tuple[str, str | None]:
     """(the fastest path, see paths.py, that sequences of up to `longest` tokens may take; why not a faster one)."""
+    if name := next((name for name, module in inner.named_modules() if quantises_at_once(module)), None):
+        return "alone", f"{name!r} quantises all activations of a forward by one scale"
     if reason := length_dependent(inner, longest):
         return "equal", reason
     if padding_matters(inner):
@@ -129,6 +131,11 @@ def length_dependent(inner: nn.Module, longest: int) -> str | None:
         if any(name in kind for name in ROPE_BY_LENGTH) and longest >= max(original, 1):
             return f"rope type {kind!r} with sequences of {longest} tokens, {original} originally"
     return None
+
+
+def quantises_at_once(module: nn.Module) -> bool:
+    """Whether a module of torch.ao looks at all tokens of its forward for one scale, or may keep what it has seen."""
+    return type(module).__module__.startswith(("torch.ao.nn.", "torch.ao.quantization."))
 
 
 def padding_matters(inner: nn.Module) -> bool:

@@ -54,7 +54,7 @@ class Paths:
         self.cache, self.progress, self.max_tokens, self.fuse = cache, progress, max_tokens, fuse
         self.op_impl = impl if impl in OP_IMPL else "auto"
         self.device = model_support.input_device(self.inner)
-        self.put_rope_back: Callable[[], None] = lambda: None
+        self.put_back: Callable[[], None] = lambda: None
         self.look_up()
 
     def look_up(self) -> None:
@@ -164,7 +164,7 @@ class Paths:
             while waiting:
                 cells = waiting.pop()
                 batch = padded_batch(self.cache, cells, checks)
-                self.put_rope_back()
+                self.put_back()
                 logprob = _unless_out_of_memory(lambda batch=batch: run_padded(self.model, reader, batch, self.device))
                 if logprob is None:
                     if len(cells) == 1:
@@ -189,7 +189,7 @@ class Paths:
         cells = [*by_cell, *(cell for cell in np.unique(first).tolist() if cell not in by_cell)]
         with Progress(len(lengths), int(lengths.sum()), None, self.progress) as bar:
             for cell in cells:
-                self.put_rope_back()
+                self.put_back()
                 found = _unless_out_of_memory(lambda cell=cell: plain.score(self.cache, cell))
                 if found is None:
                     name = self.cache.cell_name(cell)

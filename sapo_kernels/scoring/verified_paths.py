@@ -29,9 +29,9 @@ from .model_state import (
     Unrecoverable,
     claimed,
     compilation_off,
+    forwards_undone,
     is_out_of_memory,
     only_this_thread,
-    rope_kept,
     scoring_mode,
 )
 from .paths import ALONE, EQUAL, PADDED, PATHS, TREE, Paths, most_batched
@@ -39,7 +39,7 @@ from .verification import UNMEASURED, Check, Disagreement, PlainModel, chosen_ce
 
 logger = logging.getLogger("sapo_kernels")
 
-# Cells from which on a second one is verified: at most one in ten.
+# Cells from which on a second one is verified, at most one in ten; of fewer where there is more than one pass.
 TWO_CHECKS = 20
 # How many passes have their ends verified where unknown code is packed because the caller insists.
 VERIFIED_PASSES = 4
@@ -55,7 +55,8 @@ _SPOKEN = {PADDED: "by the padded path", EQUAL: "each sequence without padding",
 class Settled:
     """What is known of a model as one fingerprint has it: the path that agreed, why not a faster one, its noise.
 
-    length: tokens of the longest sequence that was verified, for a race's later rounds.
+    For a race's later rounds: length, tokens of the longest sequence that was verified; cells, how many were scored up
+    to the latest round with a check, and since, how many after it.
     """
 
     path: str
@@ -63,6 +64,8 @@ class Settled:
     through_model: bool
     noise: tuple[float, float] | None
     length: int = 0
+    cells: int = 0
+    since: int = 0
 
     @property
     def name(self) -> str:
@@ -109,7 +112,7 @@ class VerifiedPaths(Paths):
             claimed(self.inner),
             scoring_mode(self.model),
             compilation_off(),
-            rope_kept(self.inner) as self.put_rope_back,
+            forwards_undone(self.inner) as self.put_back,
         ):
             self.configs = configurations(self.model)
             self._look(self._fingerprint())
@@ -126,18 +129,23 @@ class VerifiedPaths(Paths):
 
     def measure(self) -> Measured:
         """Score all cells, by the first path that agrees with the plain model; inside `prepared`."""
-        self.put_rope_back()
+        self.put_back()
         if (now := self._fingerprint()) != self.during:  # changed since the call began, by who watches the progress
             self.look_up()
             self._look(now)
             self.during, self.settled = now, None
         one = self.settled
         # Batches of other rounds have other company: only the tree is taken at its word for shorter sequences.
-        if one is not None and one.path == TREE and self.longest <= one.length:
+        # One of their cells is verified now and then, whenever twice as many have been scored.
+        if one is not None and one.path == TREE and self.longest <= one.length and one.since < one.cells:
             self.through_model = one.through_model
+            one.since += len(self.cache.lengths)
             return Measured(*self.attempt(TREE, [], self.plain), one, {})
         known = _known.setdefault(self.inner, {})
         found, lasting = self._first_that_agrees(one or known.get(self.key), self.foreign, self.plain)
+        if one is not None and found.settled.path == one.path:
+            found.settled.length = max(one.length, self.longest)
+            found.settled.cells += one.cells + one.since
         self.settled = found.settled
         if lasting:
             while len(known) >= REMEMBERED:
@@ -165,7 +173,8 @@ class VerifiedPaths(Paths):
             self._say(path, reason)
             found, problem = self._try(path, checks, plain)
             if found is not None:
-                settled = Settled(path, reason, self.through_model, checks[0].noise, length=self.longest)
+                cells, noise = len(self.cache.lengths), checks[0].noise
+                settled = Settled(path, reason, self.through_model, noise, self.longest, cells)
                 verified = {self.cache.cell_name(check.cell): check.worst for check in checks}
                 return Measured(*found, settled, verified), lasting
             # What failed may have been a passing fault.
@@ -223,7 +232,9 @@ class VerifiedPaths(Paths):
             return [longest, shortest]
         # In front of every other sequence a cell has the same place in the pass as alone, and shows no neighbour.
         first, last = self.cache.extremes
-        if longest == first or (before is None and len(self.cache.lengths) >= TWO_CHECKS):
+        if before is not None and before is self.settled and self.longest <= before.length:
+            return [last]
+        if longest == first or (before is None and self._large()):
             cells = [longest, last if last != longest else shortest]
         else:
             cells = [longest]
@@ -236,6 +247,9 @@ class VerifiedPaths(Paths):
         tokens = [token for step in passes for token in (step.start, step.stop - 1)]
         return [*cells, shortest, *order[np.searchsorted(plan.trie.leaf[order], tokens)].tolist()]
 
+    def _large(self) -> bool:
+        return len(self.cache.lengths) >= TWO_CHECKS or len(self.cache.plan(self._budget()).passes) > 1
+
     def _checks(self, checks: list[Check], cells: list[int], before: Settled | None, plain: PlainModel) -> list[Check]:
         """`checks` and those of more cells; of others too as long as no cell's loss is finite."""
         reader, found = self.reader(), {check.cell: check for check in checks}
@@ -244,9 +258,9 @@ class VerifiedPaths(Paths):
             cell = int(self.cache.first_equal[cell])
             if cell in found or (cell not in cells and any(check.finite for check in found.values())):
                 continue
-            self.put_rope_back()
+            self.put_back()
             found[cell] = plain.check(self.cache, cell, reader, noise)
-        self.put_rope_back()
+        self.put_back()
         return list(found.values())
 
     def attempt(self, path: str, checks: Sequence[Check], plain: PlainModel) -> tuple[np.ndarray, int]:

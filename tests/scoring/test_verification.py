@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import sapo_kernels as sk
-from sapo_kernels.scoring import fingerprint, foreign_code, paths, score, verification, verified_paths
+from sapo_kernels.scoring import decoder, fingerprint, foreign_code, paths, score, verification, verified_paths
 from sapo_kernels.widened import Widened
 from tests.families import TOLERANCE, build, cells, per_token_error, plain_nll
 from tests.scoring.test_zoo import cache, many
@@ -98,6 +98,44 @@ def test_a_race_verifies_its_first_round_and_whatever_is_longer(plain_forwards):
     assert scores.stats["verified"] and len(plain_forwards) == len(scores.stats["verified"])
     longest = np.where(scores.scored.flatten().numpy(), job.lengths, 0).argmax()
     assert job.cell_name(int(longest)) in scores.stats["verified"]
+
+
+def test_later_rounds_of_a_race_are_verified_now_and_then(monkeypatch):
+    """Whenever twice as many cells have been scored; what does not agree there starts the race over."""
+    contexts = [[[3 + k, 20, 21, 30 + m, 31, 32 + k] for m in range(40)] for k in range(3)]
+    job = sk.ResponseCache.from_token_ids(contexts, [[[7, 8]] * 40] * 3)
+    model, race = build("llama"), sk.Race(delta=0, first=2, growth=1.5)
+    plain = plain_nll(model, job)
+    scores = sk.score_prompts(model, job, race=race)
+    assert scores.stats["path"] == "tree" and 4 <= len(scores.stats["verified"]) <= len(scores.race.rounds)
+    run, passes = decoder.TreeRunner.run, []
+
+    def wrong_after_the_first(self, step, checks):
+        passes.append(step)
+        return run(self, step, checks) + (0.1 if len(passes) > 1 else 0.0)
+
+    monkeypatch.setattr(paths.TreeRunner, "run", wrong_after_the_first)
+    scores = sk.score_prompts(build("llama"), job, race=race)
+    assert len(passes) > 1 and scores.stats["path"] == "padded"
+    assert per_token_error(scores, plain) < TOLERANCE
+
+
+def test_activations_that_are_quantised_together_are_scored_alone(cache):
+    model = build("llama")
+    quantised = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear})
+    scores = sk.score_prompts(quantised, cache, max_tokens=64)
+    assert scores.stats["path"] == "alone" and "by one scale" in scores.stats["reason"]
+    assert per_token_error(scores, plain_nll(quantised, cache)) < TOLERANCE
+
+
+def test_observers_of_a_quantisation_see_no_scoring(cache):
+    model, observer = build("llama"), torch.ao.quantization.FakeQuantize()
+    model.model.layers[0].mlp.up_proj = torch.nn.Sequential(model.model.layers[0].mlp.up_proj, observer)
+    model(torch.arange(3, 20)[None])
+    before = copy.deepcopy(observer.state_dict())
+    scores = sk.score_prompts(model, cache, max_tokens=64)
+    assert all(torch.equal(value, before[name]) for name, value in observer.state_dict().items())
+    assert scores.stats["path"] == "alone" and scores.nll.isfinite().all()
 
 
 def test_a_model_that_changes_between_the_rounds_of_a_race_is_looked_at_again():
