@@ -203,7 +203,11 @@ class TrieAttention:
             self._set(self._switched)
             yield
         finally:
-            self._set(before)
+            try:
+                self._set(before)
+            finally:
+                # Once more where Ctrl-C came between two of them.
+                self._set(before)
             for config in self.configs:
                 _own.pop(id(config), None)
 
