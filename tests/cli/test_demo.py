@@ -26,6 +26,9 @@ def test_demo_prints_a_comparison_and_a_report(tmp_path, small, capsys):
     assert f"Report: {folder / 'report.html'}" in out and (folder / "report.html").stat().st_size > 10_000
     assert all(line in out for line in ("Race of 21 prompts on 2 examples", "random", "forgotten", *demo_command.TASKS))
     found = json.loads((folder / "tiny-base-sapo" / "results.json").read_text())["metrics"]["loss"]
+    other = json.loads((folder / "tiny-base-original" / "results.json").read_text())["metrics"]["loss"]
+    word = "lower" if found["AP"] < other["AP"] else "higher"
+    assert f"the loss at the end is {abs(found['AP'] - other['AP']):.3f} {word} than with the original" in out
     (row,) = [line.split() for line in out.splitlines() if line.endswith(" sapo")]
     assert row[1] == f"{found['AP']:.3f}" and row[2] == f"{found['BWT_last']:+.3f}"
     before = (folder / "tiny-base-sapo" / "results.json").read_bytes()

@@ -119,20 +119,26 @@ def _race(pair: Any, task: Any, examples: int, width: int) -> str:
 
 
 def _comparison(results: dict[str, Any], width: int) -> str:
-    """The prompts that were chosen, and what each policy ends with."""
+    """The prompts that were chosen, what each policy ends with, and one sentence."""
     lines = []
     for choice in results["sapo"].choices:
         before = f"{choice['loss']:.2f} nats a token before training, the original {choice['original_loss']:.2f}"
         lines.append(f"{choice['task']}: prompt {choice['index']} of {choice['prompts']}, {before}")
         lines.append(f"  {cut(choice['prompt'], width - 2)}")
-    body = []
+    body, ends = [], {}
     for policy, result in results.items():
         found = result.metrics["loss"]
         learnt = [row[i] for i, row in enumerate(found["R"][1:])]
+        ends[policy] = found["AP"]
         body.append(
             [f"{sum(learnt) / len(learnt):.3f}", f"{found['AP']:.3f}", f"{found['BWT_last']:+.3f}", policy]
         )  # fmt: skip
     head = ["after own task", "at the end", "forgotten", "prompts (loss in nats a token, means over tasks)"]
     lines.append(table(head, body, width))
-    lines.append(f"One seed and {len(body)} short runs: docs/effect.md has the experiment.")
+    said = [f"{abs(ends['sapo'] - ends[p]):.3f} {'lower' if ends['sapo'] < ends[p] else 'higher'} than with {text}"
+            for p, text in (("original", "the original"), ("random", "a random one"))]  # fmt: skip
+    lines.append(
+        f"With SAPO's prompts the loss at the end is {said[0]} and {said[1]}. One seed and {len(body)} short runs: "
+        "docs/effect.md has the experiment."
+    )
     return "\n".join(lines)
