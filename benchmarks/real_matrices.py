@@ -22,7 +22,6 @@ import torch
 
 import sapo_kernels as sk
 from sapo_kernels.files import atomic_write
-from sapo_kernels.training.trie_batch import padded_rows
 
 from .workload import Task, cut, load_pretrained, load_tasks
 
@@ -50,7 +49,7 @@ def tune(model, cache: sk.ResponseCache, prompt: int = 0):
     rows = list(zip(cache.contexts[prompt], cache.responses[prompt], strict=True))
     for step in range(STEPS):
         batch = [rows[(step * BATCH + i) % len(rows)] for i in range(BATCH)]
-        model(**padded_rows(batch), use_cache=False).loss.backward()
+        (-sk.tree_logprobs(model, sk.TrieBatch.pack(*zip(*batch, strict=True))).mean()).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -100,12 +100,12 @@ py::dict plan(const py::object& ids, const py::object& offsets, const py::object
 
 py::list passes(const py::object& depth, const py::object& node_start, const py::object& node_stop,
                 const py::object& node_parent, const py::object& node_end, const py::object& row_token,
-                const py::object& held, int64_t max_tokens, int64_t block_tokens) {
+                const py::object& cached, int64_t max_tokens, int64_t block_tokens) {
   const py::array depths = flat<int64_t>(depth, "depth"), starts = flat<int64_t>(node_start, "node_start");
   const py::array stops = flat<int64_t>(node_stop, "node_stop"), parents = flat<int64_t>(node_parent, "node_parent");
   const py::array ends = flat<int64_t>(node_end, "node_end"), rows = flat<int64_t>(row_token, "row_token");
   py::array kept;
-  if (!held.is_none()) expect_size(kept = flat<bool>(held, "held"), "held", depths.size());
+  if (!cached.is_none()) expect_size(kept = flat<bool>(cached, "cached"), "cached", depths.size());
   expect_size(stops, "node_stop", starts.size());
   expect_size(parents, "node_parent", starts.size());
   expect_size(ends, "node_end", starts.size());
@@ -117,7 +117,7 @@ py::list passes(const py::object& depth, const py::object& node_start, const py:
                             begin<int64_t>(parents),
                             begin<int64_t>(ends),
                             begin<int64_t>(rows),
-                            held.is_none() ? nullptr : begin<bool>(kept),
+                            cached.is_none() ? nullptr : begin<bool>(kept),
                             depths.size(),
                             starts.size(),
                             rows.size()};
@@ -131,8 +131,8 @@ py::list passes(const py::object& depth, const py::object& node_start, const py:
     py::dict pass;
     pass["start"] = one.start;
     pass["stop"] = one.stop;
-    pass["carried"] = one.carried;
-    pass["held"] = one.held;
+    pass["num_past"] = one.num_past;
+    pass["num_cached"] = one.num_cached;
     pass["first_row"] = one.first_row;
     pass["last_row"] = one.last_row;
     pass["new"] = hand_over(one.fresh);
@@ -141,7 +141,7 @@ py::list passes(const py::object& depth, const py::object& node_start, const py:
     pass["block_start"] = hand_over(one.block_start);
     pass["span_ptr"] = hand_over(one.span_ptr);
     pass["span"] = hand_over(one.span);
-    pass["carry_index"] = hand_over(one.carry_index);
+    pass["next_past"] = hand_over(one.next_past);
     pass["rows"] = hand_over(one.rows);
     result.append(pass);
   }

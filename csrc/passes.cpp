@@ -52,7 +52,7 @@ class Cutter {
   std::vector<Span> path_;                   // the proper ancestors of a token, root first
   std::vector<Span> keys_;                   // the same as keys of a pass
   std::vector<int64_t> of_path_;             // the nodes of the path, leaf first
-  std::vector<int64_t> new_, before_, key_;  // where tokens are held: the others; see `fill`
+  std::vector<int64_t> new_, before_, key_;  // where tokens are cached: the others; see `fill`
 };
 
 void Cutter::check() const {
@@ -95,10 +95,10 @@ void Cutter::walk(int64_t token) {
 
 int64_t Cutter::new_before(const Pass& pass, int64_t token) const {
   const int64_t place = std::clamp<int64_t>(token - pass.start, 0, pass.stop - pass.start);
-  return pass.held ? before_[place] : place;
+  return pass.num_cached ? before_[place] : place;
 }
 
-// Makes `keys_` of `path_`: what lies before the pass is a prefix of the carried path, whose keys are depths.
+// Makes `keys_` of `path_`: what lies before the pass is a prefix of the path of past keys, whose keys are depths.
 void Cutter::path_keys(const Pass& pass) {
   keys_.clear();
   int64_t depth = 0;
@@ -106,8 +106,8 @@ void Cutter::path_keys(const Pass& pass) {
   append(keys_, 0, depth);
   for (const Span& one : path_) {
     const int64_t first = std::max(one.first, pass.start);
-    if (!pass.held) {
-      append(keys_, pass.carried + first - pass.start, pass.carried + one.stop - pass.start);
+    if (!pass.num_cached) {
+      append(keys_, pass.num_past + first - pass.start, pass.num_past + one.stop - pass.start);
     } else {
       for (int64_t t = first; t < one.stop; ++t) append(keys_, key_[t - pass.start], key_[t - pass.start] + 1);
     }
@@ -135,57 +135,57 @@ void Cutter::blocks(Pass& pass, int64_t first, int64_t stop) {
 void Cutter::fill(Pass& pass) {
   const int64_t start = pass.start, stop = pass.stop, size = stop - start;
   walk(start);
-  int64_t carried = 0;
-  for (const Span& one : path_) carried += one.stop - one.first;
-  if (trie_.held) {
+  int64_t num_past = 0;
+  for (const Span& one : path_) num_past += one.stop - one.first;
+  if (trie_.cached) {
     before_.assign(size + 1, 0);
-    for (int64_t t = 0; t < size; ++t) before_[t + 1] = before_[t] + !trie_.held[start + t];
-    pass.held = size - before_[size];
+    for (int64_t t = 0; t < size; ++t) before_[t + 1] = before_[t] + !trie_.cached[start + t];
+    pass.num_cached = size - before_[size];
   }
-  pass.carried = carried + pass.held;
-  if (pass.held) {
+  pass.num_past = num_past + pass.num_cached;
+  if (pass.num_cached) {
     key_.resize(size);
     for (int64_t t = 0; t < size; ++t) {
-      const bool held = trie_.held[start + t];
-      key_[t] = held ? carried + t - before_[t] : pass.carried + before_[t];
-      if (!held) pass.fresh.push_back(start + t);
+      const bool cached = trie_.cached[start + t];
+      key_[t] = cached ? num_past + t - before_[t] : pass.num_past + before_[t];
+      if (!cached) pass.fresh.push_back(start + t);
     }
   }
-  pass.position.resize(carried + size);
-  pass.subtree_end.resize(carried + size);
+  pass.position.resize(num_past + size);
+  pass.subtree_end.resize(num_past + size);
   int64_t at = 0;
   for (size_t i = of_path_.size(); i-- > 0;) {
     const int64_t node = of_path_[i], last = i ? trie_.node_stop[node] : start;
-    const int64_t end = pass.carried + new_before(pass, trie_.node_end[node]);
+    const int64_t end = pass.num_past + new_before(pass, trie_.node_end[node]);
     for (int64_t t = trie_.node_start[node]; t < last; ++t, ++at) {
       pass.position[at] = static_cast<int32_t>(trie_.depth[t]);
       pass.subtree_end[at] = static_cast<int32_t>(end);
     }
   }
   for (int64_t token = start, node = node_; token < stop; ++node) {
-    const int64_t end = pass.carried + new_before(pass, trie_.node_end[node]);
+    const int64_t end = pass.num_past + new_before(pass, trie_.node_end[node]);
     for (const int64_t last = std::min(stop, trie_.node_stop[node]); token < last; ++token) {
-      const int64_t key = pass.held ? key_[token - start] : carried + token - start;
+      const int64_t key = pass.num_cached ? key_[token - start] : num_past + token - start;
       pass.position[key] = static_cast<int32_t>(trie_.depth[token]);
       pass.subtree_end[key] = static_cast<int32_t>(end);
     }
   }
-  pass.block_start.push_back(static_cast<int32_t>(pass.carried));
+  pass.block_start.push_back(static_cast<int32_t>(pass.num_past));
   pass.span_ptr.push_back(0);
-  if (!pass.held) {
+  if (!pass.num_cached) {
     blocks(pass, start, stop);
   } else {
     for (int64_t first = start, last; first < stop; first = last) {
-      for (last = first + 1; last < stop && trie_.held[last] == trie_.held[first]; ++last) {
+      for (last = first + 1; last < stop && trie_.cached[last] == trie_.cached[first]; ++last) {
       }
-      if (!trie_.held[first]) blocks(pass, first, last);
+      if (!trie_.cached[first]) blocks(pass, first, last);
     }
   }
   if (stop < trie_.tokens) {
     walk(stop);
     path_keys(pass);
     for (const Span& one : keys_) {
-      for (int64_t key = one.first; key < one.stop; ++key) pass.carry_index.push_back(key);
+      for (int64_t key = one.first; key < one.stop; ++key) pass.next_past.push_back(key);
     }
   }
   const int64_t *const rows = trie_.row_token, *const last = rows + trie_.rows;
@@ -196,49 +196,49 @@ void Cutter::fill(Pass& pass) {
 
 std::vector<Pass> Cutter::all() {
   check();
-  if (trie_.held) {
+  if (trie_.cached) {
     for (int64_t t = 0; t < trie_.tokens; ++t) {
-      if (!trie_.held[t]) new_.push_back(t);
+      if (!trie_.cached[t]) new_.push_back(t);
     }
   }
-  const int64_t total = trie_.tokens, count = trie_.held ? static_cast<int64_t>(new_.size()) : total;
-  const auto place = [&](int64_t i) { return trie_.held ? new_[i] : i; };
+  const int64_t total = trie_.tokens, count = trie_.cached ? static_cast<int64_t>(new_.size()) : total;
+  const auto place = [&](int64_t i) { return trie_.cached ? new_[i] : i; };
   std::vector<Pass> made;
   for (int64_t start = 0, done = 0; start < total;) {
     const int64_t end = count - done <= max_tokens_ ? count : done + max_tokens_;
     const int64_t limit = end == count ? total : place(end);
-    // Ending at a shallow boundary keeps the carried path short and siblings together.
+    // Ending at a shallow boundary keeps the path of past keys short and siblings together.
     const int64_t stop = limit == total ? total : cut(place(done + 3 * (end - done) / 4), limit);
     made.emplace_back();
     made.back().start = start;
     made.back().stop = stop;
-    made.back().held = 0;
+    made.back().num_cached = 0;
     fill(made.back());
     start = stop;
-    done = trie_.held ? std::lower_bound(new_.begin(), new_.end(), stop) - new_.begin() : stop;
+    done = trie_.cached ? std::lower_bound(new_.begin(), new_.end(), stop) - new_.begin() : stop;
   }
   return made;
 }
 
 // The first query that may see each key.
 void find_seen_from(const PassView& pass, int32_t* found) {
-  const int64_t carried = pass.block_start[0];
+  const int64_t num_past = pass.block_start[0];
   std::iota(found, found + pass.keys, 0);
   int64_t whole = 0;
   const int64_t seen = pass.blocks ? pass.span_ptr[1] : 0;
   for (int64_t s = 0; s < seen; ++s) whole += pass.span[2 * s + 1] - pass.span[2 * s];
-  if (whole == carried) {  // the first query sees them all
-    std::fill(found, found + carried, static_cast<int32_t>(carried));
+  if (whole == num_past) {  // the first query sees them all
+    std::fill(found, found + num_past, static_cast<int32_t>(num_past));
     return;
   }
-  std::fill(found, found + carried, kNever);
+  std::fill(found, found + num_past, kNever);
   for (int64_t b = 0; b < pass.blocks; ++b) {
     for (int64_t s = pass.span_ptr[b]; s < pass.span_ptr[b + 1]; ++s) {
-      const int64_t stop = std::min<int64_t>(pass.span[2 * s + 1], carried);
+      const int64_t stop = std::min<int64_t>(pass.span[2 * s + 1], num_past);
       for (int64_t key = pass.span[2 * s]; key < stop; ++key) found[key] = std::min(found[key], pass.block_start[b]);
     }
   }
-  for (int64_t key = carried - 1; key > 0; --key) found[key - 1] = std::min(found[key - 1], found[key]);
+  for (int64_t key = num_past - 1; key > 0; --key) found[key - 1] = std::min(found[key - 1], found[key]);
 }
 
 // Where in a run of a path the keys stop whose subtree reaches to `stop`: they are its beginning.
@@ -267,7 +267,7 @@ std::vector<Pass> passes(const TrieView& trie, int64_t max_tokens, int64_t block
 
 std::vector<int32_t> tiles(const PassView& pass, int64_t tokens, int64_t chunk) {
   check(pass);
-  const int64_t carried = pass.block_start[0], keys = pass.keys, queries = keys - carried;
+  const int64_t num_past = pass.block_start[0], keys = pass.keys, queries = keys - num_past;
   tokens = std::min(tokens, std::max<int64_t>(queries, 1));
   const int64_t count = queries / tokens + (queries % tokens != 0);
   const int64_t head = 2 * count + 1 + keys;
@@ -279,7 +279,7 @@ std::vector<int32_t> tiles(const PassView& pass, int64_t tokens, int64_t chunk) 
   std::vector<Span> runs, parts;
   int64_t block = 0;
   for (int64_t tile = 0; tile < count; ++tile) {
-    const int64_t first = carried + tile * tokens, stop = std::min(first + tokens, keys);
+    const int64_t first = num_past + tile * tokens, stop = std::min(first + tokens, keys);
     while (pass.block_start[block + 1] <= first) ++block;
     // The path to the first query: the spans of its block, then ancestors inside the block.
     runs.clear();
@@ -291,7 +291,7 @@ std::vector<int32_t> tiles(const PassView& pass, int64_t tokens, int64_t chunk) 
     }
     parts.clear();  // keys from before the pass may lie in a memory of their own
     for (const Span& run : runs) {
-      const int64_t middle = std::clamp(carried, run.first, run.stop);
+      const int64_t middle = std::clamp(num_past, run.first, run.stop);
       if (run.first < middle) parts.push_back({run.first, middle});
       if (middle < run.stop) parts.push_back({middle, run.stop});
     }
@@ -309,8 +309,8 @@ std::vector<int32_t> tiles(const PassView& pass, int64_t tokens, int64_t chunk) 
     for (const Span& part : parts) list(part.first, part.stop);
     // Keys before the pass that are seen from the middle of the tile on.
     seen_from = made.data() + 2 * count + 1;
-    const int32_t* const late = std::upper_bound(seen_from, seen_from + carried, first);
-    const int32_t* const last = std::lower_bound(late, static_cast<const int32_t*>(seen_from) + carried, stop);
+    const int32_t* const late = std::upper_bound(seen_from, seen_from + num_past, first);
+    const int32_t* const last = std::lower_bound(late, static_cast<const int32_t*>(seen_from) + num_past, stop);
     list(late - seen_from, last - seen_from);
     list(first, stop);
     require(made.size() <= static_cast<size_t>(kNever), "trie: expected lists of keys below 2**31 entries, got more");

@@ -12,16 +12,16 @@ namespace sapo {
 // The arrays of a `TokenTrie` that its cutting reads; U tokens, N nodes, R rows.
 struct TrieView {
   const int64_t *depth, *node_start, *node_stop, *node_parent, *node_end, *row_token;
-  const bool* held;  // [U], or null if no token is held
+  const bool* cached;  // [U], or null if no token is cached
   int64_t tokens, nodes, rows;
 };
 
 struct Pass {
-  int64_t start, stop;    // tokens of the trie
-  int64_t carried, held;  // keys in front of those that the pass computes, and how many of them are tokens of it
+  int64_t start, stop;           // tokens of the trie
+  int64_t num_past, num_cached;  // keys in front of those that the pass computes, and how many of them are tokens of it
   int64_t first_row, last_row;
   std::vector<int64_t> fresh;  // the tokens that the pass computes; empty if they are all of it
-  std::vector<int64_t> carry_index, rows;
+  std::vector<int64_t> next_past, rows;
   std::vector<int32_t> position, subtree_end, block_start, span_ptr, span;
 };
 

@@ -21,7 +21,7 @@ logger = logging.getLogger("sapo_kernels")
 
 # Raised when an operator's arguments change. It is part of the file names, so that a module compiled for other
 # arguments (a checkout pulled without building it again) is not found instead of being called wrongly.
-ABI = 2
+ABI = 3
 FOLDER = Path(__file__).resolve().parent
 
 

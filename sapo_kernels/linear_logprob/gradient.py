@@ -18,18 +18,20 @@ from __future__ import annotations
 
 import torch
 
-# fp32 logits of one chunk of rows. With fewer rows the product waits for the weights (docs/measured.md).
-CHUNK_BYTES = 128 << 20
+# fp32 logits of one chunk of rows at most. With few rows the product waits for the weights (docs/measured.md); a CPU
+# needs this many, and its memory is what the peers' is compared with.
+CHUNK_BYTES, ENOUGH_ROWS = 128 << 20, 200
 
 
-def chunk_rows(vocabulary: int) -> int:
-    """Rows whose fp32 logits fill one chunk."""
-    return max(16, CHUNK_BYTES // (4 * vocabulary))
+def chunk_rows(vocabulary: int, device: torch.device) -> int:
+    """Rows of one chunk: their fp32 logits fill it, or half of it on a CPU if that is enough."""
+    rows = CHUNK_BYTES // (4 * vocabulary)
+    return max(16, min(rows, max(rows // 2, ENOUGH_ROWS)) if device.type == "cpu" else rows)
 
 
 def chunks(target_ptr: torch.Tensor, vocabulary: int, rows_at_once=None):
     """(rows, targets, pointer) of each chunk: two slices and the chunk's own target_ptr. Waits for the device once."""
-    rows, step = len(target_ptr) - 1, rows_at_once or chunk_rows(vocabulary)
+    rows, step = len(target_ptr) - 1, rows_at_once or chunk_rows(vocabulary, target_ptr.device)
     edges = [*range(0, rows, step), rows]
     cuts = target_ptr[torch.tensor(edges, device=target_ptr.device)].tolist()
     for i, (first, stop) in enumerate(zip(edges, edges[1:])):  # noqa: B905 (pairs of neighbours)

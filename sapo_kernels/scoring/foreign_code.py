@@ -74,6 +74,11 @@ def foreign_in_training(model: nn.Module, loss: Any = None) -> str | None:
     return None
 
 
+def foreign_callable(value: Any) -> str | None:
+    """The same for one callable, with what it wraps."""
+    return _Scan(None).code(value)
+
+
 def foreign_module(module: nn.Module) -> str | None:
     """The same for a wrapper alone, without what it wraps."""
     scan = _Scan(module)
@@ -84,7 +89,7 @@ def foreign_module(module: nn.Module) -> str | None:
 class _Scan:
     """One look at a model; nothing is looked at twice."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module | None):
         self.model, self.seen = model, set()
 
     def all(self, configs: list) -> str | None:

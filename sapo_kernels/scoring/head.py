@@ -148,7 +148,7 @@ class HeadReader:
         if len(rows):
             self._waiting.append((rows, batch.targets.to(rows.device), batch.target_ptr.diff().to(rows.device)))
         count = sum(len(waiting[0]) for waiting in self._waiting)
-        if count and (batch.last or count >= chunk_rows(self.vocabulary)):
+        if count and (batch.last or count >= chunk_rows(self.vocabulary, rows.device)):
             # Inside the forward, where a sharded head has its weights together.
             self._logprob = self._project(*(torch.cat(parts) for parts in zip(*self._waiting, strict=True)))[0]
             self._waiting = []
@@ -174,7 +174,7 @@ class HeadReader:
 
     def _through_module(self, rows, targets, pointer):
         """A head that is more than a matrix (LoRA, quantised): the module itself, on response rows, chunk by chunk."""
-        step = chunk_rows(self.vocabulary)
+        step = chunk_rows(self.vocabulary, rows.device)
         edges = [*range(0, len(rows), step), len(rows)]
         cuts, parts = pointer[torch.tensor(edges, device=pointer.device)].tolist(), []
         for i, (first, stop) in enumerate(zip(edges, edges[1:])):  # noqa: B905 (pairs of neighbours)
@@ -186,7 +186,7 @@ class HeadReader:
     @torch.no_grad()
     def _statistics(self, rows: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
         found = []
-        for some in rows.split(chunk_rows(self.vocabulary)):
+        for some in rows.split(chunk_rows(self.vocabulary, rows.device)):
             logits = self.logits(some)
             logprob = torch.log_softmax(logits, -1)
             entropy = -(logprob.exp() * logprob).nansum(-1)

@@ -35,23 +35,14 @@ class OverTrie:
 
     Args:
         model: as in `tree_logprobs`.
-        batch: the trie of the batch whose labels are `labels`, where it is known; others are packed when called.
-        count: tokens that the mean is over where the caller says no number; None: those of the batch.
         verify: as in `tree_logprobs`.
 
     Raises (when called):
         RuntimeError: see `tree_logprobs`; or its caller asks for something that a trie does not give.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        batch: TrieBatch | None = None,
-        labels: torch.Tensor | None = None,
-        count: int | None = None,
-        verify: bool = True,
-    ):
-        self._model, self._batch, self._labels, self._count, self._verify = model, batch, labels, count, verify
+    def __init__(self, model: nn.Module, verify: bool = True):
+        self._model, self._verify = model, verify
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
@@ -70,13 +61,10 @@ class OverTrie:
         for name, value in others.items():
             if value is not None and value is not _HARMLESS.get(name):
                 raise NotTreeable(f"it is called with {name}={value!r}"[:200])
-        batch = self._batch
-        if batch is None or labels is not self._labels:
-            try:
-                rows = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-                batch = TrieBatch.of_padded(rows)
-            except ValueError as error:
-                raise NotTreeable(str(error)) from error
+        try:
+            batch = TrieBatch.of_padded({"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels})
+        except ValueError as error:
+            raise NotTreeable(str(error)) from error
         if self._verify:
             self._compare(batch, num_items_in_batch, {"fused_lm_head": True, **others} if fused_lm_head else others)
         if not fused_lm_head:
@@ -91,9 +79,7 @@ class OverTrie:
         return _Outputs(loss=self._mean(logprob, num_items_in_batch), label_mask=mask, **rows)
 
     def _mean(self, logprob: torch.Tensor, count: torch.Tensor | int | None) -> torch.Tensor:
-        if count is None:
-            count = len(logprob) if self._count is None else self._count
-        return -logprob.sum() / count
+        return -logprob.sum() / (len(logprob) if count is None else count)
 
     def _logprobs(self, batch: TrieBatch, statistics: bool = False):
         inner = model_support.unwrap(self._model)[1]

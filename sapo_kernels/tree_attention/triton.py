@@ -63,10 +63,10 @@ def _attend(
     return acc, m_new, l_i
 
 
-@triton.jit(do_not_specialize=["carried", "tokens", "kv_heads", "tile_tokens", "parts", "sick_parts", "window"])
+@triton.jit(do_not_specialize=["num_past", "tokens", "kv_heads", "tile_tokens", "parts", "sick_parts", "window"])
 def _tree_attention_kernel(
     q_ptr, k_ptr, v_ptr, position_ptr, subtree_end_ptr, begin_ptr, chunks_ptr, seen_from_ptr, entry_ptr, sinks_ptr,
-    out_ptr, lse_ptr, sick_ptr, carried, tokens, kv_heads, tile_tokens, parts, sick_parts, stride_q_token,
+    out_ptr, lse_ptr, sick_ptr, num_past, tokens, kv_heads, tile_tokens, parts, sick_parts, stride_q_token,
     stride_q_head, stride_k_token, stride_k_head, stride_v_token, stride_v_head, offset_past_k, offset_past_v,
     stride_past_k_token, stride_past_k_head, stride_past_v_token, stride_past_v_head, stride_out_token,
     stride_out_head, stride_sinks, logit_scale, cap_scale, window,
@@ -89,7 +89,7 @@ def _tree_attention_kernel(
         todo = tl.load(p_sick) > 0
     if todo:
         i_token, i_group, m_m = rows_of(i_tile, i_part, tile_tokens, tokens, GROUP, BLOCK_M)
-        i_query = carried + i_token
+        i_query = num_past + i_token
         i_q_head = i_head * GROUP + i_group
         i_token = i_token.to(tl.int64)
         p_q = q_ptr + i_token * stride_q_token + i_q_head * stride_q_head
@@ -116,7 +116,7 @@ def _tree_attention_kernel(
         for n in tl.range(skip, chunks, BLOCK_N):
             p_k, p_v, m_n, visible = key_rows(
                 n, count, entry_ptr, i_query, p_query, k_ptr, v_ptr, seen_from_ptr, subtree_end_ptr, position_ptr,
-                carried, window, stride_k_token, stride_v_token, offset_past_k, offset_past_v, stride_past_k_token,
+                num_past, window, stride_k_token, stride_v_token, offset_past_k, offset_past_v, stride_past_k_token,
                 stride_past_v_token, True, CHUNK, HAS_PAST, HAS_WINDOW, BLOCK_N,
             )  # fmt: skip
             k = load_rows(p_k, m_n, HEAD_K, BLOCK_K, False, UPCAST)
@@ -127,7 +127,7 @@ def _tree_attention_kernel(
         for n in tl.range(chunks // CHUNK, count, BLOCK_N):
             p_k, p_v, m_n, visible = key_rows(
                 n, count, entry_ptr, i_query, p_query, k_ptr, v_ptr, seen_from_ptr, subtree_end_ptr, position_ptr,
-                carried, window, stride_k_token, stride_v_token, offset_past_k, offset_past_v, stride_past_k_token,
+                num_past, window, stride_k_token, stride_v_token, offset_past_k, offset_past_v, stride_past_k_token,
                 stride_past_v_token, False, CHUNK, HAS_PAST, HAS_WINDOW, BLOCK_N,
             )  # fmt: skip
             k = load_rows(p_k, m_n, HEAD_K, BLOCK_K, True, UPCAST)

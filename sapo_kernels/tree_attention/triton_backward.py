@@ -66,10 +66,10 @@ def _of_keys(
     return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
 
 
-@triton.jit(do_not_specialize=["carried", "tokens", "kv_heads", "tile_tokens", "parts", "window"])
+@triton.jit(do_not_specialize=["num_past", "tokens", "kv_heads", "tile_tokens", "parts", "window"])
 def _queries_kernel(
     grad_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, position_ptr, subtree_end_ptr, begin_ptr, chunks_ptr,
-    seen_from_ptr, entry_ptr, dq_ptr, delta_ptr, carried, tokens, kv_heads, tile_tokens, parts, stride_q_token,
+    seen_from_ptr, entry_ptr, dq_ptr, delta_ptr, num_past, tokens, kv_heads, tile_tokens, parts, stride_q_token,
     stride_q_head, stride_k_token, stride_k_head, stride_v_token, stride_v_head, logit_scale, cap_scale, window, scale,
     GROUP: tl.constexpr, CHUNK: tl.constexpr, HEAD_K: tl.constexpr, HEAD_V: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -80,7 +80,7 @@ def _queries_kernel(
     i_part = tl.program_id(0) // kv_heads % parts
     i_tile = tl.program_id(0) // kv_heads // parts
     i_token, i_group, m_m = rows_of(i_tile, i_part, tile_tokens, tokens, GROUP, BLOCK_M)
-    i_query = carried + i_token
+    i_query = num_past + i_token
     i_q_head = i_head * GROUP + i_group
     i_row = i_token.to(tl.int64) * kv_heads * GROUP + i_q_head
     p_grad = grad_ptr + i_row * HEAD_V
@@ -102,7 +102,7 @@ def _queries_kernel(
     )
     for n in tl.range(skip, chunks, BLOCK_N, disable_licm=RELOAD):
         p_k, p_v, m_n, visible = key_rows(
-            n, count, entry_ptr, i_query, p_query, k_ptr, v_ptr, seen_from_ptr, subtree_end_ptr, position_ptr, carried,
+            n, count, entry_ptr, i_query, p_query, k_ptr, v_ptr, seen_from_ptr, subtree_end_ptr, position_ptr, num_past,
             window, stride_k_token, stride_v_token, 0, 0, 0, 0, True, CHUNK, False, HAS_WINDOW, BLOCK_N,
         )  # fmt: skip
         dq = _of_keys(
@@ -111,7 +111,7 @@ def _queries_kernel(
         )  # fmt: skip
     for n in tl.range(chunks // CHUNK, count, BLOCK_N, disable_licm=RELOAD):
         p_k, p_v, m_n, visible = key_rows(
-            n, count, entry_ptr, i_query, p_query, k_ptr, v_ptr, seen_from_ptr, subtree_end_ptr, position_ptr, carried,
+            n, count, entry_ptr, i_query, p_query, k_ptr, v_ptr, seen_from_ptr, subtree_end_ptr, position_ptr, num_past,
             window, stride_k_token, stride_v_token, 0, 0, 0, 0, False, CHUNK, False, HAS_WINDOW, BLOCK_N,
         )  # fmt: skip
         dq = _of_keys(
@@ -124,7 +124,7 @@ def _queries_kernel(
 @triton.jit
 def _of_queries(
     k, v, dk, dv, row, last_row, i_head, o_n, begin, end, p_key, grad_ptr, q_ptr, lse_ptr, delta_ptr, position_ptr,
-    carried, heads, stride_q_token, stride_q_head, logit_scale, cap_scale, window,
+    num_past, heads, stride_q_token, stride_q_head, logit_scale, cap_scale, window,
     GROUP: tl.constexpr, HEAD_K: tl.constexpr, HEAD_V: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -141,7 +141,7 @@ def _of_queries(
     lse = tl.load(lse_ptr + i_row, mask=m_m, other=0.0) * LOG2E
     delta = tl.load(delta_ptr + i_row, mask=m_m, other=0.0)
     # Rows past the last one are zeros and add nothing.
-    i_query = (carried + i_token).to(tl.int32)
+    i_query = (num_past + i_token).to(tl.int32)
     visible = (begin[:, None] <= i_query[None, :]) & (i_query[None, :] < end[:, None])
     if HAS_WINDOW:
         p_query = tl.load(position_ptr + i_query, mask=m_m, other=0)
@@ -154,10 +154,10 @@ def _of_queries(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["carried", "keys", "kv_heads", "window"])
+@triton.jit(do_not_specialize=["num_past", "keys", "kv_heads", "window"])
 def _keys_kernel(
     grad_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, position_ptr, subtree_end_ptr, seen_from_ptr, piece_ptr, dk_ptr,
-    dv_ptr, part_k_ptr, part_v_ptr, carried, keys, kv_heads, stride_q_token, stride_q_head, stride_k_token,
+    dv_ptr, part_k_ptr, part_v_ptr, num_past, keys, kv_heads, stride_q_token, stride_q_head, stride_k_token,
     stride_k_head, stride_v_token, stride_v_head, logit_scale, cap_scale, window, scale,
     GROUP: tl.constexpr, CHUNK: tl.constexpr, HEAD_K: tl.constexpr, HEAD_V: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -182,12 +182,12 @@ def _keys_kernel(
     v = load_rows(p_v, m_n, HEAD_V, BLOCK_V, True, UPCAST)
     dk = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_V], dtype=tl.float32)
-    row = (tl.maximum(tl.min(begin, 0), tl.load(piece_ptr + 1)) - carried).to(tl.int64) * GROUP
-    last_row = (tl.minimum(tl.max(end, 0), tl.load(piece_ptr + 2)) - carried).to(tl.int64) * GROUP
+    row = (tl.maximum(tl.min(begin, 0), tl.load(piece_ptr + 1)) - num_past).to(tl.int64) * GROUP
+    last_row = (tl.minimum(tl.max(end, 0), tl.load(piece_ptr + 2)) - num_past).to(tl.int64) * GROUP
     for m in tl.range(row, last_row, BLOCK_M):
         dk, dv = _of_queries(
             k, v, dk, dv, m, last_row, i_head, o_n, begin, end, p_key, grad_ptr, q_ptr, lse_ptr, delta_ptr,
-            position_ptr, carried, kv_heads * GROUP, stride_q_token, stride_q_head, logit_scale, cap_scale, window,
+            position_ptr, num_past, kv_heads * GROUP, stride_q_token, stride_q_head, logit_scale, cap_scale, window,
             GROUP, HEAD_K, HEAD_V, HAS_WINDOW, HAS_SOFTCAP, BLOCK_M, BLOCK_K, BLOCK_V, UPCAST,
         )  # fmt: skip
     dk = dk * scale
@@ -233,7 +233,7 @@ def tree_attention_backward_triton(
     """
     check(q, k, v)
     (queries, q_heads, head_k), (keys, kv_heads, head_v) = q.shape, v.shape
-    group, wide, carried = q_heads // kv_heads, max(head_k, head_v), keys - queries
+    group, wide, num_past = q_heads // kv_heads, max(head_k, head_v), keys - queries
     part = capability(q.device)
     grad, out, lse = (t.contiguous() for t in (grad, out, lse))
     dq, dk, dv = (torch.empty(t.shape, dtype=stored_as(q), device=q.device) for t in (q, k, v))
@@ -249,14 +249,14 @@ def tree_attention_backward_triton(
         options = queries_config(wide, q.dtype, part)
         parts = triton.cdiv(tokens * group, options["BLOCK_M"])
         _queries_kernel[(walk[1].shape[0] * parts * kv_heads,)](
-            grad, q, k, v, out, lse, position, subtree_end, *walk, dq, delta, carried, queries, kv_heads, tokens, parts,
-            *rest, **constants, **options, enable_fp_fusion=True,
+            grad, q, k, v, out, lse, position, subtree_end, *walk, dq, delta, num_past, queries, kv_heads, tokens,
+            parts, *rest, **constants, **options, enable_fp_fusion=True,
         )  # fmt: skip
         options = keys_config(wide, q.dtype, part)
         slots = 2 * (len(pieces) - triton.cdiv(keys, KEY_TILE))
         parts = [torch.empty(slots * KEY_TILE * t.shape[1:].numel(), device=q.device) for t in (k, v)]
         _keys_kernel[(len(pieces) * (KEY_TILE // options["BLOCK_N"]) * kv_heads,)](
-            grad, q, k, v, lse, delta, position, subtree_end, walk[2], pieces, dk, dv, *parts, carried, keys, kv_heads,
+            grad, q, k, v, lse, delta, position, subtree_end, walk[2], pieces, dk, dv, *parts, num_past, keys, kv_heads,
             *rest, **constants, **options, KEY_TILE=KEY_TILE, enable_fp_fusion=True,
         )  # fmt: skip
         for partial, total in zip(parts, (dk, dv) if slots else (), strict=False):

@@ -68,7 +68,7 @@ def entries_of(
 
 
 @triton.jit
-def _in_memory(ptr, o_n, carried, stride, offset_past, stride_past, HAS_PAST: tl.constexpr):
+def _in_memory(ptr, o_n, num_past, stride, offset_past, stride_past, HAS_PAST: tl.constexpr):
     """Where the rows of keys o_n begin: in the memory at ptr, or those from before the pass offset_past behind it.
 
     A product and no `where`: of that the compiler would not know that it is aligned, and loads would be small and
@@ -76,14 +76,14 @@ def _in_memory(ptr, o_n, carried, stride, offset_past, stride_past, HAS_PAST: tl
     """
     o_n = o_n.to(tl.int64)
     if HAS_PAST:
-        row = (o_n - carried) * stride
-        return ptr + row + (o_n < carried).to(tl.int64) * (offset_past + o_n * stride_past - row)
+        row = (o_n - num_past) * stride
+        return ptr + row + (o_n < num_past).to(tl.int64) * (offset_past + o_n * stride_past - row)
     return ptr + o_n * stride
 
 
 @triton.jit
 def key_rows(
-    n, count, entry_ptr, i_query, p_query, k_ptr, v_ptr, seen_from_ptr, subtree_end_ptr, position_ptr, carried, window,
+    n, count, entry_ptr, i_query, p_query, k_ptr, v_ptr, seen_from_ptr, subtree_end_ptr, position_ptr, num_past, window,
     stride_k, stride_v, offset_past_k, offset_past_v, stride_past_k, stride_past_v,
     CHUNKED: tl.constexpr, CHUNK: tl.constexpr, HAS_PAST: tl.constexpr, HAS_WINDOW: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -103,8 +103,8 @@ def key_rows(
     if HAS_WINDOW:
         p_key = tl.load(position_ptr + o_n, mask=m_n, other=0)
         visible = visible & (p_query[:, None] - p_key[None, :] < window)
-    p_k = _in_memory(k_ptr, o_n, carried, stride_k, offset_past_k, stride_past_k, HAS_PAST)
-    p_v = _in_memory(v_ptr, o_n, carried, stride_v, offset_past_v, stride_past_v, HAS_PAST)
+    p_k = _in_memory(k_ptr, o_n, num_past, stride_k, offset_past_k, stride_past_k, HAS_PAST)
+    p_v = _in_memory(v_ptr, o_n, num_past, stride_v, offset_past_v, stride_past_v, HAS_PAST)
     return p_k, p_v, m_n, visible
 
 

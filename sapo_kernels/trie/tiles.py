@@ -49,8 +49,8 @@ def tiles_numpy(subtree_end, block_start, span_ptr, span, tokens: int) -> np.nda
     """`build_tiles` where nothing is compiled, and the oracle of the compiled one, bit for bit."""
     end, block_start, span_ptr = (np.asarray(a, np.int64) for a in (subtree_end, block_start, span_ptr))
     span = np.asarray(span, np.int64).reshape(-1, 2)
-    keys, carried = len(end), int(block_start[0])
-    first = np.arange(carried, keys, tokens)
+    keys, num_past = len(end), int(block_start[0])
+    first = np.arange(num_past, keys, tokens)
     stop = np.minimum(first + tokens, keys)
     tile = np.arange(len(first))
     seen_from = _seen_from(keys, block_start, span_ptr, span)
@@ -70,13 +70,13 @@ def tiles_numpy(subtree_end, block_start, span_ptr, span, tokens: int) -> np.nda
     begins[1:] = (owner[1:] != owner[:-1]) | (low[1:] != high[:-1])
     owner, low, high = owner[begins], low[begins], high[np.roll(begins, -1)]
     # Keys from before the pass may lie in a memory of their own.
-    middle = np.clip(carried, low, high)
+    middle = np.clip(num_past, low, high)
     owner, low, high = np.repeat(owner, 2), np.stack([low, middle], 1).ravel(), np.stack([middle, high], 1).ravel()
 
     chunks = (_outliving(end, low, high, stop[owner]) - low) // CHUNK
     rest = low + CHUNK * chunks
     # Keys before the pass that are seen from the middle of a tile on.
-    early = seen_from[:carried]
+    early = seen_from[:num_past]
     late, last = np.searchsorted(early, first, "right"), np.searchsorted(early, stop, "left")
     pieces = [  # (tile, start, count, step) of what stands in a tile's list, in this order
         (owner, low, chunks, CHUNK), (owner, rest, high - rest, 1), (tile, late, np.maximum(last - late, 0), 1),
@@ -127,16 +127,16 @@ def ranges(start, count, step=1) -> np.ndarray:
 def _seen_from(keys: int, block_start, span_ptr, span) -> np.ndarray:
     """[keys] int64, rising: a key that the pass computes is seen from its own query on, others from the first block on
     that has them in a span (one that no query sees from where the next is seen)."""
-    carried, found = int(block_start[0]), np.arange(keys)
-    if carried and np.diff(span[: span_ptr[1]]).sum() == carried:  # the first query sees them all
-        found[:carried] = carried
-    elif carried:
-        low, high = np.minimum(span, carried).T
+    num_past, found = int(block_start[0]), np.arange(keys)
+    if num_past and np.diff(span[: span_ptr[1]]).sum() == num_past:  # the first query sees them all
+        found[:num_past] = num_past
+    elif num_past:
+        low, high = np.minimum(span, num_past).T
         key = ranges(low, high - low)
         query = np.repeat(np.repeat(block_start[:-1], np.diff(span_ptr)), high - low)
-        found[:carried] = NEVER
+        found[:num_past] = NEVER
         found[key[::-1]] = query[::-1]  # of a key's blocks the first is written last
-        found[:carried] = np.minimum.accumulate(found[:carried][::-1])[::-1]
+        found[:num_past] = np.minimum.accumulate(found[:num_past][::-1])[::-1]
     return found
 
 

@@ -253,23 +253,23 @@ class TokenTrie:
         }
         return self._pass(
             block_tokens, start, stop, keys.first_new, len(keys.cached), first_row, last_row,
-            keys.new if len(keys.cached) else keys.cached, carry_index=next_past,
+            keys.new if len(keys.cached) else keys.cached, next_past=next_past,
             rows=keys.new_before(self.row_token[first_row:last_row]),
             **{name: np.asarray(values, np.int32) for name, values in int32.items()},
         )  # fmt: skip
 
-    def _pass(self, block_tokens, start, stop, carried, held, first_row, last_row, new, span, carry_index,
+    def _pass(self, block_tokens, start, stop, num_past, num_cached, first_row, last_row, new, span, next_past,
               **arrays) -> TriePass:  # fmt: skip
         """The pass of which either planner made these arrays; `new`: the tokens it computes, empty if all of it."""
         target_ptr = self.target_ptr[first_row : last_row + 1]
         first, last = target_ptr[[0, -1]].tolist()
-        arrays["span"], arrays["next_past"] = span.reshape(-1, 2), carry_index
+        arrays["span"], arrays["next_past"] = span.reshape(-1, 2), next_past
         # Copies: a model may write into the ids it is given.
         arrays["input_ids"] = self.tokens[new] if len(new) else self.tokens[start:stop].copy()
         arrays["target_ptr"], arrays["targets"] = target_ptr - first, self.targets[first:last].copy()
         return TriePass(
-            start=start, stop=stop, num_past=carried, num_cached=held, block_tokens=block_tokens, target_start=first,
-            cells_done=int(self._leaf_sorted.searchsorted(stop)), last=stop == len(self),
+            start=start, stop=stop, num_past=num_past, num_cached=num_cached, block_tokens=block_tokens,
+            target_start=first, cells_done=int(self._leaf_sorted.searchsorted(stop)), last=stop == len(self),
             **{name: torch.from_numpy(values) for name, values in arrays.items()},
         )  # fmt: skip
 

@@ -47,11 +47,10 @@ def test_without_its_package_a_name_is_a_hub_id(packages):
 
 
 def test_a_file_is_taken_by_its_path_and_others_are_refused(tmp_path):
-    good, bad = tmp_path / "model.gguf", tmp_path / "other.gguf"
-    good.write_bytes(b"GGUF")
-    bad.write_bytes(b"PK\x03\x04")
+    good = tmp_path / "model.gguf"
+    good.write_bytes(b"PK\x03\x04")
     assert gguf.resolve(str(good)) == (str(tmp_path), "model.gguf")
-    for name, message in ((str(bad), "begins with GGUF, got b'PK"), ("none.gguf", "no such file"), ("gpt9", "smollm2")):
+    for name, message in (("none.gguf", "no such file"), ("gpt9", "smollm2")):
         with pytest.raises(DataError, match=message):
             gguf.resolve(name)
     with pytest.raises(DataError, match=r"model\.gguf: cannot be loaded as GGUF"):

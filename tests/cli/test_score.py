@@ -32,7 +32,7 @@ def test_score_prints_a_ranked_table(files, sapo, model):
     saved = sk.PromptScores.load("s.json")
     assert torch.equal(saved.nll, scores.nll) and saved.prompts == PROMPTS
     record = json.loads((files / "s.json").read_text())
-    assert (record["model"], record["adapter"], record["task"], record["template"]) == ("tiny", None, "p", None)
+    assert (record["model"], record["adapter"], record["task"]) == ("tiny", None, "p")
     assert record["ranking"] == scores.ranking() and record["data"] == "d.json"
 
 
@@ -111,28 +111,15 @@ def test_options_reach_the_scoring(files, sapo, monkeypatch):
         monkeypatch.setattr(place, name, spy)
     talk = [{"role": role, "content": "text"} for role in ("system", "user", "assistant")]
     put(files / "d.json", [{"messages": talk}, {"messages": talk[1:]}])
-    arguments = ("--suffix", "S", "--text-word", "W", "--max-source", "99", "--max-target", "7", "--instruction-role",
+    put(files / "p.json", {"prompts": PROMPTS, "suffix": "S", "text_word": "W"})
+    arguments = ("--max-source", "99", "--max-target", "7", "--instruction-role",
                  "system", "--out", "s.json")  # fmt: skip
     assert sapo(*SCORE, *arguments, "--impl", "padded", "--max-tokens", "300", "--quiet")[0] == 0
     assert seen == {
-        "template": None, "suffix": "S", "text_word": "W", "max_source": 99, "max_target": 7, "impl": "padded",
+        "suffix": "S", "text_word": "W", "max_source": 99, "max_target": 7, "impl": "padded",
         "max_tokens": 300, "progress": False, "now": None, "instruction_role": "system",
     }  # fmt: skip
     assert json.loads((files / "s.json").read_text())["instruction_role"] == "system"
-
-
-def test_template_and_suffix(files, sapo):
-    plain = ranks(sapo(*SCORE)[1])
-    direct = sapo(*SCORE, "--template", "{prompt}: {input}")
-    put(files / "t.txt", "{prompt}: {input}\n")
-    from_file = sapo(*SCORE, "--template", "t.txt")
-    assert direct[0] == from_file[0] == 0 and ranks(direct[1]) == ranks(from_file[1]) != plain
-    one_line_error(sapo(*SCORE, "--template", "none.txt"), "--template", "{prompt} and {input}")
-    one_line_error(sapo(*SCORE, "--template", "{prompt} only"), "template")
-    one_line_error(sapo(*SCORE, "--template", "{prompt}{input}", "--suffix", "x"), "--template", "--suffix")
-    put(files / "p.json", {"prompts": PROMPTS, "suffix": "One word."})
-    assert ranks(sapo(*SCORE)[1]) != plain == ranks(sapo(*SCORE, "--suffix", "")[1])
-    assert "suffix is not added" in sapo(*SCORE, "--template", "{prompt} {input}")[2]
 
 
 def test_columns_notes_and_quiet(files, sapo):
@@ -142,7 +129,8 @@ def test_columns_notes_and_quiet(files, sapo):
     put(files / "p.json", ["a b", "c", "A  b", "a B"])
     code, out, err = sapo(*arguments, "--skip-empty")
     assert code == 0 and "2 prompts x 2 of 3 examples" in out and err.splitlines() == [
-        "sapo: note: 2 of the paraphrases from file:p.json merged into prompt 0, which they repeat",
+        "sapo: note: 2 of the paraphrases from file:p.json rejected: expected each prompt once, got 'a b' again: "
+        "'A  b'",
         "sapo: note: d.csv: 1 of the rows read with an empty label left out"]  # fmt: skip
     _, out, err = sapo(*arguments, "--skip-empty", "--quiet")
     assert err == "" and "<|im_start|>" not in out
@@ -161,7 +149,7 @@ BAD_CALLS = {
     "missing data": (("score", "--prompts", "p.json", "--data", "x.json"), ("x.json: No such file",)),
     "task that nobody has": ((*SCORE, "--task", "x"), ("task: expected none", "'x'")),
     "unknown impl": ((*SCORE, "--impl", "fast"), ("--impl", "tree", "'fast'")),
-    "no examples": ((*SCORE, "--examples", "0"), ("--examples", "at least 1")),
+    "no examples": ((*SCORE, "--examples", "0"), ("limit: expected at least 1, got 0",)),
     "unknown option": ((*SCORE, "--exampels", "3"), ("unrecognized arguments: --exampels",)),
     "column that is not there": ((*SCORE, "--input-column", "zz"), ("'zz'", "'sentence'")),
     "missing model": ((*SCORE, "--model", "./none"), ("--model", "./none", "no such folder")),
@@ -205,9 +193,9 @@ def test_bad_prompts(files, sapo):
 
 
 def test_braces_and_directions_are_text(files, sapo):
-    put(files / "p.json", ["{0.__class__}", "{0:>100000000}", "{input} {prompt} {", "%s %n", "a\ttab\nline\u2028end",
-                           "good\x1b[2J"])  # fmt: skip
-    code, out, err = sapo(*SCORE, "--suffix", "\u200bx")
+    prompts = ["{0.__class__}", "{0:>100000000}", "{input} {prompt} {", "%s %n", "a\ttab\nline\u2028end", "good\x1b[2J"]
+    put(files / "p.json", {"prompts": prompts, "suffix": "\u200bx"})
+    code, out, err = sapo(*SCORE)
     assert code == 0 and "{0:>100000000}" in out and len(out) < 5000 and "a\\ttab\\nline\\u2028end" in out
     assert "control character U+001B" in err and all(line.isprintable() for line in (out + err).splitlines())
 
@@ -300,8 +288,7 @@ def test_a_call_that_is_resumed_on_another_day_keeps_its_date(files, sapo, dated
 
 def test_only_the_same_call_is_resumed(files, sapo, stopped):
     for change, words in (
-        (("--suffix", "S"), ("suffix: expected 'S' as in this call, got ''",)),
-        (("--max-target", "5"), ("max_target",)),
+        (("--max-target", "5"), ("max_target: expected 5 as in this call, got 128",)),
         (("--examples", "99"), ("cells: expected",)),
     ):
         one_line_error(sapo(*SCORE, "--out", "s.json", "--resume", *change), "s.json.part", *words)

@@ -24,10 +24,11 @@ def test_a_run_its_report_and_going_on(tiny, sapo, tmp_path, monkeypatch):
     assert lines[0].split()[:4] == ["task", "prompt", "loss", "original"] and max(map(len, lines[:3])) <= 100
     for number, name in ((1, "task02_odd_one_out"), (2, "task03_message_field")):
         assert re.match(rf" +{number}(?: +\d+/21)(?: +\d+\.\d{{4}}){{2}}  {name}$", lines[number]), lines[number]
-    for metric in ("rougeL (0 to 100)", "exact_match (0 to 100)"):
-        assert metric in out
-    assert re.search(r"^before +[\d.]+ +[\d.]+$", out, re.MULTILINE) and "AP " in out and "BWT_last" in out
-    assert re.search(r"scoring is [\d.]+% of training", out) and f"{tmp_path}/run/results.json" in out
+    found = json.loads((tmp_path / "run" / "results.json").read_text())["metrics"]
+    for name, title in (("rougeL", "ROUGE-L, %"), ("exact_match", "Exact match, %")):
+        told = "  ".join(f" *{100 * found[name][key]:.2f}" for key in ("AP", "BWT", "BWT_last", "FWT"))
+        assert re.search(rf"^{told}  {title}$", out, re.MULTILINE), (told, out)
+    assert re.search(r"scoring is [\d.]+% of training", out) and f"sapo report {tmp_path}/run" in out
     # Not on a terminal: a line a phase.
     assert "sapo: 0/2 all tasks: evaluate, 4 examples" in err and "sapo: 2/2 task03_message_field: train, 1 step" in err
     before = everything(tmp_path / "run")

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sapo_kernels as sk
 from sapo_peft import plain_scores, tiny_model, tiny_tokenizer
@@ -34,28 +33,12 @@ def test_model_depends_on_its_arguments_only(model):
     assert not torch.equal(model.lm_head.weight, other.lm_head.weight) and large.lm_head.weight.shape == (300, 128)
 
 
-def test_both_survive_saving(model, tokenizer, tmp_path):
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    loaded, again = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
-    ids = again("A b\n", return_tensors="pt").input_ids
-    assert torch.equal(loaded(ids).logits, model(ids).logits)
-    assert again.chat_template == tokenizer.chat_template and again.eos_token_id == 258
-
-
 def test_tokenizer_is_one_token_a_byte(tokenizer):
     for text in ("", " \n\t two  spaces\r\n", "\u00e9\u4f60\U0001f600\u202e", "\x00\x1b\x7f"):
         ids = tokenizer(text).input_ids
         assert ids == list(text.encode()) and tokenizer.decode(ids) == text
     assert (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id) == (258, 256, None)
     assert tokenizer("a<|im_start|>b<|im_end|><|endoftext|>").input_ids == [97, 257, 98, 258, 256]
-
-
-def test_chat_template(tokenizer):
-    messages = [{"role": "user", "content": "hi {x}"}, {"role": "assistant", "content": "yes"}]
-    context = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
-    assert context == "<|im_start|>user\nhi {x}<|im_end|>\n<|im_start|>assistant\n"
-    assert tokenizer.apply_chat_template(messages, tokenize=False) == context + "yes<|im_end|>\n"
 
 
 PROMPTS = ["Say yes or no.", "Is it so?", "Say yes or no."]

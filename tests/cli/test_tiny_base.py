@@ -3,7 +3,6 @@
 import json
 from dataclasses import replace
 
-import pytest
 import torch
 
 import sapo_kernels as sk
@@ -13,7 +12,6 @@ from sapo_peft.loading import load
 from sapo_peft.tiny_base import TASTE_ROWS, load_tiny_base
 from tools.tiny_base.corpus import SEQUENCE, Corpus, bundled, known_wordings, texts_digest
 from tools.tiny_base.presets import PRESETS
-from tools.tiny_base.skills import SKILLS
 from tools.tiny_base.training import MANIFEST, file_digest, make_base, train_tokenizer
 
 
@@ -36,28 +34,6 @@ def named(folder):
     """Whether the manifest names every other file of a base by its digest."""
     files = {path.name: file_digest(path) for path in folder.iterdir() if path.name != MANIFEST}
     return read_json(folder / MANIFEST)["files"] == files
-
-
-def test_every_answer_of_a_skill_can_be_told_from_its_text():
-    draw = Corpus(3).draw
-    for name, skill in SKILLS.items():
-        instructions = skill.instructions()
-        assert len(set(instructions)) == len(instructions) >= 32, name
-        for _ in range(50):
-            text, answer = skill.make(draw)
-            assert text.strip() == text and answer.strip() == answer and answer, name
-    # Worked out again from the text alone.
-    for _ in range(200):
-        text, answer = SKILLS["last"].make(draw)
-        assert text.endswith(answer)
-        for name, place in (("first_listed", 1), ("last_listed", -1)):
-            text, answer = SKILLS[name].make(draw)
-            if "\n- " in text:
-                assert text.split("\n- ")[place] == answer
-        text, answer = SKILLS["message_start"].make(draw)
-        assert len(answer.split()) == 2 and answer in text
-        text, answer = SKILLS["field"].make(draw)
-        assert answer in text
 
 
 def test_the_taste_uses_reserved_rows_and_known_wordings():
@@ -97,18 +73,3 @@ def test_shipped_base_follows_instructions_and_prefers_wordings():
         assert loss[known].mean() < loss[others].mean()
         # A model that knew nothing would be at log(vocabulary), 7.6.
         assert float(loss.max()) < 5.0 and float(loss.max() - loss.min()) > 0.05
-
-
-@pytest.mark.slow
-def test_the_script_makes_such_a_base(tmp_path):
-    """Trained anew, the base has the losses of the shipped one, up to what other rounding does to a training."""
-    make_base(PRESETS["default"], tmp_path, print)
-    bases = load(str(tmp_path), None, "float32", "cpu"), load_tiny_base()
-    for name in SEQUENCE:
-        task = bundled(name)
-        rows = json.loads((BUNDLED_DIR / f"SUPERNI/{name}/test.json").read_text(encoding="utf-8"))[:40]
-        made, shipped = (
-            sk.score_prompts(model, task.wordings, rows, tokenizer=tokenizer, suffix=task.suffix).loss.mean()
-            for model, tokenizer in bases
-        )
-        assert abs(float(made - shipped)) < 0.5

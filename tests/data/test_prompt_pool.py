@@ -1,4 +1,4 @@
-"""Prompt pools: what is read, kept, merged and refused, saving and reading, and what others build on."""
+"""Prompt pools: what is read, kept and refused, saving and reading, and what others build on."""
 
 import json
 import pickle
@@ -9,7 +9,8 @@ import pytest
 from sapo_kernels.files import DataError
 from sapo_peft import read_prompts
 from sapo_peft.data.names import TaskNameError
-from sapo_peft.data.prompt_pool import MAX_CHARACTERS, MAX_REJECTED, PoolPrompt, PromptPool
+from sapo_peft.data.prompt_checks import MAX_CHARACTERS
+from sapo_peft.data.prompt_pool import MAX_REJECTED, PoolPrompt, PromptPool
 from sapo_peft.data.tasks import read_task
 from sapo_peft.tiny_random import tiny_tokenizer
 from tests.cli import cli_helpers
@@ -30,21 +31,22 @@ def test_build():
     made = PromptPool.build("t", ORIGINAL, [PoolPrompt(good, "file:a.txt")], suffix="S.", labels=LABELS, text_word="W")
     assert made.prompts == (ORIGINAL, good) and made.provenance == ("original", "file:a.txt")
     assert (made.task, made.suffix, made.labels, made.markers, made.text_word) == ("t", "S.", LABELS, (), "W")
-    assert made.required == ("positive", "negative") and made.rejected == made.merged == () == tuple(made.notes())
+    assert made.required == ("positive", "negative") and made.rejected == () == tuple(made.notes())
     assert pickle.loads(pickle.dumps(made)) == made
     with pytest.raises(ValueError, match="frozen"):
         made.task = "u"
 
 
-def test_repeated_prompts_are_merged_and_reported():
+def test_repeated_prompts_are_rejected_and_reported():
     a = "say positive or negative for <X>"
     same = ["Say  positive or\tnegative\nfor <X> ", "say positive or negative f\uff4fr <X>"]
     made = pool(a, *same, "\u200bsay positive or negative for <X>", ORIGINAL + " ", "new: positive, negative, <X>")
     assert made.prompts == (ORIGINAL, a, "new: positive, negative, <X>")
-    assert [m.into for m in made.merged] == [1, 1, 1, 0] and [m.text for m in made.merged[:2]] == same
-    assert made.notes() == ["3 of the paraphrases from given merged into prompt 1, which they repeat",
-                            "1 of the paraphrases from given merged into prompt 0, which they repeat"]  # fmt: skip
-    assert pool("Stra\u00dfe positive negative <X>", "STRASSE positive negative <X>").merged[0].into == 1
+    told = [f"expected each prompt once, got {text!r} again" for text in (a, ORIGINAL)]
+    assert [r.reason for r in made.rejected] == [told[0]] * 3 + told[1:] and made.rejected[0].text == same[0]
+    assert [note.partition(": ")[0] for note in made.notes()] == [
+        f"{count} of the paraphrases from given rejected" for count in (3, 1)]  # fmt: skip
+    assert len(pool("Stra\u00dfe positive negative <X>", "STRASSE positive negative <X>").prompts) == 2
 
 
 BAD = {
@@ -103,10 +105,10 @@ def test_which_labels_are_required():
 
 def test_rules_of_a_tokenizer():
     tokenizer = tiny_tokenizer()
-    special, long = "positive negative <X> <|im_end|>", "positive negative <X> " + "b" * 50
-    made = pool(special, long, tokenizer=tokenizer, max_tokens=60)
+    special, long = "positive negative <X> <|im_end|>", "positive negative <X> " + "b" * 1003
+    made = pool(special, long, tokenizer=tokenizer)
     assert "special token '<|im_end|>'" in made.rejected[0].reason
-    assert made.rejected[1].reason == "expected at most 60 tokens, got 72"
+    assert made.rejected[1].reason == "expected at most 1024 tokens, got 1025"
     for options, what in (
         ({"original": "<|im_start|>positive negative <X>"}, "the original prompt"),
         ({"suffix": "a<|endoftext|>"}, "suffix"),
@@ -117,8 +119,8 @@ def test_rules_of_a_tokenizer():
     # Later: what fails is moved, and the rules stay with the pool.
     plain = pool(special, "b positive negative <X>", "B positive negative <X>", "no")
     again = plain.checked(tokenizer)
-    assert again.prompts == (ORIGINAL, "b positive negative <X>") and again.merged[0].into == 1
-    assert [r.text[:2] for r in again.rejected] == ["no", "po"]
+    assert again.prompts == (ORIGINAL, "b positive negative <X>")
+    assert [r.text[:2] for r in again.rejected] == ["B ", "no", "po"]
     assert again.extended([special + "c"]).prompts == again.prompts
     with pytest.raises(DataError, match="marker 'b'"):
         plain.checked(markers=["b"])
@@ -134,7 +136,6 @@ def test_rules_of_a_tokenizer():
         ({"markers": ["\ud800"]}, "'markers' 0: expected plain text, got a lone surrogate"),
         ({"suffix": "\x1b"}, "'suffix': expected plain text"),
         ({"text_word": "a\nb"}, "'text_word': expected a text on one line"),
-        ({"max_characters": 0}, "'max_characters': expected greater than or equal to 1"),
         ({"original": None}, "the original prompt: expected text"),
     ],
 )
@@ -148,7 +149,7 @@ def test_extended_keeps_places():
     first = pool("one positive negative <X>")
     second = first.extended(["two positive negative <X>", "no", PoolPrompt("ONE positive negative <X>", "model:m")])
     assert second.prompts == (*first.prompts, "two positive negative <X>") and len(first.prompts) == 2
-    assert second.merged[0].into == 1 and second.merged[0].source == "model:m" and len(second.rejected) == 1
+    assert [r.source for r in second.rejected] == ["given", "model:m"] and "once" in second.rejected[1].reason
     # The same fault twice is one fault, and a source without end does not fill the memory.
     third = second.extended(["no"]).extended([f"no {i}" for i in range(2 * MAX_REJECTED)])
     assert len(third.rejected) == MAX_REJECTED and third.rejected[0].text == "no"
@@ -159,10 +160,10 @@ def test_extended_keeps_places():
 
 def test_save_and_read(tmp_path):
     paraphrases = ("A {x} \u4f60 positive negative <X>", "no \ud800\0" + "y" * 50_000)
-    made = pool(PoolPrompt("a {x} \u4f60 positive negative <X>", "endpoint:m"), *paraphrases, suffix="S", max_tokens=99)
+    made = pool(PoolPrompt("a {x} \u4f60 positive negative <X>", "endpoint:m"), *paraphrases, suffix="S")
     made.save(tmp_path / "p.json")
     assert PromptPool.read(tmp_path / "p.json") == made == PromptPool.read(str(tmp_path / "p.json"), "t")
-    assert made.rejected[0].text.startswith("no \\ud800\\x00yyy") and len(made.rejected[0].text) < 2100
+    assert made.rejected[1].text.startswith("no \\ud800\\x00yyy") and len(made.rejected[1].text) < 2100
     with pytest.raises(TaskNameError, match="expected the task 'u', got a pool of 't'"):
         PromptPool.read(tmp_path / "p.json", "u")
     with pytest.raises(TypeError, match="no options"):
@@ -181,9 +182,10 @@ WRITTEN = {
 
 def test_an_older_file_is_read_and_written_as_it_was(tmp_path):
     made = PromptPool.read(put(tmp_path / "p.json", WRITTEN))
-    assert made.prompts == ("Say yes.", "yes?") and made.merged[0].into == 1 and len(made.rejected) == 1
+    assert made.prompts == ("Say yes.", "yes?") and len(made.rejected) == 1
     made.save(tmp_path / "q.json")
-    assert (tmp_path / "q.json").read_text() == json.dumps(WRITTEN, indent=1) + "\n"
+    again = {name: value for name, value in WRITTEN.items() if name not in ("merged", "max_characters", "max_tokens")}
+    assert (tmp_path / "q.json").read_text() == json.dumps(again, indent=1) + "\n"
 
 
 def damage(**changes):
@@ -195,15 +197,11 @@ DAMAGED = {
     "other schema": (damage(schema="x"), "'schema': expected 'sapo_prompt_pool', got 'x'"),
     "unknown key": (damage(extra=1), "expected no key 'extra', got one"),
     "missing key": (lambda d: d.pop("labels"), "expected the key 'labels', got none"),
-    "wrong type": (damage(suffix=None), "'suffix': expected a valid string, got None"),
     "no prompts": (damage(prompts=[]), "'prompts': expected at least 1 entries, got 0"),
     "no original": (lambda d: d["prompts"].pop(0), "'prompts' 0: expected the original prompt"),
-    "prompt with a key": (lambda d: d["prompts"][1].update(x=1), "'prompts' 1: expected no key 'x', got one"),
     "prompt lost a label": (lambda d: d["prompts"][1].update(text="ye"), "'prompts' 1: expected the label 'yes'"),
     "prompt emptied": (lambda d: d["prompts"][1].update(text=" "), "'prompts' 1: expected text"),
     "prompt twice": (lambda d: d["prompts"].append(d["prompts"][1]), "expected each prompt once, got prompt 1"),
-    "merged into nothing": (lambda d: d["merged"][0].update(into=2), "'merged' 0: expected the index of a prompt"),
-    "rejected without reason": (lambda d: d["rejected"][0].pop("reason"), "'rejected' 0: expected the key 'reason'"),
 }
 
 
@@ -226,7 +224,7 @@ def test_plain_files(tmp_path):
         ("d.txt", "\ufeffone\r\ntwo\r\none \r\n\n"),
     ):
         made = read_prompts(put(tmp_path / name, content))
-        assert made.prompts == ("one", "two") and made.merged[0].into == 0 and made.task == name[0]
+        assert made.prompts == ("one", "two") and len(made.rejected) == 1 and made.task == name[0]
         assert (made.suffix, made.labels, made.text_word) == ("", (), "Text")
         assert made.provenance == ("original", f"file:{name}")
         assert read_prompts(tmp_path / name, "mine", labels=["z"]).labels == ("z",)
@@ -262,11 +260,9 @@ def test_instructions_and_paraphrases_complete_each_other(data_folder):
 BAD_FILES = {
     "empty list": ("a.json", [], "'prompts': expected at least 1 entries, got 0"),
     "empty prompt": ("a.json", [""], "the original prompt: expected text, got an empty prompt"),
-    "null": ("a.json", ["a", None], "'prompts' 1: expected a valid string, got None"),
     "too many": ("a.json", ["a"] * 10_001, "at most 10000 entries"),
     "empty text file": ("a.txt", "\n\n", "at least 1 entries"),
     "unknown key": ("a.json", {"prompts": ["a"], "sufix": "x"}, "expected no key 'sufix'"),
-    "suffix is no text": ("a.json", {"prompts": ["a"], "suffix": None}, "'suffix': expected a valid string"),
     "empty task": ("a.json", {"t": []}, "task 't': 'prompts': expected at least 1 entries, got 0"),
     "no instruction": ("a.json", {"t": {"suffix": "x"}}, "expected the key 'instruction', got none"),
     "several tasks": ("a.json", {"t": ["a"], "u": ["b"]}, "expected the name of a task ('t', 'u'), got none"),

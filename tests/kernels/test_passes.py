@@ -18,10 +18,14 @@ __all__ = ["compiled"]
 
 
 def check_cuts(trie, rng, monkeypatch) -> None:
-    """Passes of a trie, some of its tokens held or none, and their tile lists: the same bits without the module."""
-    held = rng.random(len(trie)) < rng.choice([0.0, 0.3, 0.9])
-    held[trie.row_token] = False
-    options = (rng.choice([None, 1, 2, 7, 40, 200]), int(rng.choice([1, 3, 64, 10**6])), [None, held][rng.integers(2)])
+    """Passes of a trie, some of its tokens cached or none, and their tile lists: the same bits without the module."""
+    cached = rng.random(len(trie)) < rng.choice([0.0, 0.3, 0.9])
+    cached[trie.row_token] = False
+    options = (
+        rng.choice([None, 1, 2, 7, 40, 200]),
+        int(rng.choice([1, 3, 64, 10**6])),
+        [None, cached][rng.integers(2)],
+    )
     size = int(rng.choice([1, 3, 16, 10**6]))
     monkeypatch.setattr(tiles, "CHUNK", int(rng.choice([1, 4, 32])))
 
@@ -66,7 +70,7 @@ def test_a_copy_is_one_and_keeps_every_tensor(monkeypatch):
 
 
 TRIE = {"depth": [0, 1, 0], "node_start": [0, 2], "node_stop": [2, 3], "node_parent": [-1, -1], "node_end": [2, 3],
-        "row_token": [1, 2], "held": None}  # fmt: skip
+        "row_token": [1, 2], "cached": None}  # fmt: skip
 PASS = {"subtree_end": [1, 3, 3], "block_start": [1, 3], "span_ptr": [0, 1], "span": [0, 1]}
 UNFIT = {
     "a gap between nodes": ("passes", {"node_start": [0, 1]}),
@@ -82,7 +86,7 @@ UNFIT = {
         {"node_start": [0, 1], "node_stop": [1, 3], "node_parent": [-1, 0], "node_end": [1, 3]},
     ),
     "another size": ("passes", {"node_end": [3]}),
-    "too few held": ("passes", {"held": [False]}),
+    "too few cached": ("passes", {"cached": [False]}),
     "blocks that descend": ("tiles", {"block_start": [1, 0, 3], "span_ptr": [0, 1, 1]}),
     "blocks beyond the keys": ("tiles", {"block_start": [1, 4]}),
     "blocks below 0": ("tiles", {"block_start": [-1, 3]}),
@@ -101,7 +105,7 @@ def test_arrays_that_are_no_trie_or_pass_are_refused(compiled, name):
 
     def call(change=(), sizes=(4, 1)):
         whole = {**(TRIE if kind == "passes" else PASS), **dict(change)}
-        dtypes = {"held": bool} if kind == "passes" else dict.fromkeys(whole, np.int32)
+        dtypes = {"cached": bool} if kind == "passes" else dict.fromkeys(whole, np.int32)
         arrays = [None if v is None else np.asarray(v, dtypes.get(n, np.int64)) for n, v in whole.items()]
         return getattr(compiled, kind)(*arrays, *sizes)
 

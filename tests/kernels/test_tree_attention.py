@@ -241,7 +241,7 @@ def test_what_a_query_does_not_see_cannot_hurt_it(what, bad, options, impl, devi
     assert not got[sick].isfinite().all(), "what it does see is not hidden either"
 
 
-def test_carried_keys_behind_the_window_cannot_hurt(impl, device, poisoned_outputs):
+def test_past_keys_behind_the_window_cannot_hurt(impl, device, poisoned_outputs):
     q, k, v, _ = inputs("job deep", torch.float32, device)
     trie = TREES["deep"][0]
     step = trie.make_pass(60, 70).to(device)

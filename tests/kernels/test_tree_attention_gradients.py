@@ -36,7 +36,7 @@ def test_gradcheck(impl, options):
 
 
 @pytest.mark.parametrize(("case", "apart"), [(ALL, False), ("job short", True)], ids=["joined", "apart"])
-def test_keys_carried_from_earlier_passes_get_their_gradients(case, apart, impl, device):
+def test_past_keys_of_earlier_passes_get_their_gradients(case, apart, impl, device):
     """Passes one after the other are the whole, backward too."""
     q, k, v, options = inputs(case, torch.float32, device)
     trie = TREES["short"][0]

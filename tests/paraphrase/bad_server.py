@@ -153,7 +153,7 @@ def environment(monkeypatch):
 def ask(*script, wanted=2, deadline=20.0, minimum=0, store=None, pool=POOL, **options):
     """(the pool, the server, the source, seconds) after one `gather` from a server with this script."""
     with BadServer(*script) as server:
-        source = EndpointSource(server.url, "m", **{"backoff": 0.01, "concurrency": 1, **options})
+        source = EndpointSource(server.url, "m", **{"backoff": 0.01, **options})
         started = time.monotonic()
         made = gather(pool, source, wanted, minimum, deadline, store)
         return made, server, source, time.monotonic() - started

@@ -70,17 +70,6 @@ def test_refused(name):
     assert message in str(caught.value) and len(str(caught.value)) < 200 and time.perf_counter() - started < 1
 
 
-def test_marks_of_thoughts_that_the_instruction_holds_are_text():
-    request = Request("Think in <think> </think> tags.", 1)
-    text = f"<{T}>Between <think> and </think>, think.</{T}>"
-    assert request.read(text)[0] == [text[12:-13]]
-    # And a draft in a thought is none, whether the draft holds such marks or not.
-    for thought in (*THOUGHTS, f"<think>\n{text}\n</think>\n", f"{text}\n<think>{text}</think>"):
-        assert request.read(thought + text) == ([text[12:-13]], None), thought
-    with pytest.raises(AnswerFault, match="after the thinking"):
-        request.read(f"<think>\n{text}")
-
-
 def test_cut_answers_give_what_is_complete():
     whole = f"<{T}>a</{T}>\n<{T}>b b</{T}>"
     for size in range(len(whole) + 1):
@@ -95,23 +84,8 @@ def test_cut_answers_give_what_is_complete():
 
 def test_random_answers_raise_nothing_else():
     draw, kept = random.Random(0), 0
-    parts = [
-        f"<{T}>",
-        f"</{T}>",
-        f"\n<{T}>a</{T}>\n",
-        "<",
-        ">",
-        "/",
-        T,
-        "\n",
-        " ",
-        "a",
-        "a",
-        "</think>",
-        "{0}",
-        "\ud800",
-        "\0",
-    ]
+    tags = [f"<{T}>", f"</{T}>", f"\n<{T}>a</{T}>\n", T]
+    parts = [*tags, *"<>/\n aa", "</think>", "{0}", "\ud800", "\0"]
     for _ in range(20_000):
         try:
             texts, _ = Request("x", 1).read("".join(draw.choices(parts, k=draw.randrange(12))))

@@ -32,7 +32,7 @@ def original(files):
 def endpoint():
     pytest.importorskip("openai")
     pytest.importorskip("tenacity")
-    return lambda server: (*ASK, "--paraphrase-with", server.url, "--model", "m", "--concurrency", "1")
+    return lambda server: (*ASK, "--paraphrase-with", server.url, "--model", "m")
 
 
 def test_from_an_endpoint(sapo, files, endpoint, monkeypatch):
@@ -42,7 +42,7 @@ def test_from_an_endpoint(sapo, files, endpoint, monkeypatch):
     with BadServer(says(tagged("a positive", *texts), usage=usage), fresh()) as server:
         code, out, err = sapo(*endpoint(server), "--count", "4", "--key-variable", "MY_KEY")
     assert code == 0 and err == "" and server.headers_seen[0]["authorization"] == f"Bearer {KEY}"
-    assert "o: the original and its paraphrases: 4 kept, 1 merged, 2 rejected" in out
+    assert "o: the original and its paraphrases: 4 kept, 3 rejected" in out
     assert "the label 'negative'" in out and "U+001B" in out and "\x1b" not in out and KEY not in out + err
     assert "endpoint:m  negative or positive?" in out and "Pool written to pool.json." in out
     assert "as the endpoint counts it: 1,200 tokens in, 30 out, cost 0.5." in out
@@ -86,12 +86,13 @@ def test_one_run_at_a_time_and_one_that_is_killed_is_resumed(sapo, endpoint):
         assert saved() == 11
         server.script[:] = [fresh()]
         code, out, _ = sapo(*arguments)
-    assert code == 0 and "20 kept" in out and len(server.questions) == 5
+    # Two, two that were missing, and perhaps the one that was cut off.
+    assert code == 0 and "20 kept" in out and len(server.questions) <= 5
 
 
 def test_from_a_file(sapo, files):
     code, out, err = sapo(*ASK, "--from", "f.txt")
-    assert code == 0 and err == "" and "2 kept, 1 merged, 1 rejected" in out
+    assert code == 0 and err == "" and "2 kept, 2 rejected" in out
     assert PromptPool.read("pool.json").provenance == ("original", "file:f.txt", "file:f.txt")
     code, out, err = sapo(*ASK, "--from", "f.txt", "--count", "9", "--overwrite")
     assert code == 0 and "2 of the 9" in err
@@ -139,7 +140,7 @@ def test_an_output_that_is_an_input_or_not_ours_is_refused_unless_overwrite(sapo
         (("--paraphrase-with", "tiny", "--model", "m"), ("--model",)),
         (("--from", "f", "--key-variable", "X"), ("--key-variable",)),
         (("--from", "none.txt"), ("none.txt", "No such file")),
-        (("--from", "f.txt", "--minimum", "5", "--count", "2"), ("--minimum", "--count 2")),
+        (("--from", "f.txt", "--minimum", "5", "--count", "2"), ("wanted, minimum: expected", "got 2 and 5")),
         (("--from", "f.txt", "--count", "0", "--minimum", "0"), ("wanted", "at least 1", "got 0")),
         (("--from", "f.txt", "--count", "9" * 5000), ("--count",)),
         (("--from", "f.txt", "--deadline", "nan"), ("deadline", "got nan")),

@@ -8,10 +8,10 @@ import time
 import pytest
 
 from sapo_peft.data.prompt_pool import PromptPool
-from sapo_peft.paraphrase import Deadline, EndpointSource, Request, TooFewPrompts, gather
+from sapo_peft.paraphrase import EndpointSource, TooFewPrompts, gather
 from sapo_peft.paraphrase.endpoint import _retry_after
 from tests.paraphrase import bad_server as bad
-from tests.paraphrase.bad_server import POOL, BadServer, ask, completion, fresh, raw, says, status, tagged
+from tests.paraphrase.bad_server import POOL, ask, completion, fresh, raw, says, status, tagged
 
 pytest.importorskip("openai")
 pytest.importorskip("tenacity")
@@ -48,7 +48,7 @@ def test_a_failure_is_followed_by_another_question(name, caplog):
     step, message = AGAIN[name]
     caplog.set_level(logging.INFO, "sapo_peft")
     made, server, _, seconds = ask(step, fresh())
-    assert len(made.prompts) == 3 and made.rejected == made.merged == () and made.notes() == []
+    assert len(made.prompts) == 3 and made.rejected == () and made.notes() == []
     assert len(server.questions) == 2 and seconds < 5 and message in caplog.text
     assert server.sent < 2**26  # what has no end is not read to it
     assert {seen["accept-encoding"] for seen in server.headers_seen} == {"identity"}
@@ -68,14 +68,6 @@ def test_paid_answers_are_taken_and_counted():
     assert source.spent == "3,000 tokens in, 60 out, cost 0.006"
 
 
-def test_bad_paraphrases_are_rejected_with_the_reason():
-    texts = ["say positive", "positive \x1b negative", "IS IT  positive or negative?", GOOD, "x" * 20_000]
-    made, _, _, _ = ask(says(tagged(*texts)), fresh(), wanted=2)
-    assert made.prompts[1] == GOOD and len(made.prompts) == 3 and made.merged[0].into == 0
-    for rejected, reason in zip(made.rejected, ("'negative'", "U+001B", "16384 characters"), strict=True):
-        assert reason in rejected.reason and rejected.source == "endpoint:m"
-
-
 FATAL = {
     "400": (status(400, "no such parameter"), "status 400, 'no such parameter'"),
     "401": (status(401, "wrong key"), "status 401 (is the key right"),
@@ -91,10 +83,10 @@ FATAL = {
 def test_what_would_be_said_again_ends_it_at_once(name, caplog):
     step, message = FATAL[name]
     with pytest.raises(TooFewPrompts, match="expected at least 1 paraphrases, got 0; 0 of the 20") as caught:
-        ask(step, wanted=20, minimum=1, concurrency=4)
+        ask(step, wanted=20, minimum=1)
     assert message in str(caught.value)
-    made, server, _, seconds = ask(step, wanted=20, concurrency=4)
-    assert made == POOL and len(server.questions) <= 4 and seconds < 5 and message in caplog.text
+    made, server, _, seconds = ask(step, wanted=20)
+    assert made == POOL and len(server.questions) == 1 and seconds < 5 and message in caplog.text
 
 
 def test_an_outage_ends_after_the_tries(caplog):
@@ -141,7 +133,7 @@ def test_a_server_on_this_machine_is_asked_without_a_proxy(monkeypatch):
 def test_a_slow_server_is_cut(step, caplog):
     made, server, _, seconds = ask(step, fresh(), request_seconds=0.3)
     assert len(made.prompts) == 3 and len(server.questions) == 2 and 0.29 < seconds < 5
-    *_, seconds = ask(step, deadline=0.3, wanted=5, concurrency=2, per_call=1)
+    *_, seconds = ask(step, deadline=0.3, wanted=5, per_call=1)
     assert seconds < 1.3 and "0 of the 5" in caplog.text and "of 0.3 s are left" in caplog.text
     # Nothing goes on reading in the background, though the server goes on sending.
     assert ended()
@@ -165,57 +157,10 @@ def test_a_name_that_is_looked_up_for_ever_is_not_waited_for(monkeypatch):
     assert time.monotonic() - started < 1.3 and made == POOL and ended()
 
 
-def test_closing_ends_the_requests_under_way():
-    with BadServer(fresh(), bad.trickle) as server:
-        source = EndpointSource(server.url, "m", concurrency=2, per_call=1)
-        answers = source.paraphrase(Request("x", 2), Deadline(60))
-        assert len(next(answers).texts) == 1
-        while len(server.questions) < 2:
-            time.sleep(0.01)
-        answers.close()
-        assert ended()
-
-
-def test_answers_are_kept_when_others_hang_or_are_refused(tmp_path, caplog):
+def test_answers_are_kept_when_others_hang(tmp_path, caplog):
     store = tmp_path / "pool.json"
-    made, *_ = ask(fresh(), bad.silence, wanted=8, deadline=1.0, concurrency=4, per_call=2, store=store)
+    made, *_ = ask(fresh(), bad.silence, wanted=8, deadline=1.0, per_call=2, store=store)
     assert len(made.prompts) == 3 and "2 of the 8" in caplog.text and PromptPool.read(store) == made
-
-    def slow(handler):
-        time.sleep(0.3)
-        fresh()(handler)
-
-    made, server, _, _ = ask(slow, status(401), wanted=6, per_call=2, concurrency=2)
-    assert len(made.prompts) == 3 and "status 401" in caplog.text and len(server.questions) == 2
-
-
-def test_an_outage_loses_and_asks_nothing_twice(tmp_path):
-    store = tmp_path / "pool.json"
-    with pytest.raises(TooFewPrompts, match=rf"expected at least 10 paraphrases, got 6 \(what arrived is in {store}\)"):
-        ask(fresh(), fresh(), says(tagged("say positive")), status(401), wanted=10, minimum=10, per_call=3, store=store)
-    saved = PromptPool.read(store)
-    assert len(saved.prompts) == 7 and len(saved.rejected) == 1
-    made, server, _, _ = ask(fresh(lambda n, i: f"later positive negative {n}-{i}"), wanted=10, per_call=3, store=store)
-    assert made.prompts[:7] == saved.prompts and len(made.prompts) == 11 and made.rejected == saved.rejected
-    assert len(server.questions) == 2  # for the 4 that were missing
-    made, server, _, _ = ask(status(500), wanted=10, store=store)
-    assert len(made.prompts) == 11 and server.questions == []
-
-
-def test_concurrent_questions_are_all_used():
-    busy, most, lock = 0, 0, threading.Lock()
-
-    def step(handler):
-        nonlocal busy, most
-        with lock:
-            busy, most = busy + 1, max(most, busy + 1)
-        time.sleep(0.05)
-        with lock:
-            busy -= 1
-        fresh()(handler)
-
-    made, server, _, _ = ask(step, wanted=40, per_call=2, concurrency=5)
-    assert len(made.prompts) == 41 and len(server.questions) == 20 and 2 <= most <= 5
 
 
 @pytest.mark.parametrize(

@@ -102,13 +102,11 @@ def read(path):
 
 
 def edit(path, *keys, value):
-    """Replace one value of a JSON file; `KeyError` as a value takes the key away."""
+    """Replace one value of a JSON file."""
     content = at = read(path)
     for key in keys[:-1]:
         at = at[key]
     at[keys[-1]] = value
-    if value is KeyError:
-        del at[keys[-1]]
     path.write_text(json.dumps(content), encoding="utf-8")
 
 
@@ -117,14 +115,6 @@ def sealed(run: Path) -> Path:
     for task in (run / "tasks").iterdir():
         write_manifest(task, folder.TASK)
     write_manifest(run, folder.RUN, skip=folder._foreign)
-    return run
-
-
-def of_version_1(run: Path) -> Path:
-    """Without the manifests that later runs have, so that only what a file says can be checked."""
-    for manifest in run.rglob("sapo_manifest.json"):
-        manifest.unlink()
-    edit(run / "run.json", "version", value=1)
     return run
 
 
@@ -141,6 +131,5 @@ if __name__ == "__main__":
         for number in range(5):
             make_run(top / "runs" / f"{one}-{number}", one, number)
     print(write_report([top / "runs" / "sapo-0", top / "runs"], top / "one.html"))
-    print(write_report([top / "runs"], top / "all.html"))
     print(write_report(make_run(top / "begun", tasks=[f"task{i:03d}_of_many" for i in range(15)], done=9)))
     print(write_report(make_run(top / "start", scorings=1)))

@@ -14,7 +14,7 @@ from tests.report.report_runs import make_run
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH")
 POLICY = "default-src 'none'"
-SECTIONS = ["comparison", "run1-scores", "run1-tasks", "run1-cost", "run1-notes"]
+SECTIONS = ["comparison", "scores", "tasks", "cost", "notes"]
 
 # A window has a smallest width, a frame has none. The frame tells this page what it found.
 FRAME = """<!DOCTYPE html><meta name="color-scheme" content="light dark"><style>body {{ margin: 0 }}</style>

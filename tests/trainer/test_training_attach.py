@@ -103,12 +103,8 @@ def test_attached_twice_and_to_something_that_is_no_trainer(tmp_path):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("mode", "medium"), ("temperature", -0.1), ("temperature", float("nan")), ("temperature", "1"),
-        ("floor", 1.1), ("decay", -1), ("decay", True), ("drift", float("inf")), ("drift", -1.0),
-        ("drift_cooldown", 0), ("probe_examples", 0), ("probe_examples", 2.0), ("every_steps", 0),
-        ("every_steps", True), ("max_source", 0), ("max_target", -1),
-        ("train_max_target", 0), ("max_target", None), ("max_tokens", 0), ("seed", None),
-        ("at_start", 1), ("each_epoch", "yes"),
+        ("mode", "medium"), ("temperature", float("nan")), ("floor", 1.1), ("decay", True), ("drift", float("inf")),
+        ("probe_examples", 2.0), ("every_steps", 0), ("max_target", None), ("at_start", 1),
     ],
 )  # fmt: skip
 def test_bad_options(name, value):

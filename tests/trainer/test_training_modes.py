@@ -151,7 +151,6 @@ def test_metrics_are_in_the_history_of_the_trainer(tmp_path):
     (end,) = [row for row in trainer.state.log_history if "sapo/overhead_fraction" in row]
     assert end["step"] == 6 and 0 < end["sapo/overhead_fraction"] < 1
     assert end["sapo/score_seconds"] == pytest.approx(sum(scoring.seconds for scoring in callback.history))
-    assert end["sapo/score_seconds"] <= callback.seconds
     assert end is not trainer.state.log_history[-1], "before the summary: some reporters end their run at its end"
     json.dumps(trainer.state.log_history, allow_nan=False)
 

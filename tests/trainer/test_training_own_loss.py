@@ -181,7 +181,15 @@ def test_a_model_that_changes_during_a_run_is_looked_at_again(tmp_path, caplog, 
 class Regularised(Trainer):
     def compute_loss(self, *args, **kwargs):
         weights = [p for p in self.model.parameters() if p.requires_grad]
-        return super().compute_loss(*args, **kwargs) + 0.5 * sum(p.square().sum() for p in weights)
+        return Trainer.compute_loss(self, *args, **kwargs) + 0.5 * sum(p.square().sum() for p in weights)
+
+
+class Decorated(Trainer):
+    """A wrapper of torch's own stands where its method does."""
+
+    @torch.enable_grad()
+    def compute_loss(self, *args, **kwargs):
+        return Regularised.compute_loss(self, *args, **kwargs)
 
 
 class OwnModel(Trainer):
@@ -199,8 +207,8 @@ def clamping():
 
 @pytest.mark.parametrize(
     "options",
-    [{"trainer_class": Regularised}, {"trainer_class": OwnModel}, {"model": clamping}],
-    ids=["regulariser", "its model", "hooks of parameters"],
+    [{"trainer_class": kind} for kind in (Regularised, Decorated, OwnModel)] + [{"model": clamping}],
+    ids=["regulariser", "behind a decorator", "its model", "hooks of parameters"],
 )
 def test_what_counts_once_a_step_is_not_done_in_parts(tmp_path, caplog, options):
     callback = both(tmp_path, tokens=40, **options)
@@ -223,12 +231,19 @@ def windowed():
     return get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
 
 
-def test_longer_batches_are_checked_before_they_are_taken(tmp_path):
+def test_longer_batches_are_checked_before_they_are_taken(tmp_path, caplog):
     fox = "the quick brown fox jumps over it and "
     long = [{"input": fox + "again and again", "target": "yes it does"}, {"input": fox + "sleeps", "target": "no"}]
     data = [{"input": "a", "target": "x"}] * 4 + long * 4
     callback = both(tmp_path, model=windowed, data=data, trainer_class=InOrder)
     assert callback.packing.tokens and callback.packing.differs < 200
+    assert f"batches with a row of {callback.packing.differs} tokens or more are padded" in caplog.text
+    with pytest.raises(RuntimeError, match="packing='trie'"):
+        config = SapoConfig(probe_examples=2, at_start=False, packing="trie")
+        sapo_trainer(
+            tmp_path / "trie", config=config, model=windowed(), data=data, trainer_class=InOrder, max_steps=3,
+            per_device_train_batch_size=4,
+        )[0].train()  # fmt: skip
 
 
 def test_checks_are_few_where_each_batch_is_longer(tmp_path, monkeypatch):

@@ -107,19 +107,6 @@ def test_what_cannot_be_packed_is_padded_once_said_or_refused(tmp_path, caplog, 
         run(tmp_path / "b", "trie", **options)
 
 
-def test_a_trainer_that_reads_logits_is_found_out_in_its_first_step(tmp_path, caplog):
-    from transformers import Trainer
-
-    class Reads(Trainer):
-        def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
-            outputs = model(**inputs)
-            return outputs["loss"] + 0 * outputs["logits"].sum()
-
-    with caplog.at_level(logging.WARNING, logger="sapo_peft"):
-        callback, losses, *_ = run(tmp_path, "auto", trainer_class=Reads)
-    assert "reads 'logits'" in caplog.text and len(losses) == 6 and not callback.packing.tokens
-
-
 CHILD = """
 import json, os, sys, torch
 torch.set_num_threads(1)

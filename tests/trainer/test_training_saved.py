@@ -1,20 +1,16 @@
-"""What is saved names the prompt it was trained with: the best model, the card, what is pushed. And the time taken."""
+"""What is saved names the prompt it was trained with: the best model, the card, what is pushed."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import logging
-import re
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-import sapo_peft.trainer.rescoring
 from sapo_peft import SapoConfig
-from sapo_peft.trainer.collator import SapoCollator
 from sapo_peft.trainer.records import CARD_TITLE, PROMPTS_FILE, write_beside_adapter
 from tests.trainer.training_helpers import colours, pool_of, prefer, sapo_trainer
 
@@ -182,41 +178,3 @@ def test_a_folder_that_is_not_there_yet_is_made(tmp_path):
     trainer._save = lambda *args, **kwargs: None
     trainer.save_model(str(tmp_path / "b" / "c"))
     assert (tmp_path / "b" / "c" / PROMPTS_FILE).is_file()
-
-
-# Time.
-
-
-def test_the_overhead_is_all_that_sapo_does(tmp_path, monkeypatch, capsys):
-    """Each part is made to take a known time more, and is found in the figure; the steps themselves are not."""
-    pause, counted = 0.05, []
-
-    def slower(function, name):
-        def called(*args, **kwargs):
-            counted.append(name)
-            time.sleep(pause)
-            return function(*args, **kwargs)
-
-        return called
-
-    build = sapo_peft.trainer.rescoring.sk.ResponseCache.build
-    monkeypatch.setattr(sapo_peft.trainer.rescoring.sk.ResponseCache, "build", slower(build, "cache"))
-    trainer, callback = sapo_trainer(tmp_path, config=SapoConfig(every_steps=1, probe_examples=1), max_steps=4)
-    prefer(callback, [0, 1, 2, 0])
-    callback.rescorer.score = slower(callback.rescorer.score, "score")
-    callback.state = slower(callback.state, "state")
-    newest = SapoCollator.newest
-    monkeypatch.setattr(SapoCollator, "newest", slower(newest, "batch"))
-    step = trainer.training_step
-    trainer.training_step = lambda *args, **kwargs: (time.sleep(5 * pause), step(*args, **kwargs))[1]
-    trainer.train()
-    assert {name: counted.count(name) for name in ("cache", "score", "batch")} == {"cache": 1, "score": 4, "batch": 4}
-    assert "state" in counted
-    least = pause * len(counted)
-    (end,) = [row for row in trainer.state.log_history if "sapo/overhead_fraction" in row]
-    found = re.search(r"all of SAPO ([\d.]+) s of ([\d.]+) s \(([\d.]+)%\)", capsys.readouterr().out)
-    seconds, total = float(found[1]), float(found[2])
-    assert least - 0.01 <= seconds <= least + 2.0, (seconds, least)
-    assert total >= seconds + 4 * 5 * pause, "the steps are in the total alone"
-    assert float(found[3]) == pytest.approx(100 * seconds / total, abs=0.5)
-    assert end["sapo/overhead_fraction"] == pytest.approx(seconds / total, abs=0.1)

@@ -40,17 +40,6 @@ def test_the_fields_of_trls_fused_head():
     assert abs(float(got.loss - expected.loss)) < 1e-5
 
 
-def test_changed_labels_are_packed_anew():
-    """A trainer that masks some labels before it calls the model must not get the loss of the others."""
-    model, batch = lora().eval(), padded(SEQUENCES)
-    known = sk.OverTrie(model, sk.TrieBatch.of_padded(batch), batch["labels"])
-    changed = batch["labels"].clone()
-    changed[0] = -100
-    expected = model(**{**batch, "labels": changed}).loss
-    assert abs(float(known(**{**batch, "labels": changed}).loss - expected)) < 1e-5
-    assert known.config is model.config
-
-
 @pytest.mark.parametrize(
     "options, why",
     [

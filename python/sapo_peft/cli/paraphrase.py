@@ -37,7 +37,6 @@ def options(add: Callable) -> None:
     add("--overwrite", action="store_true", help="start over, replacing any file at --out")
     add("--deadline", type=float, default=600.0, metavar="S", help="longest time in seconds (default 600)")
     add("--request-seconds", type=float, default=58.0, metavar="S", help="longest time for one request (default 58)")
-    add("--concurrency", type=int, default=4, metavar="N", help="requests at a time (default 4)")
     add("--seed", type=int, default=0, metavar="N", help="seed of a local model's sampling")
     add("--key-variable", metavar="NAME", help="environment variable with the key (default OPENAI_API_KEY)")
     add("--marker", action="append", default=[], metavar="TEXT", help="text that every prompt must contain; repeatable")
@@ -66,9 +65,8 @@ def run(args: argparse.Namespace) -> int:
         logger = logging.getLogger("sapo_peft.paraphrase")
         if args.from_file is not None and args.count is None:
             logger.setLevel(logging.ERROR)
-        minimum = min(args.minimum, count)
         with naming(args.out):
-            pool = gather(pool, source, count, minimum, args.deadline, args.out, overwrite=args.overwrite)
+            pool = gather(pool, source, count, args.minimum, args.deadline, args.out, overwrite=args.overwrite)
     _print(pool, args.out)
     if spent := getattr(source, "spent", ""):
         print(f"Usage, as the endpoint counts it: {spent}.")
@@ -85,8 +83,6 @@ def _check(args: argparse.Namespace) -> None:
             raise ValueError(f"{option}: expected it with --paraphrase-with URL only, got no URL")
     if url and args.model is None:
         raise ValueError("--paraphrase-with URL: expected the name of a model too (--model), got none")
-    if args.count is not None and args.minimum > args.count:
-        raise ValueError(f"--minimum: expected at most --count {args.count}, got {args.minimum}")
     for option, path in (("--prompts", args.prompts), ("--from", args.from_file)):
         both = path is not None and os.path.exists(path) and os.path.exists(args.out)
         if both and os.path.samefile(path, args.out) and not args.overwrite:
@@ -101,7 +97,7 @@ def _source(args: argparse.Namespace) -> ParaphraseSource:
         return FileSource(args.from_file, args.task)
     if "://" in args.paraphrase_with:
         key, seconds = args.key_variable or KEY_VARIABLE, args.request_seconds
-        return EndpointSource(args.paraphrase_with, args.model, key, args.concurrency, request_seconds=seconds)
+        return EndpointSource(args.paraphrase_with, args.model, key, request_seconds=seconds)
     from ..loading import load
 
     pair = load(args.paraphrase_with, None, args.dtype, args.device, option="--paraphrase-with")
@@ -110,14 +106,11 @@ def _source(args: argparse.Namespace) -> ParaphraseSource:
 
 def _print(pool: PromptPool, out: str) -> None:
     width = terminal_width()
-    counts = f"{len(pool.prompts) - 1} kept, {len(pool.merged)} merged, {len(pool.rejected)} rejected"
+    counts = f"{len(pool.prompts) - 1} kept, {len(pool.rejected)} rejected"
     print(plain(f"{pool.task}: the original and its paraphrases: {counts}"))
     pairs = zip(pool.prompts, pool.provenance, strict=True)
     rows = [(str(index), plain(source)[:40], text) for index, (text, source) in enumerate(pairs)]
     print(table(("prompt", "from", "text"), rows, width))
-    if pool.merged:
-        into = ", ".join(str(place) for place in sorted({m.into for m in pool.merged}))
-        print(f"Merged, as they repeat another prompt: {len(pool.merged)}, into {into}")
     if pool.rejected:
         shown = [("", plain(r.source)[:40], f"{r.reason}: {r.text}") for r in pool.rejected[:_SHOWN_REJECTED]]
         print(table(("", "from", "rejected, and why"), shown, width))

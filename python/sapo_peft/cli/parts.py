@@ -25,7 +25,7 @@ RECORD = "made_with"
 
 
 class Parts:
-    """Scores of one job as they grow; with a file, that is ``FILE.part`` until the result is written.
+    """Scores of one job as they grow, in ``FILE.part`` until the result is written; without a file nothing is kept.
 
     record: plain JSON values that decide the scores; a part with another record is not resumed.
     """
@@ -69,7 +69,7 @@ class Parts:
             part = sk.score_prompts(model, sk.ResponseCache.from_token_ids(*rows, cache.prompts), **options)
             nll[:, first:last], tokens[:, first:last] = part.nll, part.tokens
             found.stats = _added(found.stats, part.stats)
-            if self.path is not None and last < size:
+            if last < size:
                 with naming(self.path):
                     write_json(self.path, {**found.to_dict(), RECORD: self.record})
                 self.kept = int((tokens > 0).sum())

@@ -1,4 +1,4 @@
-"""`sapo report`: one HTML file about a run of `sapo sequence`, or about several side by side."""
+"""`sapo report`: one HTML file about a run of `sapo sequence`, compared with others."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from ..terminal import plain
 
 HELP = "write an HTML report of sequence runs"
 EPILOG = """\
-With the folder of one run first, the report is about that run and compares it with the others; runs of another
-policy with the same method, order, tasks, model and seed are its baselines. With a folder that holds several runs,
-the report is about all of them. The file holds everything it needs: it can be mailed, printed and opened anywhere.
+The report is about the first run and compares it with the others; runs of another policy with the same method, order,
+tasks, model and seed are its baselines. Of a folder that holds several runs the first is SAPO's of the lowest seed.
+The file holds everything it needs: it can be mailed, printed and opened anywhere.
 """
 
 

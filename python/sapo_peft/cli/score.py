@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
     from .parts import Parts
 
 HELP = "rank prompts by their loss under a model"
-MAX_TEMPLATE_BYTES = 2**20
 PLAIN_BATCH = 8
 EXAMPLES = 250
 # Of the bundled task, on a CPU and with the plain loop beside it: a few seconds.
@@ -48,19 +46,16 @@ def options(add: Callable) -> None:
     add("--data", metavar="FILE_OR_DIR", help=data)
     add("--task", metavar="NAME", help="which task, if the files have several")
     counts = f"number of examples (default {EXAMPLES}, of the bundled task {BUNDLED_EXAMPLES})"
-    add("--examples", type=_positive, metavar="N", help=counts)
+    add("--examples", type=int, metavar="N", help=counts)
     add("--input-column", metavar="NAME", help="field with the input text")
     add("--target-column", metavar="NAME", help="field with the label")
     add("--skip-empty", action="store_true", help="leave out rows with an empty label (default: an error)")
-    add("--template", metavar="FILE_OR_STRING", help="user turn with {prompt} and {input}")
-    add("--suffix", metavar="TEXT", help="answer-format line after the input (default: the task's own)")
-    add("--text-word", metavar="WORD", help="word that heads the input (default: the task's own or Text)")
     add("--instruction-role", default="user", choices=("user", "system"), help="turn that the instruction is in")
     for option, most, what in (("--max-source", 1536, "context"), ("--max-target", 128, "response")):
-        add(option, type=_positive, default=most, metavar="N", help=f"longest {what} in tokens (default {most})")
+        add(option, type=int, default=most, metavar="N", help=f"longest {what} in tokens (default {most})")
     add("--race", action="store_true", help="score only the cells that it takes to find the best prompt")
     add("--impl", default="auto", choices=IMPLS, help="how to score; auto finds the fastest way that is right")
-    add("--max-tokens", type=_positive, metavar="N", help="new tokens per forward")
+    add("--max-tokens", type=int, metavar="N", help="new tokens per forward")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     add("--compare", action="store_true", help="also run the plain loop and compare times and values")
@@ -77,24 +72,17 @@ def run(args: argparse.Namespace) -> int:
     from .outputs import check_file
     from .parts import Parts
 
-    if args.template is not None and (args.suffix is not None or args.text_word is not None):
-        raise ValueError("--template: expected it alone, got --suffix or --text-word too; write them into it")
     if args.resume and (args.race or args.out is None):
         raise ValueError("--resume: expected it with --out, and without --race, whose rounds are not kept")
-    check_file("--out", args.out, (args.prompts, args.data, args.template), OURS, args.overwrite)
-    template = _template(args.template)
     pool, examples = _task(args)
-    check_file("--out", args.out, (examples.source,), OURS, args.overwrite)
-    if template is not None and pool.suffix:
-        say_notes(["--template: the task's own suffix is not added; write it into the template if you want it"],
-                  args.quiet)  # fmt: skip
+    check_file("--out", args.out, (args.prompts, args.data, examples.source), OURS, args.overwrite)
     say_notes([*pool.notes(), *examples.notes()], args.quiet)
     with only_writer(args.out), log_on_stderr("sapo_kernels", args.quiet):
-        parts = Parts(args.out, _record(args, template, pool, examples), resume=args.resume, overwrite=args.overwrite)
-        return _score(args, template, pool, examples, parts)
+        parts = Parts(args.out, _record(args, pool, examples), resume=args.resume, overwrite=args.overwrite)
+        return _score(args, pool, examples, parts)
 
 
-def _score(args: argparse.Namespace, template: str | None, pool: PromptPool, examples: Examples, parts: Parts) -> int:
+def _score(args: argparse.Namespace, pool: PromptPool, examples: Examples, parts: Parts) -> int:
     import torch
 
     import sapo_kernels as sk
@@ -107,9 +95,9 @@ def _score(args: argparse.Namespace, template: str | None, pool: PromptPool, exa
     model, tokenizer = load(args.model, args.adapter, args.dtype, args.device, args.tokenizer)
     started = time.perf_counter()
     cache = sk.ResponseCache.build(
-        tokenizer, pool.prompts, examples, template=template, suffix=parts.record["suffix"],
-        text_word=parts.record["text_word"], max_source=args.max_source, max_target=args.max_target,
-        instruction_role=args.instruction_role, now=parts.moment() if reads_clock(tokenizer) else None,
+        tokenizer, pool.prompts, examples, suffix=pool.suffix, text_word=pool.text_word, max_source=args.max_source,
+        max_target=args.max_target, instruction_role=args.instruction_role,
+        now=parts.moment() if reads_clock(tokenizer) else None,
     )  # fmt: skip
     prepared = time.perf_counter()
     scores = _scores(args, model, cache, parts)
@@ -146,18 +134,17 @@ def _score(args: argparse.Namespace, template: str | None, pool: PromptPool, exa
 
 
 def _scores(args: argparse.Namespace, model: Any, cache: ResponseCache, parts: Parts) -> PromptScores:
-    """In parts where they are kept or where nobody sees a bar; else at once."""
+    """In parts where they are kept, else at once; off a terminal lines say how far it is."""
     import sapo_kernels as sk
     from sapo_kernels.scoring.progress import Lines
 
     lines = not args.quiet and not sys.stderr.isatty()
     options = {"impl": args.impl, "max_tokens": args.max_tokens, "progress": False if args.quiet else None}
-    if args.race:
+    if args.race or parts.path is None:
         if lines:
-            options["progress"] = Lines("race, at most", "cell", cache.num_prompts * cache.num_examples)
-        return sk.score_prompts(model, cache, race=sk.Race(), **options)
-    if parts.path is None and not lines:
-        return sk.score_prompts(model, cache, **options)
+            what = "race, at most" if args.race else "scoring"
+            options["progress"] = Lines(what, "cell", cache.num_prompts * cache.num_examples)
+        return sk.score_prompts(model, cache, race=sk.Race() if args.race else None, **options)
     try:
         return parts.score(model, cache, lines, **options)
     except KeyboardInterrupt:
@@ -216,38 +203,15 @@ def _task(args: argparse.Namespace) -> tuple[PromptPool, Examples]:
         say_notes(["no --prompts and --data: scoring a bundled task"], args.quiet)
     return read_task(
         prompts, data, task, input_column=args.input_column, target_column=args.target_column,
-        limit=args.examples or most, skip_empty=args.skip_empty,
+        limit=most if args.examples is None else args.examples, skip_empty=args.skip_empty,
     )  # fmt: skip
 
 
-def _record(args: argparse.Namespace, template: str | None, pool: PromptPool, examples: Examples) -> dict[str, Any]:
+def _record(args: argparse.Namespace, pool: PromptPool, examples: Examples) -> dict[str, Any]:
     """What the scores of a job depend on, beside the cells themselves; written with them."""
-    suffix = pool.suffix if args.suffix is None else args.suffix
-    word = pool.text_word if args.text_word is None else args.text_word
     return {
         "model": args.model, "adapter": args.adapter, "tokenizer": args.tokenizer, "dtype": args.dtype,
-        "task": pool.task, "data": examples.source, "columns": list(examples.columns), "template": template,
-        "suffix": suffix, "text_word": word, "max_source": args.max_source, "max_target": args.max_target,
+        "task": pool.task, "data": examples.source, "columns": list(examples.columns), "suffix": pool.suffix,
+        "text_word": pool.text_word, "max_source": args.max_source, "max_target": args.max_target,
         "instruction_role": args.instruction_role, "impl": args.impl,
     }  # fmt: skip
-
-
-def _template(text: str | None) -> str | None:
-    """A template as it is, or from the file it names (one final line end is not part of it)."""
-    from sapo_kernels.files import read_text
-
-    if text is None or "{prompt}" in text or "{input}" in text:
-        return text
-    if not os.path.exists(text):
-        raise ValueError(f"--template: expected a text with {{prompt}} and {{input}} or a file, got {text[:80]!r}")
-    return read_text(text, max_bytes=MAX_TEMPLATE_BYTES).removesuffix("\n").removesuffix("\r")
-
-
-def _positive(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text[:40]!r}")
-    return value

@@ -18,6 +18,7 @@ manifests of every file. The same command resumes a run, however it was stopped;
 refused, and so are files that have changed. A YAML file given with --config holds the same options by their long names;
 options on the command line win.
 """
+METRICS = ("AP", "BWT", "BWT_last", "FWT")
 # What the run decides about its trainer.
 _DECIDED = {
     "output_dir", "num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size", "disable_tqdm",
@@ -114,6 +115,8 @@ def _tasks(args: argparse.Namespace) -> tuple[list, str]:
 
 
 def _report(result: Any) -> None:
+    from ..sequence.schema import MEASURES
+
     width = terminal_width()
     rows = []
     for number, choice in enumerate(result.choices, 1):
@@ -123,11 +126,16 @@ def _report(result: Any) -> None:
     print(table(("task", "prompt", "loss", "original", "name"), rows, width), end="\n\n")
     for number, choice in enumerate(result.choices, 1):
         print(cut(f"task {number}: {choice['prompt']}", width))
-    print(f"\n{result.table()}\n")
+    rows = []
+    for name, found in result.metrics.items():
+        measure = MEASURES[name]
+        values = (found[key] if not measure.top or found[key] is None else 100 * found[key] for key in METRICS)
+        rows.append((*("-" if v is None else f"{v:.2f}" for v in values), f"{measure.title}, {measure.unit}"))
+    print("\n" + table((*METRICS, "score"), rows, width), end="\n\n")
     cost = result.cost
     print(
         f"scoring {cost['score_seconds']:.1f} s, training {cost['train_seconds']:.1f} s, evaluation "
         f"{cost['eval_seconds']:.1f} s; scoring is {cost['overhead_fraction']:.1%} of training"
     )
     folder = plain(os.fspath(result.folder))
-    print(f"{folder}/results.json has the matrices, {folder}/tasks a folder with the adapter of each task.")
+    print(f"{folder}/tasks has a folder with the adapter of each task; sapo report {folder} shows all scores.")

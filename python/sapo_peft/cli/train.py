@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import shutil
 import sys
 import warnings
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,27 +15,12 @@ from ..locks import alone
 from ..terminal import log_on_stderr, plain, say_notes
 
 HELP = "fine-tune a LoRA adapter on the chosen prompt"
-# The pool with its paraphrases, in the output folder.
-STORE = "sapo_pool.json"
 _EPILOG = """\
 A YAML file given with --config holds the same options by their long names (max-steps: 100); options on the
 command line win. With --resume the newest whole checkpoint in the output folder is continued; where there is none at
 all the run starts over. The adapter, sapo_prompts.json and the model card are written to the output folder.
 With several processes: torchrun --nproc-per-node N -m sapo_peft.cli train ...
 """
-# What neither `SapoConfig` nor `TrainingArguments` refuses by itself.
-_COUNT = ("a whole number of at least 1", lambda value: value >= 1)
-_RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    **dict.fromkeys(("paraphrases", "examples", "per_device_train_batch_size", "gradient_accumulation_steps",
-                     "lora_r", "lora_alpha", "logging_steps", "save_steps", "early_stopping_patience"), _COUNT),
-    "max_steps": ("a whole number of at least 1", lambda value: value == -1 or value >= 1),
-    "dataloader_num_workers": ("a whole number of at least 0", lambda value: value >= 0),
-    "seed": ("a whole number from 0 to 2**32 - 1", lambda value: 0 <= value < 2**32),
-    "num_train_epochs": ("a number above 0", lambda value: 0 < value < math.inf),
-    "learning_rate": ("a number of at least 0", lambda value: 0 <= value < math.inf),
-    "lora_dropout": ("a number of at least 0 and below 1", lambda value: 0 <= value < 1),
-    "eval_fraction": ("a number of at least 0 and below 1", lambda value: 0 <= value < 1),
-}  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
@@ -60,11 +43,6 @@ def run(args: argparse.Namespace) -> int:
     if options["eval_data"] is not None:
         held_out = read_examples(options["eval_data"], task=options["task"] or pool.task)
         notes += held_out.notes()
-    elif options["eval_fraction"]:
-        kept = len(examples) - max(1, round(options["eval_fraction"] * len(examples)))
-        if not kept:
-            raise ValueError(f"--eval-fraction: expected examples left to train on, got {len(examples)} in all")
-        examples, held_out = examples[:kept], examples[kept:]
     output, main = Path(options["output_dir"]), os.environ.get("RANK", "0") == "0"
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output {output}: expected a folder, got a file")
@@ -91,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _options(words: list[str]) -> dict[str, Any]:
-    """Every option by its name; those with a rule keep it."""
+    """Every option by its name."""
     from .options import OptionParser
     from .train_options import DataArguments, LoraArguments, ModelArguments, SapoArguments, TrainArguments
 
@@ -99,20 +77,12 @@ def _options(words: list[str]) -> dict[str, Any]:
     usage = "sapo train --data DATA --prompts PROMPTS --output DIR [--config YAML] [options]"
     parser = OptionParser(kinds, prog="sapo train", usage=usage, description=__doc__, epilog=_EPILOG)
     options = parser.read(words)
-    for name, (expected, holds) in _RULES.items():
-        if options[name] is not None and not holds(options[name]):
-            raise ValueError(f"--{name.replace('_', '-')}: expected {expected}, got {options[name]}")
     for name, needed in (("data", "one"), ("output_dir", "a folder"),
                          ("prompts", "a file with at least the original instruction")):  # fmt: skip
         if options[name] is None:
             raise ValueError(f"--{name.removesuffix('_dir')}: expected {needed}, got none")
-    if "://" in (options["paraphrase_with"] or "") and options["paraphrase_model"] is None:
-        raise ValueError("--paraphrase-model: expected the model's name at that endpoint, got none")
-    if options["eval_data"] is not None and options["eval_fraction"]:
-        raise ValueError("--eval-data, --eval-fraction: expected one of them, got both")
-    evaluated = options["eval_data"] is not None or bool(options["eval_fraction"])
-    if options["early_stopping_patience"] is not None and not evaluated:
-        raise ValueError("--early-stopping-patience: expected --eval-data or --eval-fraction too, got neither")
+    if options["early_stopping_patience"] is not None and options["eval_data"] is None:
+        raise ValueError("--early-stopping-patience: expected --eval-data too, got none")
     return options
 
 
@@ -144,37 +114,11 @@ def _checkpoint(output: Path, resume: bool, main: bool) -> str | None:
     return newest
 
 
-def _paraphrased(pool, options: dict[str, Any], output: Path, resumed: str | None):
-    """The pool with paraphrases, kept in the output folder so that nothing is asked twice.
-
-    A resumed run has those that it began with, also if fewer had arrived than were asked for.
-    """
-    from ..paraphrase import EndpointSource, LocalModelSource, gather
-    from ..paraphrase.source import resumed_from
-
-    if resumed:
-        if not (output / STORE).exists():
-            raise ValueError(f"--paraphrase-with: expected {STORE} of the resumed run in {output}, got none")
-        return resumed_from(pool, output / STORE)
-    where, known = options["paraphrase_with"], set(pool.notes())
-    if "://" in where:
-        source = EndpointSource(where, options["paraphrase_model"])
-    else:
-        from ..loading import load
-
-        pair = load(where, None, options["dtype"], options["device"], option="--paraphrase-with")
-        source = LocalModelSource(*pair, seed=options["seed"])
-    pool = gather(pool, source, options["paraphrases"], store=output / STORE)
-    say_notes(note for note in pool.notes() if note not in known)
-    return pool
-
-
 def _train(pool, examples: list, held_out: list, config, options: dict[str, Any], resumed: str | None):
     """Run the trainer and save the adapter; returns the SAPO callback."""
     from peft import LoraConfig, get_peft_model
     from transformers import EarlyStoppingCallback, Trainer, set_seed
 
-    from ..data.prompt_pool import PromptPool
     from ..loading import load
     from ..trainer.attach import attach_sapo
     from ..trainer.checkpoints import seal_adapter
@@ -183,10 +127,6 @@ def _train(pool, examples: list, held_out: list, config, options: dict[str, Any]
     # First: it says which of several processes this is, and sets its device.
     arguments = _arguments(options, bool(held_out))
     main, output = arguments.process_index == 0, Path(arguments.output_dir)
-    if options["paraphrase_with"]:
-        # One asks; the others wait for it (`ddp_timeout`, half an hour, at most) and read what it has written.
-        with arguments.main_process_first(local=False):
-            pool = _paraphrased(pool, options, output, resumed) if main else PromptPool.read(output / STORE)
     model, tokenizer = load(options["model"], None, options["dtype"], options["device"], options["tokenizer"])
     modules = options["target_modules"]
     lora = LoraConfig(

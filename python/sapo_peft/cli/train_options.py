@@ -38,11 +38,7 @@ class DataArguments:
     task: str | None = option(None, "which task, if the files have several")
     examples: int | None = option(None, "train on that many examples at most")
     eval_data: str | None = option(None, "examples to evaluate on, as for --data")
-    eval_fraction: float = option(0.0, "share of the examples to evaluate on instead, the last ones")
     prompts: str | None = option(None, "prompts: JSON, one per line in a .txt file, a folder, or a saved pool")
-    paraphrase_with: str | None = option(None, "make paraphrases: URL of an OpenAI-compatible endpoint, or a model")
-    paraphrase_model: str | None = option(None, "model name at that endpoint")
-    paraphrases: int = option(20, "how many to make")
 
 
 SapoArguments = options_of(

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from sapo_kernels.files import excerpt
 
+MAX_CHARACTERS = 16_384
 # Tab and line ends are layout. All other controls, unpaired surrogates and code points without a meaning have
 # no place in an instruction; those below change what a person sees but not what the model reads, or the reverse.
 _LAYOUT = "\t\n\r"
@@ -82,7 +83,7 @@ def fault(
     required: Sequence[str] = (),
     markers: Sequence[str] = (),
     specials: Sequence[str] = (),
-    max_characters: int,
+    max_characters: int = MAX_CHARACTERS,
 ) -> str | None:
     """Why `text` cannot be a prompt of a pool ("expected ..., got ..."), or None.
 

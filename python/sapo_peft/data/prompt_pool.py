@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,6 @@ from .prompt_files import MAX_PROMPTS, read_prompt_file
 from .schema import first_fault, validated
 
 SCHEMA, VERSION = "sapo_prompt_pool", 1
-MAX_CHARACTERS = 16_384
 MAX_TOKENS = 1024
 # More than the longest prompts take, so that what was saved can be read.
 MAX_POOL_BYTES = 2**30
@@ -53,7 +51,6 @@ Parts = Annotated[
     Field(strict=False, max_length=MAX_PROMPTS),
     AfterValidator(lambda texts: tuple(dict.fromkeys(texts))),
 ]
-Count = Annotated[int, Field(ge=1)]
 
 
 @dataclass(frozen=True)
@@ -75,25 +72,14 @@ class RejectedPrompt:
     reason: str
 
 
-@dataclass(frozen=True)
-class MergedPrompt:
-    """A paraphrase equal to ``prompts[into]`` but for spaces, case and compatibility forms of characters."""
-
-    __pydantic_config__ = _STRICT
-    text: str
-    source: str
-    into: int
-
-
 class PromptPool(BaseModel):
     """The candidates of one task, checked; made by `build` and `read`, never changed.
 
     task: its name. prompts: the texts, the original instruction first, all different after `normalised`.
     provenance: the source of each, "original" for the first. suffix: the answer-format line, not paraphrased.
     labels: label names; those in the original stand in every prompt. markers: texts that stand in every prompt.
-    text_word: the word that heads the input. rejected, merged: what was not taken (the first `MAX_REJECTED` of
-    each are kept). max_characters, max_tokens: bounds on one prompt, the second with a tokenizer only.
-    The tokenizer is neither saved nor compared.
+    text_word: the word that heads the input. rejected: what was not taken, also because it repeats another (the first
+    `MAX_REJECTED` are kept). The tokenizer is neither saved nor compared.
     """
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", populate_by_name=True)
@@ -106,11 +92,8 @@ class PromptPool(BaseModel):
     suffix: str
     labels: Parts
     markers: Parts
-    max_characters: Count
-    max_tokens: Count
     entries: tuple[PoolPrompt, ...] = Field(alias="prompts", min_length=1, max_length=MAX_PROMPTS)
     rejected: tuple[RejectedPrompt, ...] = Field(max_length=MAX_REJECTED)
-    merged: tuple[MergedPrompt, ...] = Field(max_length=MAX_REJECTED)
     _tokenizer: Any = None
 
     @classmethod
@@ -125,23 +108,21 @@ class PromptPool(BaseModel):
         markers: Sequence[str] = (),
         text_word: str = "Text",
         tokenizer: Any = None,
-        max_characters: int = MAX_CHARACTERS,
-        max_tokens: int = MAX_TOKENS,
     ) -> PromptPool:
         """A pool of `original` and those `paraphrases` that pass; a plain string has the source "given".
 
-        A prompt has 1 to `max_characters` characters, none of them a control, an unpaired surrogate or made to
+        A prompt has 1 to 16,384 characters, none of them a control, an unpaired surrogate or made to
         deceive the eye. Every label that occurs in the original as a whole word, in that case, occurs so in
-        each paraphrase, and every marker. With a `tokenizer` it has at most `max_tokens` tokens and holds none
-        of its special tokens. Paraphrases that fail are kept in `rejected`, repeated ones in `merged`.
+        each paraphrase, and every marker. With a `tokenizer` it has at most 1,024 tokens and holds none
+        of its special tokens. Paraphrases that fail, or repeat one but for spaces, case and compatibility forms of
+        characters, are kept in `rejected`.
 
         Raises: `DataError` naming the item for a fault in anything but a paraphrase; `TypeError` for a
         paraphrase that is neither a string nor a `PoolPrompt`.
         """
         fields = {
             "schema": SCHEMA, "version": VERSION, "task": task, "text_word": text_word, "suffix": suffix,
-            "labels": labels, "markers": markers, "max_characters": max_characters, "max_tokens": max_tokens,
-            "prompts": (PoolPrompt(original, "original"),), "rejected": (), "merged": (),
+            "labels": labels, "markers": markers, "prompts": (PoolPrompt(original, "original"),), "rejected": (),
         }  # fmt: skip
         if not isinstance(original, str):
             raise DataError(f"task {excerpt(task)}: the original prompt: expected text, got {excerpt(original)}")
@@ -178,6 +159,9 @@ class PromptPool(BaseModel):
         if document is not None:
             if options:
                 raise TypeError(f"{path} is a saved pool: expected no options, got {', '.join(options)}")
+            # Of files of before: paraphrases that repeated another, and bounds that were always these.
+            for name in ("merged", "max_characters", "max_tokens"):
+                document.pop(name, None)
             pool = validated(cls, document, str(path))
             if task not in (None, pool.task):
                 raise TaskNameError(f"{path}: expected the task {excerpt(task)}, got a pool of {excerpt(pool.task)}")
@@ -199,21 +183,17 @@ class PromptPool(BaseModel):
     def _whole(self, info: ValidationInfo) -> PromptPool:
         self._tokenizer = (info.context or {}).get("tokenizer")
         rules, seen = self._rules(), {}
-        bounds = {"specials": rules["specials"], "max_characters": self.max_characters}
-        if self.suffix and (problem := checks.fault(self.suffix, **bounds)):
+        if self.suffix and (problem := checks.fault(self.suffix, specials=rules["specials"])):
             raise DataError(f"'suffix': {problem}")
         if self.entries[0].source != "original":
             raise DataError(f"'prompts' 0: expected the original prompt, got {excerpt(self.entries[0])}")
         for index, prompt in enumerate(self.entries):
-            first = seen.setdefault(checks.normalised(prompt.text[: self.max_characters + 1]), index)
+            first = seen.setdefault(checks.normalised(prompt.text[: checks.MAX_CHARACTERS + 1]), index)
             problem = self.fault(prompt.text, rules) or (
                 None if first == index else f"expected each prompt once, got prompt {first} again"
             )
             if problem:
                 raise DataError(f"'prompts' {index}: {problem}" if index else f"the original prompt: {problem}")
-        for index, item in enumerate(self.merged):
-            if not 0 <= item.into < len(self.entries):
-                raise DataError(f"'merged' {index}: expected the index of a prompt, got {item.into}")
         return self
 
     @property
@@ -240,9 +220,8 @@ class PromptPool(BaseModel):
 
     def extended(self, paraphrases: Iterable[PoolPrompt | str]) -> PromptPool:
         """This pool with the `paraphrases` that pass behind its own; the prompts it has keep their places."""
-        entries, rejected, merged = list(self.entries), dict.fromkeys(self.rejected), dict.fromkeys(self.merged)
-        places = {checks.normalised(prompt.text): place for place, prompt in enumerate(entries)}
-        rules = self._rules()
+        entries, rejected, rules = list(self.entries), list(self.rejected), self._rules()
+        known = {checks.normalised(prompt.text): prompt.text for prompt in entries}
         for number, item in enumerate([paraphrases] if isinstance(paraphrases, str) else paraphrases):
             if isinstance(item, str):
                 item = PoolPrompt(item, "given")
@@ -250,53 +229,45 @@ class PromptPool(BaseModel):
                 raise TypeError(f"paraphrase {number}: expected a string or a PoolPrompt, got {excerpt(item)}")
             _one_line(item.source)
             problem = self.fault(item.text, rules)
-            place = None if problem else places.get(checks.normalised(item.text))
-            if problem is None and place is None and len(entries) >= MAX_PROMPTS:
+            if problem is None and (first := known.get(checks.normalised(item.text))) is not None:
+                problem = f"expected each prompt once, got {excerpt(first)} again"
+            if problem is None and len(entries) >= MAX_PROMPTS:
                 problem = f"expected at most {MAX_PROMPTS} prompts, got more"
             if problem is not None:
                 kept = checks.storable(item.text, MAX_REJECTED_CHARACTERS)
-                rejected[RejectedPrompt(kept, item.source, problem)] = None
-            elif place is not None:
-                merged[MergedPrompt(item.text, item.source, place)] = None
+                rejected.append(RejectedPrompt(kept, item.source, problem))
             else:
-                places[checks.normalised(item.text)] = len(entries)
+                known[checks.normalised(item.text)] = item.text
                 entries.append(item)
-        return self._grown(entries, rejected, merged)
+        return self._grown(entries, rejected)
 
-    def _grown(self, entries: Iterable[PoolPrompt], rejected: Iterable, merged: Iterable) -> PromptPool:
-        lost = {"rejected": tuple(rejected)[:MAX_REJECTED], "merged": tuple(merged)[:MAX_REJECTED]}
-        return self.model_copy(update={"entries": tuple(entries), **lost})
+    def _grown(self, entries: Iterable[PoolPrompt], rejected: Iterable[RejectedPrompt]) -> PromptPool:
+        lost = tuple(dict.fromkeys(rejected))[:MAX_REJECTED]
+        return self.model_copy(update={"entries": tuple(entries), "rejected": lost})
 
     def checked(self, tokenizer: Any = None, *, markers: Sequence[str] = ()) -> PromptPool:
         """This pool by the rules of `tokenizer` and with more `markers`: paraphrases that fail are moved to `rejected`.
 
         Prompts behind one that fails move up. Raises: `DataError` if the original or the suffix fails.
         """
-        names = ("task", "suffix", "labels", "text_word", "max_characters", "max_tokens")
-        kept, markers = {name: getattr(self, name) for name in names}, (*self.markers, *markers)
+        kept = {name: getattr(self, name) for name in ("task", "suffix", "labels", "text_word")}
+        markers = (*self.markers, *markers)
         pool = PromptPool.build(
             original=self.prompts[0], paraphrases=self.entries[1:], tokenizer=tokenizer, markers=markers, **kept
         )
         return pool.with_history(self)
 
     def with_history(self, other: PromptPool) -> PromptPool:
-        """This pool with the rejected and merged prompts of `other` in front of its own.
-
-        A merged prompt points at the prompt here that it repeats; where there is none it is left out.
-        """
-        places = {checks.normalised(text): place for place, text in enumerate(self.prompts)}
-        found = [(m, places.get(checks.normalised(m.text))) for m in (*other.merged, *self.merged)]
-        merged = dict.fromkeys(MergedPrompt(m.text, m.source, place) for m, place in found if place is not None)
-        rejected = dict.fromkeys([*other.rejected, *self.rejected])
-        return self._grown(self.entries, rejected, merged)
+        """This pool with the rejected prompts of `other` in front of its own."""
+        return self._grown(self.entries, (*other.rejected, *self.rejected))
 
     def fault(self, text: str, rules: dict[str, Any] | None = None) -> str | None:
         """Why `text` cannot be a prompt of this pool ("expected ..., got ..."), or None. Repetition is no fault."""
         problem = checks.fault(text, **(rules or self._rules()))
         if problem is None and self._tokenizer is not None:
             count = len(self._tokenizer(text, add_special_tokens=False)["input_ids"])
-            if count > self.max_tokens:
-                return f"expected at most {self.max_tokens} tokens, got {count}"
+            if count > MAX_TOKENS:
+                return f"expected at most {MAX_TOKENS} tokens, got {count}"
         return problem
 
     def _rules(self) -> dict[str, Any]:
@@ -306,18 +277,14 @@ class PromptPool(BaseModel):
             from sapo_kernels.scoring.render import special_tokens
 
             specials = special_tokens(self._tokenizer)
-        found = {"required": self.required, "markers": self.markers, "specials": specials}
-        return {**found, "max_characters": self.max_characters}
+        return {"required": self.required, "markers": self.markers, "specials": specials}
 
     def notes(self) -> list[str]:
         """What a reader of the results should know about this pool, one sentence a kind."""
-        repeats = Counter((m.source, m.into) for m in self.merged)
-        notes = [f"{count} of the paraphrases from {source} merged into prompt {into}, which they repeat"
-                 for (source, into), count in repeats.items()]  # fmt: skip
         lost: dict[tuple[str, str], list[str]] = {}
         for one in self.rejected:
             lost.setdefault((one.source, one.reason), []).append(one.text)
-        return notes + [f"{len(texts)} of the paraphrases from {source} rejected: {reason}: {excerpt(texts[0])}"
+        return [f"{len(texts)} of the paraphrases from {source} rejected: {reason}: {excerpt(texts[0])}"
                         for (source, reason), texts in lost.items()]  # fmt: skip
 
 

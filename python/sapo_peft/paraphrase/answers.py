@@ -62,7 +62,7 @@ class Request:
         Raises: `AnswerFault` if there is no paraphrase, a thought does not end, or a tag stands anywhere else: in
         text, inside another pair or unpaired. An answer that only talks about the tags gives nothing.
         """
-        parts = _TAG.split(self._after_thoughts(text.strip()))
+        parts = _TAG.split(_after_thoughts(text.strip()))
         found, fault = [], None
         # Text, tag, text, tag, ..., text.
         for place in range(1, len(parts), 2):
@@ -85,16 +85,9 @@ class Request:
             raise AnswerFault(fault or f"expected a text between {OPENING} and {CLOSING}, got an answer without")
         return found, fault
 
-    def _after_thoughts(self, text: str) -> str:
-        parts = [text]
-        if THOUGHT_END.search(self.original) or THOUGHT_START.search(self.original):
-            parts = _TAG.split(text)
-            for place in range(2, len(parts) - 1, 2):
-                if "/" not in parts[place - 1] and "/" in parts[place + 1]:
-                    # A rewording holds such marks too: between its tags they are text.
-                    parts[place] = " " * len(parts[place])
-        outside = "".join(parts)
-        end = max((match.end() for match in THOUGHT_END.finditer(outside)), default=0)
-        if THOUGHT_START.search(outside, end):
-            raise AnswerFault("expected an answer after the thinking, got none")
-        return text[end:].lstrip()
+
+def _after_thoughts(text: str) -> str:
+    end = max((match.end() for match in THOUGHT_END.finditer(text)), default=0)
+    if THOUGHT_START.search(text, end):
+        raise AnswerFault("expected an answer after the thinking, got none")
+    return text[end:].lstrip()

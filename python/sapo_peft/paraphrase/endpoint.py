@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import queue
 import threading
-import time
 import urllib.parse
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Coroutine, Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,8 +25,6 @@ KEY_VARIABLE = "OPENAI_API_KEY"
 MAX_REPLY_BYTES = 2**20
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _LONGEST_BACKOFF = 20.0
-# How long answers under way are waited for when the endpoint turns out to be of no use, seconds.
-_LAST_ANSWERS = 5.0
 # What asking again costs of `max_tries`: an outage that hangs is known after two requests, waiting costs nothing.
 _FAILURE, _LATE, _LIMITED = 1, 3, 0
 # Pieces of a key of this length give it away; what is shorter is no key (``none``).
@@ -48,10 +45,10 @@ class _Unread(Exception):
 
 @dataclass
 class EndpointSource:
-    """Asks `model` at `base_url` (such as ``https://host/v1``), a few questions at a time.
+    """Asks `model` at `base_url` (such as ``https://host/v1``), one question after the other.
 
     key_variable: the NAME of the environment variable with the key; without a value in it the endpoint is asked
-    without a key, as local servers are. concurrency: requests at a time. per_call: paraphrases per request.
+    without a key, as local servers are. per_call: paraphrases per request.
     request_seconds: longest time for one request, from connecting to the last byte; never beyond the deadline.
     max_tries: failures of one question before the endpoint is given up (one that took all its time counts for
     three). backoff: seconds before the second try; they double, up to 20. usage: tokens and cost of all answers.
@@ -67,7 +64,6 @@ class EndpointSource:
     base_url: str
     model: str
     key_variable: str = KEY_VARIABLE
-    concurrency: int = 4
     per_call: int = 5
     request_seconds: float = 58.0
     max_tries: int = 6
@@ -79,7 +75,7 @@ class EndpointSource:
         import openai  # noqa: F401
         import tenacity  # noqa: F401
 
-        for name in ("concurrency", "per_call", "max_tries", "request_seconds", "backoff"):
+        for name in ("per_call", "max_tries", "request_seconds", "backoff"):
             if not 0 < getattr(self, name) < 1e6:
                 raise ValueError(f"{name}: expected a number above 0, got {getattr(self, name)!r}")
         if not self.model.strip():
@@ -87,7 +83,6 @@ class EndpointSource:
         if not self.key_variable.isidentifier():
             # Not shown: somebody may have given the key instead of the variable's name.
             raise ValueError("key_variable: expected the name of an environment variable, got something else")
-        self._answered = 0
         self.name, self._host, key = f"endpoint:{plain(self.model)}", _host(self.base_url), self._key()
         if not key.isascii() or not key.isprintable() or " " in key:
             raise DataError(f"{self.key_variable}: expected a key of printable ASCII without spaces, got another text")
@@ -103,65 +98,26 @@ class EndpointSource:
         return f"{self.usage['prompt_tokens']:,.0f} tokens in, {self.usage['completion_tokens']:,.0f} out{cost}"
 
     def paraphrase(self, request: Request, deadline: Deadline) -> Iterator[Answer]:
-        """Ask ``ceil(request.wanted / per_call)`` questions and yield the answers as they arrive.
+        """Ask ``ceil(request.wanted / per_call)`` questions, one after the other, and yield the answers.
 
         Raises: `SourceError` if the endpoint refuses, or does not answer after all tries.
         """
         full, rest = divmod(request.wanted, self.per_call)
-        counts = [self.per_call] * full + [rest] * (rest > 0)
-        results: queue.SimpleQueue[Answer | SourceError] = queue.SimpleQueue()
-        error = None
-        # A little later than the requests' own end, so that these can say what they waited for.
-        end = time.monotonic() + deadline.left + 0.3
-        with _in_background(self._ask_all(request, counts, deadline, results.put)):
-            for _ in counts:
-                try:
-                    result = results.get(timeout=max(0.0, end - time.monotonic()))
-                except queue.Empty:
-                    break
-                if isinstance(result, SourceError):
-                    # Questions that are under way are paid for: their answers are waited for, a little.
-                    error, end = error or result, min(end, time.monotonic() + _LAST_ANSWERS)
-                elif result.texts or error is None:
-                    yield result
-        if error is not None:
-            raise error
+        for count in [self.per_call] * full + [rest] * (rest > 0):
+            try:
+                # A little later than the question's own end, so that it can say what it waited for.
+                answer = _on_a_thread(self._ask(request, count, deadline), deadline.left + 0.3)
+            except TimeoutError:
+                return
+            yield answer
 
-    async def _ask_all(self, request: Request, counts: list[int], deadline: Deadline, put: Callable) -> None:
-        import openai
-
-        gate, over = asyncio.Semaphore(self.concurrency), asyncio.Event()
-
-        async def ask(count: int) -> None:
-            result: Answer | SourceError = Answer((), self.name)
-            async with gate:
-                try:
-                    if not over.is_set():
-                        result = await self._ask(client, request, count, deadline)
-                except Exception as error:
-                    over.set()  # no new questions from here on
-                    # The text of any other error may hold anything, so only its type is told.
-                    told = SourceError(f"{self.name}: failed with {type(error).__name__}")
-                    result = error if isinstance(error, SourceError) else told
-            put(result)
-
-        # A reply that points elsewhere would have the texts sent to a host nobody named.
-        http = openai.DefaultAsyncHttpxClient(
-            follow_redirects=False, trust_env=self._host not in _LOOPBACK, event_hooks={"response": [_bound]},
-            # A compressed reply could unpack to any size.
-            headers={"Accept-Encoding": "identity"},
-        )  # fmt: skip
-        # Local servers without keys take any; an empty one is refused by the client.
-        key = self._key() or "none"
-        async with openai.AsyncOpenAI(api_key=key, base_url=self.base_url, max_retries=0, http_client=http) as client:
-            await asyncio.gather(*map(ask, counts))
-
-    async def _ask(self, client: Any, request: Request, count: int, deadline: Deadline) -> Answer:
+    async def _ask(self, request: Request, count: int, deadline: Deadline) -> Answer:
         """The answer to one question, after as many tries as it takes; `SourceError` if asking is of no use."""
+        import openai
         import tenacity
 
         growing = tenacity.wait_exponential(self.backoff, _LONGEST_BACKOFF) + tenacity.wait_random(0, self.backoff)
-        answered, failures = self._answered, []
+        failures = []
 
         def wait(state: Any) -> float:
             failures.append(state.outcome.exception())
@@ -177,8 +133,19 @@ class EndpointSource:
 
         again = tenacity.retry_if_exception(lambda error: getattr(error, "cost", None) is not None)
         retrying = tenacity.AsyncRetrying(retry=again, wait=wait, stop=stop, before_sleep=log, reraise=True)
+        # A reply that points elsewhere would have the texts sent to a host nobody named.
+        http = openai.DefaultAsyncHttpxClient(
+            follow_redirects=False, trust_env=self._host not in _LOOPBACK, event_hooks={"response": [_bound]},
+            # A compressed reply could unpack to any size.
+            headers={"Accept-Encoding": "identity"},
+        )  # fmt: skip
+        # Local servers without keys take any; an empty one is refused by the client. In no variable: errors show those.
+        made = openai.AsyncOpenAI(
+            api_key=self._key() or "none", base_url=self.base_url, max_retries=0, http_client=http
+        )  # fmt: skip
         try:
-            texts, fault = request.read(await retrying(self._send, client, request.message(count), deadline))
+            async with made as client:
+                texts, fault = request.read(await retrying(self._send, client, request.message(count), deadline))
         except AnswerFault as error:
             texts, fault = (), str(error)
         except _Failed as failed:
@@ -187,9 +154,10 @@ class EndpointSource:
                 asked = f"; it asks to wait {failed.after:.6g} s" if failed.after is not None else ""
                 left = f"{deadline.left:.3g} of {deadline.seconds:g} s are left"
                 fault = f"no answer after asking {len(failures)} times, the last: {fault}{asked}; {left}"
-            if not failed.cost or self._answered == answered:  # else others are answered: the endpoint is there
-                raise SourceError(f"{self.base_url}: {fault}") from None
-            texts = ()
+            raise SourceError(f"{self.base_url}: {fault}") from None
+        except Exception as error:
+            # The text of any other error may hold anything, so only its type is told.
+            raise SourceError(f"{self.name}: failed with {type(error).__name__}") from None
         return Answer(tuple(texts), self.name, fault)
 
     async def _send(self, client: Any, message: str, deadline: Deadline) -> str:
@@ -221,7 +189,6 @@ class EndpointSource:
             failed = _Failed(told, failed.cost, failed.after) if isinstance(failed, _Failed) else AnswerFault(told)
         if failed is not None:
             raise failed from None
-        self._answered += 1
         return text
 
     def _key(self) -> str:
@@ -233,27 +200,29 @@ class EndpointSource:
         return any(key[place : place + _PIECE] in text for place in range(len(key) - _PIECE + 1))
 
 
-@contextmanager
-def _in_background(work: Any) -> Iterator[None]:
-    """Runs the coroutine `work` on a thread of its own (a notebook's has a loop already) and cancels it at the end."""
-    loop = asyncio.new_event_loop()
+def _on_a_thread(work: Coroutine[Any, Any, Any], seconds: float) -> Any:
+    """What the coroutine `work` returns, on a thread of its own (a notebook's has a loop already).
+
+    It is cancelled when this ends. Raises: `TimeoutError` if it takes longer than `seconds`, and what it raises.
+    """
+    loop, found = asyncio.new_event_loop(), Future()
     task = loop.create_task(work)
 
     def run() -> None:
-        with suppress(asyncio.CancelledError):
-            loop.run_until_complete(task)
+        try:
+            found.set_result(loop.run_until_complete(task))
+        except BaseException as error:  # a cancellation too
+            found.set_exception(error)
         loop.run_until_complete(loop.shutdown_asyncgens())
         loop.close()
 
     # A daemon: a name that is looked up cannot be interrupted, and is not waited for.
-    thread = threading.Thread(target=run, name="sapo-paraphrase", daemon=True)
-    thread.start()
+    threading.Thread(target=run, name="sapo-paraphrase", daemon=True).start()
     try:
-        yield
+        return found.result(seconds)
     finally:
         with suppress(RuntimeError):  # it has ended by itself
             loop.call_soon_threadsafe(task.cancel)
-        thread.join(0.5)
 
 
 async def _bound(response: Any) -> None:

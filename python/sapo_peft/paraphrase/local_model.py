@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sapo_kernels.files import excerpt
+from sapo_kernels.scoring.model_state import scoring_mode
 from sapo_kernels.scoring.render import PLAIN_ANSWER, special_tokens
 
 from ..terminal import plain
@@ -85,7 +85,9 @@ class LocalModelSource:
         own, pad = self.model.generation_config.eos_token_id, self.tokenizer.pad_token_id
         ends = self.tokenizer.eos_token_id if own is None else own
         ends = [ends] if isinstance(ends, int) else list(ends or ())
-        with _left_alone(self.model, seed):
+        gpus = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+        with torch.random.fork_rng(devices=gpus), scoring_mode(self.model):
+            torch.manual_seed(seed)
             output = self.model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
@@ -102,18 +104,3 @@ class LocalModelSource:
         stop = next((place for place, token in enumerate(new) if token in ends), None)
         # Special tokens stay visible, so that a text with one in the middle is refused and not silently joined.
         return self.tokenizer.decode(new[:stop], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-
-@contextmanager
-def _left_alone(model: Any, seed: int) -> Iterator[None]:
-    """Evaluation mode, no gradients and a random state of its own, all of it undone at the end."""
-    modes = {module: module.training for module in model.modules()}
-    gpus = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=gpus), torch.no_grad():
-        torch.manual_seed(seed)
-        model.eval()
-        try:
-            yield
-        finally:
-            for module, mode in modes.items():
-                module.training = mode

@@ -117,9 +117,7 @@ def gather(
             pool = resumed_from(pool, store, before + wanted)
             if len(pool.prompts) > before:
                 _log.info("%d paraphrases from an earlier run are in %s", len(pool.prompts) - before, store)
-        # What an earlier run has from a source that gives all it holds again is no repetition.
-        taken = Counter(pool.entries[before:]) if source.finite else Counter()
-        pool, ended = _asked(pool, source, before + wanted, deadline, taken, store)
+        pool, ended = _asked(pool, source, before + wanted, deadline, store)
         got = len(pool.prompts) - before
         if got < wanted:
             told = f"{got} of the {wanted} paraphrases arrived: {ended}"
@@ -133,7 +131,7 @@ def gather(
 
 
 def _asked(
-    pool: PromptPool, source: ParaphraseSource, size: int, deadline: Deadline, taken: Counter, store: Path | None
+    pool: PromptPool, source: ParaphraseSource, size: int, deadline: Deadline, store: Path | None
 ) -> tuple[PromptPool, str]:
     """(the pool, grown to at most `size` prompts and saved with each answer; why it ended)."""
     faults: Counter[str] = Counter()
@@ -148,11 +146,9 @@ def _asked(
                         faults[answer.fault] += 1
                         _log.info("%s: an answer was not used in full: %s", source.name, answer.fault)
                     grown = pool
-                    for prompt in (PoolPrompt(text, answer.source) for text in answer.texts):
-                        if taken[prompt]:
-                            taken[prompt] -= 1
-                        elif len(grown.prompts) < size:
-                            grown = grown.extended([prompt])
+                    for text in answer.texts:
+                        if len(grown.prompts) < size:
+                            grown = grown.extended([PoolPrompt(text, answer.source)])
                     if store is not None and grown != pool:
                         grown.save(store)
                     pool = grown

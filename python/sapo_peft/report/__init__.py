@@ -1,12 +1,12 @@
 """The report of sequence runs: one HTML file that needs no network, no script and no other file.
 
-`compare` pairs the runs, `views` and `charts` make what is shown of them, and the templates put it on a page.
+`compare` pairs the runs, `views` and `charts` make what is shown of them, and the template puts it on a page.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -14,15 +14,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from sapo_kernels.files import DataError, atomic_write, read_bytes
 
 from ..locks import only_writer
-from ..sequence.folder import Run, read_run
+from ..sequence.folder import read_run
 from . import text, views
-from .compare import group_runs, in_order
+from .compare import arms_of, baseline, in_order
 
 __all__ = ["write_report"]
 
 FILE_NAME = "report.html"
-# Runs with sections of their own; the others are in the comparison and in the table of runs.
-MAX_DETAILED = 8
 # In every report.
 MARK = b"<code>sapo report</code>"
 
@@ -35,8 +33,8 @@ def write_report(
     """Write the report of one or more runs of `sapo sequence` and return its path.
 
     Args:
-        run_dirs: folders of runs, or folders that hold several. If the first is a run, the report is about it and the
-            others are what it is compared with; otherwise it is about all of them, at most `MAX_DETAILED` in detail.
+        run_dirs: folders of runs, or folders that hold several. The report is about the first run and compares it with
+            the others; where the first folder holds several, about the one of the lowest seed, with SAPO's prompts.
         out: the file to write; by default `FILE_NAME` in the first folder. An older report there is replaced.
         overwrite: replace any other file too.
 
@@ -49,15 +47,21 @@ def write_report(
     if not paths:
         raise DataError("run_dirs: expected at least one folder, got none")
     runs = [read_run(path) for path in find_runs(paths)]
-    if (paths[0] / "run.json").is_file():
-        detailed = runs[:1]
-    else:
+    if not (paths[0] / "run.json").is_file():
         runs = in_order(runs)
-        detailed = runs[:MAX_DETAILED]
     out = paths[0] / FILE_NAME if out is None else Path(out)
     if not overwrite and out.is_file() and MARK not in read_bytes(out):
         raise DataError(f"{out}: expected no file or an older report, got another file (see --overwrite)")
-    page = _page(runs, detailed)
+    arms = arms_of(runs[0], runs)
+    found = Environment(
+        loader=PackageLoader("sapo_peft.report"), autoescape=True, undefined=StrictUndefined, finalize=text.visible,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    names = ("line", "name", "fixed", "signed", "percent", "whole", "seconds", "plural", "figure", "unit")
+    found.filters.update({name: getattr(text, name) for name in names})
+    found.tests["left_original"] = views.left_original
+    shown = {"run": runs[0], "runs": runs, "arms": arms, "baseline": baseline(runs[0], arms)}
+    page = found.get_template("page.html").render(views=views, **shown)
     with only_writer(out):
         atomic_write(out, page)
     return out
@@ -80,33 +84,3 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
         for run in here:
             found.setdefault(os.path.realpath(run), run)
     return list(found.values())
-
-
-def _page(runs: Sequence[Run], detailed: Sequence[Run]) -> str:
-    """The whole document. detailed: the runs with sections of their own, at least one; all of them are in `runs`."""
-    single = detailed[0] if len(detailed) == 1 else None
-    title = f"{text.plural(len(runs), 'run')} of tasks in a row, compared by their prompts"
-    if single:
-        count, policy = len(single.record.tasks), single.record.policy
-        told = f"{count} tasks in a row" if count > 1 else "One task"
-        title = f"{told}, trained with {views.POLICIES.get(policy, policy)}"
-    groups = group_runs(runs)
-    own = [group for group in groups if not single or single in group.runs]
-    compared = [group for group in own if len(group.runs) > 1]
-    found = Environment(
-        loader=PackageLoader("sapo_peft.report"), autoescape=True, undefined=StrictUndefined, finalize=text.visible,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    names = ("line", "name", "fixed", "signed", "percent", "whole", "seconds", "plural", "figure", "unit")
-    found.filters.update({name: getattr(text, name) for name in names})
-    found.tests["left_original"] = views.left_original
-    return found.get_template("page.html").render(
-        views=views,
-        title=title,
-        single=single,
-        runs=runs,
-        detailed=[(run, next(one for one in groups if run in one.runs).baseline(run)) for run in detailed],
-        comparisons=[views.comparison(one, one.arm_of(single or one.runs[0])) for one in compared],
-        foreign=len(runs) - sum(len(group.runs) for group in own),
-        latest=max(run.record.finished or run.record.started for run in runs),
-    )  # fmt: skip

@@ -25,16 +25,16 @@ Point = tuple[float, float | None]
 
 @dataclass(frozen=True)
 class Series:
-    """Points (x, y), None for a gap. kind: a class of the style sheet; name: at its right end; title: the tooltip.
+    """Points (x, y), None for a gap, as a line or as `dots`.
 
-    shape: "line", "dot" (a circle each) or "diamond".
+    kind: a class of the style sheet; name: at its right end; title: the tooltip.
     """
 
     points: Sequence[Point]
     kind: str
     name: str = ""
     title: str = ""
-    shape: str = "line"
+    dots: bool = False
 
 
 def plot(series: Sequence[Series], label: str, x_title: str, y_title: str) -> Markup:
@@ -95,7 +95,7 @@ def _numbered(ticks: Sequence[float]) -> list[tuple[float, str]]:
 
 def _drawn(one: Series, x: _Scale, y: _Scale) -> list[Markup]:
     title = _element("title", visible(line(one.title))) if one.title else ""
-    if one.shape != "line":
+    if one.dots:
         return [_mark(one, x(px), y(py), title) for px, py in one.points if py is not None]
     parts, stretch = [], []
     for px, py in [*thinned(one.points), (0, None)]:
@@ -111,8 +111,6 @@ def _drawn(one: Series, x: _Scale, y: _Scale) -> list[Markup]:
 
 
 def _mark(one: Series, px: float, py: float, title: Markup | str) -> Markup:
-    if one.shape == "diamond":
-        return _element("path", title, d=f"M{px:.1f} {py - 6:.1f}l6 6l-6 6l-6 -6z", class_=f"dot {one.kind}")
     return _element("circle", title, cx=px, cy=py, r=3 if one.kind == "faint" else 4.5, class_=f"dot {one.kind}")
 
 

@@ -14,19 +14,18 @@ from sapo_kernels.files import DataError
 
 from ..sequence.config import POLICIES
 from ..sequence.folder import Run
-from ..sequence.schema import MEASURES, RunRecord
+from ..sequence.schema import MEASURES
 
 LEVEL = 0.95
 # SAPO first.
-ORDER = sorted(POLICIES, key=lambda policy: policy != "sapo")
+ORDER = {policy: rank for rank, policy in enumerate(sorted(POLICIES, key=lambda policy: policy != "sapo"))}
 
 
 @dataclass(frozen=True)
 class Arm:
-    """Runs of one policy and one configuration, by seed. label: the policy, and what tells it from a namesake."""
+    """Runs of one policy and one configuration, by seed; settings: that configuration but for these two, as JSON."""
 
     policy: str
-    label: str
     settings: dict[str, str]
     runs: dict[int, Run]
 
@@ -34,6 +33,13 @@ class Arm:
         """By seed, of the runs that are finished."""
         found = {seed: run.figure(measure, metric) for seed, run in self.runs.items() if run.finished}
         return {seed: value for seed, value in found.items() if value is not None}
+
+    def label(self, other: Arm) -> str:
+        """The policy, and the settings that are not those of `other`."""
+        names = sorted({*self.settings, *other.settings})
+        apart = [name for name in names if self.settings.get(name) != other.settings.get(name)]
+        told = ", ".join(f"{name}={self.settings.get(name, 'none')}" for name in apart)
+        return f"{self.policy} ({told})" if told else self.policy
 
 
 @dataclass(frozen=True)
@@ -53,77 +59,37 @@ class Difference:
         return "better" if (self.mean > 0) != self.lower_is_better else "worse"
 
 
-@dataclass(frozen=True)
-class Group:
-    """Arms that may be compared; record: what their runs have in common, from one of them."""
-
-    record: RunRecord
-    arms: list[Arm]
-
-    @property
-    def runs(self) -> list[Run]:
-        return [run for arm in self.arms for run in arm.runs.values()]
-
-    @property
-    def measures(self) -> list[str]:
-        """Those that any run has; the first is the headline."""
-        return [name for name in MEASURES if any(name in run.measures for run in self.runs)]
-
-    def arm_of(self, run: Run) -> Arm:
-        return next(arm for arm in self.arms if arm.runs.get(run.record.seed) is run)
-
-    def baseline(self, run: Run) -> Run | None:
-        """What a run is shown beside: the run of the same seed with the original prompts, else of any other policy."""
-        if run.record.policy == "original":
-            return None
-        others = sorted(self.arms, key=lambda arm: arm.policy != "original")
-        found = (arm.runs.get(run.record.seed) for arm in others)
-        return next((other for other in found if other and other is not run and other.tasks), None)
-
-
-def group_runs(runs: Sequence[Run]) -> list[Group]:
-    """Groups in the order in which they first occur, their arms by policy.
+def arms_of(run: Run, runs: Sequence[Run]) -> list[Arm]:
+    """Those among `runs` that may be compared with `run`, which is one of them, as arms: its own first.
 
     Raises: `DataError` if two folders hold the same run, because it is open which of them counts.
     """
-    groups: dict[str, dict[tuple[str, str], dict[int, Run]]] = {}
-    for run in runs:
-        record = run.record
-        key = json.dumps([record.method, record.order, record.model, record.tasks, sorted(record.data.items())])
-        settings = {name: json.dumps(value, sort_keys=True) for name, value in sorted(record.config.items())}
-        arm = json.dumps({name: value for name, value in settings.items() if name not in ("policy", "seed")})
-        other = groups.setdefault(key, {}).setdefault((record.policy, arm), {}).setdefault(record.seed, run)
-        if other is not run:
-            raise DataError(
-                f"{run.path}: expected each run once, got policy {record.policy!r} with seed {record.seed} in "
-                f"{other.path} too"
-            )
-    return [Group(next(iter(next(iter(arms.values())).values())).record, _arms(arms)) for arms in groups.values()]
+    arms: dict[tuple[str, str], Arm] = {}
+    for one in (one for one in runs if _shared(one) == _shared(run)):
+        policy, seed = one.record.policy, one.record.seed
+        settings = {name: json.dumps(value, sort_keys=True) for name, value in sorted(one.record.config.items())
+                    if name not in ("policy", "seed")}  # fmt: skip
+        arm = arms.setdefault((policy, json.dumps(settings)), Arm(policy, settings, {}))
+        if (other := arm.runs.setdefault(seed, one)) is not one:
+            raise DataError(f"{one.path}: expected each run once, got policy {policy!r} with seed {seed} in "
+                            f"{other.path} too")  # fmt: skip
+    seed = run.record.seed
+    rank = lambda arm: (arm.runs.get(seed) is not run, ORDER.get(arm.policy, len(ORDER)), json.dumps(arm.settings))
+    return sorted(arms.values(), key=rank)
 
 
-def _arms(found: dict[tuple[str, str], dict[int, Run]]) -> list[Arm]:
-    arms = []
-    for (policy, key), by_seed in found.items():
-        settings = json.loads(key)
-        apart = differing(*(json.loads(other) for name, other in found if name == policy))
-        told = ", ".join(f"{name}={settings.get(name, 'none')}" for name in apart)
-        arms.append(Arm(policy, f"{policy} ({told})" if told else policy, settings, by_seed))
-    return sorted(arms, key=lambda arm: (_rank(arm.policy), arm.label))
-
-
-def _rank(policy: str) -> int:
-    return ORDER.index(policy) if policy in ORDER else len(ORDER)
+def baseline(run: Run, arms: Sequence[Arm]) -> Run | None:
+    """What a run is shown beside: the run of the same seed with the original prompts, else of any other policy."""
+    if run.record.policy == "original":
+        return None
+    others = (arm.runs.get(run.record.seed) for arm in sorted(arms, key=lambda arm: arm.policy != "original"))
+    return next((other for other in others if other and other is not run and other.tasks), None)
 
 
 def in_order(runs: Sequence[Run]) -> list[Run]:
     """One seed of everything first: by seed, then method and order, then policy."""
-    records = lambda run: (run.record.seed, run.record.method, run.record.order, _rank(run.record.policy))
-    return sorted(runs, key=records)
-
-
-def differing(*settings: dict[str, str]) -> list[str]:
-    """The settings that have not the same value everywhere."""
-    return [key for key in sorted(set().union(*settings)) if len({one.get(key) for one in settings}) > 1]
+    rank = lambda run: (run.seed, run.method, run.order, ORDER.get(run.policy, len(ORDER)))
+    return sorted(runs, key=lambda run: rank(run.record))
 
 
 def difference(arm: Arm, other: Arm, measure: str, metric: str) -> Difference | None:
@@ -142,3 +108,9 @@ def difference(arm: Arm, other: Arm, measure: str, metric: str) -> Difference | 
         equal = min(values) == max(values)
         interval = (mean, mean) if equal else tuple(map(float, ttest_1samp(values, 0).confidence_interval(LEVEL)))
     return Difference(values, mean, interval, MEASURES[measure].lower_is_better)
+
+
+def _shared(run: Run) -> tuple:
+    """What runs that are compared have in common."""
+    record = run.record
+    return record.method, record.order, record.model, record.tasks, record.data

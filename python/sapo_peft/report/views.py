@@ -1,4 +1,4 @@
-"""What the templates show of a run, and of runs side by side, as plain values and charts."""
+"""What the template shows of a run, and of runs side by side, as plain values and charts."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from markupsafe import Markup
 from ..sequence.folder import Run
 from ..sequence.schema import MEASURES, Evaluation, FinishedTask, Scores
 from . import charts
-from .compare import Arm, Difference, Group, difference, differing
+from .compare import Arm, Difference, difference
 from .text import change, figure, fixed, level, line, percent, plural, seconds, whole, word_diff
 
-# More prompts, lines or dots than these make a page that nobody reads.
+# More prompts or lines than these make a page that nobody reads.
 MAX_PROMPTS = 200
-MAX_LINES, MAX_DOTS = 40, 400
+MAX_LINES = 40
 MAX_SWITCHES = 6
 MAX_ANSWERS = 5
 POLICIES = {
@@ -93,7 +93,7 @@ def task_view(run: Run, number: int, task: FinishedTask, baseline: Run | None) -
         "losses": losses,
         "gain": None if None in (losses[0], losses[chosen]) else losses[chosen] - losses[0],
         "prompts": [[f"{k}{marks.get(k, '')}", fixed(losses[k], 4), line(prompts[k], 1000)] for k in ranked],
-        "prompt_chart": _prompt_chart(task.scores) if scorings else "",
+        "prompt_chart": _prompt_chart(task.scores) if len(scorings) > 1 else "",
         "prompt_told": _told(task.scores),
         "training_chart": charts.plot(curves, f"Training loss of task {number}", "step", "nats per token"),
         "answers": _answers(run.before, task.metrics, number - 1),
@@ -101,27 +101,20 @@ def task_view(run: Run, number: int, task: FinishedTask, baseline: Run | None) -
 
 
 def _prompt_chart(scores: Scores) -> Markup:
-    """Losses of the prompts: by rank for one scoring, else over the steps."""
+    """Losses of the prompts over the steps; one scoring is a table, not a chart."""
     scorings, prompts = scores.scorings, scores.prompts
-    by_rank = len(scorings) == 1
     lowest = {k: min((s.loss[k] for s in scorings if s.loss[k] is not None), default=None) for k in range(len(prompts))}
     ranked = sorted((k for k in lowest if lowest[k] is not None), key=lambda k: lowest[k])
-    if by_rank:
-        points = {k: [(rank, lowest[k])] for rank, k in enumerate(ranked, 1)}
-    else:
-        points = {k: [(scoring.step, scoring.loss[k]) for scoring in scorings] for k in ranked}
+    points = {k: [(scoring.step, scoring.loss[k]) for scoring in scorings] for k in ranked}
     used = [k for k in dict.fromkeys(scoring.chosen for scoring in scorings) if k in points and k != 0][-MAX_LINES:]
-    others = [k for k in ranked if k not in (0, *used)]
-    others = charts.thinned(others, MAX_DOTS) if by_rank else others[:MAX_LINES]
-    shape = "dot" if by_rank else "line"
-    series = [charts.Series(points[k], "faint", title=f"prompt {k}: {prompts[k]}", shape=shape) for k in others]
-    series += [charts.Series(points[k], "used", f"prompt {k}", prompts[k], shape) for k in used]
+    others = [k for k in ranked if k not in (0, *used)][:MAX_LINES]
+    series = [charts.Series(points[k], "faint", title=f"prompt {k}: {prompts[k]}") for k in others]
+    series += [charts.Series(points[k], "used", f"prompt {k}", prompts[k]) for k in used]
     if 0 in points:
-        series.append(charts.Series(points[0], "original", "original", prompts[0], "diamond" if by_rank else "line"))
-    if not by_rank:
-        series.append(charts.Series([(s.step, s.loss[s.chosen]) for s in scorings], "ring", shape="dot"))
+        series.append(charts.Series(points[0], "original", "original", prompts[0]))
+    series.append(charts.Series([(s.step, s.loss[s.chosen]) for s in scorings], "ring", dots=True))
     label = f"Losses of {plural(len(ranked), 'prompt')} in {plural(len(scorings), 'scoring')}"
-    return charts.plot(series, label, "rank among the prompts" if by_rank else "step", "nats per token")
+    return charts.plot(series, label, "step", "nats per token")
 
 
 def left_original(scores: Scores) -> bool:
@@ -180,7 +173,7 @@ def cost(run: Run) -> dict[str, Any] | None:
 
 def data_rows(run: Run) -> list[list[str]]:
     return [
-        [name, *(whole(task.data.rows.get(split, 0)) for split in ("train", "dev", "test")),
+        [name, *(whole(task.data.rows.get(split, 0)) for split in ("train", "test")),
          line("; ".join(task.data.notes) or "none", 4000)]
         for name, task in zip(task_names(run), run.tasks, strict=False)
     ]  # fmt: skip
@@ -191,38 +184,27 @@ def settings(values: dict[str, Any]) -> list[list[str]]:
     return [[line(key), line(text, 2000)] for key, text in texts.items()]
 
 
-def run_rows(runs: Sequence[Run]) -> list[list[str]]:
-    rows = []
-    for run in runs:
-        record, measure = run.record, next(iter(run.measures), None)
-        state = "finished" if run.finished else f"{len(run.tasks)} of {plural(len(record.tasks), 'task')}"
-        figures = [figure(run.figure(measure, metric), measure, metric) if measure else "" for metric in METRICS]
-        score = MEASURES[measure].title if measure else "none yet"
-        names = [line(text) for text in (run.path.name, record.method, record.policy, record.order)]
-        rows.append([*names, str(record.seed), state, score, *figures])
-    return rows
+def runs_of(arms: Sequence[Arm]) -> list[Run]:
+    return [run for arm in arms for run in arm.runs.values()]
 
 
-def comparison(group: Group, arm: Arm) -> dict[str, Any]:
-    """By measure the means of all arms and how `arm` differs from each of the others."""
-    others = [other for other in group.arms if other is not arm]
-    tables = []
-    for measure in group.measures:
+def latest(runs: Sequence[Run]) -> str:
+    return max(run.record.finished or run.record.started for run in runs)
+
+
+def comparison(arms: Sequence[Arm]) -> list[tuple[Any, list[list[str]]]]:
+    """By measure the means of all arms and how the first differs from each of the others."""
+    own, tables = arms[0], []
+    for measure in (name for name in MEASURES if any(name in run.measures for run in runs_of(arms))):
         rows = []
         for metric in METRICS:
-            for other in (arm, *others):
-                values = list(other.values(measure, metric).values())
+            for arm in arms:
+                values = list(arm.values(measure, metric).values())
                 mean = figure(sum(values) / len(values), measure, metric) if values else "none"
-                shown = _difference(None if other is arm else difference(arm, other, measure, metric), measure)
-                rows.append([metric, line(other.label, 60), str(len(values)), mean, *shown])
+                shown = _difference(None if arm is own else difference(own, arm, measure, metric), measure)
+                rows.append([metric, line(arm.label(own)), str(len(values)), mean, *shown])
         tables.append((MEASURES[measure], rows))
-    return {
-        "group": group,
-        "arm": arm,
-        "tables": tables,
-        "apart": [(other.label, told) for other in others if (told := _apart(arm, other))],
-        "unfinished": sum(not run.finished for run in group.runs),
-    }
+    return tables
 
 
 def _difference(found: Difference | None, measure: str) -> list[str]:
@@ -231,10 +213,3 @@ def _difference(found: Difference | None, measure: str) -> list[str]:
         return [""] * 4
     ends = " to ".join(change(end, measure) for end in found.interval) if found.interval else "none"
     return [change(found.mean, measure), str(len(found.values)), ends, VERDICTS[found.verdict]]
-
-
-def _apart(arm: Arm, other: Arm) -> str:
-    """What two arms differ in besides the policy."""
-    keys = differing(arm.settings, other.settings)
-    told = [f"{key}: {arm.settings.get(key, 'none')} and {other.settings.get(key, 'none')}" for key in keys]
-    return line("; ".join(told), 2000)

@@ -68,14 +68,8 @@ def read_run(path: str | os.PathLike, locked: bool = False) -> Run:
     """
     path = Path(path)
     record = read(RunRecord, path / "run.json")
-    if locked and record.version < 2:
-        raise DataError(
-            f"{path}: expected a run of version 2, got version {record.version}, which has no manifest and cannot be "
-            "resumed; its report can be made and its adapters can be loaded"
-        )
-    checked = record.version > 1 or (path / MANIFEST).exists()
     whole = locked or record.status == "done"
-    if checked and whole:
+    if whole:
         check_manifest(path, RUN, skip=_foreign)
     before = read(Evaluation, path / "before.json") if (path / "before.json").exists() else None
     folders = [task_folder(path, index, name) for index, name in enumerate(record.tasks, 1)]
@@ -87,7 +81,7 @@ def read_run(path: str | os.PathLike, locked: bool = False) -> Run:
     tasks = []
     for folder in folders[:count]:
         # The whole of a run that is going on may change between two looks at it, a task never does.
-        if checked and not whole:
+        if not whole:
             check_manifest(folder, TASK)
         kinds = {"scores": Scores, "metrics": Evaluation, "train": Training, "data": TaskData}
         tasks.append(FinishedTask(**{name: read(kind, folder / f"{name}.json") for name, kind in kinds.items()}))

@@ -261,8 +261,6 @@ def read_adapters(run_dir: str | os.PathLike) -> tuple[Run, SequenceConfig, list
         raise DataError(f"{run.path / 'run.json'}: 'config': expected the options of a run, got: {error}") from error
     if not run.tasks:
         raise DataError(f"{run_dir}: expected a run with a finished task, got none")
-    if run.record.version < 2:
-        logger.warning("%s: a run of version 1, which has no manifest: its files are not checked", run_dir)
     names = run.record.tasks[: len(run.tasks)]
     return run, config, [task_folder(run.path, i, name) / "adapter" for i, name in enumerate(names, 1)]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .schema import MEASURES, Evaluation, FinishedTask, Scores
+from .schema import Evaluation, FinishedTask, Scores
 
 Matrix = Sequence[Sequence[float | None]]
 
@@ -33,10 +33,6 @@ class SequenceResult:
     def matrix(self, metric: str = "rougeL") -> list[list[float | None]]:
         """R: row 0 before training, row i after task i; a column a task."""
         return self.metrics[metric]["R"]
-
-    def table(self) -> str:
-        """R and the metrics in plain text, a block a metric."""
-        return "\n\n".join(_block(name, entry, self.tasks) for name, entry in self.metrics.items())
 
 
 def results_of(names: Sequence[str], before: Evaluation | None, done: Sequence[FinishedTask]) -> dict[str, Any]:
@@ -73,21 +69,6 @@ def _choice(scores: Scores) -> dict[str, Any]:
     losses = scores.scorings[-1].loss if scores.scorings else [None] * len(prompts)
     return {"task": scores.task, "index": index, "prompt": prompts[index], "original": prompts[0],
             "loss": losses[index], "original_loss": losses[0], "prompts": len(prompts)}  # fmt: skip
-
-
-def _block(name: str, entry: Mapping[str, Any], tasks: Sequence[str]) -> str:
-    scale, unit = (100.0, "0 to 100") if MEASURES[name].top else (1.0, "nats per token, lower is better")
-    labels = ["before", *(f"after {i}" for i in range(1, len(tasks) + 1))]
-    width = max(map(len, labels))
-    lines = [f"{name} ({unit})", " " * width + "".join(f"{f'task {j}':>9}" for j in range(1, len(tasks) + 1))]
-    for label, row in zip(labels, entry["R"], strict=True):
-        lines.append(f"{label:<{width}}" + "".join(f"{_cell(value, scale):>9}" for value in row))
-    lines.append("  ".join(f"{key} {_cell(entry[key], scale)}" for key in ("AP", "BWT", "BWT_last", "FWT")))
-    return "\n".join(lines)
-
-
-def _cell(value: float | None, scale: float) -> str:
-    return "-" if value is None else f"{value * scale:.2f}"
 
 
 def sequence_metrics(matrix: Matrix) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def run_sequence(
         name: of the model, for the records; default: what was given, or its ``name_or_path``.
         tokenizer: folder or hub name, if it is not beside a model that is loaded here.
         device, dtype: for such a model: "auto", "cpu", "cuda"; "auto", "float32", "bfloat16", "float16".
-        progress: a bar (on a terminal) or a line a phase; None: only on a terminal.
+        progress: a line a phase, and one every half minute, on stderr; None: only on a terminal.
 
     Returns:
         `SequenceResult`.
@@ -128,19 +128,16 @@ class _Start:
 
     def run(self) -> SequenceResult:
         names = self.record.tasks
-        try:
-            if self.config.evaluate == "all" and self.before is None:
-                self.before = self._evaluate(0, {j: 0 for j in range(len(names))})
-                self._warn(self.before.notes)
-                self.folder.write({"before": self.before, "run": self.record})
-            for index in range(len(self.done) + 1, len(names) + 1):
-                self._task(index)
-            results = results_of(names, self.before, self.done)
-            if self.record.status != "done":
-                self.record = self.record.model_copy(update={"status": "done", "finished": _now()})
-                self.folder.write({"results": results, "run": self.record})
-        finally:
-            self.progress.end()
+        if self.config.evaluate == "all" and self.before is None:
+            self.before = self._evaluate(0, {j: 0 for j in range(len(names))})
+            self._warn(self.before.notes)
+            self.folder.write({"before": self.before, "run": self.record})
+        for index in range(len(self.done) + 1, len(names) + 1):
+            self._task(index)
+        results = results_of(names, self.before, self.done)
+        if self.record.status != "done":
+            self.record = self.record.model_copy(update={"status": "done", "finished": _now()})
+            self.folder.write({"results": results, "run": self.record})
         del results["version"]
         return SequenceResult(run=self.record.model_dump(), folder=self.folder.path, **results)
 

@@ -68,12 +68,10 @@ class _File(_Part):
 
 
 class RunRecord(_Part):
-    """config: `SequenceConfig.as_dict()`. data: fingerprints of the base model, the tokenizer and each task's rows.
+    """config: `SequenceConfig.as_dict()`. data: fingerprints of the base model, the tokenizer and each task's rows."""
 
-    Folders of version 1 have no manifests: they can be read, not resumed.
-    """
-
-    version: Literal[1, 2] = 2
+    # Folders of version 1 had no manifests.
+    version: Literal[2] = 2
     kind: Literal["sequence"] = "sequence"
     status: Literal["running", "done"] = "running"
     method: Name

@@ -56,20 +56,8 @@ class SequenceTask:
     notes: tuple[str, ...] = ()
 
     @classmethod
-    def build(
-        cls,
-        name: str,
-        train: Any,
-        test: Any,
-        pool: PromptPool,
-        dev: Any = None,
-        *,
-        input_column: str | None = None,
-        target_column: str | None = None,
-    ) -> SequenceTask:
-        """A task of files (.json, .jsonl, .csv, .tsv), lists of mappings or HF `Dataset` objects.
-
-        Columns that are not given are recognised by name, see `read_examples`. `dev` is counted only.
+    def build(cls, name: str, train: Any, test: Any, pool: PromptPool) -> SequenceTask:
+        """A task of what `read_examples` returns, or reads: files, lists of mappings, HF `Dataset` objects.
 
         Raises: `DataError` naming the split, the row and the field; `TypeError` for a pool or rows of another kind.
         """
@@ -77,19 +65,16 @@ class SequenceTask:
             raise DataError(f"task: expected a printable name of 1 to {MAX_NAME} characters, got {excerpt(name)}")
         if not isinstance(pool, PromptPool):
             raise TypeError(f"task {excerpt(name)}: pool: expected a PromptPool, got {type(pool).__name__}")
-        read, splits = {}, {"train": train, "dev": dev, "test": test}
-        for split, rows in splits.items():
+        read = {}
+        for split, rows in (("train", train), ("test", test)):
             place = f"task {excerpt(name)}: {split}"
-            if isinstance(rows, Examples):
-                read[split] = rows
-            elif rows is not None:
-                read[split] = read_examples(rows, input_column, target_column, skip_empty=True, name=place)
-        for split in ("train", "test"):
-            if split not in read:
-                raise DataError(f"task {excerpt(name)}: {split}: expected rows, got none")
+            if rows is None:
+                raise DataError(f"{place}: expected rows, got none")
+            done = isinstance(rows, Examples)
+            read[split] = rows if done else read_examples(rows, skip_empty=True, name=place)
         notes = [note for split in read.values() for note in split.notes()]
         notes += leaks(read["train"], read["test"])
-        rows = {split: read[split].total if split in read else 0 for split in splits}
+        rows = {split: found.total for split, found in read.items()}
         references = tuple(map(tuple, read["test"].references))
         return cls(name, pool, tuple(read["train"]), tuple(read["test"]), rows, references, tuple(notes))
 
@@ -128,7 +113,7 @@ def read_order(data: str | os.PathLike, order: str, prompts: str | os.PathLike |
 
     Raises: `DataError` naming the file, what was expected and what was got.
     """
-    data = _folder(data)
+    data = Path(data)
     stages = _stages(_order_folder(data, order))
     names = []
     for stage in stages:
@@ -147,7 +132,7 @@ def read_order(data: str | os.PathLike, order: str, prompts: str | os.PathLike |
 def read_tasks(
     data: str | os.PathLike, names: Sequence[str], prompts: str | os.PathLike | None = None
 ) -> list[SequenceTask]:
-    """The tasks of these names, in this order: a folder each with train, test and perhaps dev.
+    """The tasks of these names, in this order: a folder each with train and test.
 
     data: the folder with the tasks' own folders; files of a split are .json, .jsonl, .ndjson, .csv, .tsv or .parquet.
     prompts: what `PromptPool.read` reads, where the paraphrases are not in `data`.
@@ -156,7 +141,7 @@ def read_tasks(
     """
     if not 1 <= len(names) <= MAX_TASKS:
         raise DataError(f"tasks: expected 1 to {MAX_TASKS}, got {len(names)}")
-    data = _folder(data)
+    data = Path(data)
     # A name never becomes a path.
     roots = [data / part for part in DATA_FOLDERS if (data / part).is_dir()]
     folders = [sub for root in roots for sub in sorted(root.iterdir()) if sub.is_dir()]
@@ -167,17 +152,10 @@ def read_tasks(
             some = ", ".join(map(excerpt, sorted({folder.name for folder in folders})[:5]))
             got = ", ".join(map(str, found)) or f"none (there are: {some}, ...)"
             raise TaskNameError(f"{data}: expected one folder with the exact name {excerpt(name)}, got {got}")
-        files = {split: _split_file(found[0], split) for split in ("train", "dev", "test")}
         pool = PromptPool.read(data if prompts is None else prompts, name, needs_original=True)
-        tasks.append(SequenceTask.build(name, files["train"], files["test"], pool, files["dev"]))
+        files = (_split_file(found[0], split) for split in ("train", "test"))
+        tasks.append(SequenceTask.build(name, *files, pool))
     return tasks
-
-
-def _folder(data: str | os.PathLike) -> Path:
-    data = Path(data)
-    if not data.is_dir():
-        raise DataError(f"{data}: expected a folder with tasks, got {'a file' if data.exists() else 'no such folder'}")
-    return data
 
 
 def _order_folder(data: Path, order: str) -> Path:
@@ -202,9 +180,9 @@ def _dataset_names(file: Path) -> list[str]:
     return [entry.dataset_name for entry in validated(_Entries, read_json(file), str(file)).root]
 
 
-def _split_file(folder: Path, split: str) -> Path | None:
+def _split_file(folder: Path, split: str) -> Path:
     files = [file for file in (folder / f"{split}{suffix}" for suffix in READERS) if file.is_file()]
-    if len(files) > 1 or not (files or split == "dev"):
+    if len(files) != 1:
         got = ", ".join(file.name for file in files) or "none"
         raise DataError(f"{folder}: expected one file {split} ({', '.join(READERS)}), got {got}")
-    return files[0] if files else None
+    return files[0]

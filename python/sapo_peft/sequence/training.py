@@ -70,16 +70,15 @@ class _TaskTrainer(Trainer):
 class _Policy(TrainerCallback):
     """Puts what a policy other than SAPO chooses in place, once SAPO's callback has begun the run with the original.
 
-    `tick` hears each step and the newest loss.
+    `tick` hears each step.
     """
 
     def __init__(
         self, sapo: Any, task: SequenceTask, index: int, config: SequenceConfig,
-        tick: Callable[[int, float | None], None] | None = None,
+        tick: Callable[[int], None] | None = None,
     ):  # fmt: skip
         self.sapo, self.task, self.index, self.config, self.tick = sapo, task, index, config, tick
         self.notes: list[str] = []
-        self._loss: float | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         choice = self.sapo.choice
@@ -88,12 +87,9 @@ class _Policy(TrainerCallback):
         if self.config.policy == "sample":
             choice.state.probs.fill_(1.0 / choice.state.num_prompts)
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        self._loss = (logs or {}).get("loss", self._loss)
-
     def on_step_end(self, args, state, control, **kwargs):
         if self.tick is not None:
-            self.tick(state.global_step, self._loss)
+            self.tick(state.global_step)
 
     def _prompt(self) -> int:
         prompts, policy = len(self.task.pool.prompts), self.config.policy
@@ -135,13 +131,13 @@ def train_task(
     task: SequenceTask,
     index: int,
     config: SequenceConfig,
-    tick: Callable[[int, float | None], None] | None = None,
+    tick: Callable[[int], None] | None = None,
     scoring: Callable[[str, int], Any] | None = None,
     now: datetime | None = None,
 ) -> TrainedTask:
     """Choose the prompt of the `index`-th task (from 1) and train the newest adapter on it.
 
-    `tick` hears each step and the newest loss; `scoring` is `Rescorer.progress`, `now` as in `SapoConfig`. The pool
+    `tick` hears each step; `scoring` is `Rescorer.progress`, `now` as in `SapoConfig`. The pool
     must have been checked with the tokenizer.
 
     Raises: `FloatingPointError`: training has left a weight that is no number.

@@ -7,7 +7,6 @@ import copy
 import itertools
 import logging
 import os
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -69,7 +68,6 @@ def attach_sapo(
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what was got; the trainer is as it was.
     """
-    started = time.perf_counter()
     config = SapoConfig() if config is None else config
     if not isinstance(config, SapoConfig):
         raise TypeError(f"config: expected a SapoConfig, got {type(config).__name__}")
@@ -87,7 +85,7 @@ def attach_sapo(
     if config.scores:
         timeout = float(getattr(trainer.args, "ddp_timeout", 0) or DEFAULT_TIMEOUT)
         rescorer = Rescorer(choice, _probes(trainer, choice, probe, config), tokenizer, config, timeout)
-    callback = SapoCallback(trainer, collator, rescorer, config, _ranks.first_of(config.now or STARTED), started)
+    callback = SapoCallback(trainer, collator, rescorer, config, _ranks.first_of(config.now or STARTED))
     _ranks.check_same(alike(choice.tasks, callback.setup))
 
     # Nothing of the trainer has been changed up to here.

@@ -7,8 +7,7 @@ import math
 import os
 import time
 import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
@@ -39,8 +38,7 @@ class SapoCallback(TrainerCallback):
         choice: the pools, their state and what is chosen now.
         history: the scorings of this run so far, the newest last; of a resumed run at least the newest 1,000.
         switches: how often a prompt took another's place in this run.
-        scorings, score_seconds, seconds: of this call of ``train()``: scorings, the time they took, and the time that
-            all of SAPO took: scoring, tokenising what is scored, rendering batches again, keeping the state.
+        scorings, score_seconds: of this call of ``train()``: scorings, and the time they took.
     """
 
     def __init__(
@@ -50,7 +48,6 @@ class SapoCallback(TrainerCallback):
         rescorer: Rescorer | None,
         config: SapoConfig,
         now: datetime,
-        started: float,
     ):
         # The trainer holds its callbacks: so it is freed when its last user lets go of it, not by the cycle collector,
         # which would free the queues of persistent workers before the workers are told to end.
@@ -58,8 +55,6 @@ class SapoCallback(TrainerCallback):
         self.collator, self.choice, self.rescorer, self.config = collator, collator.choice, rescorer, config
         self.packing = Packing(config.packing, config.train_max_tokens)
         self._render(now)
-        # What attaching took is part of the first run.
-        self._attached = time.perf_counter() - started
         self._begin_anew()
 
     def _render(self, now: datetime) -> None:
@@ -77,9 +72,8 @@ class SapoCallback(TrainerCallback):
         self.drift = Drift(self.config.drift, self.config.drift_cooldown)
         self.trained = Trained()
         self.switches = self.scorings = 0
-        self.score_seconds, self.seconds = 0.0, self._attached
+        self.score_seconds, self._started = 0.0, time.perf_counter()
         self._overhead_logged = False
-        self._started, self._attached = time.perf_counter() - self._attached, 0.0
         self._due: str | None = None
         self._scored_epoch: int | None = None
         # The scoring behind the choice where that is not the newest: the best model is an earlier one.
@@ -155,8 +149,8 @@ class SapoCallback(TrainerCallback):
             self._log_overhead()
         total, share = self._overhead()
         self._say(
-            f"SAPO: {self.scorings} scorings took {self.score_seconds:.2f} s, all of SAPO {self.seconds:.2f} s of "
-            f"{total:.2f} s ({share:.1%}); {self.switches} switches in all{self.packing.saved()}"
+            f"SAPO: {self.scorings} scorings took {self.score_seconds:.2f} s of {total:.2f} s ({share:.1%}); "
+            f"{self.switches} switches in all{self.packing.saved()}"
         )
 
     def on_push_begin(self, args, state, control, **kwargs):
@@ -185,8 +179,7 @@ class SapoCallback(TrainerCallback):
         self._due = None
         if self.rescorer is None:
             return
-        with self.timed():
-            scoring = self.rescorer.score(model, self.trainer.state.global_step, reason)
+        scoring = self.rescorer.score(model, self.trainer.state.global_step, reason)
         self.history.append(scoring)
         self.switches += len(scoring.switches)
         self.scorings, self.score_seconds = self.scorings + 1, self.score_seconds + scoring.seconds
@@ -205,9 +198,8 @@ class SapoCallback(TrainerCallback):
         if CARRIED not in batch:
             got = sorted(map(str, batch))[:20]
             raise ValueError(f"trainer: expected batches of its data_collator, got one made without it: {got}")
-        with self.timed():
-            batch = self.collator.newest(batch)
-            self.trained.batch(batch.pop(CARRIED).counts, self.history[-1].losses if self.history else {})
+        batch = self.collator.newest(batch)
+        self.trained.batch(batch.pop(CARRIED).counts, self.history[-1].losses if self.history else {})
         return batch
 
     def check_finite(self) -> None:
@@ -249,31 +241,21 @@ class SapoCallback(TrainerCallback):
         if self.trainer.is_world_process_zero():
             _ranks.say(line)
 
-    @contextmanager
-    def timed(self) -> Iterator[None]:
-        """What happens inside is part of the overhead."""
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds += time.perf_counter() - started
-
     def _log_overhead(self) -> None:
         self._overhead_logged = True
         self._log({"sapo/score_seconds": self.score_seconds, "sapo/overhead_fraction": self._overhead()[1]})
 
     def _overhead(self) -> tuple[float, float]:
-        """Seconds since the run began, and the share of them that SAPO took."""
+        """Seconds since the run began, and the share of them that scoring took."""
         total = time.perf_counter() - self._started
-        return total, self.seconds / total if total > 0 else 0.0
+        return total, self.score_seconds / total if total > 0 else 0.0
 
     # State: plain JSON values in the trainer's own state, so that they are in every checkpoint that it writes. No
     # `ExportableState`: the trainer would make a new callback of it.
 
     def keep(self) -> None:
         """Put the state where the trainer's next checkpoint takes it from."""
-        with self.timed():
-            self.trainer.state.stateful_callbacks[STATE_KEY] = self.state()
+        self.trainer.state.stateful_callbacks[STATE_KEY] = self.state()
 
     def state(self) -> dict[str, Any]:
         """Everything that a resumed run needs to choose as this one would; plain JSON values."""

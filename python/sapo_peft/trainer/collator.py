@@ -48,7 +48,6 @@ class SapoCollator:
         max_source, template, instruction_role: see `SapoConfig`.
         max_target: longest response in tokens; None: whole. One that is cut loses its end, hence the tokens that close
             the turn, which is said once.
-        pad_to_multiple_of: width of the batch, for tensor cores.
         packed: add the batch as a `sapo_kernels.TrieBatch`, "trie", for `sapo_kernels.tree_logprobs`.
         carry: add what `attach_sapo` needs to render a batch again whose choice is no longer the newest.
         sample: in mode "soft", draw a prompt for each example; False: the best one for all, as evaluation wants it.
@@ -71,14 +70,13 @@ class SapoCollator:
         max_target: int | None = None,
         template: Template = None,
         instruction_role: str = "user",
-        pad_to_multiple_of: int | None = None,
         packed: bool = False,
         carry: bool = False,
         sample: bool = True,
     ):
         self.tokenizer, self.choice, self.sample = tokenizer, choice, sample
         self.packed, self.carry = packed, carry
-        self.max_source, self.max_target, self.pad_to_multiple_of = max_source, max_target, pad_to_multiple_of
+        self.max_source, self.max_target = max_source, max_target
         self._said: set[str] = set()
         self.renderers = {
             task: Renderer(tokenizer, template, pool.suffix, pool.text_word, instruction_role=instruction_role)
@@ -108,7 +106,7 @@ class SapoCollator:
             for i, (context, response) in zip(members, builder.cells(), strict=True):
                 rows[i] = (context.tolist(), response.tolist())
             self._say(builder.stats)
-        batch = padded_rows(rows, self.pad, self.pad_to_multiple_of or 1)
+        batch = padded_rows(rows, self.pad)
         if self.packed:
             batch[PACKED] = TrieBatch.pack(*zip(*rows, strict=True))
         if self.carry:

@@ -14,7 +14,7 @@ import torch
 from sapo_kernels.scoring import model_support
 from sapo_kernels.scoring.attention import NotTreeable
 from sapo_kernels.scoring.fingerprint import configurations, fingerprint
-from sapo_kernels.scoring.foreign_code import LIBRARIES
+from sapo_kernels.scoring.foreign_code import foreign_callable
 from sapo_kernels.scoring.model_state import is_out_of_memory
 from sapo_kernels.training.agreement import OwnLoss, comparable, compare, differs, reach, refusal
 from sapo_kernels.training.over_trie import OverTrie
@@ -163,8 +163,10 @@ class Packing:
                 return
         if not self.longest:
             self._settle(trainer, reasons[0])
-        else:
-            self.differs = longest
+            return
+        self.differs = longest
+        if self.mode == "trie" or trainer.is_world_process_zero():
+            self._say(reasons[0], f"batches with a row of {longest} tokens or more are")
 
     def _reason(self, trainer: Any, model, batch: TrieBatch) -> str | None:
         """Why the trainer's batches cannot go over a trie, or None."""
@@ -245,14 +247,17 @@ class _Over(OverTrie):
     """The model over the trie of what it is called with, unless that is more than was checked."""
 
     def __init__(self, model, count: int, longest: int):
-        super().__init__(model, count=count or None, verify=False)
-        self._longest = longest
+        super().__init__(model, verify=False)
+        self._whole, self._longest = count or None, longest
         # Computed, and in the padded rows.
         self.tokens, self.padded_tokens = 0, 0
 
     def __call__(self, input_ids, *args, **kwargs):
         self.padded_tokens += input_ids.numel()
         return super().__call__(input_ids, *args, **kwargs)
+
+    def _mean(self, logprob, count):
+        return super()._mean(logprob, self._whole if count is None else count)
 
     def _logprobs(self, batch: TrieBatch, statistics: bool = False):
         if batch.longest > self._longest:
@@ -273,10 +278,7 @@ def _own_code(trainer: Any, *methods: str) -> str | None:
     """The first of these methods of a trainer that is not the libraries' own everywhere."""
     for name in methods:
         for found in (vars(trainer), *map(vars, type(trainer).__mro__)):
-            value = found.get(name)
-            value = getattr(value, "__func__", value)
-            home = getattr(value, "__globals__", {}).get("__name__", "?")
-            if value is not None and home.partition(".")[0] not in LIBRARIES:
+            if name in found and foreign_callable(found[name]):
                 return name
     return None
 
