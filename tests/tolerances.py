@@ -45,6 +45,7 @@ TOLERANCES = {
     "linear_logprob low": Tolerance(
         1e-3, 0.0, 2.0, "twice the error of log_softmax over PyTorch's logits in that dtype"
     ),
+    "logprob gradient fp64": Tolerance(1e-11, 1e-13, 0.0, "as the values"),
     "logprob gradient fp32": Tolerance(
         2e-5, 2e-5, 0.0, "probabilities err by fp32 rounding of logits up to 20; gradients are of order 1 to 10"
     ),

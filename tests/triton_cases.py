@@ -1,11 +1,11 @@
-"""What the Triton tests share: small tries, poisoned buffers, and attention as plain torch computes it."""
+"""What the Triton tests share: small tries, poisoned buffers, the oracle of attention."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 
-from sapo_kernels.tree_attention.reference import tree_attention_reference, visible_keys
+from sapo_kernels.tree_attention.reference import tree_attention_reference
 from sapo_kernels.trie.trie import TokenTrie, plan_trie
 
 
@@ -53,18 +53,3 @@ def attention_oracle(q, k, v, part, sinks, scale, window, softcap) -> tuple[torc
     return tree_attention_reference(
         q.double(), k.double(), v.double(), *layout(part), sinks, scale, window, softcap, part.block_tokens, True
     )
-
-
-def plain_attention(q, k, v, part, sinks, scale, window, softcap) -> torch.Tensor:
-    """Attention as a model writes it, with products and probabilities rounded to q's dtype."""
-    groups = q.shape[1] // k.shape[1]
-    seen = visible_keys(part.position, part.subtree_end, window)[part.num_past :]
-    key, value = (t.repeat_interleave(groups, 1).transpose(0, 1) for t in (k, v))
-    logits = (q.transpose(0, 1) @ key.transpose(1, 2)) * scale
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    logits = logits.masked_fill(~seen, float("-inf"))
-    if sinks is not None:
-        logits = torch.cat([logits, sinks.to(q.dtype)[:, None, None].expand(-1, q.shape[0], 1)], -1)
-    weights = torch.softmax(logits.float(), -1).to(q.dtype)[..., : k.shape[0]]
-    return (weights @ value).transpose(0, 1)

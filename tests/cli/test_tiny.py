@@ -5,7 +5,7 @@ import torch
 
 import sapo_kernels as sk
 from sapo_peft import plain_scores, tiny_model, tiny_tokenizer
-from tests.scoring.test_score import naive
+from tests.families import plain_nll
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ EXAMPLES = [
 
 def test_plain_scores_equal_each_sequence_alone(model, tokenizer):
     cache = sk.ResponseCache.build(tokenizer, PROMPTS, EXAMPLES)
-    expected = naive(model, cache)
+    expected = plain_nll(model, cache)
     for batch_size in (1, 2, 8, 100):
         nll = plain_scores(model, cache, batch_size)
         assert nll.dtype == torch.float64 and (nll - expected).abs().max() < 1e-4

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
 from sapo_kernels.accumulate.reference import accumulate_reference
-from tests.kernels.test_in_place import LOW, TOP, accumulate, int64
+from tests.kernels.test_in_place import TOP, int64
 from tests.native_cases import (
     Implementation,
     Job,
     accumulated,
     assert_same_bits,
     everywhere,
-    needs_compiled,
     needs_cuda_kernels,
-    same_bits,
-    storage_bytes,
 )
-
-op = torch.ops.sapo_kernels.accumulate_
 
 
 def float64(*values) -> torch.Tensor:
@@ -29,7 +23,10 @@ def float64(*values) -> torch.Tensor:
 
 @everywhere
 def test_a_cell_has_its_own_bits_whatever_is_around_it(impl):
-    """500 random selections and orders of cells, numberings of targets and cuts: the left-to-right sum every time."""
+    """500 random selections and orders of cells, numberings of targets and cuts: the left-to-right sum every time.
+
+    And a row that is not finite is in the sums of its own cells only.
+    """
     done = seed = 0
     while done < 500:
         job = Job(seed, (torch.float32, torch.float64)[seed % 2])
@@ -43,44 +40,12 @@ def test_a_cell_has_its_own_bits_whatever_is_around_it(impl):
         for begin, end in zip(cuts, cuts[1:], strict=False):
             accumulate_reference(*oracle, logprob[begin:end], *lists, begin)
         assert_same_bits([nll, tokens], oracle)
-        seed += 1
-
-
-def test_the_inputs_tell_orders_apart():
-    """The test above would see another order: most cells have other bits from right to left, and in float32."""
-    cells = [(job, c) for job in map(Job, range(20)) for c in range(len(job.cells)) if len(job.cells[c]) > 5]
-    other = narrow = 0
-    for job, c in cells:
-        values = job.logprob[job.cells[c]]
-        other += float(-values.double().flip(0).cumsum(0)[-1]) != job.exact(c)
-        narrow += float(-values.float().cumsum(0)[-1]) != job.exact(c)
-    assert len(cells) > 30 and other > len(cells) / 2 and narrow > len(cells) / 2
-
-
-@everywhere
-def test_sums_go_on_from_what_is_there(impl):
-    given = accumulate(device=impl.device)
-    impl.accumulate_(*given.values())
-    row = [float(v) for v in given["logprob"]]
-    expected = float64(0.25 - row[0] - row[2] - row[5], -0.0, 3.0 - row[2] - row[4])
-    assert_same_bits([given["nll"], given["tokens"]], [expected, int64(3, 0, 3)])
-    assert_same_bits([given[n] for n in ("logprob", "cell_target", "cell_ptr")],
-                     [accumulate()[n] for n in ("logprob", "cell_target", "cell_ptr")])  # fmt: skip
-
-
-@everywhere
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_a_row_that_is_not_finite_poisons_its_own_cells_only(impl, value):
-    for seed in range(200, 210):
-        job = Job(seed)
-        chosen, logprob, lists, cuts = job.composition()
-        clean, _ = accumulated(impl, logprob, lists, cuts)
         bad = int(job.rng.integers(len(logprob)))
-        logprob[bad] = value
-        nll, tokens = accumulated(impl, logprob, lists, cuts)
+        logprob[bad] = (torch.nan, torch.inf, -torch.inf)[seed % 3]
+        sick, _ = accumulated(impl, logprob, lists, cuts)
         owners = torch.tensor([bad in part for part in lists[0].tensor_split(lists[1][1:-1])])
-        assert same_bits(nll[~owners], clean[~owners]) and torch.equal(tokens, lists[1].diff())
-        assert same_bits(nll[owners], torch.full_like(nll[owners], -value))
+        assert_same_bits([sick[~owners], sick[owners]], [nll[~owners], torch.full_like(nll[owners], -logprob[bad])])
+        seed += 1
 
 
 @everywhere
@@ -117,34 +82,6 @@ def test_smallest_calls(impl):
     assert_same_bits([nll, tokens], [float64(1.5, 2.5), int64(1, 1)])
 
 
-@needs_compiled
-def test_lists_of_garbage():
-    """Any numbers anywhere: both refuse it and write nothing, or both give the same sums."""
-    rng, refused = np.random.default_rng(0), 0
-    wild = np.asarray([0, 1, 2, 3, 6, -1, 2**31, 2**62, TOP, LOW])
-    for _ in range(400):
-        results, spoiled = [], {}
-        for name in ("tokens", "cell_target", "cell_ptr"):
-            value = accumulate()[name]
-            put = torch.from_numpy(rng.choice(wild, len(value)))
-            spoiled[name] = torch.where(torch.from_numpy(rng.random(len(value)) < 0.05), put, value)
-        for which in ("compiled", "plain"):
-            given = {**accumulate(), **{name: value.clone() for name, value in spoiled.items()}, "start": 0}
-            before = storage_bytes(given.values())
-            try:
-                Implementation(which, "cpu").accumulate_(*given.values())
-            except RuntimeError:
-                assert storage_bytes(given.values()) == before
-                given = None
-            results.append(given)
-        ours, other = results
-        assert (ours is None) == (other is None), spoiled
-        refused += ours is None
-        if ours:
-            assert_same_bits([ours["nll"], ours["tokens"]], [other["nll"], other["tokens"]])
-    assert 100 < refused < 300
-
-
 @pytest.mark.gpu
 @needs_cuda_kernels
 def test_on_two_streams():
@@ -158,7 +95,7 @@ def test_on_two_streams():
         with torch.cuda.stream(stream):
             torch.cuda._sleep(20_000_000)
             late.copy_(expected)
-            op(nll, tokens, late, *lists, 0)
+            torch.ops.sapo_kernels.accumulate_(nll, tokens, late, *lists, 0)
         # What the other stream still reads may not be let go, or its memory is used again.
         results.append((nll, tokens, late, expected, lists))
     torch.cuda.synchronize()

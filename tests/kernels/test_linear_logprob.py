@@ -1,4 +1,4 @@
-"""linear_logprob on every backend against log_softmax of the whole logits matrix in float64."""
+"""linear_logprob on every backend against log_softmax of the whole logits matrix in float64, gradients too."""
 
 from __future__ import annotations
 
@@ -71,29 +71,72 @@ def written_out(hidden, weight, targets, options, dtype=torch.float64):
     return (torch.stack(logprob) if logprob else table.new_empty(0)), torch.logsumexp(logits, -1)
 
 
-def check(row, got, exact, plain=(None, None)):
-    for g, e, p in zip(got, exact, plain, strict=True):
-        assert_close(row, g, e, p)
+def ours(impl):
+    def run(hidden, weight, targets, options):
+        return sk.linear_logprob(hidden, weight, targets, impl=impl, **options)
+
+    return run
 
 
-PRECISIONS = [
-    *((case, "fp32") for case in CASES),
-    *((case, low) for case in ("width 200", "few rows, many words", "everything") for low in LOW),
-    *((case, "fp64") for case in ("63 rows", "everything")),
-]
+def plain(dtype):
+    return lambda *given: written_out(*given, dtype=dtype)
 
 
-@pytest.mark.parametrize(("case", "precision"), PRECISIONS)
-def test_log_probabilities_and_log_sum_exps(case, precision, impl, device, poisoned_outputs):
+NAMES = ("hidden", "weight", "bias")
+# What has a gradient.
+HEADS = {"all": NAMES, "frozen head": ("hidden",), "head alone": ("weight", "bias"), "bias alone": ("bias",)}
+
+
+def results(run, given, head, dtype=None, pull=(1.0, 1.0)):
+    """Both outputs, and {name: gradient or None} of a weighted sum of them: `pull` weighs (logprob, lse)."""
+    hidden, weight, targets, options = given
+    tensors = {"hidden": hidden, "weight": weight, "bias": options.get("bias")}
+    tensors = {
+        name: None if t is None else t.detach().to(dtype or t.dtype, copy=True).requires_grad_(name in HEADS[head])
+        for name, t in tensors.items()
+    }
+    options = {name: value for name, value in options.items() if name != "bias"} | {"bias": tensors["bias"]}
+    outputs = run(tensors["hidden"], tensors["weight"], targets, options)
+    generator, loss = torch.Generator().manual_seed(1), 0
+    for output, factor in zip(outputs, pull, strict=True):
+        draw = torch.randn(output.shape, generator=generator).to(output)
+        if factor:
+            loss = loss + factor * (output * draw).sum()
+    loss.backward()
+    return outputs, {name: None if t is None else t.grad for name, t in tensors.items()}
+
+
+def check(row, got, exact, same=None):
+    """Of `results`: tolerances of values ("linear_logprob ...") and of gradients ("logprob gradient ...")."""
+    for i in range(2):
+        assert_close(f"linear_logprob {row}", got[0][i], exact[0][i], same and same[0][i])
+    for name in NAMES:
+        assert (got[1][name] is None) == (exact[1][name] is None), name
+        if got[1][name] is not None:
+            assert_close(f"logprob gradient {row}", got[1][name], exact[1][name], same and same[1][name])
+
+
+FROZEN = ("one row", "127 rows", "one word", "softcap", "everything", "many targets a row", "rows without targets")
+
+
+@pytest.mark.parametrize(("case", "precision", "head"), [
+    *((case, "fp32", "all") for case in CASES), *((case, "fp32", "frozen head") for case in FROZEN),
+    *((case, low, head) for case, low in (("few rows, many words", "bf16"), ("everything", "fp16"))
+      for head in ("all", "frozen head")),
+    ("width 200", "bf16", "all"), ("63 rows", "fp64", "frozen head"), ("everything", "fp64", "all"),
+])  # fmt: skip
+def test_values_and_gradients(case, precision, head, impl, device, poisoned_outputs):
     if impl == "triton" and precision == "fp64":
         pytest.skip("Triton's kernels compute in float32")
     dtype, low = DTYPES[precision], precision in LOW
-    hidden, weight, targets, options = inputs(case, dtype, "cpu" if precision == "fp64" else device)
-    got = sk.linear_logprob(hidden, weight, targets, impl=impl, **options)
-    assert [t.dtype for t in got] == [torch.promote_types(dtype, torch.float32)] * 2
-    assert len(got[0]) == len(targets) and len(got[1]) == len(hidden)
-    plain = written_out(hidden, weight, targets, options, dtype) if low else (None, None)
-    check(f"linear_logprob {'low' if low else precision}", got, written_out(hidden, weight, targets, options), plain)
+    given = inputs(case, dtype, "cpu" if precision == "fp64" else device)
+    before = [t.clone() for t in (*given[:3], given[3]["target_ptr"])]
+    got = results(ours(impl), given, head)
+    assert all(map(torch.equal, (*given[:3], given[3]["target_ptr"]), before)), "inputs are left alone"
+    assert [t.dtype for t in got[0]] == [torch.promote_types(dtype, torch.float32)] * 2
+    assert all(t is None or t.dtype == dtype for t in got[1].values())
+    exact = results(plain(torch.float64), given, head, torch.float64)
+    check("low" if low else precision, got, exact, results(plain(dtype), given, head) if low else None)
 
 
 def test_one_target_a_row_needs_no_pointer(impl, device):
@@ -122,11 +165,8 @@ def test_extreme_logits(sign, impl, device, poisoned_outputs):
     hidden, weight, targets, options = inputs((9, 16, 200, {"owned": (3,)}), torch.float32, device, spread=1e4 / 3)
     exact = written_out(sign * hidden, weight, targets, options)
     assert exact[1].max() > 1e4
-    check(
-        "linear_logprob extreme",
-        sk.linear_logprob(sign * hidden, weight, targets, impl=impl, **options),
-        exact,
-    )
+    for got, value in zip(sk.linear_logprob(sign * hidden, weight, targets, impl=impl, **options), exact, strict=True):
+        assert_close("linear_logprob extreme", got, value)
     # A bias that leaves one word alone: everything but it is at -1e4.
     bias = torch.full((200,), -1e4, device=device)
     bias[7] = 0.0
@@ -135,28 +175,51 @@ def test_extreme_logits(sign, impl, device, poisoned_outputs):
 
 
 # Not here: infinite logits under a softcap, which makes them finite, in the model too.
-@pytest.mark.parametrize(
-    "case, bad",
-    [
-        ("everything", float("nan")),
-        ("few rows, many words", float("inf")),
-    ],
-)
-def test_bad_rows_are_bad_and_no_others(bad, case, impl, device, poisoned_outputs):
+@pytest.mark.parametrize(("case", "bad", "head"), [
+    ("everything", float("nan"), "all"), ("everything", float("nan"), "frozen head"),
+    ("few rows, many words", float("inf"), "frozen head"),
+])  # fmt: skip
+def test_bad_rows_are_bad_and_no_others(case, bad, head, impl, device, poisoned_outputs):
     hidden, weight, targets, options = inputs(case, torch.float32, device)
-    expected = sk.linear_logprob(hidden, weight, targets, impl=impl, **options)
+    expected, before = results(ours(impl), (hidden, weight, targets, options), head)
     sick = torch.zeros(len(hidden), dtype=torch.bool, device=device)
     sick[:: max(1, len(hidden) // 3)] = True
     sick[-1] = False
     hidden[sick, 0] = bad
     if bad == float("inf"):
         hidden[sick, 1:] = 0.0  # logits of +inf and -inf, not NaN
-    logprob, lse = sk.linear_logprob(hidden, weight, targets, impl=impl, **options)
+    (logprob, lse), after = results(ours(impl), (hidden, weight, targets, options), head)
     owner = torch.arange(len(hidden), device=device).repeat_interleave(options["target_ptr"].diff())
     assert torch.equal(~lse.isfinite(), sick)
     assert torch.equal(~logprob.isfinite(), sick[owner])
     assert_close("linear_logprob fp32", lse[~sick], expected[1][~sick])
     assert_close("linear_logprob fp32", logprob[~sick[owner]], expected[0][~sick[owner]])
+    assert after["hidden"][sick].isnan().all()
+    assert_close("logprob gradient fp32", after["hidden"][~sick], before["hidden"][~sick])
+    assert after["weight"] is None or after["weight"].isnan().any()
+
+
+@pytest.mark.parametrize("head", ["all", "frozen head"])
+def test_words_of_minus_infinity_have_no_probability(head, impl, device, poisoned_outputs):
+    """A bias of -inf bans a word: its log-probability is -inf, its gradient 0; the others stay a distribution."""
+    hidden, weight, targets, options = inputs("17 rows", torch.float32, device)
+    bias = torch.zeros(len(weight), device=device)
+    bias[:65] = float("-inf")  # a whole tile of a kernel, and one more
+    pointer = torch.arange(18, device=device) * 128
+    every = torch.arange(128, device=device).repeat(17)
+    logprob, lse = sk.linear_logprob(hidden, weight, every, bias=bias, impl=impl, target_ptr=pointer)
+    logprob = logprob.view(17, 128)
+    assert (logprob[:, :65] == float("-inf")).all() and lse.isfinite().all()
+    exact = torch.log_softmax(hidden.double() @ weight[65:].double().T, -1)
+    assert_close("linear_logprob fp32", logprob[:, 65:], exact)
+    kept = targets % 63
+    _, got = results(ours(impl), (hidden, weight, 65 + kept, {**options, "bias": bias}), head)
+    given = (hidden, weight[65:], kept, {**options, "bias": bias[65:]})
+    _, exact = results(plain(torch.float64), given, head, torch.float64)
+    assert_close("logprob gradient fp32", got["hidden"], exact["hidden"])
+    if head == "all":
+        assert_close("logprob gradient fp32", got["weight"][65:], exact["weight"])
+        assert not got["weight"][:65].any()
 
 
 def test_a_nan_word_spoils_every_row(impl, device):
@@ -167,30 +230,6 @@ def test_a_nan_word_spoils_every_row(impl, device):
         sick[word] = float("nan")
         logprob, lse = sk.linear_logprob(hidden, sick, targets, impl=impl, **options)
         assert not logprob.isfinite().any() and not lse.isfinite().any()
-
-
-def test_words_of_minus_infinity_have_no_probability(impl, device):
-    """A bias of -inf bans a word: its log-probability is -inf, the others stay a distribution."""
-    hidden, weight, _, _ = inputs("17 rows", torch.float32, device)
-    bias = torch.zeros(len(weight), device=device)
-    bias[:65] = float("-inf")  # a whole tile of a kernel, and one more
-    pointer = torch.arange(18, device=device) * 128
-    every = torch.arange(128, device=device).repeat(17)
-    logprob, lse = sk.linear_logprob(hidden, weight, every, bias=bias, impl=impl, target_ptr=pointer)
-    logprob = logprob.view(17, 128)
-    assert (logprob[:, :65] == float("-inf")).all() and lse.isfinite().all()
-    exact = torch.log_softmax(hidden.double() @ weight[65:].double().T, -1)
-    assert_close("linear_logprob fp32", logprob[:, 65:], exact)
-
-
-def test_again_gives_the_same_bits_and_inputs_are_left_alone(impl, device):
-    """The softmax is computed in place, but not in the caller's tensors."""
-    given = inputs("everything", torch.float32, device)
-    tensors = [*given[:3], given[3]["bias"], given[3]["target_ptr"]]
-    before = [t.clone() for t in tensors]
-    first, second = (sk.linear_logprob(*given[:3], impl=impl, **given[3]) for _ in range(2))
-    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
-    assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
 
 
 def test_strides_do_not_matter(impl, device, poisoned_outputs):
@@ -208,7 +247,8 @@ def test_strides_do_not_matter(impl, device, poisoned_outputs):
     transposed = weight.T.contiguous().T
     assert not transposed.is_contiguous() and not options["bias"].is_contiguous()
     got = sk.linear_logprob(spread(hidden), transposed, spread(targets), impl=impl, **options)
-    check("linear_logprob fp32", got, expected)
+    for one, other in zip(got, expected, strict=True):
+        assert_close("linear_logprob fp32", one, other)
 
 
 def bad_arguments():
@@ -234,7 +274,6 @@ def bad_arguments():
         "pointer back": (value, "expected ascending offsets", {"target_ptr": torch.tensor([0, 9, 8, *range(3, 18)])}),
         "scale nan": (value, "scale: expected a finite number, got nan", {"scale": float("nan")}),
         "softcap 0": (value, "softcap: expected a positive number or None, got 0.0", {"softcap": 0.0}),
-        "unknown impl": (value, "impl: expected 'auto' or one of .*got 'sdpa'", {"impl": "sdpa"}),
     }
 
 

@@ -1,4 +1,4 @@
-"""torch.ops.sapo_kernels.*: registration, fake kernels, compilation, the missing backward."""
+"""torch.ops.sapo_kernels.*: who serves them, and what the operator alone does."""
 
 from __future__ import annotations
 
@@ -8,77 +8,22 @@ import torch
 import sapo_kernels as sk
 from sapo_kernels import plan_trie
 from sapo_kernels.ops import BACKENDS, resolve_impl, triton_status
-from tests.oracles import flatten, random_cells
 
 ops = torch.ops.sapo_kernels
-STEP = plan_trie(*flatten(random_cells(5))).passes(24)[1]
-assert STEP.num_past and len(STEP.span) and len(STEP.next_past)
 
 
-def attention_arguments(dtype=torch.float32, device="cpu", impl="sdpa", window=None, softcap=None, sinks=False):
-    """Arguments of the operator for a pass with past keys."""
-    generator = torch.Generator().manual_seed(0)
-    fresh, keys = len(STEP.input_ids), len(STEP.position)
-    shapes = ((fresh, 4, 16), (keys, 2, 16), (keys, 2, 8))
-    q, k, v = (torch.randn(*s, generator=generator).to(device, dtype) for s in shapes)
-    index = (STEP.position, STEP.subtree_end, STEP.block_start, STEP.span_ptr, STEP.span)
-    sink = torch.randn(4, generator=generator).to(device) if sinks else None
-    return (q, k, v, *(t.to(device) for t in index), sink, 0.25, window, softcap, STEP.block_tokens, impl, False)
-
-
-def logprob_arguments(dtype=torch.float32, device="cpu", impl="torch", bias=False, softcap=None):
-    generator = torch.Generator().manual_seed(0)
-    hidden, weight = (torch.randn(n, 16, generator=generator).to(device, dtype) for n in (6, 40))
-    targets = torch.tensor([3, 39, 0, 0, 7], device=device)
-    pointer = torch.tensor([0, 2, 2, 3, 4, 4, 5], device=device)
-    return (hidden, weight, targets, pointer, weight[:, 0].clone() if bias else None, 1.5, softcap, impl)
-
-
-CALLS = {
-    "attention sdpa": (ops.tree_attention, attention_arguments()),
-    "attention everything": (ops.tree_attention, attention_arguments(window=5, softcap=2.0, sinks=True)),
-    "attention bf16": (ops.tree_attention, attention_arguments(torch.bfloat16, impl="reference")),
-    "logprob torch": (ops.linear_logprob, logprob_arguments()),
-    "logprob everything": (ops.linear_logprob, logprob_arguments(bias=True, softcap=3.0)),
-    "logprob bf16": (ops.linear_logprob, logprob_arguments(torch.bfloat16, impl="reference")),
-    "logprob fp64": (ops.linear_logprob, logprob_arguments(torch.float64)),
-}
-
-
-@pytest.mark.parametrize("name", CALLS)
-def test_opcheck(name):
-    """Schema, registration of the backward pass, and that meta tensors get the shapes, dtypes and strides."""
-    op, arguments = CALLS[name]
-    done = torch.library.opcheck(op.default, arguments)
-    assert set(done.values()) == {"SUCCESS"} and len(done) == 4, done
-
-
-def outputs(result) -> tuple[torch.Tensor, ...]:
-    return result if isinstance(result, tuple) else (result,)
-
-
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("name", ["attention everything", "logprob everything"])
-def test_compiles_without_a_graph_break(name, dynamic):
-    op, arguments = CALLS[name]
-    tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
-
-    def around(*tensors):
-        given = iter(tensors)
-        result = outputs(op(*(next(given) if isinstance(a, torch.Tensor) else a for a in arguments)))
-        return [r * 2 for r in result]
-
-    torch.compiler.reset()
-    got = torch.compile(around, fullgraph=True, backend="aot_eager", dynamic=dynamic)(*tensors)
-    assert all(torch.equal(a, b) for a, b in zip(got, around(*tensors), strict=True))
-
-
-def test_a_backward_pass_without_the_log_sum_exp_is_refused():
+def test_a_backward_pass_without_the_log_sum_exp_is_refused_and_no_queries_are_none():
     """The public function asks for it where a gradient is wanted; who calls the operator has to."""
-    first, *rest = attention_arguments()
-    out, _ = ops.tree_attention(first.requires_grad_(), *rest)
+    (step,) = plan_trie([1, 2, 3, 4, 5], [0, 5], [1]).passes()
+    index = (step.position, step.subtree_end, step.block_start, step.span_ptr, step.span)
+    q, k = torch.randn(4, 4, 16, requires_grad=True), torch.randn(4, 2, 16)
+    out, _ = ops.tree_attention(q, k, k, *index, None, 0.25, None, None, 64, "sdpa", False)
     with pytest.raises(RuntimeError, match="expected with_lse=True for a backward pass"):
         out.sum().backward()
+    none, zero = torch.zeros(0, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    index = (none, none, zero, zero, none.view(0, 2))
+    empty = ops.tree_attention(q[:0], k[:0], k[:0, :, :8], *index, None, 1.0, None, None, 64, "sdpa", True)
+    assert [(t.shape, t.dtype) for t in empty] == [((0, 4, 8), torch.float32), ((0, 4), torch.float32)]
 
 
 @pytest.mark.parametrize("op", BACKENDS)
@@ -115,13 +60,3 @@ def test_triton_needs_its_package_and_a_device(monkeypatch):
     assert resolve_impl("tree_attention", "auto", cuda) == "sdpa"
     with pytest.raises(RuntimeError, match="impl='triton' cannot run on cuda: triton is not installed"):
         resolve_impl("tree_attention", "triton", cuda)
-
-
-def test_no_queries():
-    """The early way out of the operator: shapes and dtypes as ever."""
-    q, k, v, *_ = attention_arguments()
-    none = torch.zeros(0, dtype=torch.int32)
-    zero = torch.zeros(1, dtype=torch.int32)
-    index = (none, none, zero, zero, none.view(0, 2))
-    empty = ops.tree_attention(q[:0], k[:0], v[:0], *index, None, 1.0, None, None, 64, "sdpa", True)
-    assert [(t.shape, t.dtype) for t in empty] == [((0, 4, 8), torch.float32), ((0, 4), torch.float32)]

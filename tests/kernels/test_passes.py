@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from sapo_kernels import native, plan_trie
 from sapo_kernels.trie import tiles
 from sapo_kernels.trie.trie import copied
-from tests.kernels.test_planner import KINDS, compiled, make_job, timed
+from tests.kernels.test_planner import KINDS, compiled, make_job
 
 __all__ = ["compiled"]
 
@@ -117,12 +118,27 @@ def test_arrays_that_are_no_trie_or_pass_are_refused(compiled, name):
     assert len(call(sizes=(2**63 - 1, 2**63 - 1)))
 
 
-def test_a_million_tokens_are_cut_and_listed_in_less_than_60_ms(compiled):
-    """14 ms alone on a slow core; the best of several runs, which other work on the machine can only slow down."""
+def fastest(call, enough: float) -> float:
+    """Seconds of the processor for the fastest of up to 40 runs: other work on the machine can only slow them down."""
+    best = float("inf")
+    for _ in range(40):
+        started = time.thread_time()
+        call()
+        best = min(best, time.thread_time() - started)
+        if best < enough:
+            break
+    return best
+
+
+def test_a_million_tokens_are_planned_in_80_ms_and_cut_and_listed_in_60(compiled):
+    """14 ms alone on a slow core."""
     draw = np.random.default_rng(0)
     ids = np.concatenate(
         [np.append(p, x) for p in draw.integers(0, 9999, (21, 60)) for x in draw.integers(0, 9999, (345, 140))]
     )
-    trie = plan_trie(ids, np.arange(21 * 345 + 1) * 200, np.full(21 * 345, 195))
-    best = min(timed(lambda: [step.tiles(32) for step in replace(trie).passes(16384)]) for _ in range(7))
-    assert len(trie) > 10**6 and best < 0.060, f"{best * 1000:.1f} ms"
+    job = ids, np.arange(21 * 345 + 1) * 200, np.full(21 * 345, 195)
+    trie = plan_trie(*job)
+    enough = 0.080 * len(ids) / 10**6
+    assert fastest(lambda: plan_trie(*job), enough) < enough
+    assert len(trie) > 10**6
+    assert fastest(lambda: [step.tiles(32) for step in replace(trie).passes(16384)], 0.060) < 0.060

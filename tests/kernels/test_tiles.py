@@ -11,41 +11,24 @@ import torch
 import sapo_kernels as sk
 from sapo_kernels.tree_attention.reference import tree_attention_backward_reference
 from sapo_kernels.trie import tiles
-from sapo_kernels.trie.tiles import build_pieces, build_tiles, split_tiles, tiles_numpy
-from tests.oracles import PrefixOracle, flatten, random_cells, skip_unless_runnable
+from sapo_kernels.trie.tiles import build_tiles, split_tiles, tiles_numpy
+from tests.kernels.test_tree_attention import TREES, passes_of
+from tests.oracles import flatten, random_cells, skip_unless_runnable
 from tests.tolerances import assert_close
-from tests.triton_cases import attention_oracle, layout
-
-JOBS = {
-    "random": random_cells(4, prompts=3, examples=4, longest=12),
-    "large": random_cells(5, prompts=5, examples=6, longest=20),
-    "siblings": [([1, 2, 3], [c, c]) for c in range(40)],
-    "deep": [([1] * 70 + [2 + c] * 20, [3, 4]) for c in range(4)],
-    "one token": [([1], [2])],
-}
-
-
-def passes(job: str, budget: int | None, share: float):
-    """(pass, trie tokens of its keys) of a job of which a share of the tokens is cached; and the oracle."""
-    cells = JOBS[job]
-    trie, oracle = sk.plan_trie(*flatten(cells)), PrefixOracle(cells)
-    cached = np.random.default_rng(len(trie)).random(len(trie)) < share
-    cached[trie.row_token] = False
-    for step in trie.passes(budget, 8, cached if share else None):
-        inside = np.arange(step.start, step.stop)
-        yield step, [*oracle.path(step.start)[:-1], *inside[cached[inside]], *inside[~cached[inside]]], oracle
+from tests.triton_cases import attention_oracle, layout, poisoned
 
 
 @pytest.mark.parametrize("build", [build_tiles, tiles_numpy])
 @pytest.mark.parametrize("chunk", [4, 32])
 @pytest.mark.parametrize("share", [0.0, 0.4])
 @pytest.mark.parametrize("budget", [None, 9])
-@pytest.mark.parametrize("job", JOBS)
+@pytest.mark.parametrize("job", ["one token", "short siblings", "deep", "random", "large"])
 def test_every_tile_lists_what_its_queries_see(job, budget, share, chunk, build, monkeypatch):
     monkeypatch.setattr(tiles, "CHUNK", chunk)
-    for step, tokens, oracle in passes(job, budget, share):
+    oracle = TREES[job][1]
+    for step, _, tokens in passes_of(job, budget, share)[1]:
         keys, queries, end = len(step.position), len(step.input_ids), step.subtree_end.numpy()
-        seen = np.array([np.isin(tokens, oracle.path(t)) for t in tokens[step.num_past :]])  # [Tq, Tk]
+        seen = np.array([np.isin(tokens, oracle.path(t)) for t in tokens[step.num_past :].tolist()])  # [Tq, Tk]
         for size in (1, 3, 16):
             packed = build(*layout(step)[1:], size)
             begin, chunks, seen_from, entries = split_tiles(packed, keys, queries, size)
@@ -66,36 +49,6 @@ def test_every_tile_lists_what_its_queries_see(job, budget, share, chunk, build,
                 position, least = step.position.numpy()[whole[:, 0]], chunk * np.arange(len(whole))
                 assert (least <= position).all() and (position <= least + len(single)).all()
         assert (np.diff(seen_from[: step.num_past]) >= 0).all()
-
-
-@pytest.mark.parametrize("rows, more", [(10**6, 10**6), (24, 10**6), (1, 10**6), (1, 3)])
-@pytest.mark.parametrize("share", [0.0, 0.4])
-@pytest.mark.parametrize("job", ["large", "deep", "one token"])
-def test_pieces_cover_the_queries_of_every_key(job, share, rows, more, monkeypatch):
-    for name, value in {"KEY_TILE": 16, "SPLIT_ROWS": rows, "MORE_PIECES": more}.items():
-        monkeypatch.setattr(tiles, name, value)
-    for step, tokens, oracle in passes(job, 60, share):
-        pieces = build_pieces(*layout(step)[1:], 2)
-        count = -(-len(tokens) // 16)
-        assert pieces[:, 0].tolist() == sorted(pieces[:, 0]) and set(pieces[:, 0]) == set(range(count))
-        slots = pieces[pieces[:, 3] >= 0, 3].tolist()
-        assert slots == list(range(len(slots))) and len(slots) <= 2 * (len(pieces) - count) <= 2 * more
-        for tile in range(count):
-            mine = pieces[pieces[:, 0] == tile]
-            assert len(mine) == 1 or (mine[:, 3] >= 0).all(), "one alone needs no slot"
-            assert (mine[1:, 1] == mine[:-1, 2]).all() and (
-                more < 10**6 or (mine[:, 2] - mine[:, 1] <= max(1, rows // 2)).all()
-            )
-            for query in range(step.num_past, len(tokens)):
-                seen = np.isin(tokens[16 * tile : 16 * tile + 16], oracle.path(tokens[query])).any()
-                assert not seen or mine[0, 1] <= query < mine[-1, 2]
-
-
-def test_lists_are_made_once_and_on_the_host():
-    step = sk.plan_trie(*flatten(JOBS["random"])).passes()[0]
-    there = step.to("meta")
-    assert there.tiles(16) is there.tiles(16) and there.tiles(16).is_meta and there.tiles(8) is not there.tiles(16)
-    assert there.to("cpu").tiles(16) is step.tiles(16) and there.to("cpu").position is step.position
 
 
 def test_long_contexts_have_short_lists():
@@ -120,7 +73,10 @@ def test_long_fuzz(monkeypatch, poisoned_outputs):
 
 
 def random_case(seed, monkeypatch):
-    """Random tries, passes, tiles, heads, options; past keys in a memory of their own; values that are not finite."""
+    """Random tries, passes, tiles, heads, options, views into buffers of NaN; values that are not finite.
+
+    Past keys in a memory of their own; a group of heads larger than a tile.
+    """
     skip_unless_runnable("tree_attention", "triton", "cpu")
     from sapo_kernels.tree_attention import triton_common
     from sapo_kernels.tree_attention.triton import tree_attention_backward_triton, tree_attention_triton
@@ -129,15 +85,17 @@ def random_case(seed, monkeypatch):
     for module in (tiles, triton_common):
         monkeypatch.setattr(module, "CHUNK", 16)
     monkeypatch.setattr(tiles, "SPLIT_ROWS", rng.choice([8, 10**6]))
+    monkeypatch.setattr(tiles, "MORE_PIECES", rng.choice([3, 10**6]))
     trie = sk.plan_trie(*flatten(random_cells(seed, prompts=2, examples=3, longest=rng.choice([4, 12, 40]))))
     steps = trie.passes(rng.choice([None, 20, 50]), rng.choice([1, 8, 64]))
     step = rng.choice(steps)
     queries, keys = len(step.input_ids), len(step.position)
-    kv_heads, group = rng.choice([(1, 1), (2, 2), (1, 3), (1, 7)])
+    kv_heads, group = rng.choice([(1, 1), (2, 2), (1, 3), (1, 7)]) if seed else (1, 37)
     head_k, head_v = rng.choice([(16, 16), (24, 16), (8, 40)])
     draw = torch.Generator().manual_seed(seed)
     q = torch.randn(queries, kv_heads * group, head_k, generator=draw)
     k, v = (torch.randn(keys, kv_heads, width, generator=draw) for width in (head_k, head_v))
+    q, k, v = (poisoned(t, rng.choice(["rows", "heads"])) for t in (q, k, v))
     sinks = torch.randn(kv_heads * group, generator=draw) if rng.random() < 0.3 else None
     window, softcap = rng.choice([None, None, 3, 20]), rng.choice([None, None, 2.0])
     sick = rng.random() < 0.4

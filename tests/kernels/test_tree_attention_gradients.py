@@ -1,4 +1,4 @@
-"""Gradients of tree_attention on every backend against torch's own through each sequence alone, in float64."""
+"""The backward pass of tree_attention: finite differences, keys of earlier passes, compiled, refused."""
 
 from __future__ import annotations
 
@@ -6,67 +6,13 @@ import pytest
 import torch
 
 import sapo_kernels as sk
-from tests.kernels.test_tree_attention import (
-    CASES,
-    DTYPES,
-    LOW,
-    TREES,
-    cached_passes,
-    each_alone,
-    impl,
-    in_passes,
-    inputs,
-    torch_attention,
-)
+from tests.kernels.test_tree_attention import TREES, impl, in_passes, inputs, pull, results
 from tests.tolerances import assert_close
 
 __all__ = ["impl"]
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
-# Shapes and options that go another way through the backward pass than through the forward one.
-GRADIENTS = ["job one token", "job lengths", "job short siblings", "job deep", "one kv head, 7 groups", "head 80",
-             "head 16/48", "window 1", "window 5", "softcap", "sinks", "scale", "everything"]  # fmt: skip
 # Every option on few tokens.
 ALL = ("short", 4, 2, 24, 16, {"window": 4, "softcap": 2.0, "sinks": True, "scale": 0.7})
-
-
-def gradients(attend, tensors, options, up):
-    """Gradients of q, k, v and of the sinks where there are any."""
-    leaves = {name: t.detach().clone().requires_grad_() for name, t in tensors.items()}
-    options = dict(options)
-    if options.get("sinks") is not None:
-        leaves["sinks"] = options["sinks"] = options["sinks"].detach().clone().requires_grad_()
-    out = attend(leaves["q"], leaves["k"], leaves["v"], options)
-    return dict(zip(leaves, torch.autograd.grad(out, list(leaves.values()), up.to(out.dtype)), strict=True))
-
-
-def both(case, dtype, device, impl):
-    """(ours, exact, torch's own in the same dtype) gradients of a case, by name."""
-    q, k, v, options = inputs(case, dtype, device)
-    job = CASES[case][0]
-    up = torch.randn(q.shape[0], q.shape[1], v.shape[2], generator=torch.Generator().manual_seed(1)).to(device)
-    tensors = {"q": q, "k": k, "v": v}
-
-    def alone(attend, dtype):
-        return lambda q, k, v, options: each_alone(job, q, k, v, options, dtype, attend)
-
-    ours = gradients(lambda q, k, v, o: sk.tree_attention(q, k, v, TREES[job][0], impl=impl, **o), tensors, options, up)
-    wide = {name: t.double() for name, t in tensors.items()}
-    wide_options = {n: t.double() if isinstance(t, torch.Tensor) else t for n, t in options.items()}
-    exact = gradients(alone(each_alone.__defaults__[0], torch.float64), wide, wide_options, up)
-    return ours, exact, lambda: gradients(alone(torch_attention, dtype), tensors, options, up)
-
-
-@pytest.mark.parametrize(
-    ("case", "precision"), [*((case, "fp32") for case in GRADIENTS), ("head 192/128", "bf16"), ("sinks", "fp16")]
-)
-def test_gradients_of_every_sequence_alone(case, precision, impl, device, poisoned_outputs):
-    ours, exact, plain = both(case, DTYPES[precision], device, impl)
-    plain = plain() if precision in LOW else {}
-    for name, expected in exact.items():
-        if name != "sinks":
-            assert ours[name].dtype == DTYPES[precision]
-        row = "low" if precision in LOW else precision
-        assert_close(f"tree_attention gradient {row}", ours[name], expected, plain.get(name))
 
 
 @pytest.mark.parametrize("impl", ["sdpa", "reference"])
@@ -94,7 +40,6 @@ def test_past_keys_of_earlier_passes_get_their_gradients(case, apart, impl, devi
     """Passes one after the other are the whole, backward too."""
     q, k, v, options = inputs(case, torch.float32, device)
     trie = TREES["short"][0]
-    up = torch.randn(q.shape[0], q.shape[1], v.shape[2]).to(device)
 
     def whole(q, k, v, options):
         return sk.tree_attention(q, k, v, trie, impl=impl, **options)
@@ -103,30 +48,7 @@ def test_past_keys_of_earlier_passes_get_their_gradients(case, apart, impl, devi
         return torch.cat(in_passes(trie, q, k, v, impl, options, apart))
 
     tensors = {"q": q, "k": k, "v": v}
-    got, expected = (gradients(attend, tensors, options, up) for attend in (pass_by_pass, whole))
-    for name in expected:
-        assert_close("tree_attention gradient fp32", got[name], expected[name].double())
-
-
-@pytest.mark.parametrize("case", ["job random", "window 5"])
-def test_keys_that_the_caller_holds_get_their_gradients(case, impl, device, poisoned_outputs):
-    """Keys in front of a pass that are seen from its middle on, as in a trie of which nothing is cached."""
-    if impl == "reference":
-        pytest.skip("the reference refuses passes with cached tokens")
-    q, k, v, options = inputs(case, torch.float32, device)
-    cached, steps = cached_passes(case, device)
-
-    def alone(q, k, v, options):
-        return each_alone(CASES[case][0], q, k, v, options, torch.float64)[~cached]
-
-    def of_the_others(q, k, v, options):
-        return torch.cat(
-            [sk.tree_attention(q[new], k[keys], v[keys], s, impl=impl, **options) for s, new, keys in steps]
-        )
-
-    tensors = {"q": q, "k": k, "v": v}
-    up = torch.randn(int((~cached).sum()), q.shape[1], v.shape[2]).to(device)
-    got, expected = (gradients(attend, tensors, options, up) for attend in (of_the_others, alone))
+    (_, got), (_, expected) = (results(attend, tensors, options, pull(q, v)) for attend in (pass_by_pass, whole))
     for name in expected:
         assert_close("tree_attention gradient fp32", got[name], expected[name].double())
 
@@ -157,13 +79,16 @@ def test_a_second_derivative_is_refused(impl, device):
 def test_opcheck_and_compile(impl, device):
     q, k, v, options = inputs(ALL, torch.float32, device)
     trie = TREES["short"][0].passes()[0].to(device)
-    leaves = [t.requires_grad_() for t in (q, k, v)]
+    leaves = [t.clone().requires_grad_() for t in (q, k, v)]
     sinks, window, softcap = (options.get(name) for name in ("sinks", "window", "softcap"))
     plan = (trie.position, trie.subtree_end, trie.block_start, trie.span_ptr, trie.span)
-    arguments = (*leaves, *plan, sinks, 0.3, window, softcap, trie.block_tokens, impl, True)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    assert set(torch.library.opcheck(torch.ops.sapo_kernels.tree_attention.default, arguments, test_utils=checks)
-               .values()) == {"SUCCESS"}  # fmt: skip
+    for tensors, lse, which in (
+        (leaves, True, checks), ([t.bfloat16() for t in (q, k, v)], False, (*checks, "test_aot_dispatch_dynamic"))
+    ):  # fmt: skip
+        arguments = (*tensors, *plan, sinks, 0.3, window, softcap, trie.block_tokens, impl, lse)
+        done = torch.library.opcheck(torch.ops.sapo_kernels.tree_attention.default, arguments, test_utils=which)
+        assert set(done.values()) == {"SUCCESS"}, done
 
     def loss(q, k, v):
         return sk.tree_attention(q, k, v, trie, impl=impl, **options).square().sum()

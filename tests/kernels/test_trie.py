@@ -1,7 +1,5 @@
 """TokenTrie and its passes against a sorted set of prefixes."""
 
-import random
-
 import numpy as np
 import pytest
 import torch
@@ -175,37 +173,6 @@ def test_passes(job, budget, block_tokens, share):
     assert rows == list(zip(trie.row_token.tolist(), np.diff(trie.target_ptr).tolist(), strict=True))
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_any_pass_may_be_cut_in_two(seed):
-    """A pass that ran out of memory is halved: both halves leave the past keys that the whole would leave."""
-    trie = plan_trie(*flatten(random_cells(100 + seed)))
-    rng = random.Random(seed)
-    for step in trie.passes(17):
-        if step.stop - step.start < 2:
-            continue
-        middle = rng.randrange(step.start + 1, step.stop)
-        first, second = trie.make_pass(step.start, middle), trie.make_pass(middle, step.stop)
-        # Key indices of the whole pass, seen through the second half.
-        keys = [*first.next_past.tolist(), *range(step.num_past + middle - step.start, len(step.position))]
-        assert [keys[k] for k in second.next_past.tolist()] == step.next_past.tolist()
-        assert torch.equal(torch.cat([first.targets, second.targets]), step.targets)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_the_order_of_cells_does_not_matter(seed):
-    cells = random_cells(200 + seed, vocabulary=3)
-    order = list(range(len(cells)))
-    random.Random(seed).shuffle(order)
-    trie, shuffled = plan_trie(*flatten(cells)), plan_trie(*flatten([cells[i] for i in order]))
-    same = "tokens depth node_start node_stop node_parent node_end row_token target_ptr targets"
-    for name in same.split():
-        assert np.array_equal(getattr(trie, name), getattr(shuffled, name)), name
-    assert np.array_equal(trie.leaf[order], shuffled.leaf)
-    for new, old in enumerate(order):
-        mine = shuffled.cell_target[shuffled.cell_ptr[new] : shuffled.cell_ptr[new + 1]]
-        assert np.array_equal(mine, trie.cell_target[trie.cell_ptr[old] : trie.cell_ptr[old + 1]])
-
-
 def test_a_shallow_boundary_is_preferred():
     """With room to choose, a pass ends between prompts, where no past is left."""
     cells = [([p, *range(20, 50)], [1, 2, 3]) for p in range(8)]
@@ -219,22 +186,42 @@ def test_to_moves_once_and_keeps_the_rest():
     assert moved is step.to(torch.device("meta")) and step.to("cpu") is step
     assert moved.input_ids.is_meta and moved.span.shape == step.span.shape
     assert (moved.start, moved.num_past, moved.cells_done) == (step.start, step.num_past, step.cells_done)
+    # The lists of tiles are made once, and on the host.
+    assert moved.tiles(16) is moved.tiles(16) and moved.tiles(16).is_meta and moved.tiles(8) is not moved.tiles(16)
+    assert moved.to("cpu").tiles(16) is step.tiles(16) and moved.to("cpu").position is step.position
 
 
-@pytest.mark.parametrize(("ids", "offsets", "context_lengths", "error", "expected"), [
-    (*flatten([([1], [2]), ([], [2, 3])]), ValueError, "sequence 1: .*context of 0"),
-    (*flatten([([1], [2]), ([3, -4], [5])]), ValueError, "sequence 1: .*negative.*-4"),
-    (*flatten([([1], [-(2**40)]), ([3], [5])]), ValueError, f"sequence 0: .*negative.*-{2**40}"),
-    ([1, 2, 3, 4], [0, 3], [1], ValueError, "offsets: expected .*from 0 to 4"),
-    ([1, 2, 3], [0, 9], [1], ValueError, "offsets: expected .*from 0 to 3"),
-    ([1, 2, 3, 4], [0, 2, 4], [1], ValueError, r"offsets: expected \[2\]"),
-    ([1, 2, 3, 4], [0, 4, 2, 4], [1, 1, 1], ValueError, "sequence 1: .*in -2 tokens"),
-    ([1, 2, 3, 4], [0, 2, 4], 1, TypeError, "context_lengths: expected a flat array of integers"),
-    ([[1, 2, 3]], [0, 3], [1], TypeError, r"ids: expected a flat array of integers, got int64 \[1, 3\]"),
-])  # fmt: skip
-def test_bad_sequences_and_arrays_that_do_not_fit_are_named(ids, offsets, context_lengths, error, expected):
-    with pytest.raises(error, match=expected):
-        plan_trie(ids, offsets, context_lengths)
+TOP = 2**63 - 1
+# Refused in the same words by the compiled planner and by numpy: test_planner.py.
+REFUSED = {
+    "context of 0": (([1, 2, 3, 4], [0, 2, 4], [1, 0]), "sequence 1: .*context of 0"),
+    "context below 0": (([1, 2, 3, 4], [0, 2, 4], [-(2**63), 1]), "sequence 0: "),
+    "no response": (([1, 2, 3, 4], [0, 2, 4], [1, 2]), "sequence 1: "),
+    "context past the end": (([1, 2, 3, 4], [0, 2, 4], [TOP, 1]), "sequence 0: "),
+    "offsets that descend": (([1, 2, 3, 4], [0, 4, 2, 4], [1, 1, 1]), "sequence 1: .*in -2 tokens"),
+    "offsets past the end": (([1, 2, 3, 4], [0, 9, 4], [1, 1]), "sequence 1: "),
+    "offsets below 0": (([1, 2, 3, 4], [0, -5, 4], [1, 1]), "sequence 0: "),
+    "differences that wrap around": (([1, 2, 3, 4], [0, TOP, -(2**63) + 5, 4], [1, 1, 1]), "sequence "),
+    "too few offsets": (([1, 2, 3, 4], [0, 4], [1, 1]), r"offsets: expected \[3\]"),
+    "too many offsets": (([1, 2, 3, 4], [0, 2, 4], [1]), r"offsets: expected \[2\]"),
+    "no offsets": (([], [], []), "offsets: expected "),
+    "a first offset of 1": (([1, 2, 3], [1, 3], [1]), "offsets: expected .*from 0 to 3"),
+    "a last offset that is short": (([1, 2, 3, 4], [0, 3], [1]), "offsets: expected .*from 0 to 4"),
+    "a negative id": (([1, 2, 3, -4], [0, 2, 4], [1, 1]), "sequence 1: .*negative.*-4"),
+    "negative ids, the least one counts": (
+        ([1, -2, 3, -(2**63), 5, -(2**63)], [0, 2, 4, 6], [1, 1, 1]), f"negative.*-{2**63}"),
+    "negative id and context": (([-1, 2, 3, 4], [0, 2, 4], [1, 0]), "sequence "),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_bad_sequences_and_arrays_that_do_not_fit_are_named(name):
+    job, expected = REFUSED[name]
+    with pytest.raises(ValueError, match=expected):
+        plan_trie(*job)
+    for ids, context_lengths, flat in (([1, 2], 1, "context_lengths"), ([[1, 2]], [1], "ids")):
+        with pytest.raises(TypeError, match=f"{flat}: expected a flat array of integers"):
+            plan_trie(ids, [0, 2], context_lengths)
 
 
 @pytest.mark.parametrize(("arguments", "expected"), [
@@ -248,19 +235,6 @@ def test_bad_options_of_passes_are_named(arguments, expected):
         arguments = {**arguments, "cached": np.arange(len(trie)) == trie.row_token[0]}
     with pytest.raises(ValueError, match=expected):
         trie.passes(**arguments)
-
-
-def large_job():
-    """21 prompts x 250 examples, 1.0 M dense tokens, instruction first."""
-    rng = np.random.default_rng(0)
-    texts = [rng.integers(0, 50_000, rng.integers(60, 220)) for _ in range(250)]
-    answers = [rng.integers(0, 50_000, rng.integers(1, 6)) for _ in range(250)]
-    sequences, contexts = [], []
-    for _ in range(21):
-        prompt = np.concatenate([np.arange(5), rng.integers(0, 50_000, rng.integers(30, 90))])
-        sequences += [np.concatenate([prompt, t, a]) for t, a in zip(texts, answers, strict=True)]
-        contexts += [len(prompt) + len(t) for t in texts]
-    return np.concatenate(sequences), np.cumsum([0, *map(len, sequences)]), np.asarray(contexts)
 
 
 def test_a_pass_is_no_window_into_its_trie():

@@ -20,11 +20,10 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 import sapo_kernels as sk
 from sapo_kernels.linear_logprob import triton as kernel
 from sapo_kernels.linear_logprob.triton import linear_logprob_triton
-from sapo_kernels.tree_attention.reference import tree_attention_backward_reference, tree_attention_reference
-from sapo_kernels.tree_attention.triton import tree_attention_backward_triton, tree_attention_triton
+from sapo_kernels.tree_attention.triton import tree_attention_triton
 from tests.kernels.test_linear_logprob import inputs, written_out
 from tests.tolerances import assert_close
-from tests.triton_cases import branches, chain, layout, plain_attention, poisoned
+from tests.triton_cases import chain, layout
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_outputs"),
@@ -33,43 +32,6 @@ pytestmark = [
 ]
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.mark.parametrize(
-    ("strides", "group", "dtype", "window", "softcap", "sinks"),
-    [("rows", 37, torch.float32, 9, 3.0, True), ("heads", 3, torch.bfloat16, None, None, False)],
-    ids=["rows", "heads"],
-)
-def test_attention_of_views_in_nan(strides, group, dtype, window, softcap, sinks):
-    """Views into buffers of NaN, a group of heads larger than a tile, forward and backward, twice the same bits."""
-    (part,) = branches(prompts=1, examples=2).passes(block_tokens=16)
-    generator = torch.Generator().manual_seed(0)
-    shapes = (len(part.input_ids), group, 24), (len(part.position), 1, 24), (len(part.position), 1, 16)
-    q, k, v = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
-    sinks = 2 * torch.randn(group, generator=generator) if sinks else None
-    rest = (*layout(part), sinks, 0.3, window, softcap, part.block_tokens)
-    views = [poisoned(t, strides) for t in (q, k, v)]
-    out, lse = tree_attention_triton(*views, *rest, True)
-    assert torch.equal(tree_attention_triton(*views, *rest, False)[0], out)
-    up = torch.randn(out.shape, generator=generator).to(dtype)
-    got, again = (tree_attention_backward_triton(up, *views, out, lse, *rest) for _ in range(2))
-    wide = [t.double() for t in (q, k, v)]
-    wide_rest = (*layout(part), None if sinks is None else sinks.double(), *rest[6:])
-    exact_out, exact_lse = tree_attention_reference(*wide, *wide_rest, True)
-    exact = tree_attention_backward_reference(up.double(), *wide, None, None, *wide_rest)
-    leaves = [t.clone().requires_grad_() for t in (q, k, v)]
-    plain = plain_attention(*leaves, part, sinks, 0.3, window, softcap)
-    plain_gradients = torch.autograd.grad(plain, leaves, up)
-    low = dtype != torch.float32
-    assert_close("linear_logprob fp32", lse, exact_lse)
-    row = "tree_attention low" if low else "tree_attention fp32"
-    assert_close(row, out, exact_out, plain if low else None)
-    for ours, second, want, theirs in zip(got, again, exact, (*plain_gradients, None), strict=True):
-        assert want is None or torch.equal(ours, second)
-        if theirs is not None and low:
-            assert_close("tree_attention gradient low", ours, want, theirs)
-        elif want is not None:
-            assert_close("tree_attention gradient fp32", ours, want)
 
 
 def test_attention_refuses():

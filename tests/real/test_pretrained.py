@@ -106,17 +106,6 @@ def test_a_chat_turn_and_the_plain_layout(smollm2):
 
 
 @pytest.mark.timeout(TIMEOUT)
-def test_the_published_loop_gives_the_batch_mean(smollm2):
-    from benchmarks.peers.loops import trainer_loop
-
-    model, tokenizer = smollm2
-    cache = job(tokenizer, prompts=2, examples=5)
-    scores = sk.score_prompts(model, cache, progress=False)
-    got = trainer_loop(model, cache, batch_size=2)
-    assert torch.allclose(scores.reduce("batch", 2), got, rtol=0.0, atol=TOLERANCES["token nll"].atol)
-
-
-@pytest.mark.timeout(TIMEOUT)
 def test_lm_evaluation_harness_reads_the_same_strings(smollm2):
     """Strings in, not ids: what it tokenises and scores is what we do, wherever the texts end at a token's end."""
     pytest.importorskip("lm_eval", reason="lm-eval is not installed")

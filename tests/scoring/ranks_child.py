@@ -185,6 +185,29 @@ def scene_sharded(case, rank: int) -> dict:
     return found
 
 
+def scene_gradients(case, rank: int) -> list:
+    """tree_logprobs with FSDP2, plain and with checkpointing, twice each: how far from the whole model's gradients."""
+    from tests.training.test_tree_logprobs import BATCH, alone
+
+    whole, found = small_qwen3(), []
+    expected = -alone(whole).sum()
+    expected.backward()
+    for checkpoint in (False, True):
+        model = small_qwen3().train(checkpoint)
+        if checkpoint:
+            model.gradient_checkpointing_enable()
+        with sk.use_tree_attention(sharded(model)):
+            for _ in range(2):
+                # Each rank has the same batch, and gradients are averaged.
+                loss = -sk.tree_logprobs(model, BATCH).sum()
+                loss.backward()
+                pairs = zip(model.parameters(), whole.parameters(), strict=True)
+                far = [float((p.grad.full_tensor() - q.grad).norm() / q.grad.norm()) for p, q in pairs]
+                found.append((abs(float(loss - expected)), max(far)))
+                model.zero_grad()
+    return found
+
+
 def scene_wrapped(case, rank: int) -> dict:
     """Plain, in DDP, with an adapter, through Accelerate: whole options of score_prompts go through."""
     from accelerate import Accelerator

@@ -135,11 +135,16 @@ def test_prompts_that_left_and_come_back(monkeypatch):
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.7])
 def test_there_is_room_for_so_much(share, monkeypatch):
-    cache, model, cached = job(6), build("llama"), []
-    end = PrefixCache.end
+    """And what a round leaves replaces that of the round before part by part; nothing outlives the race."""
+    cache, model, cached, made = job(6), build("llama"), [], []
+    end, cat = PrefixCache.end, torch.cat
 
     def spy(self):
+        added, left = list(self._added), []
+        monkeypatch.setattr(torch, "cat", lambda parts: left.append(len(added[0].taken)) or cat(parts))
         count = end(self)
+        monkeypatch.setattr(torch, "cat", cat)
+        assert left == [call // 2 for call in range(len(left))][::-1], "what was joined is let go first"
         pairs = list(self._kept.values())
         cached.append((len(pairs[0][0]) if pairs else 0, sum(part.nbytes for pair in pairs for part in pair)))
         assert cached[-1][0] == count
@@ -150,9 +155,15 @@ def test_there_is_room_for_so_much(share, monkeypatch):
     (tokens, whole), cached[:] = max(cached), []
     assert 20 < tokens < sum(first_differences(cache)) and whole < prefix_cache.KEPT_BYTES
     room = int(share * whole)
-    monkeypatch.setattr(score, "PrefixCache", lambda cache: PrefixCache(cache, room))
+
+    def with_room(cache):
+        made.append(weakref.ref(one := PrefixCache(cache, room)))
+        return one
+
+    monkeypatch.setattr(score, "PrefixCache", with_room)
     scores = race(model, cache, max_tokens=20)
-    assert all(size <= room for _, size in cached)
+    gc.collect()
+    assert [one() for one in made] == [None] and all(size <= room for _, size in cached)
     assert share < 0.3 or max(size for _, size in cached) > 0.9 * room
     assert most.stats["trie_tokens"] < scores.stats["trie_tokens"] <= rounds_of(cache)[0]
 
@@ -191,48 +202,6 @@ def test_memory_comes_before_prefixes(when, monkeypatch, caplog):
     assert failed and caplog.messages[0] == GIVEN_UP
     assert ["halving" in line for line in caplog.messages[1:]] == [True] * (when == "first pass")
     assert scores.stats["trie_tokens"] == rounds_of(cache)[0] and scores.stats["path"] == "tree"
-
-
-def test_what_is_kept_is_there_twice_at_most(monkeypatch):
-    """While a round's prefixes replace those of the one before, and no longer."""
-    cache, seen = job(8, prompts=4, examples=30), []
-    end, cat = PrefixCache.end, torch.cat
-
-    def live(self):
-        parts = [t for one in self._added for d in (one.taken, one.kept) for pair in d.values() for t in pair]
-        parts += [t for pair in self._kept.values() for t in pair]
-        return sum(storage.nbytes() for storage in {t.data_ptr(): t.untyped_storage() for t in parts}.values())
-
-    def spy(self):
-        peak = [live(self)]
-
-        def watched(parts):
-            made = cat(parts)
-            peak.append(live(self) + made.nbytes)
-            return made
-
-        monkeypatch.setattr(torch, "cat", watched)
-        count = end(self)
-        monkeypatch.setattr(torch, "cat", cat)
-        seen.append((max(peak), live(self)))
-        assert not self._added
-        return count
-
-    monkeypatch.setattr(PrefixCache, "end", spy)
-    race(build("llama"), cache, max_tokens=40)
-    whole = max(after for _, after in seen)
-    assert len(seen) > 3 and whole > 0
-    assert all(peak <= 2.05 * whole for peak, _ in seen[1:]), (seen, whole)
-
-
-def test_nothing_is_left_behind(monkeypatch):
-    made = []
-    monkeypatch.setattr(score, "PrefixCache", lambda cache: made.append(PrefixCache(cache)) or made[-1])
-    race(build("llama"), job(8))
-    (kept,) = map(weakref.ref, made)
-    made.clear()
-    gc.collect()
-    assert kept() is None
 
 
 def test_a_race_that_leaves_the_tree_begins_again(monkeypatch):

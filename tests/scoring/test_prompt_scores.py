@@ -20,8 +20,8 @@ NAN, INF = float("nan"), float("inf")
 
 
 def scores(nll, tokens=None, **stats):
-    nll = torch.tensor(nll, dtype=torch.float64)
-    tokens = torch.ones(nll.shape, dtype=torch.int64) if tokens is None else torch.tensor(tokens)
+    nll = torch.as_tensor(nll, dtype=torch.float64)
+    tokens = torch.ones(nll.shape, dtype=torch.int64) if tokens is None else torch.as_tensor(tokens)
     return PromptScores(nll, tokens, [f"prompt {k}" for k in range(len(nll))], stats)
 
 
@@ -57,9 +57,7 @@ def test_reductions():
     assert torch.equal(made.reduce("batch", 1), made.reduce("example"))
     assert_close("float64 sums", made.reduce("batch", 5), made.reduce("token"))
     assert made.reduce("batch").dtype == torch.float64
-
-
-def test_cells_that_were_not_scored_do_not_count():
+    # Cells that were not scored do not count.
     nll, tokens = [[3.0, NAN, 8.0, NAN, NAN], [NAN] * 5], [[3, 0, 2, 0, 0], [0] * 5]
     made = scores(nll, tokens)
     for kind, batch_size in (("token", 8), ("example", 8), ("batch", 2), ("batch", 3)):
@@ -68,6 +66,10 @@ def test_cells_that_were_not_scored_do_not_count():
         assert math.isnan(got[1])
     assert made.nonfinite == [], "not scored is not the same as not finite"
     assert made.best == 0 and made.ranking() == [0, 1]
+    with pytest.raises(ValueError, match="kind: expected one of"):
+        made.reduce("mean")
+    with pytest.raises(ValueError, match="batch_size: expected at least 1, got 0"):
+        made.reduce("batch", 0)
 
 
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
@@ -95,23 +97,10 @@ def test_ties_go_to_the_lowest_index():
     assert made.ranking("token") == [1, 0] and made.ranking("example") == [0, 1], "another reduction, another ranking"
 
 
-def test_bad_reductions_are_named():
-    made = scores(MATRIX, COUNTS)
-    for kind in ("mean", "", None):
-        with pytest.raises(ValueError, match="kind: expected one of"):
-            made.reduce(kind)
-    for batch_size in (0, -1):
-        with pytest.raises(ValueError, match=f"batch_size: expected at least 1, got {batch_size}"):
-            made.reduce("batch", batch_size)
-
-
 def test_repr_lists_the_best_first():
-    text = repr(scores([[float(k)] for k in range(9, 2, -1)]))
-    assert text.splitlines()[0] == "PromptScores(7 prompts x 1 examples, nats per token)"
-    assert "1. [6] 3.0000  prompt 6" in text and "... 2 more" in text
-    made = scores([[NAN], [1.0]])
-    made.prompts[1] = "a\nb " + "c" * 100
-    assert "1. [1] 1.0000  a b ccc" in repr(made) and "nan" in repr(made)
+    made = scores([[NAN], *([float(k)] for k in range(9, 2, -1))])
+    made.prompts[7] = "a\nb " + "c" * 100
+    assert "1. [7] 3.0000  a b ccc" in repr(made) and "... 3 more" in repr(made)
     assert max(map(len, repr(made).splitlines())) < 100
 
 
@@ -129,16 +118,6 @@ def test_round_trip(tmp_path):
     assert torch.equal(again.tokens, made.tokens) and again.nll.dtype == torch.float64
     assert again.tokens.dtype == torch.int64 and again.to_dict() == made.to_dict()
     json.loads(path.read_text("utf-8"), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
-
-
-def test_what_cannot_be_read_again_is_not_written(tmp_path):
-    path = tmp_path / "scores.json"
-    scores([[1.0]]).save(path)
-    before = path.read_bytes()
-    for spoiled in (scores([[1.0]], extra=NAN), scores([[1.0]], extra=object())):
-        with pytest.raises(DataError, match="scores.json"):
-            spoiled.save(path)
-    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["scores.json"]
 
 
 GOOD = scores(MATRIX, COUNTS).to_dict()
@@ -162,38 +141,15 @@ BAD_FIELDS = {
 
 
 @pytest.mark.parametrize("name", BAD_FIELDS)
-def test_bad_fields_are_refused(name):
+def test_bad_fields_are_refused(name, tmp_path):
     assert PromptScores.from_dict(GOOD).to_dict() == GOOD
+    spoiled = {**GOOD, **BAD_FIELDS[name]}
     with pytest.raises(DataError, match="scores: "):
-        PromptScores.from_dict({**GOOD, **BAD_FIELDS[name]})
-
-
-def test_what_is_missing_is_named():
-    for field in ("schema", "prompts", "nll", "tokens"):
-        with pytest.raises(DataError, match=f"scores: {field}: expected"):
-            PromptScores.from_dict({k: v for k, v in GOOD.items() if k != field})
-    for data in (None, 5, "text", [], [GOOD], {}):
-        with pytest.raises(DataError, match="scores: schema: expected"):
-            PromptScores.from_dict(data)
-
-
-CORRUPT = {
-    "empty": b"",
-    "cut off": json.dumps(GOOD).encode()[:-20],
-    "NaN": json.dumps(GOOD).replace("3.0", "NaN").encode(),
-    "duplicate key": json.dumps(GOOD).replace('"tokens"', '"nll"').encode(),
-    "a field too few": json.dumps({k: v for k, v in GOOD.items() if k != "nll"}).encode(),
-}
-
-
-@pytest.mark.parametrize("name", CORRUPT)
-def test_corrupt_files_are_named_once(name, tmp_path):
-    path = tmp_path / "broken.json"
-    path.write_bytes(CORRUPT[name])
-    with pytest.raises(DataError, match="broken.json") as caught:
-        PromptScores.load(path)
-    assert str(caught.value).count("broken.json") == 1
-    assert len(str(caught.value)) < 500 and path.read_bytes() == CORRUPT[name]
+        PromptScores.from_dict(spoiled)
+    (tmp_path / "broken.json").write_text(json.dumps({k: v for k, v in spoiled.items() if v is not None}))
+    with pytest.raises(DataError) as caught:
+        PromptScores.load(tmp_path / "broken.json")
+    assert str(caught.value).count("broken.json") == 1 and len(str(caught.value)) < 500
 
 
 @pytest.mark.parametrize("batch_size", [4, 8])

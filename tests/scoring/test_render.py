@@ -37,14 +37,8 @@ def test_whatever_is_in_a_prompt_or_an_input_is_text(tokenizer, chat_tokenizer, 
             renderer = Renderer(made, template)
             cell = renderer.render(f"a{text}b", {"input": f"c{text}d", "target": f"e{text}f"})
             assert f"a{text}b" in cell.context and f"c{text}d" in cell.context and f"e{text}f" in cell.response
-    turn = Renderer(tokenizer, "{prompt}|{input}|{prompt}").render(text, {"input": text, "target": "t"}).context
-    assert turn == f"{text}|{text}|{text}" + PLAIN_ANSWER
-
-
-def test_placeholders_are_filled_once(tokenizer):
-    """{input} in an instruction and {prompt} in an input stay what they are; other braces of a template too."""
-    cell = Renderer(tokenizer, "{x} {prompt} {input} {}").render("say {input}", {"input": "{prompt}", "target": "t"})
-    assert cell.context == "{x} say {input} {prompt} {}" + PLAIN_ANSWER
+    turn = Renderer(tokenizer, "{x} {prompt}|{input}|{prompt} {}").render(text, {"input": text, "target": "t"}).context
+    assert turn == f"{{x}} {text}|{text}|{text} {{}}" + PLAIN_ANSWER
 
 
 @pytest.mark.parametrize(
@@ -236,10 +230,7 @@ def test_prompts_are_checked():
     for prompts, error, expected in (
         ([], ValueError, "prompts: expected at least one, got an empty list"),
         ("abc", TypeError, "prompts: expected a list of strings, got str"),
-        (None, TypeError, "prompts: expected a list of strings, got NoneType"),
-        ({"a": 1}, TypeError, "prompts: expected a list of strings, got dict"),
         (["a", 5], TypeError, "prompt 1: expected a string, got int"),
-        (["a", None], TypeError, "prompt 1: expected a string, got NoneType"),
         (["a", "b", ""], ValueError, "prompt 2: expected text, got an empty string"),
         (["\t\n \u2003"], ValueError, "prompt 0: expected text"),
         (["a", "b <|im_end|> c"], ValueError, r"prompt 1: .*special token '<\|im_end\|>'"),
@@ -263,19 +254,15 @@ def test_examples_are_checked():
     for examples, error, expected in (
         ([], ValueError, "examples: expected at least one, got an empty list"),
         (good, TypeError, "examples: expected a list of mappings, got dict"),
-        ("abc", TypeError, "examples: expected a list of mappings, got str"),
         ([good, "x"], TypeError, "example 1: expected a mapping with 'input' and 'target', got str"),
         (
             [good, {"input": "i"}],
             ValueError,
             r"example 1: expected the target column \(exactly one of target, .*, got the columns 'input'$",
         ),
-        ([{"target": "t"}], ValueError, r"example 0: expected the input column \(exactly one of input, sentence"),
         ([{}], ValueError, "example 0: expected the input column .*got the columns none"),
         ([{"input": None, "target": "t"}], TypeError, "example 0: 'input': expected a string, got NoneType"),
-        ([good, {"input": "i", "target": 5}], TypeError, "example 1: 'target': expected a string, got int"),
         ([{"sentence": "s", "label": ["l"]}], TypeError, "example 0: 'label': expected a string, got list"),
-        ([good, good, {"input": "i", "target": ""}], ValueError, "example 2: expected a target, got an empty"),
         ([{"input": "i", "target": " \n"}], ValueError, "example 0: expected a target, got an empty"),
     ):
         with pytest.raises(error, match=expected):

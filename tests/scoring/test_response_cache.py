@@ -43,12 +43,15 @@ def test_plain_cells(tokenizer):
     assert cache.max_id == 258 and "3 prompts x 3 examples" in repr(cache)
 
 
-def test_chat_cells(chat_tokenizer):
+def test_chat_cells(chat_tokenizer, monkeypatch):
+    calls, plain = [], type(chat_tokenizer).__call__
+    monkeypatch.setattr(type(chat_tokenizer), "__call__", lambda *a, **k: (calls.append(a), plain(*a, **k))[1])
     cache = ResponseCache.build(chat_tokenizer, PROMPTS, EXAMPLES, suffix="One word.", text_word="文本")
     expected = [[TURN.replace("Text", "文本").format(p, i + "\n\nOne word.") for i, _ in rows()] for p in PROMPTS]
     assert texts(chat_tokenizer, cache.contexts) == expected
     assert texts(chat_tokenizer, cache.responses) == [[f"{t}<|im_end|>\n" for _, t in rows()] for _ in PROMPTS]
     assert cache.responses[0][0] == [*b"4", 258, *b"\n"]
+    assert len(calls) <= 3, "texts are tokenised in batches"
 
 
 def test_bos_in_front_of_every_cell_once():
@@ -147,10 +150,8 @@ def test_special_tokens_in_data_are_counted_and_named(tokenizer, caplog):
         ({"prompts": ["P", "a\ud800"]}, ValueError, "prompt 1: .*lone surrogate at character 1"),
         ({"prompts": ["a\0b"]}, ValueError, "prompt 0: .*NUL"),
         ({"examples": [{"input": "\udc00", "target": "t"}]}, ValueError, "example 0: 'input': .*lone surrogate"),
-        ({"examples": [{"sentence": "s", "label": "\ud800"}]}, ValueError, "example 0: 'label': .*lone surrogate"),
         ({"max_source": 0}, ValueError, "max_source: expected a whole number of at least 1, got 0"),
         ({"max_target": -1}, ValueError, "max_target: expected a whole number of at least 1, got -1"),
-        ({"max_source": 2.5}, ValueError, "max_source: expected a whole number of at least 1, got 2.5"),
         ({"suffix": "a <|im_end|> b"}, ValueError, "suffix: .*special token"),
         ({"template": lambda p, e: ("", "t")}, ValueError, "prompt 0, example 0: expected at least one context token"),
         ({"template": lambda p, e: ("c", "")}, ValueError, "prompt 0, example 0: expected at least one response token"),
@@ -159,18 +160,6 @@ def test_special_tokens_in_data_are_counted_and_named(tokenizer, caplog):
 def test_bad_arguments_are_named(tokenizer, arguments, error, message):
     with pytest.raises(error, match=message):
         ResponseCache.build(tokenizer, **{"prompts": ["P"], "examples": EXAMPLES, **arguments})
-
-
-def test_tokenising_is_batched(chat_tokenizer, monkeypatch):
-    """K * M texts of contexts and of wholes in two calls, not 2 * K * M."""
-    calls, plain = [], type(chat_tokenizer).__call__
-    monkeypatch.setattr(
-        type(chat_tokenizer),
-        "__call__",
-        lambda self, text, *a, **k: (calls.append(len(text)), plain(self, text, *a, **k))[1],
-    )
-    ResponseCache.build(chat_tokenizer, PROMPTS, EXAMPLES * 20)
-    assert calls == [180, 180, 0] or calls == [180, 180]
 
 
 def test_ids_from_outside():
@@ -194,9 +183,7 @@ def test_ids_from_outside():
         (5, [[1]], TypeError, "contexts: expected a list of lists, got 5"),
         ([[[1], [2]], [[3]]], [[1], [2]], ValueError, r"contexts\[1\]: expected 2 examples, got 1"),
         ([[1, 2]], [[1], [2]], TypeError, r"contexts\[0\]\[0\]: expected a flat list of token ids"),
-        ([[[1.0]]], [[1]], TypeError, r"contexts\[0\]\[0\]: expected a flat list of token ids, got float64"),
         ([[[[1], [2, 3]]]], [[1]], TypeError, r"contexts\[0\]\[0\]: .*got nested lists"),
-        ([[[1], []]], [[1], [2]], ValueError, r"contexts\[0\]\[1\]: expected at least one token id, got none"),
         ([[[1], [2, -3]]], [[1], [2]], ValueError, r"contexts\[0\]\[1\]: .*not be negative, got -3"),
         ([[[2**63]]], [[1]], ValueError, r"contexts\[0\]\[0\]: .*below 2\*\*63, got 9223372036854775808"),
         ([[[1]]], [[]], ValueError, "responses: expected at least one, got none"),
@@ -220,26 +207,8 @@ def test_equal_cells_are_known():
         [[[1, 2], [1]], [[1, 2], [1, 2]], [[1], [1]]], [[[3], [2, 3]], [[3], [3]], [[2, 3], [2]]]
     )
     assert cache.first_equal.tolist() == [0, 1, 0, 0, 1, 5]
-
-
-def test_plans_are_kept():
-    cache = ResponseCache.from_token_ids([[[1, 2, 3]], [[1, 2, 4]]], [[5, 6, 7]])
-    plan = cache.plan(4)
-    assert cache.plan(4) is plan and len(plan.passes) > 1
-    other = cache.plan(100)
-    assert other is not plan and other.trie is plan.trie and len(other.passes) == 1, "one trie, cut anew"
-    assert len(plan.trie) == 8 and plan.trie.dense_tokens == 10
-
-
-def test_a_selection_names_its_cells_and_is_no_grid(chat_tokenizer):
-    cache = ResponseCache.build(chat_tokenizer, PROMPTS, EXAMPLES)
-    cells = np.asarray([1, 5, 8])
-    part = cache.select(cells)
-    assert [part.cell_name(i) for i in (0, 2)] == ["(prompt 0, example 1)", "(prompt 2, example 2)"]
-    assert part.select(np.asarray([2])).cell_name(0) == "(prompt 2, example 2)"
-    for place, cell in enumerate(cells.tolist()):
-        own, whole = part.offsets[place : place + 2], cache.offsets[cell : cell + 2]
-        assert part.ids[slice(*own)].tolist() == cache.ids[slice(*whole)].tolist()
-        assert part.context_lengths[place] == cache.context_lengths[cell]
+    part = cache.select(np.asarray([1, 3, 4])).select(np.asarray([1, 2]))
+    assert [part.cell_name(i) for i in (0, 1)] == ["(prompt 1, example 1)", "(prompt 2, example 0)"]
+    assert part.ids.tolist() == [1, 2, 3, 1, 2, 3] and part.context_lengths.tolist() == [2, 1]
     with pytest.raises(ValueError, match="cache: expected a cache of all cells, got one of selected cells"):
         _ = part.contexts

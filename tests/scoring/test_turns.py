@@ -37,14 +37,12 @@ def test_the_instruction_is_in_the_turn_that_is_asked_for(role, messages, turns)
     tokenizer = byte_tokenizer(chat_template=CHATML)
     cell = Renderer(tokenizer, suffix="A number.", instruction_role=role).render("Add.", example_of(row))
     assert (cell.context, cell.response, cell.exact) == (shown(turns), "4<|im_end|>\n", True)
+    opened = Renderer(byte_tokenizer(chat_template=OPENED), instruction_role=role)
+    empty = opened.render("Add.", {"input": "", "target": "4"}).context
+    turns = [("system", "Add."), ("user", "")] if role == "system" else [("user", "Add.\n\nText:\n")]
+    assert empty == shown(turns) + "<think>\n\n</think>\n\n"
     cache = sk.ResponseCache.build(tokenizer, ["Add."], [row], suffix="A number.", instruction_role=role)
     assert tokenizer.decode(cache.contexts[0][0]) == cell.context
-
-
-def test_an_empty_input_beside_a_system_turn():
-    tokenizer = byte_tokenizer(chat_template=OPENED)
-    cell = Renderer(tokenizer, instruction_role="system").render("Add.", {"input": "", "target": "4"})
-    assert cell.context == shown([("system", "Add."), ("user", "")]) + "<think>\n\n</think>\n\n"
 
 
 def test_only_the_input_is_cut():
@@ -86,16 +84,12 @@ def test_what_cannot_be_shown_is_refused():
 @pytest.mark.parametrize(("messages", "expected"), [
     ("text", "messages: expected a list, got str"), ([], "turn at the end, got []"),
     (TALK[:4], "turn at the end, got ['system', 'user', 'assistant', 'user']"),
-    ([{"role": "assistant", "content": "4"}], "turn at the end, got ['assistant']"),
     (["hi", "there"], "message 0: expected an object with a role and a content, got str"),
-    ([{"from": "human", "value": "x"}], "turn at the end, got ['user']"),
     ([{"role": "tool", "content": "x"}, *TALK[3:]], "message 0: expected one of the roles"),
     ([*TALK[3:4], {"role": "assistant", "content": "x", "tool_calls": [{}]}], "message 1: expected one of the roles"),
-    ([*TALK[3:4], {"role": "assistant", "content": None}], "message 1: expected a text, got NoneType"),
     ([{"role": "user", "content": [{"type": "image", "url": "x"}]}, TALK[4]], "message 0: expected a text, got list"),
     ([*TALK[1:3], TALK[0], *TALK[3:]], "history: expected a system turn in the first place only, got a later one"),
     ([*TALK[3:4], {"role": "assistant", "content": " "}], "expected a target, got an empty string"),
-    ([{"role": "user", "content": "\ud800"}, TALK[4]], "expected text, got a lone surrogate"),
     ([{"role": "system", "content": "\ud800"}, *TALK[3:]], "history: message 0: expected text, got a lone surrogate"),
 ])  # fmt: skip
 def test_bad_conversations_are_named(messages, expected):

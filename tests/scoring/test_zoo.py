@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import sapo_kernels as sk
-from sapo_kernels.scoring import race
 from tests.families import TOLERANCE, build, cells, per_token_error, plain_nll
 from tests.scoring.zoo import ZOO
 
@@ -130,23 +129,6 @@ def many() -> sk.ResponseCache:
         [ids(4 + n) for n in torch.randperm(40, generator=torch.Generator().manual_seed(1)).tolist()],
     )
     return sk.ResponseCache.from_token_ids([[p + given for given in inputs] for p in prompts], [ids(2) for _ in inputs])
-
-
-def test_code_that_comes_during_a_race_is_seen(monkeypatch):
-    job, model = many(), build("llama")
-    add, rounds = race.RaceState.add, []
-
-    def later(self, cells, nll):
-        rounds.append(len(cells))
-        if len(rounds) == 1:
-            model.model.layers[1].register_forward_hook(lambda module, args, out: out + 1.0)
-        return add(self, cells, nll)
-
-    monkeypatch.setattr(race.RaceState, "add", later)
-    scores = sk.score_prompts(model, job, race=sk.Race(delta=0.0), max_tokens=64)
-    plain = plain_nll(model, job)
-    assert scores.stats["path"] == "alone" and scores.scored.all()
-    assert per_token_error(scores, plain) < TOLERANCE
 
 
 def test_what_does_not_change_the_forward_does_not_close_the_tree(cache):

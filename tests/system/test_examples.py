@@ -46,13 +46,6 @@ def test_the_plain_loop_imports_sapo_kernels_alone():
     assert "sapo_kernels" in modules and not any(module.startswith("sapo_peft") for module in modules)
 
 
-@pytest.mark.parametrize("name", ["hf_trainer.py", "trl_sft.py"])
-def test_attaching_costs_three_lines(name):
-    lines = [line for line in (EXAMPLES / name).read_text().splitlines() if re.search("sapo|PromptPool", line, re.I)]
-    code = [line for line in lines if re.match(r"(attach_sapo|pool =)", line)]
-    assert 1 <= len(code) <= 2
-
-
 def test_plain_loop(tmp_path):
     printed = run("plain_loop.py", folder=tmp_path)
     steps = [re.match(r"step (\d+): prompt (\d) of \[(.+)\]", line) for line in printed.splitlines()]
@@ -89,8 +82,7 @@ def test_the_overhead_of_the_trainer_example(tmp_path):
             break
     state = json.loads((tmp_path / "out" / "checkpoint-500" / "trainer_state.json").read_text())
     history = state["stateful_callbacks"]["sapo"]["history"]
-    assert [scoring["step"] for scoring in history] == [0, 250]
-    assert [[len(losses) for losses in scoring["losses"].values()] for scoring in history] == [[21], [21]]
+    assert [(scoring["step"], *map(len, scoring["losses"].values())) for scoring in history] == [(0, 21), (250, 21)]
     assert sum(scoring["seconds"] for scoring in history) == pytest.approx(float(found[1]), abs=0.02)
     assert float(found[3]) == pytest.approx(100 * float(found[1]) / float(found[2]), abs=0.1)
     assert float(found[3]) < 15

@@ -8,7 +8,6 @@ import random
 import stat
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -48,34 +47,33 @@ def test_mode_follows_umask_or_the_old_file(tmp_path, umask, mode):
     assert [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("new", "old")] == [mode, 0o640]
 
 
-def test_write_refuses_directory_and_fifo(tmp_path):
+def test_what_is_no_regular_file_is_refused_without_blocking(tmp_path):
+    """And no file descriptor is lost, nor at a text that is refused."""
     (tmp_path / "d").mkdir()
+    (tmp_path / "bad.json").write_bytes(b"[")
     os.mkfifo(tmp_path / "f")
-    for name in ("d", "f"):
-        with pytest.raises(DataError, match="expected a path for a regular file"):
-            atomic_write(tmp_path / name, b"x")
-    with pytest.raises(FileNotFoundError):
-        atomic_write(tmp_path / "missing" / "a", b"x")
-    assert names(tmp_path) == ["d", "f"]
+    before = len(os.listdir("/proc/self/fd"))
+    for path, kind in ((tmp_path / "d", "a directory"), (tmp_path / "f", "a FIFO"), ("/dev/zero", "a device")):
+        with pytest.raises(DataError, match=f"expected a path for a regular file, got {kind}"):
+            atomic_write(path, b"x")
+        with pytest.raises(DataError, match=f"expected a regular file, got {kind}"):
+            read_json(path)
+    with pytest.raises(DataError):
+        read_json(tmp_path / "bad.json")
+    for call in (read_json, lambda path: atomic_write(path, b"x")):
+        with pytest.raises(FileNotFoundError):
+            call(tmp_path / "missing" / "a")
+    assert names(tmp_path) == ["bad.json", "d", "f"] and len(os.listdir("/proc/self/fd")) == before
 
 
 def test_order_of_calls_is_durable(tmp_path, monkeypatch):
     """fsync of the file, then the rename, then fsync of the directory."""
-    calls = []
-    fsync, replace = os.fsync, os.replace
-
-    def spy_fsync(fd):
-        calls.append("fsync dir" if stat.S_ISDIR(os.fstat(fd).st_mode) else "fsync file")
-        fsync(fd)
-
-    def spy_replace(source, target):
-        calls.append("replace")
-        replace(source, target)
-
-    monkeypatch.setattr(os, "fsync", spy_fsync)
-    monkeypatch.setattr(os, "replace", spy_replace)
-    atomic_write(tmp_path / "a", b"x")
-    assert calls == ["fsync file", "replace", "fsync dir"]
+    calls, replace, write = [], os.replace, os.write
+    monkeypatch.setattr(os, "fsync", lambda fd: calls.append(stat.S_ISDIR(os.fstat(fd).st_mode)))
+    monkeypatch.setattr(os, "replace", lambda *names: (calls.append("replace"), replace(*names)))
+    monkeypatch.setattr(os, "write", lambda fd, data: write(fd, data[:3]))  # short writes are completed
+    atomic_write(tmp_path / "a", b"0123456789")
+    assert calls == [False, "replace", True] and (tmp_path / "a").read_bytes() == b"0123456789"
 
 
 @pytest.mark.parametrize("call", ["open", "write", "fsync", "replace", "chmod", "close", "second write"])
@@ -98,13 +96,6 @@ def test_failing_call_leaves_the_old_file(tmp_path, monkeypatch, call, error):
         with pytest.raises(type(error)) as caught:
             atomic_write(path, b"0123456789")
     assert caught.value is error and path.read_bytes() == b"old" and names(tmp_path) == ["a"]
-
-
-def test_short_writes_are_completed(tmp_path, monkeypatch):
-    real = os.write
-    monkeypatch.setattr(os, "write", lambda fd, data: real(fd, data[:3]))
-    atomic_write(tmp_path / "a", b"0123456789")
-    assert (tmp_path / "a").read_bytes() == b"0123456789"
 
 
 @pytest.mark.parametrize("code, raised", [(errno.EINVAL, False), (errno.EIO, True)])
@@ -159,13 +150,6 @@ def test_kill_at_every_call_keeps_one_whole_version(tmp_path):
     assert done.returncode == 0 and point >= 6 and len(seen) == 2
 
 
-def test_write_json_round_trip(tmp_path):
-    value = {"a": [1, 2.5, None, True, "\u00e9\u4f60 {0} \\u0041"], "b": {"c": 1e-300}, "d": 0.1 + 0.2}
-    write_json(tmp_path / "a.json", value)
-    assert read_json(tmp_path / "a.json") == value
-    assert "\u4f60".encode() in (tmp_path / "a.json").read_bytes()
-
-
 @pytest.mark.parametrize(
     "value",
     [float("nan"), float("inf"), {"a": [float("-inf")]}, "\ud800", {1, 2}, {1: "a", "1": "b"}],
@@ -180,64 +164,45 @@ def test_write_json_refuses_what_cannot_be_read_back(tmp_path, value):
     assert read_json(tmp_path / "a.json") == "old" and names(tmp_path) == ["a.json"]
 
 
-GOOD = {
-    "byte-order mark": (b'\xef\xbb\xbf{"a": 1}', {"a": 1}),
-    "crlf": (b'{"a":\r\n 1}\r\n', {"a": 1}),
-    "escapes": (b'"\\u00e9\\n\\ud83d\\ude00"', "\u00e9\n\U0001f600"),
-    "brackets in strings": (b'["' + b"[{" * 500 + b'\\"]"]', ["[{" * 500 + '"]']),
-    "deep": (("[" * 64 + "]" * 64).encode(), json.loads("[" * 64 + "]" * 64)),
-    "NaN as text": (b'{"NaN": "Infinity"}', {"NaN": "Infinity"}),
-    "numbers": (b"[0, -0.0, 1e308, 5e-324, 123456789012345678901234567890]",
-                [0, -0.0, 1e308, 5e-324, 123456789012345678901234567890]),
-    "format field": (b'"{0.__class__} {0:>100000000}"', "{0.__class__} {0:>100000000}"),
-}  # fmt: skip
+DEEP = "[" * 64 + "]" * 64
 
 
-@pytest.mark.parametrize("name", GOOD)
-def test_good_json(tmp_path, name):
-    (tmp_path / "a.json").write_bytes(GOOD[name][0])
-    assert read_json(tmp_path / "a.json") == GOOD[name][1]
+@pytest.mark.parametrize(("data", "expected"), [
+    (b'\xef\xbb\xbf{"a":\r\n 1}\r\n', {"a": 1}),
+    (b'"\\u00e9\\n\\ud83d\\ude00 {0.__class__}"', "\u00e9\n\U0001f600 {0.__class__}"),
+    (DEEP.encode(), json.loads(DEEP)), (b'{"NaN": "Infinity"}', {"NaN": "Infinity"}),
+    (b"[0, -0.0, 1e308, 5e-324, 123456789012345678901234567890, null, true]",
+     [0, -0.0, 1e308, 5e-324, 123456789012345678901234567890, None, True]),
+])  # fmt: skip
+def test_good_json(tmp_path, data, expected):
+    (tmp_path / "a.json").write_bytes(data)
+    assert read_json(tmp_path / "a.json") == expected
+    write_json(tmp_path / "a.json", expected)
+    assert read_json(tmp_path / "a.json") == expected
+    assert read_text(tmp_path / "a.json").isascii() == str(expected).isascii(), "text stays text"
+    (tmp_path / "a.json").write_bytes(b"a\r\nb\n")
+    assert read_text(tmp_path / "a.json") == "a\r\nb\n"
 
 
-BAD = {
-    "empty": (b"", "got the end of the text"),
-    "NaN": (b'{"a": [1, NaN]}', "line 1 column 11: expected a finite number, got 'NaN'"),
-    "1e999": (b'[0,\n {"x": 1e999}]', "line 2 column 8: expected a finite number, got '1e999'"),
-    "duplicate key": (b'{"a": 1,\n "b": "\\"}a", "a": 3}', "line 2 column 15: expected each key once, got 'a' again"),
-    "duplicate key, inner": (
-        b'{"b": [{"b": {"c": 1,\r\n"c": 1}}]}',
-        "line 2 column 1: expected each key once, got 'c'",
-    ),
-    "half a pair": (
-        b'{"a": "\\ud83d\\ude00",\n "b": "\\ud800"}',
-        "line 2 column 7: expected text, got a lone surrogate",
-    ),
-    "depth 100,000, open": (b"[" * 100_000, "levels of nesting"),
-    "5,000 digits": (b"[" + b"9" * 5000 + b"]", "line 1 column 2: Exceeds the limit (4300 digits)"),
-    "raw NUL": (b'["a\x00b"]', "NUL"),
-    "Latin-1": (b'{"a":\n "caf\xe9"}', "line 2: expected UTF-8 text, got byte 0xe9 at offset 11"),
-    "overlong UTF-8": (b'"\xc0\xaf"', "expected UTF-8"),
-    "cut character": (b'"\xe4\xbd', "expected UTF-8"),
-    "UTF-16 LE, mark": ('["a"]'.encode("utf-16"), "got UTF-16"),
-    "UTF-16 BE": ('["a"]'.encode("utf-16-be"), "got a NUL byte"),
-    "gzip": (b"\x1f\x8b\x08\x00abc", "got a NUL byte"),
-    "truncated": (b'{"a": [1, 2', "not valid JSON"),
-    "truncated string": (b'{"a": "b', "Unterminated string"),
-    "concatenated": (b'{"a": 1}{"a": 2}', "Extra data"),
-    "trailing comma": (b"[1, 2,]", "not valid JSON"),
-    "HTML": (b"<!DOCTYPE html><html>", "not valid JSON"),
-    "pickle": (b"\x80\x04K\x01.", "expected UTF-8"),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_bad_json(tmp_path, name):
+@pytest.mark.parametrize(("data", "expected"), [
+    (b"", "got the end of the text"), (b'{"a": [1, 2', "not valid JSON"), (b'{"a": 1}{"a": 2}', "Extra data"),
+    (b'{"a": [1, NaN]}', "line 1 column 11: expected a finite number, got 'NaN'"),
+    (b'[0,\n {"x": 1e999}]', "line 2 column 8: expected a finite number, got '1e999'"),
+    (b'{"a": 1,\n "b": "\\"}a", "a": 3}', "line 2 column 15: expected each key once, got 'a' again"),
+    (b'{"b": [{"b": {"c": 1,\r\n"c": 1}}]}', "line 2 column 1: expected each key once, got 'c'"),
+    (b"[" * 100_000, "levels of nesting"), (b"[" + b"9" * 5000 + b"]", "line 1 column 2: Exceeds the limit"),
+    (b'["a\x00b"]', "got a NUL byte"),
+    (b'{"a": "\\ud83d\\ude00",\n "b": "\\ud800"}', "line 2 column 7: expected text, got a lone surrogate"),
+    (b'{"a":\n "caf\xe9"}', "line 2: expected UTF-8 text, got byte 0xe9 at offset 11"),
+    ('["a"]'.encode("utf-16"), "got UTF-16"),
+])  # fmt: skip
+def test_bad_json(tmp_path, data, expected):
     path = tmp_path / "bad.json"
-    path.write_bytes(BAD[name][0])
+    path.write_bytes(data)
     with pytest.raises(DataError) as caught:
         read_json(path)
     message = str(caught.value)
-    assert BAD[name][1] in message and str(path) in message
+    assert expected in message and str(path) in message
     assert len(message) < 400 + len(str(path)) and message.isascii() and message.isprintable()
 
 
@@ -252,47 +217,6 @@ def test_size_bound_is_exact_and_messages_are_bounded(tmp_path):
     assert len(read_json(path, max_bytes=100)) == 98
     with pytest.raises(DataError, match="expected at most 99 bytes"):
         read_json(path, max_bytes=99)
-
-
-def test_sparse_gigabyte_is_refused_quickly(tmp_path):
-    path = tmp_path / "a.json"
-    with open(path, "wb") as file:
-        file.truncate(2**30)
-    started = time.perf_counter()
-    with pytest.raises(DataError, match="larger file"):
-        read_json(path, max_bytes=2**20)
-    assert time.perf_counter() - started < 5
-
-
-def test_directory_fifo_and_device_are_refused_without_blocking(tmp_path):
-    os.mkfifo(tmp_path / "f.json")
-    for path, what in ((tmp_path, "a directory"), (tmp_path / "f.json", "a FIFO"), ("/dev/zero", "a device")):
-        with pytest.raises(DataError, match=f"expected a regular file, got {what}"):
-            read_json(path)
-    with pytest.raises(FileNotFoundError):
-        read_json(tmp_path / "none.json")
-
-
-def test_no_file_descriptor_is_lost(tmp_path):
-    (tmp_path / "bad.json").write_bytes(b"[")
-    os.mkfifo(tmp_path / "f.json")
-    before = len(os.listdir("/proc/self/fd"))
-    for _ in range(20):
-        write_json(tmp_path / "a.json", 1)
-        for name in ("bad.json", "f.json", "."):
-            with pytest.raises(DataError):
-                read_json(tmp_path / name)
-    assert len(os.listdir("/proc/self/fd")) == before
-
-
-@pytest.mark.parametrize("unit", ['"', '"\\"', '\\"', '"a":', "[", '{"a":"', '"\\', ",", "1,", '["",'])
-def test_time_is_linear_on_repeated_fragments(unit):
-    """A quadratic scan would take minutes on these."""
-    text = unit * (400_000 // len(unit))
-    started = time.perf_counter()
-    with pytest.raises(DataError):
-        parse_json(text, "x")
-    assert time.perf_counter() - started < 10
 
 
 def test_mutated_json_raises_only_data_error():
@@ -314,8 +238,3 @@ def test_mutated_json_raises_only_data_error():
         accepted += 1
         assert value == json.loads(text)
     assert 0 < accepted < 5000
-
-
-def test_read_text_keeps_line_ends(tmp_path):
-    (tmp_path / "a").write_bytes(b"\xef\xbb\xbfa\r\nb\n")
-    assert read_text(tmp_path / "a") == "a\r\nb\n"

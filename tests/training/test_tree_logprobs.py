@@ -131,6 +131,11 @@ def test_several_adapters_and_autocast():
     assert 0 < (got - expected).abs().max() < 0.1
     half = lora(small_qwen3().to(torch.bfloat16))
     assert (sk.tree_logprobs(half, BATCH) - alone(half)).abs().max() < 0.1
+    # A head in float32 over layers in low precision, as bitsandbytes computes: nothing outside of the layers tells.
+    model = lora()
+    for layer in model.get_base_model().model.layers:
+        layer.forward = torch.autocast("cpu", dtype=torch.bfloat16)(layer.forward)
+    assert 1e-4 < (sk.tree_logprobs(model, BATCH) - alone(model)).abs().max() < 0.1
 
 
 def pooled(mlp):
@@ -232,17 +237,14 @@ def test_longer_sequences_are_compared_again(monkeypatch):
     assert len(compared) == 5 and len(sk.tree_logprobs(model, batch)) == 2
 
 
-def test_a_head_in_float32_over_layers_in_low_precision():
-    """As bitsandbytes computes: nothing outside of the layers tells of it."""
-    model = lora()
-    for layer in model.get_base_model().model.layers:
-        layer.forward = torch.autocast("cpu", dtype=torch.bfloat16)(layer.forward)
-    assert 1e-4 < (sk.tree_logprobs(model, BATCH) - alone(model)).abs().max() < 0.1
-
-
-def test_ids_beyond_the_vocabulary():
+def test_what_cannot_be_a_batch_or_a_model():
     with pytest.raises(ValueError, match="sequence 1: token ids must be below the model's vocabulary of .* got 99999"):
         sk.tree_logprobs(lora(), sk.TrieBatch.pack([[1, 2], [1, 2]], [[3], [99999]]))
+    with pytest.raises(TypeError, match="batch: expected a TrieBatch, a ResponseCache or a padded batch, got list"):
+        sk.tree_logprobs(small_qwen3(), [1, 2])
+    for family in ("mamba", "rwkv"):
+        with pytest.raises(RuntimeError, match="state|attention"):
+            sk.tree_logprobs(build(family), BATCH)
 
 
 def test_right_values_with_wrong_gradients_are_refused(monkeypatch):
@@ -255,14 +257,3 @@ def test_right_values_with_wrong_gradients_are_refused(monkeypatch):
     monkeypatch.setattr("sapo_kernels.training.tree_logprobs.logprobs_of", doubled)
     with pytest.raises(RuntimeError, match="its gradients over the trie differ from those on padded rows by 1 of"):
         sk.tree_logprobs(lora(), BATCH)
-
-
-@pytest.mark.parametrize("family, why", [("mamba", "state|attention"), ("rwkv", "state|attention")])
-def test_families_that_carry_state_are_refused(family, why):
-    with pytest.raises(RuntimeError, match=why):
-        sk.tree_logprobs(build(family), BATCH)
-
-
-def test_what_is_no_batch():
-    with pytest.raises(TypeError, match="batch: expected a TrieBatch, a ResponseCache or a padded batch, got list"):
-        sk.tree_logprobs(small_qwen3(), [1, 2])
