@@ -6,6 +6,7 @@ import copy
 import functools
 import logging
 import re
+import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -16,8 +17,6 @@ from .turns import Turn, check_history, check_role, columns_of, example_of, turn
 
 logger = logging.getLogger("sapo_kernels")
 _PLACEHOLDER = re.compile(r"\{(prompt|input)\}")
-# Of strftime: what stands behind a percent sign.
-_DIRECTIVES = "aAwdbBmyYHIpMSfzZjUWcxXGuVeDFTRnt"
 PLAIN_ANSWER = "\n\nAnswer:"
 # Stands for an answer where only what a template puts around one is of interest; none has it in its own text.
 MARKER = "zqxjk"
@@ -77,6 +76,7 @@ class Renderer:
             what = "no template beside it" if template is not None else "a tokenizer with a chat template"
             raise ValueError(f"instruction_role: expected {what} for 'system', got {'one' if self.chat else 'none'}")
         self._closing: tuple[str, str] | None = None
+        self._behind: dict[tuple[str, ...], str] = {}
         if isinstance(template, str):
             missing = {"prompt", "input"} - set(_PLACEHOLDER.findall(template))
             if missing:
@@ -127,8 +127,7 @@ class Renderer:
         answered = lambda text: self._text(shaped([*turns, {"role": "assistant", "content": text}]))
         if self._closing is None:
             self._closing = self._closing_of(answered(MARKER))
-        last = turns[-1]["content"].strip()
-        thought = open_thought(context[context.rindex(last) + len(last) if last else 0 :])
+        thought = open_thought(self._behind_the_user(shaped, turns, context))
         if thought:
             context += self._thought_closing(thought, context, answered)
         full = answered(target)
@@ -136,6 +135,15 @@ class Renderer:
             return Rendered(context, full[len(context) :] + self._closing[1])
         # A thought is closed as no template writes it, and in front of any answer alike.
         return Rendered(context, target + "".join(self._closing), exact=thought is not None)
+
+    def _behind_the_user(self, shaped: Callable, turns: list[Turn], context: str) -> str:
+        """What the template puts behind the last turn's text, which may have the same words in it."""
+        roles = tuple(turn["role"] for turn in turns)
+        if roles not in self._behind:
+            marked = shaped([*turns[:-1], {**turns[-1], "content": MARKER}])
+            self._behind[roles] = self._text(marked, add_generation_prompt=True).rpartition(MARKER)[2]
+        behind, last = self._behind[roles], turns[-1]["content"].strip()
+        return behind if context.endswith(behind) else context[context.rindex(last) + len(last) :]
 
     def _text(self, turns: list[dict[str, Any]], **options: Any) -> str:
         # Families spell the switch differently; a template ignores a variable it does not know.
@@ -241,8 +249,9 @@ def _as_of(template: str, now: datetime) -> str:
 
     A line of its own, of which nothing is printed: blanks and line ends at the beginning of the template stay.
     """
-    shown = [(f"%{flag}{letter}", now.strftime(f"%{flag}{letter}")) for flag in ("-", "") for letter in _DIRECTIVES]
-    filters = " | ".join(f"replace({what!r}, {text!r})" for what, text in [*shown, ("%%", "%")])
+    directives = [f"%{flag}{letter}" for flag in ("-", "") for letter in string.ascii_letters]
+    shown = [("%%", MARKER), *((one, now.strftime(one)) for one in directives), (MARKER, "%")]
+    filters = " | ".join(f"replace({what!r}, {text!r})" for what, text in shown)
     return f"{{% macro strftime_now(format) %}}{{{{ format | {filters} }}}}{{% endmacro %}}\n{template}"
 
 

@@ -105,6 +105,36 @@ def test_columns_become_text(tmp_path, name):
         assert note is None or any(note in one for one in examples.notes()), examples.notes()
 
 
+@pytest.mark.parametrize(
+    ("rows", "inputs"),
+    [
+        (
+            [{"question": "Even?", "choices": ["7", "2"], "answer": 1},
+             {"question": "20 - 4?", "choices": ["0", "4"], "answer": 1}],
+            ["Even?\nA. 7\nB. 2", "20 - 4?\nA. 0\nB. 4"],
+        ),
+        (
+            [{"question": "a or b?", "choices": ["a", "b"], "answer": 1},
+             {"question": "Which?", "choices": ["a", "b"], "answer": 1}],
+            ["a or b?\nA. a\nB. b", "Which?\nA. a\nB. b"],
+        ),
+        (
+            [{"instruction": "In", "input": "Indeed", "output": "x"},
+             {"instruction": "Say.", "input": "Say. it", "output": "x"}],
+            ["In\n\nIndeed", "Say.\n\nSay. it"],
+        ),
+        (
+            [{"instruction": "Say.", "input": "Say. it", "output": "x"},
+             {"instruction": "Do. ", "input": "Do. this", "output": "x"}],
+            ["Say. it", "Do. this"],
+        ),
+    ],
+    ids=["digits of a number", "in one row by chance", "part of a word", "in every row"],
+)  # fmt: skip
+def test_rows_of_a_table_read_alike(rows, inputs):
+    assert [one["input"] for one in read_examples(rows)] == inputs
+
+
 def test_messages(tmp_path):
     """In every format that has lists, also as prompt and completion; counts look at the turns before too."""
     first = {"role": "system", "content": "Be brief."}

@@ -134,6 +134,15 @@ def test_a_thought_that_the_template_begins_is_closed(begun, closed):
         assert cell.response == "4<|im_end|>\n"
 
 
+@pytest.mark.parametrize("text", ["apple", "k", "think", ">", "<think>", ""])
+def test_a_text_that_stands_in_the_generation_prompt_too_hides_no_thought(text):
+    example = {"input": text, "target": "o"}
+    cell = Renderer(byte_tokenizer(chat_template=OPENED), instruction_role="system").render("Name it.", example)
+    assert cell.context.endswith(f"{text}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    cell = Renderer(byte_tokenizer(chat_template=CHATML), instruction_role="system").render("Use <think>.", example)
+    assert cell.context.endswith(f"{text}<|im_end|>\n<|im_start|>assistant\n")
+
+
 @pytest.mark.parametrize("mark", ["<|thinking|>", "<|reasoning_mode|>", "<think>"])
 def test_a_thought_that_cannot_be_closed_is_refused(mark):
     tokenizer = byte_tokenizer(chat_template=OPENED.replace("<think>\n", mark))
@@ -152,7 +161,7 @@ def test_a_template_that_reads_the_clock_reads_one_moment():
     assert render.reads_clock(tokenizer) and not render.reads_clock(byte_tokenizer(chat_template=CHATML))
 
 
-@pytest.mark.parametrize("shown", ["%-d. %B %y, %A %j %H:%M:%S", "%Y-%m-%d %I%p 100%% %F %T"])
+@pytest.mark.parametrize("shown", ["%-d. %B %y, %A %j %H:%M:%S", "%Y-%m-%d %I%p 100%% %F %T", "%h %k %P %s %g %C %%d"])
 def test_a_moment_looks_as_the_library_shows_it(monkeypatch, shown):
     now = datetime(2026, 1, 5, 7, 8, 9)
     around = ("\n  {{% if strftime_now is defined %}}\n  {{% macro day(form) %}}\n"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from sapo_kernels.files import DataError, excerpt
 from sapo_kernels.scoring import turns
@@ -13,6 +14,15 @@ from .tables import Table, shown
 
 CHOICES = ("choices", "options")
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+class Beside(NamedTuple):
+    """What stands beside a row's input, and whether it is in that already."""
+
+    head: str = ""
+    below: str = ""
+    head_inside: bool = True
+    below_inside: bool = True
 
 
 @dataclass(frozen=True)
@@ -46,17 +56,17 @@ class Columns:
         """Every column that goes into an example."""
         return [name for name in (self.input, self.target, self.instruction, self.choices) if name]
 
-    def read(self, row: Mapping[str, Any], place: str) -> tuple[dict[str, Any], list[str]]:
-        """One row as an example, with the turns before its input, and its target texts.
+    def read(self, row: Mapping[str, Any], place: str) -> tuple[dict[str, Any], list[str], Beside]:
+        """One row as an example, with the turns before its input; its target texts; and what `join` puts to its input.
 
-        These are several only where an ``output`` list holds several.
+        The targets are several only where an ``output`` list holds several.
         """
         history = row.get("history")
         try:
             if self.input in turns.MESSAGES or isinstance(row.get(self.input), list):
                 example = turns.example_of({name: row.get(name) for name in (self.input, self.target)})
                 if "history" in example:
-                    return example, [example["target"]]
+                    return example, [example["target"]], Beside()
             messages = isinstance(history, list) and history and isinstance(history[0], Mapping)
             before = {"history": turns.check_history(history)} if messages else {}
         except ValueError as error:
@@ -66,23 +76,39 @@ class Columns:
                 got = shown(list(row)) or "an empty object"
                 raise DataError(f"{place}: expected the field {excerpt(column)}, got {got}")
         text = check_text(row[self.input], f"{place}: {excerpt(self.input)}")
+        beside, letters = Beside(), []
         if self.instruction:
             head = check_text(row[self.instruction], f"{place}: {excerpt(self.instruction)}")
-            # Some files hold the whole text in one column and its parts in others.
-            if head not in text:
-                text = f"{head}\n\n{text}" if text.strip() else head
-        letters: list[str] = []
+            beside = beside._replace(head=head, head_inside=_stands_in(head, text))
         if self.choices:
             letters, texts = _choices(row[self.choices], f"{place}: {excerpt(self.choices)}")
-            if not all(choice in text for choice in texts):
-                text += "".join(f"\n{letter}. {choice}" for letter, choice in zip(letters, texts, strict=True))
+            below = "".join(f"\n{letter}. {choice}" for letter, choice in zip(letters, texts, strict=True))
+            beside = beside._replace(below=below, below_inside=all(_stands_in(choice, text) for choice in texts))
         target = row[self.target]
         targets = target if isinstance(target, list) and self.target == "output" else [target]
         if not targets:
             raise DataError(f"{place}: expected a label in {excerpt(self.target)}, got an empty list")
         where = f"{place}: {excerpt(self.target)}"
         targets = [self._label(one, letters, where) for one in targets]
-        return {"input": text, "target": targets[0], **before}, targets
+        return {"input": text, "target": targets[0], **before}, targets, beside
+
+    def join(self, examples: Sequence[dict[str, Any]], beside: Sequence[Beside]) -> list[str]:
+        """Put what stands beside the inputs into them, of all rows or of none: they read alike. Notes of what was done.
+
+        Some files hold the whole text in one column and its parts in others; in a few rows it may look so by chance.
+        """
+        heads, below = not all(one.head_inside for one in beside), not all(one.below_inside for one in beside)
+        for example, one in zip(examples, beside, strict=True):
+            if heads and one.head:
+                text = example["input"]
+                example["input"] = f"{one.head}\n\n{text}" if text.strip() else one.head
+            if below:
+                example["input"] += one.below
+        done = (
+            (heads, f"each row's {excerpt(self.instruction)} is put in front of its {excerpt(self.input)}"),
+            (below, f"each row's {excerpt(self.choices)} are put below its {excerpt(self.input)}"),
+        )
+        return [note for put, note in done if put]
 
     def _label(self, value: Any, letters: list[str], place: str) -> str:
         if not isinstance(value, int) or isinstance(value, bool):
@@ -95,17 +121,18 @@ class Columns:
         return letters[value] if letters else str(value)
 
     def notes(self, unused: Sequence[str], numbers: bool) -> list[str]:
-        """What was done with columns other than input and target."""
+        """What is to be known of columns that go into no input."""
         notes = []
-        if self.instruction:
-            notes.append(f"each row's {excerpt(self.instruction)} is put in front of its {excerpt(self.input)}")
-        if self.choices:
-            notes.append(f"each row's {excerpt(self.choices)} are put below its {excerpt(self.input)}")
         if unused:
             notes.append(f"unused text columns: {shown(unused)}")
         if numbers and self.label_name is None and not self.choices:
             notes.append(f"{excerpt(self.target)} holds numbers, taken as text")
         return notes
+
+
+def _stands_in(part: str, text: str) -> bool:
+    """Whether `part` is in `text` as words of its own."""
+    return not part.strip() or re.search(rf"(?<!\w){re.escape(part.strip())}(?!\w)", text) is not None
 
 
 def _choices(value: Any, place: str) -> tuple[list[str], list[str]]:

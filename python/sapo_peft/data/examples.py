@@ -109,7 +109,7 @@ def _examples(
     table: Table, chosen: tuple[str | None, str | None], source: str, limit: int | None, skip_empty: bool
 ) -> Examples:
     columns, known = Columns.of(table, chosen, f"{source}: columns"), set(table.columns)
-    kept, references, skipped, used, numbers = [], [], [], 0, False
+    kept, references, beside, skipped, used, numbers = [], [], [], [], 0, False
     # Columns in which no text was seen so far.
     other = [name for name in table.columns if name not in columns.used and name.lower() not in _IDENTIFIERS]
     unused: set[str] = set()
@@ -121,7 +121,7 @@ def _examples(
         other_pair = not known.issuperset(names) and {columns.input, columns.target} <= set(names)
         if other_pair and Columns.of(table._replace(columns=names), chosen, place) != columns:
             raise DataError(f"{place}: expected the columns of the first row, got {shown(names)}")
-        example, targets = columns.read(row, place)
+        example, targets, around = columns.read(row, place)
         if not targets[0].strip():
             if not skip_empty:
                 raise DataError(f"{place}: expected a label in {excerpt(columns.target)}, got an empty one")
@@ -129,6 +129,7 @@ def _examples(
             continue
         kept.append(example)
         references.append(targets)
+        beside.append(around)
         numbers |= isinstance(row.get(columns.target), int)
         known_too = unused | ({"history"} & example.keys())
         unused |= {name for name in other if name not in known_too and _has_words(row.get(name))}
@@ -136,10 +137,11 @@ def _examples(
             break
     if not kept:
         raise DataError(f"{source}: expected at least one row with a label, got {table.total} rows and none")
+    joined = columns.join(kept, beside)
     examples = Examples(kept, source, (columns.input, columns.target), table.total)
     examples.skipped, examples.references, examples.unread = skipped, references, table.total - used
     examples.several_targets = sum(len(targets) > 1 for targets in references)
-    examples.remarks = columns.notes([name for name in other if name in unused], numbers)
+    examples.remarks = joined + columns.notes([name for name in other if name in unused], numbers)
     return examples
 
 
