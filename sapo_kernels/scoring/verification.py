@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,9 +19,6 @@ from torch import nn
 from ..widened import LOW, in_float32
 from . import model_support
 from .response_cache import ResponseCache
-
-if TYPE_CHECKING:
-    from .head import HeadReader
 
 # Nats in float32 or better: of a predicted token; and how an entry of a logit row may grow with its size.
 TOLERANCE = 1e-4
@@ -164,10 +161,13 @@ class PlainModel:
         logprob = torch.log_softmax(wide, -1).gather(-1, targets[:, None])
         return logits, -float(logprob.double().sum())
 
-    def check(self, cache: ResponseCache, cell: int, reader: HeadReader, noise: tuple[float, float] | None) -> Check:
-        """One cell, to compare with. `noise`: its known error in low precision; None: measure it."""
+    def check(self, cache: ResponseCache, cell: int, observed: Callable, noise: tuple[float, float] | None) -> Check:
+        """One cell, to compare with.
+
+        observed: ``HeadReader.observed``. noise: the known error in low precision; None: measure it.
+        """
         count = int(cache.response_lengths[cell])
-        with reader.observed(count) as seen:
+        with observed(count) as seen:
             own, nll = self.score(cache, cell)
         low = not self.precise or own.dtype in LOW or any(dtype in LOW for _, dtype in seen)
         if low and noise is None:

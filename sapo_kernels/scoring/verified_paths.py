@@ -259,7 +259,7 @@ class VerifiedPaths(Paths):
             if cell in found or (cell not in cells and any(check.finite for check in found.values())):
                 continue
             self.put_back()
-            found[cell] = plain.check(self.cache, cell, reader, noise)
+            found[cell] = plain.check(self.cache, cell, reader.observed, noise)
         self.put_back()
         return list(found.values())
 
