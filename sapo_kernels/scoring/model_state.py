@@ -139,7 +139,7 @@ def state_kept(modules: Iterable[nn.Module], most: float = float("inf")):
             for name, (buffer, value) in buffers.items():
                 # A graph that waits for its backward pass may hold it: written to only where it was changed.
                 if not buffer.is_meta and not torch.equal(buffer, value):
-                    buffer.copy_(value)
+                    buffer.resize_(value.shape).copy_(value)
                 module._buffers[name] = buffer
 
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -43,22 +42,37 @@ class OverTrie:
     """
 
     def __init__(self, model: nn.Module, verify: bool = True):
-        self._model, self._verify = model, verify
+        vars(self).update(_model=model, _verify=verify)
+
+    # Whoever asks what the model is, or keeps something in it, means the model.
+    __class__ = property(lambda self: type(self._model))
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "_model" not in vars(self):
+            raise AttributeError(name)
         return getattr(self._model, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._model, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        delattr(self._model, name)
+
+    def __dir__(self) -> list[str]:
+        return dir(self._model)
 
     def __call__(
         self,
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         fused_lm_head: bool = False,
         **others: Any,
     ) -> Outputs:
-        if labels is None:
-            raise NotTreeable("it is called without labels")
+        for name, value in (("input_ids", input_ids), ("labels", labels)):
+            if value is None:
+                raise NotTreeable(f"it is called without {name}")
         for name, value in others.items():
             if value is not None and value is not _HARMLESS.get(name):
                 raise NotTreeable(f"it is called with {name}={value!r}"[:200])
@@ -96,21 +110,21 @@ class OverTrie:
 
 
 class Outputs(dict):
-    """What a trie gives of a model's output; a caller that asks for anything else gets it of `others` or its error."""
-
-    def others(self, name: str) -> Mapping[str, Any]:
-        raise NotTreeable(f"its caller reads {name!r} of its output")
+    """What a trie gives of a model's output; whatever else is read is an error, never a default."""
 
     def __missing__(self, name):
-        return self.others(name)[name]
+        raise NotTreeable(f"its caller reads {name!r} of its output")
 
     def __getattr__(self, name):
         if name.startswith("__"):
             raise AttributeError(name)
-        return dict.__getitem__(self, name) if dict.__contains__(self, name) else getattr(self.others(name), name)
+        return self[name]
+
+    def __setattr__(self, name, value):
+        self[name] = value
 
     def __contains__(self, name):
-        return dict.__contains__(self, name) or name in self.others(name)
+        return dict.__contains__(self, name) or self[name]
 
     def get(self, name, default=None):
-        return dict.__getitem__(self, name) if dict.__contains__(self, name) else self.others(name).get(name, default)
+        return self[name]

@@ -11,7 +11,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, set_seed
 
+import sapo_kernels as sk
 from sapo_peft import SapoConfig
+from sapo_peft.trainer import packing
 from sapo_peft.trainer.packing import Packing
 from tests.families import build
 from tests.trainer.training_helpers import AtSteps, colours, curve, lora_model, sapo_trainer
@@ -20,10 +22,10 @@ from tests.trainer.training_helpers import AtSteps, colours, curve, lora_model, 
 def both(folder, tokens=None, setup=None, model=None, **options):
     """The callback of a run with packing="auto"; losses, gradient norms and evaluations are those of a padded one."""
     rows = []
-    for packing in ("padded", "auto"):
-        config = SapoConfig(probe_examples=2, at_start=False, packing=packing, train_max_tokens=tokens)
+    for how in ("padded", "auto"):
+        config = SapoConfig(probe_examples=2, at_start=False, packing=how, train_max_tokens=tokens)
         defaults = dict(model=(model or (lambda: lora_model(dropout=0.0)))(), per_device_train_batch_size=4)
-        trainer, callback = sapo_trainer(folder / packing, config=config, **{**defaults, "max_steps": 3, **options})
+        trainer, callback = sapo_trainer(folder / how, config=config, **{**defaults, "max_steps": 3, **options})
         if setup:
             setup(trainer)
         trainer.train()
@@ -59,34 +61,43 @@ class LabelsFetched(Trainer):
         return batches, count
 
 
-class LabelsInPlace(Trainer):
-    def compute_loss(self, model, inputs, *args, **kwargs):
-        inputs["labels"].copy_(unlabelled(inputs["labels"]))
-        return super().compute_loss(model, inputs, *args, **kwargs)
+class IdsStepped(Trainer):
+    def training_step(self, model, inputs, *args, **kwargs):
+        return super().training_step(model, other_ids(inputs), *args, **kwargs)
+
+
+class Masked(Trainer):
+    def _prepare_inputs(self, inputs):
+        inputs = super()._prepare_inputs(inputs)
+        inputs["attention_mask"][:, 3:8] = 0
+        return inputs
+
+
+class OnPadding(Trainer):
+    def _prepare_inputs(self, inputs):
+        inputs = super()._prepare_inputs(inputs)
+        return {**inputs, "labels": torch.where(inputs["attention_mask"] == 0, inputs["input_ids"], inputs["labels"])}
+
+
+@pytest.mark.parametrize("kind", [LabelsPrepared, LabelsFetched, IdsStepped])
+def test_a_changed_batch_is_trained_on_as_changed(tmp_path, kind):
+    assert both(tmp_path, trainer_class=kind).packing.tokens
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [(Masked, "expected padding on the right"), (OnPadding, "expected -100 where attention_mask is 0")],
+)
+def test_what_no_trie_is_made_of_is_padded_and_said_once(tmp_path, caplog, kind, why):
+    callback = both(tmp_path, trainer_class=kind)
+    said = [record.message for record in caplog.records if "padded, not packed" in record.message]
+    assert len(said) == 1 and why in said[0] and not callback.packing.tokens
 
 
 class LabelsDrawn(Trainer):
     def compute_loss(self, model, inputs, *args, **kwargs):
         labels = inputs["labels"].masked_fill(torch.rand(inputs["labels"].shape) < 0.5, -100)
         return super().compute_loss(model, {**inputs, "labels": labels}, *args, **kwargs)
-
-
-class IdsStepped(Trainer):
-    def training_step(self, model, inputs, *args, **kwargs):
-        return super().training_step(model, other_ids(inputs), *args, **kwargs)
-
-
-class IdsOfLoss(Trainer):
-    def compute_loss(self, model, inputs, *args, **kwargs):
-        return super().compute_loss(model, other_ids(inputs), *args, **kwargs)
-
-
-class Counts(Trainer):
-    calls = 0
-
-    def compute_loss(self, *args, **kwargs):
-        self.calls += 1
-        return super().compute_loss(*args, **kwargs) * self.calls
 
 
 class Mean:
@@ -111,81 +122,66 @@ class Remembers(Trainer):
         return loss / self.mean(loss.detach()) * next(self.weights) * random.random()
 
 
-@pytest.mark.parametrize(
-    "kind", [LabelsPrepared, LabelsFetched, LabelsInPlace, LabelsDrawn, IdsStepped, IdsOfLoss, Counts, Remembers]
-)
-def test_a_changed_batch_is_trained_on_as_changed(tmp_path, kind):
-    assert both(tmp_path, trainer_class=kind).packing.tokens
+class Referred(Trainer):
+    """How far the logits are from those without the adapter, read when that is on again."""
 
-
-class Masked(Trainer):
-    def compute_loss(self, model, inputs, *args, **kwargs):
-        mask = inputs["attention_mask"].clone()
-        mask[:, 3:8] = 0
-        return super().compute_loss(model, {**inputs, "attention_mask": mask}, *args, **kwargs)
-
-
-class OnPadding(Trainer):
-    def compute_loss(self, model, inputs, *args, **kwargs):
-        labels = torch.where(inputs["attention_mask"] == 0, inputs["input_ids"], inputs["labels"])
-        return super().compute_loss(model, {**inputs, "labels": labels}, *args, **kwargs)
-
-
-class AsksForLogits(Trainer):
     def compute_loss(self, model, inputs, *args, **kwargs):
         outputs = model(**inputs)
-        logits = outputs.get("logits")
-        return outputs["loss"] + (0 if logits is None else 0.1 * logits.square().mean())
+        with torch.no_grad(), model.disable_adapter():
+            reference = model(**inputs)
+        return outputs.loss + (outputs.logits - reference.logits).square().mean()
+
+
+class Decorated(Trainer):
+    """A wrapper of torch's own stands where its method does."""
+
+    @torch.enable_grad()
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        return model(**inputs).get("logits").square().mean()
+
+
+@pytest.mark.parametrize("tokens", [None, 40], ids=["one forward", "in parts"])
+@pytest.mark.parametrize("kind", [LabelsDrawn, Remembers, Referred, Decorated])
+def test_a_loss_of_the_users_own_is_called_as_ever(tmp_path, caplog, kind, tokens):
+    callback = both(tmp_path, tokens=tokens, trainer_class=kind)
+    assert not callback.packing.tokens and caplog.text.count("compute_loss is the trainer's own") == 1
+
+
+class ByOverTrie(Trainer):
+    def compute_loss(self, model, *args, **kwargs):
+        over = sk.OverTrie(model)
+        assert isinstance(over, type(model))
+        over.calls = getattr(model, "calls", 0) + 1
+        return super().compute_loss(over, *args, **kwargs)
+
+
+def test_a_loss_of_the_users_own_may_take_the_trie(tmp_path):
+    curves = []
+    for kind in (Trainer, ByOverTrie):
+        config = SapoConfig(probe_examples=2, at_start=False, packing="padded")
+        trainer, _ = sapo_trainer(
+            tmp_path / kind.__name__, config=config, model=lora_model(dropout=0.0), trainer_class=kind, max_steps=3
+        )
+        trainer.train()
+        curves.append(torch.tensor([row[1:] for row in curve(trainer)]))
+    assert trainer.model.calls == 3 and torch.allclose(*curves, rtol=1e-5)
 
 
 class ReadsLate(Trainer):
-    def compute_loss(self, model, inputs, *args, **kwargs):
-        outputs = model(**inputs)
-        return outputs["loss"] + (outputs["logits"].square().mean() if self.state.global_step == 1 else 0.0)
-
-
-class CountsAndReadsLate(Counts):
-    def compute_loss(self, model, inputs, *args, **kwargs):
-        return super().compute_loss(model, inputs) + 0.0 * ReadsLate.compute_loss(self, model, inputs)
-
-
-class LooksThrough(Trainer):
-    def compute_loss(self, model, inputs, *args, **kwargs):
-        return sum(value.square().mean() for value in model(**inputs).values() if isinstance(value, torch.Tensor))
-
-
-@pytest.mark.parametrize(
-    ("kind", "why"),
-    [
-        (Masked, "expected padding on the right"),
-        (OnPadding, "expected -100 where attention_mask is 0"),
-        (AsksForLogits, "reads 'logits'"),
-        (ReadsLate, "reads 'logits'"),
-        (CountsAndReadsLate, "reads 'logits'"),
-        (LooksThrough, "reads 'all fields'"),
-    ],
-)
-def test_what_a_trie_has_not_is_padded_from_then_on_and_said_once(tmp_path, caplog, kind, why):
-    callback = both(tmp_path, trainer_class=kind)
-    said = [record.message for record in caplog.records if "padded, not packed" in record.message]
-    assert len(said) == 1 and why in said[0]
-    assert bool(callback.packing.tokens) == issubclass(kind, (ReadsLate, Counts))
-
-
-class ReadsInEvaluation(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         outputs = model(**inputs)
-        loss = outputs["loss"] if model.training else outputs["loss"] + outputs["logits"].square().mean()
+        late = self.state.global_step == 1 if model.training else self.args.do_eval
+        loss = outputs["loss"] + (outputs["logits"].square().mean() if late else 0.0)
         return (loss, outputs) if return_outputs else loss
 
 
-def test_logits_read_in_evaluation_alone_leave_training_as_it_is(tmp_path, caplog):
-    options = dict(eval_dataset=colours(4), eval_strategy="steps", eval_steps=2, max_steps=4)
-    callback = both(tmp_path, trainer_class=ReadsInEvaluation, **options)
-    assert caplog.text.count("evaluation is padded") == 1
-    trained = callback.packing.tokens
-    plain = both(tmp_path / "plain", trainer_class=Trainer, **options)
-    assert trained == plain.packing.tokens > 0
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_what_a_library_reads_that_a_trie_has_not_is_padded_from_then_on(tmp_path, caplog, monkeypatch, evaluated):
+    monkeypatch.setattr(packing, "_own_code", lambda *_: None)
+    more = dict(eval_dataset=colours(4), eval_strategy="steps", eval_steps=2, max_steps=4) if evaluated else {}
+    callback = both(tmp_path, trainer_class=ReadsLate, **more)
+    assert callback.packing.tokens and caplog.text.count("batches are padded") == 1
+    assert caplog.text.count("reads 'logits'") == 1
 
 
 def centred(module, args, output):
@@ -216,23 +212,13 @@ def test_a_model_that_changes_during_a_run_is_looked_at_again(tmp_path, caplog, 
     assert callback.packing.tokens and why in caplog.text
 
 
-class Regularised(Trainer):
-    def compute_loss(self, *args, **kwargs):
-        weights = [p for p in self.model.parameters() if p.requires_grad]
-        return Trainer.compute_loss(self, *args, **kwargs) + 0.5 * sum(p.square().sum() for p in weights)
-
-
-class Decorated(Trainer):
-    """A wrapper of torch's own stands where its method does."""
-
-    @torch.enable_grad()
-    def compute_loss(self, *args, **kwargs):
-        return Regularised.compute_loss(self, *args, **kwargs)
-
-
-class OwnModel(Trainer):
-    def compute_loss(self, model, inputs, *args, **kwargs):
-        return self.model(**inputs).loss
+class Decays(Trainer):
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        for p in self.model.parameters():
+            if p.requires_grad:
+                p.grad += 0.5 * p.detach()
+        return loss
 
 
 def clamping():
@@ -260,16 +246,10 @@ def test_hooks_of_parameters_get_the_gradients_of_the_training_alone(tmp_path):
     assert both(tmp_path, model=running_clip, max_steps=4).packing.tokens
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"trainer_class": kind} for kind in (Regularised, Decorated, OwnModel)] + [{"model": clamping}],
-    ids=["regulariser", "behind a decorator", "its model", "hooks of parameters"],
-)
+@pytest.mark.parametrize("options", [{"trainer_class": Decays}, {"model": clamping}], ids=["its step", "hooks"])
 def test_what_counts_once_a_step_is_not_done_in_parts(tmp_path, caplog, options):
     callback = both(tmp_path, tokens=40, **options)
-    assert caplog.text.count("train_max_tokens: batches go in one forward each") == 1
-    # Of that trainer nothing goes over a trie.
-    assert bool(callback.packing.tokens) == (options.get("trainer_class") is not OwnModel)
+    assert caplog.text.count("train_max_tokens: batches go in one forward each") == 1 and callback.packing.tokens
 
 
 class InOrder(Trainer):

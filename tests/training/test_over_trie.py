@@ -45,6 +45,7 @@ def test_the_fields_of_trls_fused_head():
     [
         ({"output_hidden_states": True}, "output_hidden_states"),
         ({"labels": None}, "without labels"),
+        ({"input_ids": None}, "without input_ids"),
         ({"labels": padded(SEQUENCES)["input_ids"]}, "labels: expected -100 where attention_mask is 0"),
         ({"labels": torch.full_like(padded(SEQUENCES)["input_ids"], -100)}, "at least one that is not -100"),
     ],
@@ -58,6 +59,10 @@ def test_what_a_trie_does_not_give(options, why):
         _ = found.logits
     with pytest.raises(NotTreeable, match="reads 'logits'"):
         found.get("logits")
+    with pytest.raises(NotTreeable, match="reads 0 of its output"):
+        _ = found[0]
+    found.loss = 3 * found.loss
+    assert found["loss"] is found.loss
 
 
 def focal(logits, labels, vocab_size=None, **options):

@@ -16,7 +16,7 @@ from sapo_kernels.scoring.fingerprint import configurations, fingerprint
 from sapo_kernels.scoring.foreign_code import foreign_callable
 from sapo_kernels.scoring.model_state import is_out_of_memory
 from sapo_kernels.training.agreement import OwnLoss, differs, reach, refusal
-from sapo_kernels.training.over_trie import Outputs, OverTrie
+from sapo_kernels.training.over_trie import OverTrie
 from sapo_kernels.training.tree_logprobs import logprobs_of, use_tree_attention
 from sapo_kernels.training.trie_batch import TrieBatch
 
@@ -56,8 +56,6 @@ class Packing:
     def _forget(self) -> None:
         # The longest sequence that was checked; the shortest that is known to differ.
         self.longest, self.differs = 0, math.inf
-        # The kinds of calls that a trainer's own code made of the model and that were compared.
-        self._compared: set[tuple] = set()
 
     def forwards(self, trainer: Any, model, inputs: dict[str, Any]) -> list[tuple[dict[str, Any], Forward]]:
         """The forwards of a batch that is trained on, each with its rows; None: padded."""
@@ -91,24 +89,27 @@ class Packing:
     def loss(self, trainer: Any, compute_loss: Callable[[Any], Callable], model: Any, inputs, args, kwargs) -> Any:
         """What ``compute_loss(trainer)`` makes of the batch, over its trie if one is running.
 
-        It is called once: what it asks of the model that a trie does not give is computed on padded rows there and
-        then, and batches are padded from the next one on.
+        If that fails, it is padded from now on, beginning with this batch: only code of the libraries comes here, and
+        what it has done until then is done again.
         """
         forward, training = self._now, torch.is_grad_enabled()
         if forward is None or training in self._failed:
             return compute_loss(trainer)(model, inputs, *args, **kwargs)
-        # Code of the user's own may call the model otherwise than the library, which was compared.
-        compared = self._compared if _own_code(trainer, "compute_loss") else None
-        over = _Over(model, forward, self.longest, compared)
-        found = compute_loss(trainer)(over, inputs, *args, **kwargs)
-        if over.error is not None:
-            self._failed[training] = reason = _said(over.error)
-            self._say(reason, "batches are" if training else "evaluation is", over.error)
-        elif training:
-            self.tokens += over.tokens
-            self.padded_tokens += over.padded_tokens
-        over.ended = True
-        return found
+        kept, drawn, over = dict(inputs), _random(), _Over(model, forward, self.longest)
+        try:
+            found = compute_loss(trainer)(over, inputs, *args, **kwargs)
+        except Exception as error:
+            if forward or is_out_of_memory(error):
+                raise
+            self._failed[training] = reason = _said(error)
+            self._say(reason, "batches are" if training else "evaluation is", error)
+        else:
+            if training:
+                self.tokens += over.tokens
+                self.padded_tokens += over.padded_tokens
+            return found
+        _set_random(drawn)
+        return compute_loss(trainer)(model, kept, *args, **kwargs)
 
     def saved(self) -> str:
         """What the trie saved so far, to be put behind a sentence; nothing where it was not taken."""
@@ -121,6 +122,8 @@ class Packing:
         if self.agreed is False:
             return None
         state, batch, failed = None, None, self._failed.get(True)
+        if _own_code(trainer, "compute_loss"):
+            failed = "compute_loss is the trainer's own; where it calls the model, sk.OverTrie(model) takes a trie"
         try:
             # Before the rows: those wait for the device.
             state = _state_of(model)
@@ -215,43 +218,19 @@ class Packing:
 
 
 class _Over(OverTrie):
-    """The model over the trie of what it is called with; on padded rows where that is more than a trie gives.
+    """The model over the trie of what it is called with, unless that is more than was checked.
 
-    part: tokens of the batch that this is a part of, else 0. longest: tokens of a row that are checked. compared: the
-    kinds of calls that are known to agree, others are compared first; None: all are.
+    part: tokens of the batch that this is a part of, else 0. longest: tokens of a row that are checked.
     """
 
-    def __init__(self, model, part: int, longest: int, compared: set[tuple] | None):
-        super().__init__(model)
-        self._part, self._longest, self._compared = part, longest, compared
-        # Computed, and in the padded rows.
-        self.tokens, self.padded_tokens = 0, 0
-        # Why something was computed on padded rows; whether the loss has been made.
-        self.error: Exception | None = None
-        self.ended = False
+    def __init__(self, model, part: int, longest: int):
+        super().__init__(model, verify=False)
+        # Tokens computed, and in the padded rows.
+        vars(self).update(_part=part, _longest=longest, tokens=0, padded_tokens=0)
 
     def __call__(self, input_ids, *args, **kwargs):
-        drawn = _random()
-
-        def padded(error: Exception):
-            if self._part or is_out_of_memory(error):
-                raise error
-            self.error = self.error or error
-            _set_random(drawn)
-            return self._model(input_ids, *args, **kwargs)
-
-        if self.error is not None:
-            return padded(self.error)
-        kind = (torch.is_grad_enabled(), *sorted(name for name, value in kwargs.items() if value is not None))
-        self._verify = self._compared is not None and kind not in self._compared
-        self.padded_tokens += input_ids.numel()
-        try:
-            found = super().__call__(input_ids, *args, **kwargs)
-        except Exception as error:
-            return padded(error)
-        if self._verify:
-            self._compared.add(kind)
-        return _Outputs(found, padded, self)
+        vars(self)["padded_tokens"] += input_ids.numel()
+        return super().__call__(input_ids, *args, **kwargs)
 
     def _mean(self, logprob, count):
         return super()._mean(logprob, (self._part or None) if count is None else count)
@@ -261,41 +240,8 @@ class _Over(OverTrie):
             raise NotTreeable(
                 f"it is called with {batch.longest} tokens in a row, of which {self._longest} are checked"
             )
-        self.tokens += batch.num_tokens
+        vars(self)["tokens"] += batch.num_tokens
         return super()._logprobs(batch, statistics)
-
-
-class _Outputs(Outputs):
-    """What else is asked of the output is that of padded rows, computed when it is."""
-
-    def __init__(self, found: Outputs, padded: Callable[[Exception], Any], call: _Over):
-        super().__init__(found)
-        self._padded, self._call, self._others = padded, call, None
-
-    def others(self, name):
-        if self._others is None:
-            self._others = self._padded(NotTreeable(f"its caller reads {name!r} of its output"))
-        return self._others
-
-    def _fields(self) -> dict:
-        known = dict(dict.items(self))
-        # The libraries look through what there is once the loss is made.
-        return known if self._call.ended else {**self.others("all fields"), **known}
-
-    def __iter__(self):
-        return iter(self._fields())
-
-    def __len__(self):
-        return len(self._fields())
-
-    def keys(self):
-        return self._fields().keys()
-
-    def values(self):
-        return self._fields().values()
-
-    def items(self):
-        return self._fields().items()
 
 
 def _state_of(model) -> int:
@@ -315,7 +261,7 @@ def _own_code(trainer: Any, *methods: str) -> str | None:
 
 def _whole_only(trainer: Any, outer) -> str | None:
     """Why what a step does may not be done once for each part of its batch, or None."""
-    if name := _own_code(trainer, "training_step", "_prepare_inputs", "compute_loss"):
+    if name := _own_code(trainer, "training_step", "_prepare_inputs"):
         return f"{name} is the trainer's own"
     if any(p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None) for p in outer.parameters()):
         return "its parameters have hooks that get whole gradients"
