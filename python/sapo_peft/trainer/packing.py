@@ -93,7 +93,8 @@ class Packing:
         what it has done until then is done again.
         """
         forward, training = self._now, torch.is_grad_enabled()
-        if forward is None or training in self._failed:
+        # Own code may have come since the batch was looked at, and between two evaluations.
+        if forward is None or training in self._failed or _own_code(trainer, "compute_loss"):
             return compute_loss(trainer)(model, inputs, *args, **kwargs)
         kept, drawn, over = dict(inputs), _random(), _Over(model, forward, self.longest)
         try:
