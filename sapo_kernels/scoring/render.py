@@ -76,7 +76,7 @@ class Renderer:
             what = "no template beside it" if template is not None else "a tokenizer with a chat template"
             raise ValueError(f"instruction_role: expected {what} for 'system', got {'one' if self.chat else 'none'}")
         self._closing: tuple[str, str] | None = None
-        self._behind: dict[tuple[str, ...], str] = {}
+        self._behind: dict[tuple[tuple[str, str], ...], str] = {}
         if isinstance(template, str):
             missing = {"prompt", "input"} - set(_PLACEHOLDER.findall(template))
             if missing:
@@ -138,12 +138,16 @@ class Renderer:
 
     def _behind_the_user(self, shaped: Callable, turns: list[Turn], context: str) -> str:
         """What the template puts behind the last turn's text, which may have the same words in it."""
-        roles = tuple(turn["role"] for turn in turns)
-        if roles not in self._behind:
+        kind = tuple((turn["role"], turn["content"] if turn["role"] == "system" else "") for turn in turns)
+        if kind not in self._behind:
             marked = shaped([*turns[:-1], {**turns[-1], "content": MARKER}])
-            self._behind[roles] = self._text(marked, add_generation_prompt=True).rpartition(MARKER)[2]
-        behind, last = self._behind[roles], turns[-1]["content"].strip()
-        return behind if context.endswith(behind) else context[context.rindex(last) + len(last) :]
+            self._behind[kind] = self._text(marked, add_generation_prompt=True).rpartition(MARKER)[2]
+        behind, last = self._behind[kind], turns[-1]["content"].strip()
+        if context.endswith(behind):
+            return behind
+        # What the template adds depends on the texts.
+        bare = self._text(shaped(turns), add_generation_prompt=False)
+        return context[len(bare) if context.startswith(bare) else context.rindex(last) + len(last) :]
 
     def _text(self, turns: list[dict[str, Any]], **options: Any) -> str:
         # Families spell the switch differently; a template ignores a variable it does not know.

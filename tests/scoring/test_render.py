@@ -143,6 +143,19 @@ def test_a_text_that_stands_in_the_generation_prompt_too_hides_no_thought(text):
     assert cell.context.endswith(f"{text}<|im_end|>\n<|im_start|>assistant\n")
 
 
+@pytest.mark.parametrize("switch", ["messages[0]", "messages[-1]"], ids=["instruction", "input"])
+@pytest.mark.parametrize("first", [False, True])
+def test_a_template_may_open_thoughts_for_some_texts_only(switch, first):
+    template = OPENED.replace("<think>\n", "{% if '/think' in " + switch + "['content'] %}<think>\n{% endif %}")
+    renderer = Renderer(byte_tokenizer(chat_template=template), instruction_role="system")
+    for thinks in (first, not first):
+        for text in ("k", "apple", ""):
+            word = " /think" if thinks else ""
+            prompt, text = ("Add." + word, text) if "0" in switch else ("Add.", text + word)
+            cell = renderer.render(prompt, {"input": text, "target": "o"})
+            assert cell.context.endswith("assistant\n" + ("<think>\n\n</think>\n\n" if thinks else ""))
+
+
 @pytest.mark.parametrize("mark", ["<|thinking|>", "<|reasoning_mode|>", "<think>"])
 def test_a_thought_that_cannot_be_closed_is_refused(mark):
     tokenizer = byte_tokenizer(chat_template=OPENED.replace("<think>\n", mark))
