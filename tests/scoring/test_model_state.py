@@ -310,3 +310,20 @@ def test_a_model_that_is_being_scored_cannot_be_used(tiny_model, where):
     with torch.no_grad():
         assert torch.equal(tiny_model(input_ids=ids).logits, plain)
     assert_right(tiny_model, cache, sk.score_prompts(tiny_model, cache, impl=paused.impl))
+
+
+@pytest.mark.parametrize("where", ["an MLP", "the head"])
+@pytest.mark.parametrize("fresh", [False, True])
+def test_observers_of_a_quantisation_see_no_scoring(where, fresh):
+    """A fresh one has buffers of another size afterwards."""
+    model, quantization = build("llama"), torch.ao.quantization
+    observer = quantization.FakeQuantize(quantization.MovingAveragePerChannelMinMaxObserver, ch_axis=2)
+    owner, name = (model, "lm_head") if where == "the head" else (model.model.layers[0].mlp, "up_proj")
+    setattr(owner, name, torch.nn.Sequential(getattr(owner, name), observer))
+    if not fresh:
+        model(torch.arange(3, 20)[None])
+    before = copy.deepcopy(observer.state_dict())
+    scores = sk.score_prompts(model, cells(), max_tokens=64)
+    after = observer.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert scores.stats["path"] == "alone" and scores.nll.isfinite().all()

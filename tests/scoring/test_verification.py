@@ -128,23 +128,6 @@ def test_activations_that_are_quantised_together_are_scored_alone(cache):
     assert per_token_error(scores, plain_nll(quantised, cache)) < TOLERANCE
 
 
-@pytest.mark.parametrize("where", ["an MLP", "the head"])
-@pytest.mark.parametrize("fresh", [False, True])
-def test_observers_of_a_quantisation_see_no_scoring(cache, where, fresh):
-    """A fresh one has buffers of another size afterwards."""
-    model, quantization = build("llama"), torch.ao.quantization
-    observer = quantization.FakeQuantize(quantization.MovingAveragePerChannelMinMaxObserver, ch_axis=2)
-    owner, name = (model, "lm_head") if where == "the head" else (model.model.layers[0].mlp, "up_proj")
-    setattr(owner, name, torch.nn.Sequential(getattr(owner, name), observer))
-    if not fresh:
-        model(torch.arange(3, 20)[None])
-    before = copy.deepcopy(observer.state_dict())
-    scores = sk.score_prompts(model, cache, max_tokens=64)
-    after = observer.state_dict()
-    assert all(torch.equal(after[name], value) for name, value in before.items())
-    assert scores.stats["path"] == "alone" and scores.nll.isfinite().all()
-
-
 def test_a_model_that_changes_between_the_rounds_of_a_race_is_looked_at_again():
     model, told = build("llama"), []
     # All of a length: the rounds after the first are taken at its word.
