@@ -87,14 +87,13 @@ def read_matrices() -> list[Matrix]:
         tensors = load_file(file)
         for name in sorted(name.removesuffix("/nll") for name in tensors if name.endswith("/nll")):
             model, task, state = name.split("/")
-            nll, tokens = tensors[f"{name}/nll"].double(), tensors[f"{model}/{task}/tokens"].long()
+            nll = tensors[f"{name}/nll"].double()
+            # A state may have fewer examples, the first ones.
+            tokens = tensors[f"{model}/{task}/tokens"].long()[:, : nll.shape[1]]
             scores = PromptScores(nll, tokens, [f"prompt {k}" for k in range(len(nll))])
             before = tensors.get(f"{model}/{task}/base/nll") if state != "base" else None
-            found.append(
-                Matrix(
-                    f"{model}/{half(task)}", task, state, scores, None if before is None else before.double().numpy()
-                )
-            )
+            before = None if before is None else before[:, : nll.shape[1]].double().numpy()
+            found.append(Matrix(f"{model}/{half(task)}", task, state, scores, before))
     return found
 
 

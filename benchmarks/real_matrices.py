@@ -104,8 +104,12 @@ def main() -> None:
         packed = {}
         for file in sorted(args.out.glob("*.safetensors")):
             model, task, state = file.stem.split(".")
-            one = load_file(file)
-            packed |= {f"{model}/{task}/tokens": one["tokens"], f"{model}/{task}/{state}/nll": one["nll"]}
+            one, name = load_file(file), f"{model}/{task}/tokens"
+            # The states of a task may have other numbers of its examples, always the first ones.
+            kept, new = sorted((packed.get(name, one["tokens"]), one["tokens"]), key=lambda t: -t.shape[1])
+            if not torch.equal(kept[:, : new.shape[1]], new):
+                parser.error(f"--pack: expected the same tokens in all states of {task}, got others in {file}")
+            packed |= {name: kept, f"{model}/{task}/{state}/nll": one["nll"]}
         atomic_write(args.pack, save(packed))
 
 
