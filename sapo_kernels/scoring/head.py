@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ..linear_logprob.api import wants_mean
-from ..linear_logprob.gradient import chunk_rows
+from ..linear_logprob.gradient import chunk_rows, chunks
 from ..linear_logprob.torch import logprob_of_logits
 from ..trie.trie import TriePass
 from . import model_support as support
@@ -174,13 +174,10 @@ class HeadReader:
 
     def _through_module(self, rows, targets, pointer):
         """A head that is more than a matrix (LoRA, quantised): the module itself, on response rows, chunk by chunk."""
-        step = chunk_rows(self.vocabulary, rows.device)
-        edges = [*range(0, len(rows), step), len(rows)]
-        cuts, parts = pointer[torch.tensor(edges, device=pointer.device)].tolist(), []
-        for i, (first, stop) in enumerate(zip(edges, edges[1:])):  # noqa: B905 (pairs of neighbours)
-            logits = self._own_logits(rows[first:stop])
-            mine, begin = targets[cuts[i] : cuts[i + 1]], pointer[first : stop + 1] - cuts[i]
-            parts.append(logprob_of_logits(logits, mine, begin, self.scale, self.softcap))
+        parts = [
+            logprob_of_logits(self._own_logits(rows[some]), targets[mine], begin, self.scale, self.softcap)
+            for some, mine, begin in chunks(pointer, self.vocabulary)
+        ]
         return torch.cat([p for p, _ in parts]), torch.cat([lse for _, lse in parts])
 
     @torch.no_grad()

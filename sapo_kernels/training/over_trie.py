@@ -124,7 +124,7 @@ class Outputs(dict):
         self[name] = value
 
     def __contains__(self, name):
-        return dict.__contains__(self, name) or self[name]
+        return dict.__contains__(self, name) or self.__missing__(name)
 
     def get(self, name, default=None):
         return self[name]

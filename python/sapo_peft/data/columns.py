@@ -13,6 +13,7 @@ from sapo_kernels.scoring import turns
 from .tables import Table, shown
 
 CHOICES = ("choices", "options")
+_WORD = re.compile(r"\w")
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -132,7 +133,12 @@ class Columns:
 
 def _stands_in(part: str, text: str) -> bool:
     """Whether `part` is in `text` as words of its own."""
-    return not part.strip() or re.search(rf"(?<!\w){re.escape(part.strip())}(?!\w)", text) is not None
+    part, at = part.strip(), -1
+    # No pattern of its own for each part: there are as many as rows.
+    while part and (at := text.find(part, at + 1)) >= 0:
+        if not _WORD.search(text[max(at - 1, 0) : at] + text[at + len(part) : at + len(part) + 1]):
+            return True
+    return not part
 
 
 def _choices(value: Any, place: str) -> tuple[list[str], list[str]]:
